@@ -1,0 +1,81 @@
+"""User mistakes as one line, and plain-language hints for failures that torch words badly.
+
+Standard library only: entry scripts import this before anything slow.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+DONE, FAILED, USER_ERROR, MISSING_TOOL, INTERRUPTED, STOPPED = 0, 1, 2, 3, 130, 143
+
+
+class UserError(Exception):
+    """A mistake in the user's input: names the thing, the value, what is allowed, what to do next.
+
+    Reaches the terminal as one line, without a traceback, with exit code 2.
+    """
+
+    exit_code = USER_ERROR
+
+
+class MissingToolError(UserError):
+    """A program or a manual step that this machine lacks; exit code 3."""
+
+    exit_code = MISSING_TOOL
+
+
+def one_line(error: BaseException) -> str:
+    """The message of `error` on one line, whatever white space it held."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """'; did you mean X?' for the allowed name nearest to `name`, or '' when none is near."""
+    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+# (fragments that must all occur in the lower-cased message, what it means and what to do)
+_HINTS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (
+        ("dataloader worker", "killed by signal"),
+        "a loader worker was killed from outside, most often because RAM or /dev/shm ran out: "
+        "lower --workers (0 needs neither) or --batch-size; in a container raise --shm-size",
+    ),
+    (
+        ("bus error",),
+        "/dev/shm is too small for the loader workers: use --workers 0, or raise the container's --shm-size",
+    ),
+    (
+        ("shared memory", "shm"),
+        "/dev/shm is too small for the loader workers: use --workers 0, or raise the container's --shm-size",
+    ),
+    (
+        ("out of memory",),
+        "the device is full: lower --batch-size, try --amp bf16, and look for other programs on the device",
+    ),
+    (
+        ("can't allocate memory",),
+        "RAM is full: lower --batch-size or --workers, and look for other programs on the machine",
+    ),
+    (
+        ("no space left on device",),
+        "the disk is full: free some space and type the same command again; the last checkpoint is whole",
+    ),
+    (
+        ("nvidia driver", "too old"),
+        "the NVIDIA driver is older than this torch build needs: update the driver, install a torch build "
+        "for your CUDA version, or run on the CPU with --device cpu",
+    ),
+)
+
+
+def hint_for(text: str) -> str | None:
+    """What a failure's message means and what to do next, or None when nothing is known."""
+    lowered = text.lower()
+    for fragments, hint in _HINTS:
+        if all(fragment in lowered for fragment in fragments):
+            return hint
+    return None

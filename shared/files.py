@@ -1,0 +1,131 @@
+"""Files that are never half written: atomic bytes, text and JSON; JSON lines; stale temporaries.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+_TEMPORARY = re.compile(r"\.tmp\.(\d+)$")
+
+
+def write_atomic(path: Path, write: Callable[[IO[bytes]], None], *, durable: bool = True) -> None:
+    """Let `write` fill a temporary file beside `path`, then put it in place in one step.
+
+    A reader sees the old file or the new one, never a part; a failure leaves the old one and
+    removes the temporary. `durable` waits for the disk (fsync of file and directory).
+    Raises OSError (28 when the disk is full).
+    """
+    temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
+    try:
+        with temporary.open("wb") as stream:
+            write(stream)
+            stream.flush()
+            if durable:
+                os.fsync(stream.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise
+    if durable:
+        _sync_directory(path.parent)
+
+
+def write_text(path: Path, text: str, *, durable: bool = True) -> None:
+    """Write `text` as UTF-8, atomically."""
+    write_atomic(path, lambda stream: _discard(stream.write(text.encode())), durable=durable)
+
+
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically. Raises ValueError for NaN and infinities."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text, durable=durable)
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`, or None when the file is missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON-lines file; a torn last line (a killed writer) is passed over."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as lines:
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
+
+
+def cut_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
+    """Rewrite a JSON-lines file, atomically, with the objects for which `keep` is true."""
+    if path.exists():
+        kept = [json.dumps(row, ensure_ascii=False) for row in read_json_lines(path) if keep(row)]
+        write_text(path, "".join(line + "\n" for line in kept))
+
+
+def remove_stale_temporaries(directory: Path) -> list[Path]:
+    """Delete what `write_atomic` left in `directory` when its process was killed.
+
+    Files of processes that still live stay. Returns what was deleted.
+    """
+    stale = []
+    for path in directory.iterdir() if directory.is_dir() else ():
+        found = _TEMPORARY.search(path.name)
+        if found and not is_alive(int(found.group(1))):
+            path.unlink(missing_ok=True)
+            stale.append(path)
+    return stale
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process with this id runs on this host (a zombie does not)."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    with contextlib.suppress(OSError):
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z"
+    return True
+
+
+def move_aside(path: Path, keep: tuple[str, ...] = ()) -> Path:
+    """Move what is in the directory `path` to the first free `path.1`, `path.2`, …
+
+    `path` itself stays, with the entries named in `keep`. Returns the new directory.
+    """
+    number = 1
+    while (aside := path.with_name(f"{path.name}.{number}")).exists():
+        number += 1
+    aside.mkdir()
+    for entry in sorted(path.iterdir()):
+        if entry.name not in keep:
+            entry.rename(aside / entry.name)
+    return aside
+
+
+def _discard(_: object) -> None:
+    """Turn the byte count of a write into nothing."""
+
+
+def _sync_directory(directory: Path) -> None:
+    with contextlib.suppress(OSError):  # some network file systems refuse to sync directories
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
