@@ -6,7 +6,15 @@ Standard library only: entry scripts import this before anything slow.
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
+
+if sys.version_info < (3, 11):  # before anything that an older Python would trip over
+    sys.stderr.write(
+        "Python 3.11 or newer is needed, this is %s (%s); ./setup.sh makes an environment with one\n"
+        % (sys.version.split()[0], sys.executable)
+    )
+    sys.exit(3)
 
 DONE, FAILED, USER_ERROR, MISSING_TOOL, INTERRUPTED, STOPPED = 0, 1, 2, 3, 130, 143
 

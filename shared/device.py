@@ -1,0 +1,104 @@
+"""Names to devices, with the reason when a device is not to be had.
+
+CUDA_VISIBLE_DEVICES is honoured and never set. torch is imported inside the functions, so that the
+launcher can count GPUs before it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shared.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+
+
+def present_gpus() -> int:
+    """NVIDIA devices on this machine, whatever torch or CUDA_VISIBLE_DEVICES say of them."""
+    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+
+
+def visible_gpus(environ: Mapping[str, str], present: int) -> int:
+    """How many of `present` GPUs CUDA_VISIBLE_DEVICES leaves visible (all when it is not set).
+
+    CUDA reads the list up to the first entry that names no device, and so do we.
+    """
+    mask = environ.get("CUDA_VISIBLE_DEVICES")
+    if mask is None:
+        return present
+    count = 0
+    for entry in (part.strip() for part in mask.split(",")):
+        by_number = entry.isdigit() and int(entry) < present
+        if not (by_number or entry.startswith(("GPU-", "MIG-"))):
+            break
+        count += 1
+    return count if present else 0
+
+
+def check_mask(environ: Mapping[str, str], present: int) -> None:
+    """Raise UserError when CUDA_VISIBLE_DEVICES names no GPU of a machine that has some."""
+    mask = environ.get("CUDA_VISIBLE_DEVICES")
+    if present and mask and mask != "-1" and visible_gpus(environ, present) == 0:
+        raise UserError(
+            f"CUDA_VISIBLE_DEVICES={mask} names no GPU of this machine; allowed: numbers from 0 to "
+            f"{present - 1} or GPU-… ids; unset it to use every GPU, or type --device cpu"
+        )
+
+
+def resolve(name: str, local_rank: int, environ: Mapping[str, str]) -> torch.device:
+    """The device for this process: `auto`, `cpu`, `cuda` (one a process) or `cuda:N`.
+
+    auto takes the GPU of this process's number and falls back to the CPU, with one line, only where
+    the machine has no visible GPU. Raises UserError for a GPU that was asked for, or is there, and
+    cannot be used.
+    """
+    import torch
+
+    kind, _, number = name.partition(":")
+    if kind not in ("auto", "cpu", "cuda") or (
+        number and not (kind == "cuda" and number.isdigit())
+    ):
+        raise UserError(f"--device {name} is not known; allowed: auto, cpu, cuda, cuda:N")
+    present = present_gpus()
+    if kind == "cpu" or (kind == "auto" and visible_gpus(environ, present) == 0):
+        if kind == "auto":
+            check_mask(environ, present)
+            log.info("no visible GPU: running on the CPU")
+        return torch.device("cpu")
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if usable == 0:
+        raise UserError(_why_unusable(name, present))
+    index = int(number) if number else local_rank
+    if index >= usable:
+        raise UserError(f"--device cuda:{index} is not there; allowed: cuda:0 to cuda:{usable - 1}")
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _why_unusable(name: str, present: int) -> str:
+    import torch
+
+    if present == 0:
+        return f"--device {name}: this machine has no NVIDIA GPU; type --device cpu or leave it out"
+    built = torch.version.cuda or "none (a CPU build)"
+    return (
+        f"this machine has {present} NVIDIA GPU(s) that torch {torch.__version__} (built for CUDA "
+        f"{built}) cannot use; driver: {driver_version()}. Update the driver, install a torch build "
+        "for it, or type --device cpu"
+    )
+
+
+def driver_version() -> str:
+    """The NVIDIA kernel driver's version, or 'not loaded'."""
+    try:
+        words = Path("/proc/driver/nvidia/version").read_text().split()
+    except OSError:
+        return "not loaded"
+    return next((word for word in words if word[0].isdigit() and "." in word), "unknown")

@@ -1,0 +1,49 @@
+"""Stopping when a reduced value no longer falls; the same decision on every rank."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+
+class EarlyStopping:
+    """Counts updates without a new lowest value.
+
+    Give it values that are already the same on every rank (`distributed.mean`), and all ranks stop
+    in the same epoch. NaN and infinity are no improvement.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget best value and count: the monitored loss is another from here on."""
+        self.best = math.inf
+        self.bad = 0
+
+    def update(self, value: float) -> bool:
+        """Whether `value` is the lowest so far."""
+        if not math.isfinite(value):
+            log.warning("the monitored value is %s: counted as no improvement", value)
+        if value < self.best:
+            self.best, self.bad = value, 0
+            return True
+        self.bad += 1
+        return False
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether `patience` updates in a row brought nothing."""
+        return self.bad >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best value and count."""
+        return {"best": self.best, "bad": self.bad}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self.best, self.bad = state["best"], state["bad"]

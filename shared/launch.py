@@ -1,0 +1,293 @@
+"""One authority for processes: `sys.exit(launch(main))` at the end of every entry script.
+
+`launch` runs `main` in this process when one is enough, else once in every process of torchrun's
+elastic agent (shared/supervisor.py), which runs inside this process. It never execs, and `main`
+never launches. Exit codes: 0 done, 1 failed, 2 the user's input, 3 a tool or manual step is
+missing, 130 interrupted and saved, 143 stopped and saved. Standard library only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import re
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from shared import logs, status
+from shared.config import ProcessOptions, option, parse_known
+from shared.device import check_mask, present_gpus, visible_gpus
+from shared.errors import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    STOPPED,
+    USER_ERROR,
+    MissingToolError,
+    UserError,
+)
+from shared.errors import hint_for, one_line
+from shared.files import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+Main = Callable[[list[str]], int]
+Fit = Callable[[list[str], int], int]
+
+NOTES = (
+    "TOOLKIT_LAUNCH_NOTES"  # directory in which processes and launcher leave word for each other
+)
+_WITHOUT_TRAINING = ("-h", "--help", "--dry-run", "--print-config", "--estimate")
+_PEER_LOST = re.compile(
+    r"closed by peer|connection reset|broken pipe|read error|remote process exited", re.I
+)
+_TIMED_OUT = re.compile(
+    r"timed out waiting|wait timeout|timeout.*(collective|allreduce|barrier)", re.I
+)
+
+
+@dataclass(frozen=True)
+class _Flags:
+    """What the launcher reads of a command line."""
+
+    device: str = option("auto", "")
+    processes: ProcessOptions = field(default_factory=ProcessOptions)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a process ended badly. kind: user, error, timeout or peer_lost (a consequence)."""
+
+    rank: int
+    code: int
+    kind: str
+    message: str
+    traceback: str = ""
+    at: float = 0.0
+
+
+_planned_world_size = 1
+_run_dir: Path | None = None
+
+
+def launch(main: Main, fit: Fit | None = None) -> int:
+    """The exit code of `main(argv)`, run in as many processes as flags, variables and GPUs ask for.
+
+    fit: given argv and the number of visible GPUs, how many of them can be used (asked only when
+    the user typed no number).
+    """
+    logs.open_streams()
+    argv = sys.argv[1:]
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        return _work(main, argv)
+    logs.setup()
+    try:
+        flags = parse_known(_Flags, argv)
+        count = _count_processes(flags, argv, fit)
+    except UserError as error:
+        return report(Failure(0, error.exit_code, "user", one_line(error)), None)
+    _one_thread_a_process()
+    if count * flags.processes.nnodes == 1 and flags.processes.max_restarts == 0:
+        return _alone(main, argv)
+    return _together(main, argv, flags.processes, count)
+
+
+def world_size() -> int:
+    """How many processes this run has or, before they start, will have."""
+    return int(os.environ.get("WORLD_SIZE", _planned_world_size))
+
+
+def announce(run_dir: Path) -> None:
+    """Tell the launcher where the run keeps its status, so that it can close it after a crash."""
+    global _run_dir
+    _run_dir = run_dir
+    if NOTES in os.environ:
+        write_json(Path(os.environ[NOTES]) / "run_dir.json", str(run_dir), durable=False)
+
+
+def launcher_pid() -> int:
+    """The process to signal in order to stop the run: the launcher, or this process."""
+    return int(os.environ.get("TOOLKIT_LAUNCHER_PID", os.getpid()))
+
+
+def closing_line(code: int, reason: str) -> None:
+    """The last line of a run: how it ended and with which exit code."""
+    words = {DONE: "done", INTERRUPTED: "interrupted", STOPPED: "stopped"}
+    log.info("%s: %s (exit %d)", words.get(code, "failed"), reason, code)
+
+
+def report(failure: Failure, run_dir: Path | None) -> int:
+    """Print a failure once, at the end of the output, close the run's status; its exit code."""
+    if failure.kind == "user":
+        status.close(run_dir, failure.code, failure.message)
+        logs.say(f"error: {failure.message}")
+        return failure.code
+    if failure.traceback:
+        logs.say(failure.traceback.rstrip())
+    hint = hint_for(failure.message)
+    reason = failure.message + (f" — {hint}" if hint else "")
+    status.close(run_dir, failure.code, reason)
+    log.error("failed: %s (exit %d)", reason, failure.code)
+    return failure.code
+
+
+def _count_processes(flags: _Flags, argv: list[str], fit: Fit | None) -> int:
+    """Processes on this host, checked against what is there. Raises UserError."""
+    if any(flag in argv for flag in ("-h", "--help")):
+        return 1
+    present = present_gpus()
+    visible = 0 if flags.device == "cpu" else visible_gpus(os.environ, present)
+    if flags.device != "cpu":
+        check_mask(os.environ, present)
+    if flags.processes.nnodes < 1 or not 0 <= flags.processes.node_rank < flags.processes.nnodes:
+        raise UserError(
+            f"--node-rank {flags.processes.node_rank} of --nnodes {flags.processes.nnodes}: hosts are "
+            "numbered from 0 to nnodes - 1"
+        )
+    typed = flags.processes.nproc
+    if typed is None and os.environ.get("NPROC_PER_NODE", "").isdigit():
+        typed = int(os.environ["NPROC_PER_NODE"])
+    if typed is not None:
+        limit = visible or max(64, os.cpu_count() or 1)
+        if not 1 <= typed <= limit:
+            have = f"{visible} GPU(s) are visible" if visible else "no GPU is visible"
+            raise UserError(f"--nproc {typed}: {have}; allowed: 1 to {limit}, or --device cpu")
+        return typed
+    if visible < 2 or ":" in flags.device:
+        return 1
+    return fit(argv, visible) if fit else visible
+
+
+def _one_thread_a_process() -> None:
+    """On a CPU several OpenMP threads a process were measured slower than one, spinning for work."""
+    if present_gpus() == 0:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def _alone(main: Main, argv: list[str]) -> int:
+    result = _guard(main, argv, rank=0)
+    if isinstance(result, Failure):
+        return report(result, _run_dir)
+    _close_with_status(result)
+    return result
+
+
+def _close_with_status(code: int) -> None:
+    """The closing line from what the run wrote into its status.json, when there was a run."""
+    fields = read_json(_run_dir / "status.json") if _run_dir else None
+    if isinstance(fields, dict):
+        closing_line(code, str(fields.get("reason")))
+
+
+def _together(main: Main, argv: list[str], options: ProcessOptions, count: int) -> int:
+    """Check the input once, quickly, here; then hand over to the supervisor."""
+    global _planned_world_size
+    _planned_world_size = count * options.nnodes
+    dry_argv = argv if "--dry-run" in argv else [*argv, "--dry-run"]
+    asked = any(flag in argv for flag in _WITHOUT_TRAINING)
+    logging.disable(logging.NOTSET if asked else logging.INFO)
+    checked = _guard(main, argv if asked else dry_argv, rank=0)
+    logging.disable(logging.NOTSET)
+    if isinstance(checked, Failure):
+        return report(checked, None)
+    if asked or checked != DONE:
+        return checked
+    from shared.supervisor import supervise
+
+    return supervise(argv, options, count)
+
+
+def _work(main: Main, argv: list[str]) -> int:
+    """One process of several: `main`, and word of how it ended for the process that started it."""
+    rank = int(os.environ["RANK"])
+    ours = NOTES in os.environ
+    _die_with_parent()
+    logs.setup(rank)
+    _one_thread_a_process()
+    if ours:
+        pid_file = Path(os.environ[NOTES]) / f"pid.{rank}"
+        pid_file.write_text(str(os.getpid()))
+    result = _guard(main, argv, rank)
+    if not isinstance(result, Failure):
+        if not ours and rank == 0:
+            _close_with_status(result)
+        return result
+    _leave_word(result)
+    if not ours and (rank == 0 or result.kind != "user"):
+        report(result, _run_dir)
+    sys.stdout.flush()
+    os._exit(result.code)  # no destructor may wait here for processes that are gone
+
+
+def _guard(main: Main, argv: list[str], rank: int) -> int | Failure:
+    """What `main` returns, or how it failed."""
+    try:
+        return main(argv)
+    except UserError as error:
+        return Failure(rank, error.exit_code, "user", one_line(error), at=time.time())
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else DONE if left.code is None else FAILED
+    except KeyboardInterrupt:
+        return Failure(
+            rank, INTERRUPTED, "user", "interrupted before training began", at=time.time()
+        )
+    except ModuleNotFoundError as error:
+        if error.name and not (Path(__file__).parents[1] / error.name.partition(".")[0]).exists():
+            return Failure(rank, MissingToolError.exit_code, "user", _missing_package(error.name))
+        return _failure_of(error, rank)
+    except BaseException as error:
+        return _failure_of(error, rank)
+
+
+def _missing_package(name: str) -> str:
+    return (
+        f"the Python package {name} is not installed in {sys.executable}; run ./setup.sh and use its "
+        ".venv, or pip install -r the recipe's requirements.txt"
+    )
+
+
+def _failure_of(error: BaseException, rank: int) -> Failure:
+    text = one_line(error)
+    kind = (
+        "timeout"
+        if _TIMED_OUT.search(text)
+        else "peer_lost"
+        if _PEER_LOST.search(text)
+        else "error"
+    )
+    lines = "".join(traceback.format_exception(error))
+    where = "".join(f", {note}" for note in getattr(error, "__notes__", []))
+    message = f"{type(error).__name__}: {text}{where}"
+    return Failure(rank, FAILED, kind, message, lines, time.time())
+
+
+def _leave_word(failure: Failure) -> None:
+    """Write the failure for our supervisor, and for torchrun's summary when there is one."""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if NOTES in os.environ:
+        path = Path(os.environ[NOTES]) / f"failure.{restart}.{failure.rank}.json"
+        write_json(path, asdict(failure), durable=False)
+    elastic = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if elastic:
+        extra = {"py_callstack": failure.traceback, "timestamp": str(int(failure.at))}
+        message = {"message": failure.message, "errorCode": failure.code, "extraInfo": extra}
+        Path(elastic).write_text(json.dumps({"message": message}))
+
+
+def _die_with_parent() -> None:
+    """Have the kernel send SIGTERM (save and leave) when the launcher dies, however it dies."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
+    try:
+        ctypes.CDLL(None).prctl(set_death_signal, int(signal.SIGTERM), 0, 0, 0)
+    except (OSError, AttributeError):
+        return  # not Linux
+    expected = os.environ.get("TOOLKIT_LAUNCHER_PID")
+    if expected and os.getppid() != int(expected):  # it died before the line above
+        os._exit(USER_ERROR)

@@ -1,0 +1,135 @@
+"""The only place that builds a DataLoader: exact under resume, safe under signals.
+
+Exact: the order comes from (seed, epoch), the loader's own generator is seeded anew each epoch, and
+each sample's random numbers come from (seed, epoch, index), so neither the number of workers nor the
+batch at which a run was interrupted changes anything.
+Safe: workers live in a process group of their own, since torchrun signals whole groups and a worker
+that dies of SIGTERM takes the emergency checkpoint with it; and they die with their process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from shared.distributed import World
+from shared.sampling import TrainBatches, eval_indices
+from shared.seed import derive, seed_process
+
+
+def make_loader(
+    dataset: Dataset[Any],
+    batch_size: int,
+    world: World,
+    *,
+    seed: int,
+    workers: int,
+    epoch: int = 0,
+    offset: int = 0,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> DataLoader[Any]:
+    """Batches of one training epoch for this rank, from batch `offset` on; incomplete ones dropped.
+
+    batch_size: samples a process. The dataset needs `__getitem__` and `__len__`; if it also has
+    `__getitems__(indices)`, a batch is fetched in one call.
+    Raises UserError when the dataset has not one whole batch for every process.
+    """
+    batches = TrainBatches(
+        _length(dataset), batch_size, world, seed=seed, epoch=epoch, offset=offset
+    )
+    return DataLoader(
+        _Seeded(dataset, seed, epoch),
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=world.device.type == "cuda",
+        generator=torch.Generator().manual_seed(derive(seed, epoch, world.rank)),
+        worker_init_fn=_settle_worker if workers else None,
+        persistent_workers=False,
+    )
+
+
+def make_eval_loader(
+    dataset: Dataset[Any],
+    batch_size: int,
+    world: World,
+    *,
+    workers: int = 0,
+    collate: Callable[[list[Any]], Any] | None = None,
+) -> DataLoader[Any]:
+    """This rank's share of the samples in order: every sample once over all ranks, none repeated.
+
+    The ranks may get different numbers of batches, so no collective belongs in the loop over them;
+    add up (sum, count) afterwards.
+    """
+    return DataLoader(
+        Subset(dataset, eval_indices(_length(dataset), world)),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=world.device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),  # or the iterator draws from the global state
+        worker_init_fn=_settle_worker if workers else None,
+    )
+
+
+class _Seeded(Dataset[Any]):
+    """`dataset` with the random numbers of each sample tied to (seed, epoch, index)."""
+
+    def __init__(self, dataset: Dataset[Any], seed: int, epoch: int) -> None:
+        self._dataset, self._seed, self._epoch = dataset, seed, epoch
+        self._fetch_batch: Callable[[list[int]], list[Any]] | None = getattr(
+            dataset, "__getitems__", None
+        )
+
+    def __getitem__(self, index: int) -> Any:
+        return self._with_seed(index, lambda: self._dataset[index])
+
+    def __getitems__(self, indices: list[int]) -> list[Any]:
+        fetch = self._fetch_batch
+        if fetch is None:
+            return [self[index] for index in indices]
+        return self._with_seed(indices[0], lambda: fetch(indices))
+
+    def _with_seed(self, index: int, fetch: Callable[[], Any]) -> Any:
+        """Fetch under a seed of its own; in the training process its generators are put back."""
+        in_worker = torch.utils.data.get_worker_info() is not None
+        before = None if in_worker else _states()
+        seed_process(derive(self._seed, self._epoch, index))
+        try:
+            return fetch()
+        finally:
+            if before is not None:
+                _restore(before)
+
+
+def _states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+
+
+def _restore(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])  # noqa: NPY002
+    random.setstate(states[2])
+
+
+def _settle_worker(_worker: int) -> None:
+    """Leave the process group that torchrun and Ctrl-C signal; die when the parent does."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
+    except (OSError, AttributeError):
+        return  # not Linux: torch's own watchdog ends the worker within seconds
+
+
+def _length(dataset: Dataset[Any]) -> int:
+    return len(dataset)  # type: ignore[arg-type]

@@ -1,0 +1,96 @@
+"""Numbers for people and programs: metrics.jsonl always, TensorBoard where it can be written."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shared.files import cut_json_lines
+
+log = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Writes one JSON line and one TensorBoard scalar a tag and step.
+
+    On a resume at `start_step` both are cut back to it, so that no step stands there twice.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path | None, start_step: int) -> None:
+        cut_json_lines(path, lambda row: row.get("step", 0) <= start_step)
+        self._lines = path.open("a", encoding="utf-8", buffering=1)  # each line reaches the system
+        self._board = _open_board(tensorboard, start_step) if tensorboard else None
+
+    def log(self, step: int, epoch: int, split: str, values: dict[str, float | None]) -> None:
+        """Record `values` ({tag: number, None for NaN}) at an optimizer step."""
+        row = {
+            "step": step,
+            "epoch": epoch,
+            "split": split,
+            "time": round(time.time(), 3),
+            **values,
+        }
+        try:
+            self._lines.write(json.dumps(row) + "\n")
+            if self._board:
+                for tag, value in values.items():
+                    self._board.add_scalar(tag, float("nan") if value is None else value, step)
+        except OSError as error:
+            log.warning("metrics of step %d are lost: %s", step, error)
+
+    def close(self) -> None:
+        """Flush and close both."""
+        for sink in (self._lines, self._board):
+            try:
+                if sink:
+                    sink.close()
+            except OSError as error:
+                log.warning("metrics could not be closed: %s", error)
+
+
+class Mean:
+    """A running weighted mean that stays on the device until it is read; fits into checkpoints."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was added."""
+        self.sums = torch.zeros(
+            2, dtype=torch.float64, device=self._device
+        )  # weighted values, weights
+
+    def add(self, value: Tensor, weight: int = 1) -> None:
+        """Add a scalar tensor that stands for `weight` samples."""
+        self.sums[0] += value.detach().double() * weight
+        self.sums[1] += weight
+
+    def of(self, sums: Tensor) -> float:
+        """The mean from `sums`, this rank's own or (`distributed.total`) all ranks'; NaN of nothing."""
+        return float(sums[0] / sums[1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums."""
+        return {"sums": self.sums.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self.sums = state["sums"].to(self._device)
+
+
+def _open_board(directory: Path, start_step: int) -> Any:
+    """A SummaryWriter, or None with a warning: a run does not fail for its charts."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None)
+    except (ImportError, OSError) as error:
+        log.warning("no TensorBoard in %s (%s); metrics.jsonl has every number", directory, error)
+        return None

@@ -1,0 +1,83 @@
+"""Where a run is: a bar on a terminal, plain key=value lines in a file, pipe or log."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+log = logging.getLogger(__name__)
+
+_EVERY_SECONDS = 10.0
+
+
+class Progress:
+    """Shows steps, values, speed and time left, measured from `start_step` of this process's start.
+
+    Times come from the monotonic clock: a changed wall clock moves no estimate.
+    """
+
+    def __init__(self, total_steps: int, start_step: int, samples_per_step: int = 0) -> None:
+        self.total_steps, self._start_step = total_steps, start_step
+        self._samples_per_step = samples_per_step
+        self._began = self._line_at = time.monotonic()
+        self._first = True
+        self._bar = _open_bar(total_steps, start_step)
+
+    def speed(self, step: int) -> float:
+        """Steps a second since this process began to train."""
+        return (step - self._start_step) / max(time.monotonic() - self._began, 1e-9)
+
+    def eta_s(self, step: int) -> float | None:
+        """Seconds to the last step at the speed so far; None before the first step."""
+        speed = self.speed(step)
+        return max(0.0, (self.total_steps - step) / speed) if step > self._start_step else None
+
+    def show(self, step: int, epoch: int, values: dict[str, float]) -> None:
+        """Report a step: the bar always, a line at most every ten seconds."""
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix(values, refresh=False)
+            return
+        if (
+            self._first
+            or time.monotonic() - self._line_at >= _EVERY_SECONDS
+            or step == self.total_steps
+        ):
+            self._line_at, self._first = time.monotonic(), False
+            log.info(self._line(step, epoch, values))
+
+    def close(self) -> None:
+        """Leave the bar's last state on the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _line(self, step: int, epoch: int, values: dict[str, float]) -> str:
+        eta = self.eta_s(step)
+        parts = [f"step={step}/{self.total_steps}", f"epoch={epoch + 1}"]
+        parts += [f"{tag}={value:.6g}" for tag, value in values.items()]
+        parts.append(f"steps/s={self.speed(step):.3g}")
+        if self._samples_per_step:
+            parts.append(f"samples/s={self.speed(step) * self._samples_per_step:.4g}")
+        if eta is not None:
+            parts.append(f"eta={clock(eta)}")
+        return " ".join(parts)
+
+
+def clock(seconds: float) -> str:
+    """3725 → '1:02:05'."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
+
+
+def _open_bar(total_steps: int, start_step: int) -> Any:
+    if not (sys.stderr and sys.stderr.isatty() and sys.stdout and sys.stdout.isatty()):
+        return None
+    from tqdm import tqdm
+    from tqdm.utils import DisableOnWriteError
+
+    stream = DisableOnWriteError(
+        sys.stderr, tqdm_instance=None
+    )  # a closed terminal ends no training
+    return tqdm(total=total_steps, initial=start_step, file=stream, dynamic_ncols=True, unit="step")

@@ -1,0 +1,79 @@
+"""What rank 0 tells the world about a run: metrics.jsonl, TensorBoard, status.json, progress."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from shared import launch, status
+from shared.checkpoint import Position
+from shared.metrics import Metrics
+from shared.progress import Progress
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run is going to do."""
+
+    recipe: str
+    total_steps: int
+    samples_per_step: int = 0  # over all processes, for the throughput
+    tensorboard: Path | None = None  # default: tensorboard/ in the run directory
+    last: str = "last.pt"  # name of the checkpoint that a resume continues from
+
+
+class Reporter:
+    """The sinks of one run; `begin` opens those that need to know where it begins."""
+
+    def __init__(self, run_dir: Path, plan: Plan, world_size: int) -> None:
+        self._dir, self._plan = run_dir, plan
+        self._metrics: Metrics | None = None
+        self._progress: Progress | None = None
+        self._status = status.Status(
+            run_dir,
+            recipe=plan.recipe,
+            pid=launch.launcher_pid(),
+            world_size=world_size,
+            total_steps=plan.total_steps,
+        )
+        launch.announce(run_dir)
+        self.write_status(Position())
+
+    def begin(self, position: Position) -> None:
+        """Open metrics and progress at `position`; what was recorded after it is cut away."""
+        board = self._plan.tensorboard or self._dir / "tensorboard"
+        self._metrics = Metrics(self._dir / "metrics.jsonl", board, position.step)
+        self._progress = Progress(
+            self._plan.total_steps, position.step, self._plan.samples_per_step
+        )
+        self.write_status(position)
+
+    def record(self, position: Position, split: str, numbers: dict[str, float]) -> None:
+        """Write `numbers` of a step everywhere; NaN is written as null."""
+        assert self._metrics and self._progress
+        speed = {"steps_per_s": round(self._progress.speed(position.step), 4)}
+        if self._plan.samples_per_step:
+            speed["samples_per_s"] = round(speed["steps_per_s"] * self._plan.samples_per_step, 2)
+        extra = speed if split == "train" else {}
+        self._metrics.log(position.step, position.epoch, split, status.finite(numbers | extra))
+        if split == "train":
+            self._progress.show(position.step, position.epoch, numbers)
+        self._status.fields["last"] |= status.finite(numbers)
+        self.tick(position)
+
+    def tick(self, position: Position) -> None:
+        """Write the status again if it is old."""
+        if self._status.is_due:
+            self.write_status(position)
+
+    def write_status(self, position: Position, **changes: Any) -> None:
+        """Write the status now, with `changes` to its fields."""
+        eta = self._progress.eta_s(position.step) if self._progress else None
+        self._status.write(**asdict(position), eta_s=eta, **changes)
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._metrics and self._progress:
+            self._metrics.close()
+            self._progress.close()

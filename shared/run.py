@@ -1,0 +1,236 @@
+"""One run: its directory, lock, settings, status, metrics and checkpoints.
+
+    with Run(cfg, world, run_dir, Plan("probe", total_steps)) as run:
+        position = run.restore(parts)
+        while position.epoch < cfg.epochs:
+            for batch in make_loader(..., epoch=position.epoch, offset=position.batch):
+                ...
+                position.advance()
+                run.log({"loss": loss})
+                if run.should_stop():
+                    run.save(parts)
+                    return run.finish()
+            position.next_epoch()
+            run.save(parts)
+        return run.finish(result=...)
+
+Every rank calls every verb; only rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from shared import checkpoint, distributed, run_directory, seed, status
+from shared.checkpoint import Decision, Parts, Position
+from shared.config import RunOptions
+from shared.distributed import World
+from shared.errors import DONE, FAILED, UserError, hint_for, one_line
+from shared.files import move_aside
+from shared.reporter import Plan, Reporter
+from shared.signals import StopNow, StopRequest, exit_code_for, name_of
+
+log = logging.getLogger(__name__)
+
+
+class HasRunOptions(Protocol):
+    """A recipe's Config."""
+
+    @property
+    def run(self) -> RunOptions:
+        """The flags that mean the same in every recipe."""
+        ...
+
+
+class Run:
+    """See the module's docstring. Verbs: restore, log, should_stop, save, finish."""
+
+    def __init__(self, config: HasRunOptions, world: World, run_dir: Path, plan: Plan) -> None:
+        self.position = Position()
+        self._config, self._world, self._dir, self._plan = config, world, run_dir, plan
+        self._options = config.run
+        self._last = run_dir / plan.last
+        self._stop_every = 1 if world.device.type == "cpu" else 20  # the exchange waits for the GPU
+        self._stop, self._stopped_by = StopRequest(), 0
+        self._decision = Decision()
+        self._lock: int | None = None  # these two on rank 0 alone
+        self._reporter: Reporter | None = None
+
+    def __enter__(self) -> Run:
+        self._stop.install()
+        if self._world.is_main:
+            self._lock = run_directory.take(self._dir)
+            self._decision = run_directory.begin(
+                self._dir, self._plan.last, self._config, self._options, self._world.size
+            )
+            board = self._plan.tensorboard
+            if self._decision.move_aside and board and board.is_dir():
+                move_aside(board)
+            self._reporter = Reporter(self._dir, self._plan, self._world.size)
+        self._decision = distributed.broadcast_object(self._decision, self._world)
+        return self
+
+    def restore(self, parts: Parts) -> Position:
+        """Load the state to continue from into `parts`, if there is one; the position to begin at.
+
+        Raises UserError when it does not fit or, named explicitly, cannot be read.
+        """
+        path = self._decision.checkpoint
+        if path:
+            self._continue_from(path, parts)
+        if self._reporter:
+            size = checkpoint.size_of({name: part.state_dict() for name, part in parts.items()})
+            checkpoint.check_space(self._dir, size, self._options.keep)
+            self._reporter.begin(self.position)
+        return self.position
+
+    def log(self, values: dict[str, float | Tensor], split: str = "train") -> None:
+        """Report the step just done; recorded, averaged over the ranks, every `log_every` steps.
+
+        Values stay on the device until then: reading them makes the CPU wait for the GPU. Other
+        splits than train are recorded whenever they are given.
+        """
+        step = self.position.step
+        if (
+            split != "train"
+            or step % self._options.log_every == 0
+            or step == self._plan.total_steps
+        ):
+            numbers = self._mean_of(values)
+            if self._reporter:
+                self._reporter.record(self.position, split, numbers)
+        elif self._reporter:
+            self._reporter.tick(self.position)
+
+    def should_stop(self) -> bool:
+        """Whether any rank was asked to stop; the same answer on every rank, between steps."""
+        if self._world.size == 1:
+            self._stopped_by = self._stop.number
+        elif self._stopped_by == 0 and self.position.step % self._stop_every == 0:
+            self._stopped_by = distributed.largest(self._stop.number, self._world)
+        return self._stopped_by != 0
+
+    def save(self, parts: Parts) -> None:
+        """Write a checkpoint of this position; returns on every rank after it is on the disk."""
+        generators = distributed.gather_objects(seed.get_state(), self._world)
+        problem = self._write(parts, generators) if self._world.is_main else None
+        problem = distributed.broadcast_object(problem, self._world)
+        if problem and (self._stopped_by or self._options.on_full_disk == "stop"):
+            raise OSError(problem)
+        if problem:
+            log.warning(
+                "%s — %s; training goes on", problem, hint_for(problem) or "see the message"
+            )
+
+    def finish(
+        self,
+        *,
+        result: dict[str, Any] | None = None,
+        outputs: list[str] | None = None,
+        reason: str = "",
+    ) -> int:
+        """Close the run as done, or as stopped and saved; its exit code. The last verb.
+
+        result: {name, before, after, higher_is_better}. reason: why it is done, for people.
+        """
+        step, total = self.position.step, self._plan.total_steps
+        code, state = DONE, "done"
+        reason = reason or f"{step} steps"
+        if self._stopped_by:
+            code, state = exit_code_for(self._stopped_by), "stopped"
+            name = name_of(self._stopped_by)
+            reason = f"{name}: saved at step {step} of {total}; the same command continues it"
+        if self._reporter:
+            ending = {"state": state, "exit_code": code, "reason": reason}
+            self._reporter.write_status(
+                self.position, **ending, result=result, outputs=outputs or []
+            )
+        distributed.barrier(self._world)  # nobody leaves before the files are whole
+        return code
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        _trace: TracebackType | None,
+    ) -> None:
+        self._stop.remove()
+        if self._reporter:
+            self._reporter.close()
+        if error is not None:
+            self._close_after(error)
+        if self._lock is not None:
+            os.close(self._lock)
+
+    def _close_after(self, error: BaseException) -> None:
+        """Say in the status how the run broke; of several processes only the launcher knows."""
+        if isinstance(error, StopNow):
+            code, reason = exit_code_for(self._stop.number), f"second {error}: ended without saving"
+            if self._reporter:
+                self._reporter.write_status(
+                    self.position, state="stopped", exit_code=code, reason=reason
+                )
+            raise SystemExit(code) from None
+        error.add_note(f"at step {self.position.step + 1} of {self._plan.total_steps}")
+        if self._world.size == 1:
+            code = error.exit_code if isinstance(error, UserError) else FAILED
+            status.close(self._dir, code, f"{type(error).__name__}: {one_line(error)}")
+
+    def _continue_from(self, path: Path, parts: Parts) -> None:
+        found = checkpoint.find(path, explicit=self._options.is_explicit_resume)
+        if found is None:
+            log.warning("no checkpoint in %s can be read: starting from the beginning", path.parent)
+            return
+        path, state = found
+        self._check_world_size(path, state["world_size"])
+        checkpoint.load_parts(parts, state["parts"], path)
+        self.position = Position(**state["position"])
+        if self._world.rank < len(state["generators"]):
+            seed.set_state(state["generators"][self._world.rank])
+        log.info(
+            "continuing from %s at step %d of %d", path, self.position.step, self._plan.total_steps
+        )
+        if self.position.step >= self._plan.total_steps:
+            log.info("this run is finished; more --epochs would continue it")
+
+    def _check_world_size(self, path: Path, before: int) -> None:
+        if before == self._world.size:
+            return
+        if not self._options.allow_reshard:
+            raise UserError(
+                f"{path} was written by {before} process(es), this run has {self._world.size}; use "
+                f"--nproc {before}, or --allow-reshard to continue with another order of samples"
+            )
+        log.warning(
+            "%d → %d processes: not the same run to the bit from here", before, self._world.size
+        )
+
+    def _write(self, parts: Parts, generators: list[dict[str, Any]]) -> str | None:
+        """Write the checkpoint; what went wrong, if the disk refused it."""
+        state = {
+            "position": asdict(self.position),
+            "world_size": self._world.size,
+            "parts": {name: part.state_dict() for name, part in parts.items()},
+            "generators": generators,
+        }
+        try:
+            checkpoint.save(self._last, state, self._options.keep)
+        except OSError as error:
+            return f"the checkpoint of step {self.position.step} was not written: {one_line(error)}"
+        return None
+
+    def _mean_of(self, values: dict[str, float | Tensor]) -> dict[str, float]:
+        device = self._world.device
+        numbers = [
+            torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values.values()
+        ]
+        means = distributed.mean(torch.stack(numbers), self._world)
+        return dict(zip(values, means.tolist(), strict=True))

@@ -1,0 +1,216 @@
+"""torchrun's elastic agent inside the launching process, and what its outcome means for the user.
+
+The agent starts the processes, tears them down and starts them again; here are the signals, the
+search for the failure that came first, and the exit code. It must run on the main thread: the
+workers' death signal follows the thread that forked them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+
+from shared import launch
+from shared.config import ProcessOptions
+from shared.errors import DONE, FAILED, INTERRUPTED, STOPPED, UserError, one_line
+from shared.files import is_alive, read_json
+from shared.launch import Failure
+
+log = logging.getLogger(__name__)
+
+_SAME_REQUEST = 0.5  # seconds in which a repeated signal is the same one (SLURM sends two)
+
+
+def supervise(argv: list[str], options: ProcessOptions, count: int) -> int:
+    """Run this script in `count` processes on this host; the exit code of the whole run."""
+    with tempfile.TemporaryDirectory(prefix="launch-") as notes:
+        os.environ[launch.NOTES] = notes
+        os.environ["TOOLKIT_LAUNCHER_PID"] = str(os.getpid())
+        # without it, restarted processes meet the addresses of the dead ones (pytorch#135712)
+        os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+        stops = _Stops(Path(notes))
+        try:
+            agent_options = _agent_options(options, count, notes)
+            stops.install()
+            return _conclude(_run_agent(agent_options, argv), stops, Path(notes))
+        except UserError as error:
+            return launch.report(Failure(0, error.exit_code, "user", one_line(error)), None)
+        finally:
+            stops.kill_workers()
+
+
+class _Stops:
+    """The launcher's signals: the first lets the workers save and leave, the second kills them."""
+
+    def __init__(self, notes: Path) -> None:
+        self.first: signal.Signals | None = None
+        self._at = 0.0
+        self._notes = notes
+
+    def install(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup SIGHUP stays ignored
+                signal.signal(number, self._receive)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+
+        if self.first is None:
+            self.first, self._at = signal.Signals(number), time.monotonic()
+            log.info("%s: saving and stopping; once more to end at once", self.first.name)
+            raise SignalException(f"received {self.first.name}", self.first)
+        if time.monotonic() - self._at > _SAME_REQUEST:
+            log.warning("second signal: ending at once")
+            self.kill_workers()
+
+    def kill_workers(self) -> None:
+        """SIGKILL to every worker's process group that still lives."""
+        for path in self._notes.glob("pid.*"):
+            pid = int(path.read_text() or 0)
+            if pid and is_alive(pid):
+                try:
+                    os.killpg(pid, signal.SIGKILL)
+                except (ProcessLookupError, PermissionError):
+                    continue
+
+
+def _agent_options(options: ProcessOptions, count: int, notes: str) -> list[str]:
+    """torchrun's flags for the agent."""
+    flags = [
+        f"--nproc-per-node={count}",
+        f"--nnodes={options.nnodes}",
+        f"--max-restarts={options.max_restarts}",
+        f"--shutdown-timeout={options.shutdown_timeout}",
+        "--signals-to-handle=SIGQUIT",  # the others are handled here
+        "--monitor-interval=0.1",
+        f"--log-dir={notes}",
+    ]
+    return flags + _meeting_point(options)
+
+
+def _meeting_point(options: ProcessOptions) -> list[str]:
+    """Where the hosts find each other; on one host a free port that no one else can have taken."""
+    if options.rdzv_endpoint or options.nnodes == 1:
+        return [
+            f"--rdzv-endpoint={options.rdzv_endpoint or 'localhost:0'}",
+            f"--rdzv-backend={options.rdzv_backend or 'c10d'}",
+            f"--rdzv-id={options.rdzv_id or uuid.uuid4()}",
+        ]
+    if not options.master_addr:
+        raise UserError(
+            f"--nnodes {options.nnodes} needs a meeting point: --master-addr HOST of host 0 "
+            "(and --master-port), or --rdzv-endpoint HOST:PORT"
+        )
+    return [
+        f"--node-rank={options.node_rank}",
+        f"--master-addr={options.master_addr}",
+        f"--master-port={options.master_port or 29500}",
+    ]
+
+
+def _run_agent(agent_options: list[str], argv: list[str]) -> dict[int, int]:
+    """Run to the end; the exit codes of the processes that failed, by rank ({} when none did)."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import elastic_launch
+    from torch.distributed.run import config_from_args, parse_args
+
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith(
+            ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher")
+        ):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what happened, once
+    script = str(Path(sys.argv[0]).absolute())
+    # our flags stay away from torchrun's parser, which takes some of them for abbreviations of its own
+    config, interpreter, arguments = config_from_args(parse_args([*agent_options, script]))
+    try:
+        elastic_launch(config, interpreter)(*arguments, *argv)
+    except SignalException:
+        return {}
+    except ChildFailedError as failed:
+        return {rank: failure.exitcode for rank, failure in failed.failures.items()}
+    return {}
+
+
+def _conclude(exit_codes: dict[int, int], stops: _Stops, notes: Path) -> int:
+    """Turn the outcome into the closing line, the final status and the exit code."""
+    written = read_json(notes / "run_dir.json")
+    run_dir = Path(written) if isinstance(written, str) else None
+    stopped = stops.first is not None or (
+        bool(exit_codes) and all(code in (STOPPED, INTERRUPTED) for code in exit_codes.values())
+    )
+    if not exit_codes or stopped:
+        return _close_well(run_dir, stops)
+    return launch.report(_first_failure(exit_codes, notes), run_dir)
+
+
+def _close_well(run_dir: Path | None, stops: _Stops) -> int:
+    """The end of a run that nobody broke: done, or stopped and saved, or stopped too early to."""
+    status = read_json(run_dir / "status.json") if run_dir else None
+    name = stops.first.name if stops.first else "a signal"
+    if not isinstance(status, dict):
+        if stops.first is None:
+            return DONE
+        code = INTERRUPTED if stops.first is signal.SIGINT else STOPPED
+        launch.closing_line(code, f"{name} before training began; nothing to save")
+        return code
+    if status.get("state") == "running":
+        reason = (
+            f"killed after {name} before the checkpoint was written; the last periodic one is whole"
+        )
+        return launch.report(Failure(0, FAILED, "error", reason), run_dir)
+    code = int(status.get("exit_code") or DONE)
+    launch.closing_line(code, str(status.get("reason")))
+    return code
+
+
+def _first_failure(exit_codes: dict[int, int], notes: Path) -> Failure:
+    """The failure that the others follow from: a killed process, else the earliest own error."""
+    latest = max(
+        (path.name.split(".")[1] for path in notes.glob("failure.*.json")), default="0", key=int
+    )
+    told = [Failure(**read_json(path)) for path in notes.glob(f"failure.{latest}.*.json")]
+    own = [failure for failure in told if failure.kind in ("user", "error")]
+    killed = {rank: -code for rank, code in exit_codes.items() if code < 0}
+    if killed and not own:
+        return _killed(killed)
+    if own:
+        first = min(own, key=lambda failure: failure.at)
+        named = first.message if first.kind == "user" else f"rank {first.rank}: {first.message}"
+        return replace(first, message=named)
+    timeouts = [failure for failure in told if failure.kind == "timeout"]
+    if timeouts:
+        return _hung(timeouts, notes)
+    if told:
+        return min(told, key=lambda failure: failure.at)
+    rank, code = min(exit_codes.items())
+    return Failure(
+        rank, code if code > 0 else FAILED, "error", f"rank {rank} left with code {code}"
+    )
+
+
+def _killed(killed: dict[int, int]) -> Failure:
+    rank, number = min(killed.items())
+    name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
+    why = " (by the kernel when RAM ran out, or by someone)" if number == signal.SIGKILL else ""
+    return Failure(rank, FAILED, "error", f"rank {rank} was killed by {name}{why}")
+
+
+def _hung(timeouts: list[Failure], notes: Path) -> Failure:
+    """The rank that did not answer: the one, or one of those, that did not itself time out."""
+    waited = sorted(failure.rank for failure in timeouts)
+    ranks = sorted(int(path.name.partition(".")[2]) for path in notes.glob("pid.*"))
+    silent = [rank for rank in ranks if rank not in waited] or ["another host"]
+    first = min(timeouts, key=lambda failure: failure.at)
+    names = ", ".join(str(rank) for rank in silent)
+    message = f"rank {names} did not answer within --timeout (rank {first.rank}: {first.message})"
+    return Failure(first.rank, FAILED, "timeout", message, first.traceback)

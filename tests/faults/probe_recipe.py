@@ -1,0 +1,44 @@
+"""The smallest recipe on `shared`: a two-layer net on seeded points; what the faults are tried on.
+
+python tests/faults/probe_recipe.py --epochs 3 --nproc 2 --workers 2
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
+
+from shared.config import RunOptions, option, parse
+from shared.launch import launch, world_size
+
+RUN_DIR = Path(__file__).resolve().parent / "demo" / "runs" / "probe"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the probe."""
+
+    epochs: int = option(3, "passes over the points", scope="length")
+    batch_size: int = option(8, "points a process and step")
+    num_points: int = option(128, "points in the set")
+    workers: int = option(0, "loader workers a process", scope="free")
+    fault: str = option(
+        "", "what goes wrong, as name@step[@rank] (see probe_faults.py)", scope="free"
+    )
+    step_ms: float = option(0.0, "milliseconds to sleep a step", scope="free")
+    run: RunOptions = field(default_factory=lambda: RunOptions(log_every=1, save_every=5))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Train; the exit code."""
+    cfg = parse(Config, argv, __doc__)
+    if cfg.run.dry_run:
+        return 0
+    from tests.faults.probe_training import train
+
+    return train(cfg, cfg.run.run_dir or RUN_DIR)
+
+
+if __name__ == "__main__":
+    sys.exit(launch(main))
