@@ -63,7 +63,7 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True)
 class Decision:
-    """How a run begins: from `checkpoint`, or afresh, `why`, and whether an older run makes room."""
+    """How a run begins: from `checkpoint` or afresh, `why`, and whether an older run makes room."""
 
     checkpoint: Path | None = None
     why: str = ""
@@ -81,7 +81,7 @@ def save(path: Path, state: dict[str, Any], keep: int = 2) -> None:
 
 
 def _rotate(path: Path, keep: int) -> None:
-    """Move each checkpoint one back; the newest gets a second name, so that `path` never is missing."""
+    """Move each checkpoint one back; the newest gets a second name: `path` never is missing."""
     if keep < 2 or not path.exists():
         return
     for number in range(keep - 1, 1, -1):
@@ -115,8 +115,8 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:
         if "weights_only" in str(error) or "Weights only" in str(error):
             raise UserError(
-                f"{path} holds more than tensors and plain values and was not opened: loading it could "
-                "run code; use a checkpoint written by this toolkit"
+                f"{path} holds more than tensors and plain values and was not opened: loading it "
+                "could run code; use a checkpoint written by this toolkit"
             ) from None
         raise DamagedError(f"{path}: {one_line(error)}") from None
 
@@ -200,9 +200,9 @@ def check_space(directory: Path, checkpoint_bytes: int, keep: int) -> None:
     needed, free = checkpoint_bytes * (keep + 1), shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(
-            f"{directory}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for {keep} checkpoints "
-            f"of {checkpoint_bytes / 1e9:.2f} GB and one being written; free some space, lower --keep, "
-            "or choose another --run-dir"
+            f"{directory}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for {keep} "
+            f"checkpoints of {checkpoint_bytes / 1e9:.2f} GB and one being written; free some "
+            "space, lower --keep, or choose another --run-dir"
         )
 
 

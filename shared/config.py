@@ -1,4 +1,4 @@
-"""Dataclass ↔ flags ↔ YAML: one frozen dataclass a recipe is its flags, its help and its file format.
+"""Dataclass ↔ flags ↔ YAML: a recipe's frozen dataclass is its flags, its help, its file format.
 
     @dataclass(frozen=True)
     class Config:
@@ -82,7 +82,7 @@ class RunOptions:
     demo: bool = option(False, "train on the built-in demo data, in <recipe>/demo")
     resume: str = option(
         "auto",
-        "auto: continue an interrupted run of the same configuration; never; or a checkpoint's path",
+        "auto: continue an interrupted run of the same settings; never; or a checkpoint's path",
         scope="free",
         const="auto",
     )
@@ -154,7 +154,7 @@ def parse(config_class: type[C], argv: list[str] | None = None, usage: str | Non
     resume = {"resume": stored["resume"]} if stored else {}
     config = _build(defaults, stored | given | resume, frozenset(given))
     if flags.get("print_config"):
-        print(json.dumps(settings(config), indent=2, ensure_ascii=False))
+        sys.stdout.write(json.dumps(settings(config), indent=2, ensure_ascii=False) + "\n")
         raise SystemExit(0)
     return config
 
@@ -354,8 +354,8 @@ def _read_stored(defaults: Any, resume: str | None) -> dict[str, Any]:
     written = read_json(directory / "config.json")
     if not isinstance(written, dict) or not isinstance(written.get("settings"), dict):
         raise UserError(
-            f"--resume {resume}: {directory / 'config.json'} is missing or was not written by a run; "
-            "a checkpoint is resumed from its own run directory"
+            f"--resume {resume}: {directory / 'config.json'} is missing or was not written by a "
+            "run; a checkpoint is resumed from its own run directory"
         )
     stored = written["settings"] | {"resume": str(path), "run_dir": str(directory)}
     kept = {name: leaf for name, leaf in leaves(defaults).items() if name not in _ONE_CALL}

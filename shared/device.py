@@ -90,8 +90,8 @@ def _why_unusable(name: str, present: int) -> str:
     built = torch.version.cuda or "none (a CPU build)"
     return (
         f"this machine has {present} NVIDIA GPU(s) that torch {torch.__version__} (built for CUDA "
-        f"{built}) cannot use; driver: {driver_version()}. Update the driver, install a torch build "
-        "for it, or type --device cpu"
+        f"{built}) cannot use; driver: {driver_version()}. Update the driver, install a torch "
+        "build for it, or type --device cpu"
     )
 
 

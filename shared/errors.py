@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 if sys.version_info < (3, 11):  # before anything that an older Python would trip over
     sys.stderr.write(
-        "Python 3.11 or newer is needed, this is %s (%s); ./setup.sh makes an environment with one\n"
-        % (sys.version.split()[0], sys.executable)
+        f"Python 3.11 or newer is needed, this is {sys.version.split()[0]} ({sys.executable}); "
+        "./setup.sh makes an environment with one\n"
     )
     sys.exit(3)
 
@@ -45,6 +45,10 @@ def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+_SHM_HINT = (
+    "/dev/shm is too small for the loader workers: use --workers 0, or raise the container's "
+    "--shm-size"
+)
 # (fragments that must all occur in the lower-cased message, what it means and what to do)
 _HINTS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
@@ -54,15 +58,16 @@ _HINTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("bus error",),
-        "/dev/shm is too small for the loader workers: use --workers 0, or raise the container's --shm-size",
+        _SHM_HINT,
     ),
     (
         ("shared memory", "shm"),
-        "/dev/shm is too small for the loader workers: use --workers 0, or raise the container's --shm-size",
+        _SHM_HINT,
     ),
     (
         ("out of memory",),
-        "the device is full: lower --batch-size, try --amp bf16, and look for other programs on the device",
+        "the device is full: lower --batch-size, try --amp bf16, and look for other programs "
+        "on the device",
     ),
     (
         ("can't allocate memory",),
@@ -70,12 +75,13 @@ _HINTS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("no space left on device",),
-        "the disk is full: free some space and type the same command again; the last checkpoint is whole",
+        "the disk is full: free some space and type the same command again; the last "
+        "checkpoint is whole",
     ),
     (
         ("nvidia driver", "too old"),
-        "the NVIDIA driver is older than this torch build needs: update the driver, install a torch build "
-        "for your CUDA version, or run on the CPU with --device cpu",
+        "the NVIDIA driver is older than this torch build needs: update the driver, install a "
+        "torch build for your CUDA version, or run on the CPU with --device cpu",
     ),
 )
 

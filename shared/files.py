@@ -45,7 +45,7 @@ def write_text(path: Path, text: str, *, durable: bool = True) -> None:
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
-    """Write `value` as indented UTF-8 JSON, atomically. Raises ValueError for NaN and infinities."""
+    """Write `value` as indented UTF-8 JSON, atomically. Raises ValueError for NaN and infinity."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     write_text(path, text, durable=durable)
 

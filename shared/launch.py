@@ -32,8 +32,9 @@ from shared.errors import (
     USER_ERROR,
     MissingToolError,
     UserError,
+    hint_for,
+    one_line,
 )
-from shared.errors import hint_for, one_line
 from shared.files import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -148,8 +149,8 @@ def _count_processes(flags: _Flags, argv: list[str], fit: Fit | None) -> int:
         check_mask(os.environ, present)
     if flags.processes.nnodes < 1 or not 0 <= flags.processes.node_rank < flags.processes.nnodes:
         raise UserError(
-            f"--node-rank {flags.processes.node_rank} of --nnodes {flags.processes.nnodes}: hosts are "
-            "numbered from 0 to nnodes - 1"
+            f"--node-rank {flags.processes.node_rank} of --nnodes {flags.processes.nnodes}: hosts "
+            "are numbered from 0 to nnodes - 1"
         )
     typed = flags.processes.nproc
     if typed is None and os.environ.get("NPROC_PER_NODE", "").isdigit():
@@ -166,7 +167,7 @@ def _count_processes(flags: _Flags, argv: list[str], fit: Fit | None) -> int:
 
 
 def _one_thread_a_process() -> None:
-    """On a CPU several OpenMP threads a process were measured slower than one, spinning for work."""
+    """On a CPU several OpenMP threads a process were measured slower than one: they spin."""
     if present_gpus() == 0:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -248,8 +249,8 @@ def _guard(main: Main, argv: list[str], rank: int) -> int | Failure:
 
 def _missing_package(name: str) -> str:
     return (
-        f"the Python package {name} is not installed in {sys.executable}; run ./setup.sh and use its "
-        ".venv, or pip install -r the recipe's requirements.txt"
+        f"the Python package {name} is not installed in {sys.executable}; run ./setup.sh and use "
+        "its .venv, or pip install -r the recipe's requirements.txt"
     )
 
 

@@ -1,8 +1,8 @@
 """The only place that builds a DataLoader: exact under resume, safe under signals.
 
 Exact: the order comes from (seed, epoch), the loader's own generator is seeded anew each epoch, and
-each sample's random numbers come from (seed, epoch, index), so neither the number of workers nor the
-batch at which a run was interrupted changes anything.
+each sample's random numbers come from (seed, epoch, index), so neither the number of workers nor
+the batch at which a run was interrupted changes anything.
 Safe: workers live in a process group of their own, since torchrun signals whole groups and a worker
 that dies of SIGTERM takes the emergency checkpoint with it; and they die with their process.
 """
@@ -112,12 +112,12 @@ class _Seeded(Dataset[Any]):
 
 
 def _states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
 
 
 def _restore(states: tuple[Any, ...]) -> None:
     torch.set_rng_state(states[0])
-    np.random.set_state(states[1])  # noqa: NPY002
+    np.random.set_state(states[1])
     random.setstate(states[2])
 
 

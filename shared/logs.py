@@ -1,4 +1,4 @@
-"""Log lines that survive: UTF-8 whatever the locale, line-buffered, and no crash when stdout goes away.
+"""Log lines that survive: UTF-8 in any locale, line-buffered, no crash when stdout goes away.
 
 Standard library only.
 """
@@ -67,4 +67,5 @@ def setup(rank: int = 0) -> None:
 def say(text: str) -> None:
     """One line on stderr for the user, also when stderr is gone."""
     with contextlib.suppress(OSError, ValueError):
-        print(text, file=sys.stderr, flush=True)
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()

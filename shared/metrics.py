@@ -73,7 +73,7 @@ class Mean:
         self.sums[1] += weight
 
     def of(self, sums: Tensor) -> float:
-        """The mean from `sums`, this rank's own or (`distributed.total`) all ranks'; NaN of nothing."""
+        """The mean from `sums`, of this rank or (`distributed.total`) of all; NaN of nothing."""
         return float(sums[0] / sums[1])
 
     def state_dict(self) -> dict[str, Any]:

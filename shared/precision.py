@@ -39,7 +39,7 @@ class Amp:
         return torch.autocast(self._device_type, dtype=dtype, enabled=self.mode != "off")
 
     def full_precision(self) -> AbstractContextManager[Any]:
-        """The context for what must stay float32 inside `autocast`; `.float()` alone does not help."""
+        """The context for what stays float32 inside `autocast`; `.float()` alone does not help."""
         return torch.autocast(self._device_type, enabled=False)
 
     def backward(self, loss: Tensor) -> None:

@@ -77,7 +77,6 @@ def _open_bar(total_steps: int, start_step: int) -> Any:
     from tqdm import tqdm
     from tqdm.utils import DisableOnWriteError
 
-    stream = DisableOnWriteError(
-        sys.stderr, tqdm_instance=None
-    )  # a closed terminal ends no training
+    # a closed terminal ends no training
+    stream: Any = DisableOnWriteError(sys.stderr, tqdm_instance=None)
     return tqdm(total=total_steps, initial=start_step, file=stream, dynamic_ncols=True, unit="step")

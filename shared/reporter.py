@@ -59,7 +59,7 @@ class Reporter:
         self._metrics.log(position.step, position.epoch, split, status.finite(numbers | extra))
         if split == "train":
             self._progress.show(position.step, position.epoch, numbers)
-        self._status.fields["last"] |= status.finite(numbers)
+        self._status.fields["best" if split == "best" else "last"] |= status.finite(numbers)
         self.tick(position)
 
     def tick(self, position: Position) -> None:

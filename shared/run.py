@@ -96,7 +96,7 @@ class Run:
         """Report the step just done; recorded, averaged over the ranks, every `log_every` steps.
 
         Values stay on the device until then: reading them makes the CPU wait for the GPU. Other
-        splits than train are recorded whenever they are given.
+        splits (val, epoch, best) are recorded whenever they are given.
         """
         step = self.position.step
         if (

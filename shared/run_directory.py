@@ -33,7 +33,8 @@ def take(run_dir: Path) -> int:
         handle = os.open(run_dir / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise UserError(
-            f"the run directory {run_dir} cannot be written: {one_line(error)}; choose another --run-dir"
+            f"the run directory {run_dir} cannot be written: {one_line(error)}; choose another "
+            "--run-dir"
         ) from None
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

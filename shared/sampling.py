@@ -20,18 +20,19 @@ def steps_per_epoch(num_samples: int, batch_size: int, world_size: int) -> int:
     steps = num_samples // (batch_size * world_size)
     if steps == 0:
         raise UserError(
-            f"{num_samples} samples are too few for one step: {world_size} process(es) × batch size "
-            f"{batch_size} a process need {batch_size * world_size}; lower --batch-size or --nproc"
+            f"{num_samples} samples are too few for one step: {world_size} process(es) × batch "
+            f"size {batch_size} a process need {batch_size * world_size}; lower --batch-size or "
+            "--nproc"
         )
     return steps
 
 
 class TrainBatches(Sampler[list[int]]):
-    """Lists of sample indices: a new order every epoch, equal numbers of whole batches on all ranks.
+    """Lists of sample indices: a new order every epoch, as many whole batches on every rank.
 
-    Step k of the epoch takes the samples [k·W·B, (k+1)·W·B) of the order, rank r the r-th B of them,
-    so that the global batch is the same for any world size of the same W·B. `offset` steps are
-    passed over: the continuation of an epoch that was interrupted.
+    Step k of the epoch takes the samples [k·W·B, (k+1)·W·B) of the order, rank r the r-th B of
+    them, so that the global batch is the same for any world size of the same W·B. `offset` steps
+    are passed over: the continuation of an epoch that was interrupted.
     """
 
     def __init__(

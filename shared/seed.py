@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ def seed_all(seed: int, rank: int = 0) -> None:
 def seed_process(value: int) -> None:
     """Seed the three generators of this process with a number of up to 63 bits."""
     torch.manual_seed(value)
-    np.random.seed(value % 2**32)  # noqa: NPY002, the global state is what users' transforms draw from
+    np.random.seed(value % 2**32)
     random.seed(value)
 
 
@@ -30,7 +30,7 @@ def derive(*numbers: int) -> int:
 
 def get_state() -> dict[str, Any]:
     """The generators' states as tensors, lists and numbers (readable with weights_only=True)."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]  # noqa: NPY002
+    name, keys, position, has_gauss, cached = cast(tuple[Any, ...], np.random.get_state())
     version, internal, gauss = random.getstate()
     return {
         "torch": torch.get_rng_state(),
@@ -46,7 +46,7 @@ def set_state(state: dict[str, Any]) -> None:
     if state["cuda"] is not None and _uses_cuda():
         torch.cuda.set_rng_state(state["cuda"])
     name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
 

@@ -84,7 +84,7 @@ class _Stops:
 
 
 def _agent_options(options: ProcessOptions, count: int, notes: str) -> list[str]:
-    """torchrun's flags for the agent."""
+    """Torchrun's flags for the agent."""
     flags = [
         f"--nproc-per-node={count}",
         f"--nnodes={options.nnodes}",
@@ -130,7 +130,7 @@ def _run_agent(agent_options: list[str], argv: list[str]) -> dict[int, int]:
         ):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what happened, once
     script = str(Path(sys.argv[0]).absolute())
-    # our flags stay away from torchrun's parser, which takes some of them for abbreviations of its own
+    # our flags stay away from torchrun's parser: it takes some for abbreviations of its own
     config, interpreter, arguments = config_from_args(parse_args([*agent_options, script]))
     try:
         elastic_launch(config, interpreter)(*arguments, *argv)

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
 from shared.config import RunOptions, option, parse
-from shared.launch import launch, world_size
+from shared.launch import launch
 
 RUN_DIR = Path(__file__).resolve().parent / "demo" / "runs" / "probe"
 
@@ -22,9 +22,13 @@ class Config:
     epochs: int = option(3, "passes over the points", scope="length")
     batch_size: int = option(8, "points a process and step")
     num_points: int = option(128, "points in the set")
+    width: int = option(16, "hidden units: the size of a checkpoint")
+    dropout: float = option(0.1, "share of hidden units left out")
+    augment: bool = option(True, "move the points at random")
+    patience: int = option(0, "epochs without a lower loss before stopping; 0: never")
     workers: int = option(0, "loader workers a process", scope="free")
     fault: str = option(
-        "", "what goes wrong, as name@step[@rank] (see probe_faults.py)", scope="free"
+        "", "what goes wrong, as name@step[@rank] (see probe_training.py)", scope="free"
     )
     step_ms: float = option(0.0, "milliseconds to sleep a step", scope="free")
     run: RunOptions = field(default_factory=lambda: RunOptions(log_every=1, save_every=5))
