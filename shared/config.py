@@ -249,16 +249,16 @@ def _dashed(argv: list[str]) -> list[str]:
     return dashed
 
 
-def _add_flags(parser: Any, defaults: Any) -> None:
+def _add_flags(parser: argparse.ArgumentParser, defaults: Any, group: Any = None) -> None:
     """Add a flag for every setting; each nested dataclass becomes a group of the help."""
     hints = typing.get_type_hints(type(defaults))
     for item in dataclasses.fields(defaults):
         value = getattr(defaults, item.name)
         if dataclasses.is_dataclass(value):
             title = (type(value).__doc__ or "").partition(".")[0]
-            _add_flags(parser.add_argument_group(title), value)
+            _add_flags(parser, value, parser.add_argument_group(title))
         elif item.name != "typed":
-            _add_flag(parser, Setting(item, hints[item.name], value))
+            _add_flag(group or parser, Setting(item, hints[item.name], value))
 
 
 def _add_flag(parser: Any, setting: Setting) -> None:

@@ -145,7 +145,7 @@ class _GatherWithGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        gradient = gradient.contiguous()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)  # not ours to change
         dist.all_reduce(gradient, op=dist.ReduceOp.SUM)
         start = dist.get_rank() * ctx.rows
         return gradient[start : start + ctx.rows]

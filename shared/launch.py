@@ -94,7 +94,7 @@ def launch(main: Main, fit: Fit | None = None) -> int:
         count = _count_processes(flags, argv, fit)
     except UserError as error:
         return report(Failure(0, error.exit_code, "user", one_line(error)), None)
-    _one_thread_a_process()
+    _settle_for_cpu()
     if count * flags.processes.nnodes == 1 and flags.processes.max_restarts == 0:
         return _alone(main, argv)
     return _together(main, argv, flags.processes, count)
@@ -166,10 +166,13 @@ def _count_processes(flags: _Flags, argv: list[str], fit: Fit | None) -> int:
     return fit(argv, visible) if fit else visible
 
 
-def _one_thread_a_process() -> None:
-    """On a CPU several OpenMP threads a process were measured slower than one: they spin."""
+def _settle_for_cpu() -> None:
+    """Defaults for a machine without a GPU; what the user set stays."""
     if present_gpus() == 0:
+        # several OpenMP threads a process were measured slower than one: they spin
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+        # transformers imports deepspeed where it is installed, which else warns on every start
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _alone(main: Main, argv: list[str]) -> int:
@@ -211,7 +214,7 @@ def _work(main: Main, argv: list[str]) -> int:
     ours = NOTES in os.environ
     _die_with_parent()
     logs.setup(rank)
-    _one_thread_a_process()
+    _settle_for_cpu()
     if ours:
         pid_file = Path(os.environ[NOTES]) / f"pid.{rank}"
         pid_file.write_text(str(os.getpid()))

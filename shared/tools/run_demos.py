@@ -1,0 +1,198 @@
+"""Run the recipes' main jobs on their built-in demo data, one after another; compare the results.
+
+demo.sh calls this. Exit code: 0 when every recipe ended well, 1 when one failed, 130 after Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
+
+from shared.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, did_you_mean
+from shared.files import read_json
+
+ROOT = Path(__file__).resolve().parents[2]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One recipe's demo: the documented command, and where its status.json lies."""
+
+    trains: str
+    script: str  # below the recipe
+    arguments: tuple[str, ...]
+    run_directory: str  # below <recipe>/demo/runs
+
+
+RECIPES = {
+    "face_distill": Recipe(
+        "face adapters on a BLIP-2 vision tower", "train.sh", ("--demo",), "checkpoints"
+    ),
+}
+
+
+@dataclass
+class Outcome:
+    """What one recipe's demo came to. `status` is empty when the run left none."""
+
+    name: str
+    code: int
+    seconds: float
+    status: dict[str, Any]
+
+    @property
+    def ended_well(self) -> bool:
+        """Whether the command succeeded and its status says so too."""
+        return self.code == DONE and self.status.get("state") == "done"
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    """Run the named demos, all when none is named, and print the table; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="demo.sh", description="Train recipes on their built-in demo data."
+    )
+    known = [name for name, recipe in RECIPES.items() if (root / name / recipe.script).is_file()]
+    parser.add_argument("recipes", nargs="*", help=f"of: {' '.join(known)} (default: all)")
+    names = parser.parse_args(argv).recipes or known
+    for name in names:
+        if name not in known:
+            hint = did_you_mean(name, known)
+            print(f"demo.sh: no recipe {name}{hint} (known: {', '.join(known)})", file=sys.stderr)
+            return USER_ERROR
+    outcomes: list[Outcome] = []
+    with Child() as child:
+        for name in dict.fromkeys(names):
+            if not child.stopped_by:
+                outcomes.append(run_demo(name, root, child))
+    print("\n" + table(outcomes, root), flush=True)
+    if child.stopped_by:
+        return INTERRUPTED if child.stopped_by == signal.SIGINT else 128 + child.stopped_by
+    return DONE if all(outcome.ended_well for outcome in outcomes) else FAILED
+
+
+class Child:
+    """The running demo, in a process group of its own.
+
+    A signal to this program reaches it exactly once: Ctrl-C at a terminal would otherwise come
+    twice, from the terminal and from here, and the second one ends a run without saving.
+    """
+
+    def __init__(self) -> None:
+        self.stopped_by = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Child:
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's stays as it is
+                self._before[number] = signal.signal(number, self._pass_on)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def run(self, command: list[str]) -> int:
+        """Run `command`, its output passed through to the end; its exit code, as a shell has it."""
+        ours, its = os.pipe()
+        self._process = subprocess.Popen(command, stdout=its, stderr=its, process_group=0)
+        os.close(its)
+        if self.stopped_by:  # the signal came while the process was being made
+            self._process.send_signal(self.stopped_by)
+        # the pipe ends after the script's own tee, so the table cannot overtake the last lines
+        reader = threading.Thread(target=_pass_through, args=(ours,), daemon=True)
+        reader.start()
+        code = self._process.wait()
+        reader.join(timeout=5)
+        self._process = None
+        return code if code >= 0 else 128 - code
+
+    def _pass_on(self, number: int, _: object) -> None:
+        self.stopped_by = number
+        if self._process:
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+
+def _pass_through(descriptor: int) -> None:
+    while chunk := os.read(descriptor, 65536):
+        with contextlib.suppress(OSError):  # our own stdout may be gone; the run goes on
+            os.write(1, chunk)
+    os.close(descriptor)
+
+
+def run_demo(name: str, root: Path, child: Child) -> Outcome:
+    """Run one recipe's documented script; how it went."""
+    recipe = RECIPES[name]
+    command = [str(root / name / recipe.script), *recipe.arguments]
+    print(f"\n=== {name}: {name}/{recipe.script} {' '.join(recipe.arguments)}", flush=True)
+    started, clock = time.time(), time.monotonic()
+    try:
+        code = child.run(command)
+    except OSError as error:
+        print(f"demo.sh: {command[0]} does not start: {error}", file=sys.stderr)
+        code = FAILED
+    seconds = time.monotonic() - clock
+    path = root / name / "demo" / "runs" / recipe.run_directory / "status.json"
+    # an older file tells of an older run
+    fresh = path.is_file() and path.stat().st_mtime >= started - 1
+    return Outcome(name, code, seconds, (read_json(path) if fresh else None) or {})
+
+
+def table(outcomes: list[Outcome], root: Path) -> str:
+    """The outcomes as aligned text: recipe, what was trained, result, time, outputs."""
+    rows: list[tuple[str, ...]] = [("recipe", "trained", "result", "time", "outputs")]
+    for outcome in outcomes:
+        outputs = [_short(path, root) for path in outcome.status.get("outputs") or ["-"]]
+        trains, took = RECIPES[outcome.name].trains, f"{outcome.seconds:.0f} s"
+        rows.append((outcome.name, trains, result_text(outcome), took, outputs[0]))
+        rows += [("", "", "", "", path) for path in outputs[1:]]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    rows.insert(1, tuple("-" * width for width in widths))
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+
+
+def result_text(outcome: Outcome) -> str:
+    """'accuracy 0.512 -> 0.874' of a run that ended well, else what went wrong."""
+    if not outcome.ended_well:
+        state = "no status.json" if outcome.code == DONE else f"exit code {outcome.code}"
+        reason = " ".join(str(outcome.status.get("reason") or state).split())
+        return f"FAILED: {reason if len(reason) <= 60 else reason[:57] + '...'}"
+    result = outcome.status.get("result")
+    if not result:
+        return "done"
+    before, after = result["before"], result["after"]
+    gain = None if None in (before, after) else after - before
+    if gain is not None and (gain if result["higher_is_better"] else -gain) <= 0:
+        return f"{result['name']} {_number(before)} -> {_number(after)} (no gain)"
+    return f"{result['name']} {_number(before)} -> {_number(after)}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"
+
+
+def _short(path: str, root: Path) -> str:
+    """`path` below the repository where it lies there."""
+    with contextlib.suppress(ValueError):
+        return str(Path(path).relative_to(root))
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

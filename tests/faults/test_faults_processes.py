@@ -1,0 +1,331 @@
+"""Rows 1 to 9 of the fault matrix: signals, killed, hanging and failing processes (see README.md)."""
+
+import itertools
+import os
+import pty
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.faults import probe_recipe
+from tests.harness import (
+    PROBE,
+    ROOT,
+    Running,
+    children_of,
+    environment,
+    free_port,
+    losses,
+    ranks_of,
+    run_here,
+    start,
+    status_of,
+    wait_for_step,
+    wait_until,
+)
+
+RANKS_AND_WORKERS = [(1, 0), (1, 2), (2, 0), (2, 2)]
+
+
+def position(path: Path) -> int:
+    """The step that a checkpoint was written at."""
+    return torch.load(path, weights_only=True)["position"]["step"]
+
+
+@pytest.mark.limit(240)
+@pytest.mark.parametrize(("ranks", "workers"), RANKS_AND_WORKERS)
+def test_fault_01_sigterm_saves_and_leaves(stopped, ranks, workers):
+    run_dir, outcome = stopped(ranks, workers)
+    assert outcome["code"] == 143, outcome["text"]
+    assert not outcome["left"]
+    status = status_of(run_dir)
+    assert (status["state"], status["exit_code"]) == ("stopped", 143)
+    assert position(run_dir / "last.pt") == status["step"] == max(losses(run_dir))
+    last_line = outcome["text"].splitlines()[-1]
+    assert f"stopped: SIGTERM: saved at step {status['step']}" in last_line
+    assert "(exit 143)" in last_line
+    assert "Traceback" not in outcome["text"]
+
+
+@pytest.mark.limit(180)
+def test_fault_01_sigterm_while_several_processes_start_ends_all_of_them(tmp_path):
+    with start([PROBE, "--nproc", 2, "--run-dir", tmp_path / "run"]) as running:
+        wait_until(lambda: len(ranks_of(running)) == 2, "two ranks", running=running)
+        running.signal(signal.SIGTERM)
+        outcome = running.finish()
+        assert outcome.code == 143, outcome.text
+        assert running.leaves_nothing()
+
+
+def test_fault_02_ctrl_c_saves_and_leaves(tmp_path):
+    outcome = run_here(probe_recipe.main, ["--fault", "int@7", "--run-dir", tmp_path / "run"])
+    assert outcome.code == 130
+    assert position(tmp_path / "run" / "last.pt") == 7
+    assert status_of(tmp_path / "run")["exit_code"] == 130
+    assert "interrupted: SIGINT: saved at step 7" in outcome.last_line
+
+
+@pytest.mark.limit(180)
+@pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_fault_02_second_signal_ends_at_once(tmp_path, ranks, number):
+    run_dir = tmp_path / "run"
+    # the seventh step never ends, so that the first signal finds no moment to save
+    args = ["--fault", "hang@7", "--nproc", ranks, "--run-dir", run_dir]
+    with start([PROBE, *args]) as running:
+        wait_for_step(run_dir, 6, running)
+        running.signal(number, group=True)
+        time.sleep(1.0)  # signals closer together count as one request
+        assert running.process.poll() is None
+        running.signal(number, group=True)
+        asked = time.monotonic()
+        outcome = running.finish()
+        assert time.monotonic() - asked < 10
+        assert running.leaves_nothing()
+    # nothing was saved at the end, so neither 143 nor 130, which promise that
+    assert outcome.code == 1, outcome.text
+    assert (status_of(run_dir)["state"], status_of(run_dir)["exit_code"]) == ("failed", 1)
+    assert "(exit 1)" in outcome.last_line
+    assert number.name in outcome.last_line
+    assert position(run_dir / "last.pt") == 5
+
+
+@pytest.mark.limit(180)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fault_03_run_under_nohup_survives_a_hang_up(tmp_path, ranks):
+    run_dir = tmp_path / "run"
+    args = [PROBE, "--nproc", ranks, "--step-ms", 50, "--run-dir", run_dir]
+    with start(args, program=["nohup", sys.executable]) as running:
+        wait_for_step(run_dir, 3, running)
+        running.signal(signal.SIGHUP, group=True)
+        for pid in ranks_of(running).values():  # a terminal's hang-up reaches their groups too
+            os.killpg(pid, signal.SIGHUP)
+        outcome = running.finish()
+        assert outcome.code == 0, outcome.text
+    assert max(losses(run_dir)) == 48 // ranks
+
+
+@pytest.mark.limit(120)
+def test_fault_03_lost_terminal_saves_and_leaves(tmp_path):
+    run_dir = tmp_path / "run"
+    ours, theirs = pty.openpty()
+    terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": False}
+    command = ["setsid", "--ctty", "--wait", sys.executable, str(PROBE), "--run-dir", str(run_dir)]
+    with Running([*command, "--step-ms", "50"], environment(), **terminal) as running:
+        os.close(theirs)
+        wait_for_step(run_dir, 3, running)
+        os.close(ours)  # the kernel sends SIGHUP, and every further write to the terminal fails
+        assert running.finish().code == 143
+        assert running.leaves_nothing()
+    assert status_of(run_dir)["state"] == "stopped"
+    assert position(run_dir / "last.pt") == status_of(run_dir)["step"]
+
+
+@pytest.mark.limit(180)
+def test_fault_04_sigterm_to_the_shell_script_reaches_the_run(tmp_path):
+    run_dir, script = tmp_path / "run", tmp_path / "train.sh"
+    script.write_text(
+        f'#!/usr/bin/env bash\nsource "{ROOT}/shared/shell/common.sh"\n'
+        f'PYTHON_FOUND="{sys.executable}"\nstart_log "{tmp_path}/logs" train\n'
+        f'run_python "{PROBE}" "$@"\n'
+    )
+    args = [script, "--nproc", 2, "--step-ms", 100, "--run-dir", run_dir]
+    with start(args, program=["bash"]) as running:
+        wait_for_step(run_dir, 3, running)
+        assert status_of(run_dir)["pid"] == running.pid
+        running.signal(signal.SIGTERM)
+        assert running.finish().code == 143
+        assert running.leaves_nothing()
+    assert status_of(run_dir)["state"] == "stopped"
+    assert position(run_dir / "last.pt") == status_of(run_dir)["step"]
+
+
+@pytest.mark.limit(180)
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 2)])
+def test_fault_05_nothing_outlives_a_killed_launcher(tmp_path, ranks, workers):
+    run_dir = tmp_path / "run"
+    args = ["--nproc", ranks, "--workers", workers, "--step-ms", 100, "--run-dir", run_dir]
+    with start([PROBE, *args]) as running:
+        wait_for_step(run_dir, 3, running)
+        running.signal(signal.SIGKILL)
+        assert running.finish().code == -signal.SIGKILL
+        assert running.leaves_nothing(5.0)
+    if ranks > 1:  # its processes get SIGTERM from the kernel, and save
+        assert status_of(run_dir)["state"] == "stopped"
+        assert position(run_dir / "last.pt") == status_of(run_dir)["step"]
+    # neither lock nor half-written file stands in the way of the next run
+    assert run_here(probe_recipe.main, ["--run-dir", run_dir]).code == 0
+
+
+@pytest.mark.limit(180)
+@pytest.mark.parametrize("killed", [0, 1])
+def test_fault_06_killed_rank_ends_the_run_and_is_named(tmp_path, killed):
+    run_dir = tmp_path / "run"
+    args = ["--nproc", 2, "--fault", f"kill@6@{killed}", "--run-dir", run_dir]
+    with start([PROBE, *args]) as running:
+        outcome = running.finish()
+        assert running.leaves_nothing()
+    assert outcome.code == 1
+    assert f"rank {killed} was killed by SIGKILL" in outcome.last_line
+    assert (status_of(run_dir)["state"], status_of(run_dir)["exit_code"]) == ("failed", 1)
+    assert f"rank {killed} was killed" in status_of(run_dir)["reason"]
+    assert position(run_dir / "last.pt") == 5
+
+
+@pytest.mark.limit(180)
+def test_fault_06_restarted_run_has_the_losses_of_an_undisturbed_one(tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    args = ["--nproc", 2, "--max-restarts", 1, "--fault", "kill@12@1", "--run-dir", run_dir]
+    with start([PROBE, *args]) as running:
+        outcome = running.finish()
+    assert outcome.code == 0, outcome.text
+    assert "continuing from" in outcome.text
+    assert losses(run_dir) == undisturbed(2)
+    assert status_of(run_dir)["state"] == "done"
+
+
+@pytest.mark.limit(180)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fault_07_killed_loader_worker_ends_the_run_with_a_hint(tmp_path, ranks):
+    run_dir = tmp_path / "run"
+    args = ["--nproc", ranks, "--workers", 2, "--step-ms", 100, "--run-dir", run_dir]
+    with start([PROBE, *args]) as running:
+        wait_for_step(run_dir, 3, running)
+        parent = running.pid if ranks == 1 else ranks_of(running)[1]
+        os.kill(children_of(parent)[0], signal.SIGKILL)
+        outcome = running.finish()
+        assert running.leaves_nothing()
+    assert outcome.code == 1
+    assert "killed by signal: Killed" in outcome.last_line
+    assert "RAM or /dev/shm" in outcome.last_line
+    assert "--workers" in outcome.last_line
+    assert status_of(run_dir)["state"] == "failed"
+
+
+@pytest.mark.limit(180)
+def test_fault_08_hanging_rank_is_named_after_the_timeout(tmp_path):
+    run_dir = tmp_path / "run"
+    args = ["--nproc", 2, "--timeout", 5, "--fault", "hang@6@1", "--run-dir", run_dir]
+    with start([PROBE, *args]) as running:
+        wait_for_step(run_dir, 5, running)
+        began = time.monotonic()
+        outcome = running.finish()
+        assert time.monotonic() - began < 40
+        assert running.leaves_nothing()
+    assert outcome.code == 1
+    assert "rank 1 did not answer within --timeout" in outcome.last_line
+    assert "step 6 of 24" in outcome.last_line
+    assert status_of(run_dir)["state"] == "failed"
+
+
+@pytest.mark.limit(180)
+def test_fault_09_traceback_of_the_rank_that_failed_comes_once_and_last(tmp_path):
+    run_dir = tmp_path / "run"
+    with start([PROBE, "--nproc", 2, "--fault", "raise@6@1", "--run-dir", run_dir]) as running:
+        outcome = running.finish()
+        assert running.leaves_nothing()
+    assert outcome.code == 1
+    assert outcome.text.count("Traceback (most recent call last)") == 1
+    assert "rank 1: ValueError: broken on purpose on rank 1, at step 6 of 24" in outcome.last_line
+    tail = outcome.text[outcome.text.index("Traceback") :]
+    assert "ValueError: broken on purpose on rank 1" in tail
+    assert "closed by peer" not in outcome.text
+    assert "broken on purpose on rank 1" in status_of(run_dir)["reason"]
+
+
+def torchrun(run_dir: Path, *args: object) -> list[object]:
+    """What a user types who starts the processes with torchrun."""
+    own = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2]
+    return [*own, PROBE, "--run-dir", run_dir, *args]
+
+
+@pytest.mark.limit(240)
+def test_torchrun_typed_by_the_user_trains_stops_and_continues(tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    command = torchrun(run_dir, "--step-ms", 100)
+    with start(command[1:], program=command[:1]) as running:
+        wait_for_step(run_dir, 11, running)
+        running.signal(signal.SIGTERM)
+        outcome = running.finish()
+        assert running.leaves_nothing()
+    assert (status_of(run_dir)["state"], status_of(run_dir)["exit_code"]) == ("stopped", 143)
+    assert "stopped: SIGTERM: saved at step" in outcome.text
+    command = torchrun(run_dir)
+    with start(command[1:], program=command[:1]) as running:
+        outcome = running.finish()
+    assert outcome.code == 0
+    assert "done: 24 steps (exit 0)" in outcome.text
+    assert status_of(run_dir)["state"] == "done"
+    assert losses(run_dir) == undisturbed(2)
+
+
+@pytest.mark.limit(180)
+@pytest.mark.parametrize("rank", [0, 1])
+def test_torchrun_typed_by_the_user_tells_which_rank_failed(tmp_path, rank):
+    run_dir = tmp_path / "run"
+    command = torchrun(run_dir, "--fault", f"raise@6@{rank}")
+    with start(command[1:], program=command[:1]) as running:
+        outcome = running.finish()
+        assert running.leaves_nothing()
+    assert outcome.code == 1
+    assert f"ValueError: broken on purpose on rank {rank}" in outcome.text
+    assert (status_of(run_dir)["state"], status_of(run_dir)["exit_code"]) == ("failed", 1)
+
+
+def hosts(run_dir: Path, *args: object) -> list[Running]:
+    """Two launchers with one process each that meet on the loopback, as on two hosts."""
+    meeting = ["--nnodes", 2, "--master-addr", "127.0.0.1", "--master-port", free_port()]
+    common = [PROBE, "--nproc", 1, *meeting, "--run-dir", run_dir, *args]
+    return [start([*common, "--node-rank", number]) for number in (0, 1)]
+
+
+@pytest.mark.limit(240)
+def test_two_hosts_train_as_two_processes_of_one(tmp_path, undisturbed):
+    first, second = hosts(tmp_path / "run")
+    with first, second:
+        assert first.finish().code == 0
+        assert second.finish().code == 0
+        assert "done: 24 steps (exit 0)" in first.text
+    assert losses(tmp_path / "run") == undisturbed(2)
+
+
+@pytest.mark.limit(240)
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_two_hosts_stop_together_and_both_say_so(tmp_path, signalled):
+    run_dir = tmp_path / "run"
+    both = hosts(run_dir, "--step-ms", 100)
+    with both[0], both[1]:
+        wait_for_step(run_dir, 5, both[0])
+        both[signalled].signal(signal.SIGTERM)
+        outcomes = [running.finish() for running in both]
+        assert all(running.leaves_nothing() for running in both)
+    assert [outcome.code for outcome in outcomes] == [143, 143]
+    assert all("before training began" not in outcome.text for outcome in outcomes)
+    assert (status_of(run_dir)["state"], status_of(run_dir)["exit_code"]) == ("stopped", 143)
+
+
+@pytest.mark.parametrize(
+    ("args", "code"),
+    [
+        ([], 0),
+        (["--fault", "raise@2"], 1),
+        (["--no-such-flag"], 2),
+        (["--fault", "package@2"], 3),
+        (["--fault", "int@2"], 130),
+        (["--fault", "term@2"], 143),
+    ],
+)
+def test_exit_code_last_line_and_status_agree(tmp_path, args, code):
+    outcome = run_here(probe_recipe.main, ["--run-dir", tmp_path / "run", "--epochs", 1, *args])
+    assert outcome.code == code
+    if code == 2:
+        assert outcome.text.count("\n") == 1
+        return
+    status = status_of(tmp_path / "run")
+    assert status["exit_code"] == code
+    assert status["state"] == {0: "done", 130: "stopped", 143: "stopped"}.get(code, "failed")
+    assert f"(exit {code})" in outcome.last_line or code == 3

@@ -1,0 +1,271 @@
+"""face_distill through its documented scripts, on a few faces in the real formats."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from face_distill import demo, model, train_distill
+from shared.files import read_json, read_json_lines
+from tests.harness import ROOT, run_here, start, status_of, wait_until
+
+SCRIPT = ROOT / "face_distill" / "train_distill.py"
+STEPS_AN_EPOCH = 5  # 20 images, 4 a step
+
+
+@pytest.fixture(scope="session")
+def faces(tmp_path_factory) -> demo.DemoPaths:
+    """Five people of four pictures each, a tiny tower, and 24 pairs of strangers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "NUM_PEOPLE", 5)
+        patch.setattr(demo, "PICTURES_EACH", 4)
+        patch.setattr(demo, "PEOPLE_A_FOLD", 2)
+        patch.setattr(demo, "PICTURES_OF_STRANGER", 4)
+        patch.setattr(demo, "PAIRS_A_FOLD", 4)
+        return demo.build(tmp_path_factory.mktemp("faces"))
+
+
+@pytest.fixture
+def flags(faces, tmp_path):
+    """The flags of a run on those faces, into an empty directory."""
+    return [
+        "--blip-path", faces.weights, "--data-root", faces.data_root,
+        "--teacher-feat-dir", faces.teacher, "--batch-size", 4, "--epochs", 6,
+        "--adapter-layers", "spread:2", "--workers", 0, "--log-every", 1,
+        "--run-dir", tmp_path / "checkpoints",
+    ]  # fmt: skip
+
+
+def totals(run_dir: Path) -> dict[int, float]:
+    rows = [row for row in read_json_lines(run_dir / "metrics.jsonl") if row["split"] == "train"]
+    found = {row["step"]: row["Loss/Total"] for row in rows}
+    assert len(found) == len(rows)
+    return found
+
+
+def test_a_run_leaves_the_documented_files_and_says_what_it_reached(flags, faces, tmp_path):
+    outcome = run_here(train_distill.main, [*flags, "--verify", faces.pairs])
+    run_dir = tmp_path / "checkpoints"
+    assert outcome.code == 0, outcome.text
+    names = {path.name for path in run_dir.glob("*.pth")}
+    assert {
+        "best_student_adapter_face.pth", "student_adapter_face_epoch_5.pth", "last.pth",
+    } <= names  # fmt: skip
+    assert "student_adapter_face_epoch_6.pth" not in names
+    assert list((tmp_path / "logs" / "adapter_face_distill").glob("events.out.tfevents*"))
+    status = status_of(run_dir)
+    assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, 30)
+    assert set(status["result"]) == {"name", "before", "after", "higher_is_better"}
+    assert "attention transfer kl_energy on probability maps" in outcome.text
+    assert "training loss" in outcome.text
+    first = next(read_json_lines(run_dir / "metrics.jsonl"))
+    assert {"Loss/Total", "Loss/ArcFace", "Loss/AT", "Loss/RKD", "LR", "samples_per_s"} <= set(
+        first
+    )
+
+
+def test_the_first_epoch_trains_arcface_alone_and_later_ones_the_weighted_sum(flags, tmp_path):
+    assert run_here(train_distill.main, [*flags, "--epochs", 2]).code == 0
+    rows = list(read_json_lines(tmp_path / "checkpoints" / "metrics.jsonl"))
+    train = [row for row in rows if row["split"] == "train"]
+    for row in train:
+        whole = row["Loss/ArcFace"] + 1000 * row["Loss/AT"] + row["Loss/RKD"]
+        expected = row["Loss/ArcFace"] if row["epoch"] == 0 else whole
+        assert row["Loss/Total"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_early_stopping_counts_from_the_loss_with_all_its_terms(flags, tmp_path):
+    """With a learning rate that moves nothing, only the fixed order of sums could improve."""
+    still = [*flags, "--lr", 1e-30, "--patience", 2, "--warmup-epochs", 3, "--epochs", 50]
+    outcome = run_here(train_distill.main, still)
+    run_dir = tmp_path / "checkpoints"
+    assert outcome.code == 0
+    rows = [row for row in read_json_lines(run_dir / "metrics.jsonl") if "epoch/loss" in row]
+    full = [row["epoch/loss"] for row in rows][3:]  # the warm-up's are smaller: never the best
+    best, bad, stopped_after = np.inf, 0, 0
+    for number, loss in enumerate(full, 1):  # the rule, by hand
+        best, bad = (loss, 0) if loss < best else (best, bad + 1)
+        if bad == 2:
+            stopped_after = number
+            break
+    assert len(full) == stopped_after < 47
+    assert status_of(run_dir)["reason"] == "the loss did not fall for 2 epochs"
+
+
+def test_trainable_and_full_checkpoints_load_alike_and_the_small_one_is_small(
+    flags, faces, tmp_path
+):
+    run_dir = tmp_path / "checkpoints"
+    one_epoch = [*flags, "--epochs", 2]
+    assert run_here(train_distill.main, one_epoch).code == 0
+    small = run_dir / "best_student_adapter_face.pth"
+    assert (
+        run_here(train_distill.main, [*one_epoch, "--full-checkpoint", "--resume", "never"]).code
+        == 0
+    )
+    aside = tmp_path / "checkpoints.1" / small.name
+    students = []
+    for path in (aside, small):
+        student = model.FaceStudent(model.load_tower(faces.weights), [0, 3])
+        model.load_student(student, path)
+        students.append(student.eval())
+    images = torch.randn(2, 3, students[0].image_size, students[0].image_size)
+    assert torch.equal(students[0](images)[0], students[1](images)[0])
+    assert aside.stat().st_size < small.stat().st_size / 4
+
+
+def test_a_held_out_share_gives_the_validation_loss(flags, tmp_path):
+    outcome = run_here(train_distill.main, [*flags, "--val-fraction", 0.2, "--epochs", 2])
+    assert outcome.code == 0
+    assert "validation loss" in outcome.text
+    assert max(totals(tmp_path / "checkpoints")) == 2 * (16 // 4)
+
+
+@pytest.mark.serial
+def test_two_processes_train_as_one_does_on_the_same_batches(flags, tmp_path):
+    for processes in (1, 2):
+        extra = ["--nproc", processes, "--run-dir", tmp_path / str(processes), "--epochs", 2]
+        with start([SCRIPT, *flags, *extra]) as running:
+            assert running.finish().code == 0, running.text
+    one, two = totals(tmp_path / "1"), totals(tmp_path / "2")
+    assert one.keys() == two.keys() and len(one) == 10
+    for step, loss in one.items():
+        assert two[step] == pytest.approx(loss, rel=2e-5), step
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("workers", [0, 2])
+def test_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(flags, tmp_path, workers):
+    options = [*flags, "--workers", workers]
+    assert run_here(train_distill.main, [*options, "--run-dir", tmp_path / "whole"]).code == 0
+    run_dir = tmp_path / "checkpoints"
+    with start([SCRIPT, *options]) as running:
+        wait_until(lambda: len(totals(run_dir)) >= 7, "step 7", running=running)
+        running.signal(signal.SIGTERM)
+        assert running.finish().code == 143
+        assert running.leaves_nothing()
+    status = status_of(run_dir)
+    assert status["state"] == "stopped" and 7 <= status["step"] < 30
+    assert max(totals(run_dir)) == status["step"]
+    resumed = run_here(train_distill.main, options)
+    assert resumed.code == 0 and "continuing from" in resumed.text
+    assert totals(run_dir) == totals(tmp_path / "whole")
+
+
+@pytest.mark.serial
+def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, tmp_path):
+    options = [*flags, "--save-every", 3]
+    assert run_here(train_distill.main, [*options, "--run-dir", tmp_path / "whole"]).code == 0
+    run_dir = tmp_path / "checkpoints"
+    with start([SCRIPT, *options]) as running:
+        wait_until(lambda: len(totals(run_dir)) >= 8, "step 8", running=running)
+        running.signal(signal.SIGKILL)
+        running.finish()
+        assert running.leaves_nothing()
+    resumed = run_here(train_distill.main, options)
+    assert resumed.code == 0 and "continuing from" in resumed.text
+    assert totals(run_dir) == totals(tmp_path / "whole")
+
+
+MISTAKES = {
+    "unknown flag": (["--batch-szie", 4], "--batch-szie; did you mean --batch-size?"),
+    "more classes in the data than in the head": (["--num-classes", 3], "below the 5 identities"),
+    "zagoruyko on probabilities": (["--at-mode", "zagoruyko"], "feature maps"),
+    "a batch larger than the data": (["--batch-size", 64], "too few for one step"),
+    "layers the tower lacks": (["--adapter-layers", "last:9"], "from 1 to 4"),
+    "no weights there": (["--blip-path", "/nowhere"], "/nowhere/config.json is missing"),
+    "no teacher there": (["--teacher-feat-dir", "/nowhere"], "teacher_embedding.npy is missing"),
+    "no faces there": (["--data-root", "/nowhere"], "/nowhere holds no faces"),
+    "fp16 on the CPU": (["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs a GPU"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_2(flags, mistake):
+    wrong, message = MISTAKES[mistake]
+    outcome = run_here(train_distill.main, [*flags, *wrong])
+    assert outcome.code == 2
+    assert message in outcome.last_line
+    assert "Traceback" not in outcome.text
+
+
+def test_an_indivisible_batch_names_the_nearest_sizes(monkeypatch, flags):
+    monkeypatch.setattr(train_distill, "world_size", lambda: 3)
+    outcome = run_here(train_distill.main, [*flags, "--batch-size", 10])
+    assert outcome.code == 2
+    assert "cannot be split over 3; use 9 or 12" in outcome.last_line
+
+
+def test_visible_gpus_are_used_up_to_the_largest_number_that_divides_the_default_batch():
+    assert train_distill.processes_that_fit([], 4) == 4
+    assert train_distill.processes_that_fit([], 6) == 4  # 128 = 4 x 32
+    assert train_distill.processes_that_fit(["--batch-size", "96"], 6) == 6  # typed: kept, checked
+
+
+def test_teacher_rows_that_do_not_match_the_records_name_both_sides(flags, faces, tmp_path):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(faces.teacher, teacher)
+    (teacher / "manifest.json").unlink()
+    np.save(teacher / "teacher_labels.npy", np.zeros(20, np.int64))
+    outcome = run_here(train_distill.main, [*flags, "--teacher-feat-dir", teacher])
+    assert outcome.code == 2
+    assert "teacher_labels.npy" in outcome.last_line and str(faces.data_root) in outcome.last_line
+
+
+def test_editing_a_constant_is_the_documented_way_and_changes_the_default(tmp_path):
+    house = tmp_path / "house"
+    shutil.copytree(ROOT / "face_distill", house / "face_distill", ignore=_not_code)
+    (house / "shared").symlink_to(ROOT / "shared")
+    script = house / "face_distill" / "train_distill.py"
+    script.write_text(script.read_text().replace("BATCH_SIZE = 128", "BATCH_SIZE = 64"))
+    shown = subprocess.run(
+        [sys.executable, script, "--print-config"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(shown.stdout)["batch_size"] == 64
+
+
+@pytest.mark.parametrize("place", ["root", "directory", "elsewhere", "link"])
+def test_the_script_starts_from_anywhere(flags, tmp_path, place):
+    link = tmp_path / "a link.py"
+    link.symlink_to(SCRIPT)
+    script, cwd = {
+        "root": ("face_distill/train_distill.py", ROOT),
+        "directory": ("train_distill.py", ROOT / "face_distill"),
+        "elsewhere": (str(SCRIPT), tmp_path),
+        "link": (str(link), tmp_path),
+    }[place]
+    command = [sys.executable, script, *map(str, flags), "--dry-run"]
+    shown = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
+    assert "1 process(es) x 4" in shown.stdout
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_the_documents_bare_import_works_beside_the_script(faces):
+    code = (
+        "from FaceDataset import FaceDataset; import sys; from pathlib import Path;"
+        "print(len(FaceDataset(Path(sys.argv[1]), 'first_n', limit=8)))"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code, str(faces.data_root)],
+        cwd=ROOT / "face_distill", capture_output=True, text=True, check=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert shown.stdout.split() == ["8"]
+
+
+def test_config_json_holds_what_a_resume_needs(flags, tmp_path):
+    assert run_here(train_distill.main, [*flags, "--epochs", 1]).code == 0
+    written = read_json(tmp_path / "checkpoints" / "config.json")
+    assert written["settings"]["batch_size"] == 4
+    assert written["identity"]["world_size"] == 1
+
+
+def _not_code(_directory: str, names: list[str]) -> set[str]:
+    return {name for name in names if not name.endswith(".py")}

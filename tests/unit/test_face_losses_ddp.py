@@ -1,0 +1,161 @@
+"""Two processes give the gradients of one on the same global batch.
+
+The file is also the program of each process: `python test_face_losses_ddp.py RANK STORE REPORT`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+from face_distill.losses import ArcFaceHead, attention_transfer, rkd_angle, rkd_distance
+from face_distill.model import FaceStudent, adapter_layers
+from shared.distributed import World, gather_with_grad
+
+pytestmark = pytest.mark.slow
+
+WORLD, BATCH, CLASSES, WIDTH = 2, 8, 5, 32
+ROOT = Path(__file__).resolve().parents[2]
+Batch = dict[str, Tensor]
+
+
+def test_two_processes_give_the_gradients_of_one(report: dict[str, float]) -> None:
+    exact = {name: error for name, error in report.items() if not name.startswith("local")}
+    assert exact.keys() == {"kl_energy", "zagoruyko", "checkpointing", "all gathered"}
+    assert max(exact.values()) < 1e-10, exact
+
+
+def test_relations_within_each_process_alone_would_give_other_gradients(
+    report: dict[str, float],
+) -> None:
+    assert report["local relations"] > 1e-2
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """Relative gradient errors by case, from two processes over gloo."""
+    directory = tmp_path_factory.mktemp("ddp")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    command = [sys.executable, __file__]
+    paths = [str(directory / "store"), str(directory / "report.json")]
+    processes = [
+        subprocess.Popen([*command, str(rank), *paths], env=environment) for rank in range(WORLD)
+    ]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
+    finally:
+        for process in processes:
+            process.kill()
+    return json.loads((directory / "report.json").read_text())
+
+
+def make_student(checkpointing: bool = False) -> FaceStudent:
+    from transformers import Blip2VisionConfig, Blip2VisionModel
+
+    torch.manual_seed(0)
+    config = Blip2VisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=56,
+        initializer_range=0.02,
+    )
+    student = FaceStudent(
+        Blip2VisionModel(config),
+        adapter_layers(3, "spread:2"),
+        ArcFaceHead(WIDTH, CLASSES),
+        checkpointing=checkpointing,
+    )
+    for name, parameter in student.named_parameters():
+        if "up_proj" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return student.double()
+
+
+def make_batch() -> Batch:
+    values = torch.Generator().manual_seed(1)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(BATCH, *shape, generator=values, dtype=torch.float64)
+
+    return {
+        "images": normal(3, 56, 56),
+        "labels": torch.arange(BATCH) % CLASSES,
+        "embeddings": normal(12),
+        "probability": normal(49).softmax(1),
+        "features": normal(6, 7, 7),
+    }
+
+
+def whole_loss(
+    student: FaceStudent,
+    model: nn.Module,
+    batch: Batch,
+    world: World,
+    mode: str = "kl_energy",
+    gather_tokens: bool = False,
+    gather_relations: bool = True,
+) -> Tensor:
+    """ArcFace + attention transfer + both relations, each of a size that the others do not hide."""
+    kind = "features" if mode == "zagoruyko" else "probability"
+    embeddings, tokens = model(batch["images"])
+    labels, maps, teacher = batch["labels"], batch[kind], batch["embeddings"]
+    everyone = gather_with_grad(embeddings, world) if gather_relations else embeddings
+    if gather_tokens:
+        tokens, labels, maps = (gather_with_grad(t, world) for t in (tokens, labels, maps))
+    teacher = gather_with_grad(teacher, world) if gather_relations else teacher
+    return (
+        student.get_submodule("head")(everyone if gather_tokens else embeddings, labels) / 10
+        + attention_transfer(tokens, maps, mode, kind)
+        + 10 * rkd_distance(everyone, teacher)
+        + 20 * rkd_angle(everyone, teacher, max_elements=1000)
+    )
+
+
+def gradient(model: nn.Module, loss: Tensor) -> Tensor:
+    loss.backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def relative_error(rank: int, checkpointing: bool = False, **options: Any) -> float:
+    """How far the two processes' gradient is from that of one process with the whole batch."""
+    batch = make_batch()
+    one = make_student()
+    mode = options.get("mode", "kl_energy")
+    expected = gradient(one, whole_loss(one, one, batch, World(), mode))
+    share = slice(rank * BATCH // WORLD, (rank + 1) * BATCH // WORLD)
+    student = make_student(checkpointing)
+    model = nn.parallel.DistributedDataParallel(student)
+    world = World(rank=rank, local_rank=rank, size=WORLD)
+    local = {name: tensor[share] for name, tensor in batch.items()}
+    found = gradient(model, whole_loss(student, model, local, world, **options))
+    return ((found - expected).norm() / expected.norm()).item()
+
+
+def main(rank: int, store: str, report: str) -> None:
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD
+    )
+    errors = {
+        "kl_energy": relative_error(rank),
+        "zagoruyko": relative_error(rank, mode="zagoruyko"),
+        "checkpointing": relative_error(rank, checkpointing=True),
+        "all gathered": relative_error(rank, gather_tokens=True),
+        "local relations": relative_error(rank, gather_relations=False),
+    }
+    if rank == 0:
+        Path(report).write_text(json.dumps(errors))
+    distributed.barrier()
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
