@@ -1,0 +1,212 @@
+"""Where face images lie on disk: faces_emore records, or a folder of folders.
+
+A source has `keys` (int64, one an image), `labels(keys)`, `identities()`, `read(key)`, `where(key)`
+and `keep(keys)`; FaceDataset selects by them and decodes what they read.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from face_distill.recordio import RecordError, RecordReader
+from shared.errors import UserError
+
+FLOAT32_EXACT = 1 << 24  # from here on, not every key can be written as a float32 label
+_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
+
+
+def open_source(root: Path) -> RecordSource | FolderSource:
+    """The source that lies in `root`: train.rec with train.idx, or root/<identity>/<image>.
+
+    Raises UserError when `root` is missing or holds neither.
+    """
+    if not root.is_dir():
+        raise UserError(
+            f"{root} is missing: expected faces_emore (train.rec, train.idx, property) or a folder "
+            "of <identity>/<image>; unpack the data set there or pass --data-root"
+        )
+    if (root / "train.rec").exists() or (root / "train.idx").exists():
+        return RecordSource(root)
+    return FolderSource(root)
+
+
+class RecordSource:
+    """The image records of faces_emore.
+
+    Record 0, when it is a header (two labels, no image), says [1, a) are the keys of images and
+    [a, b) those of identity records, each of which names its image keys as a range. Float32 labels
+    cannot name every key from 2**24 on; the border is then found in the records themselves.
+    Without a header every record is an image.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._reader = RecordReader(root / "train.rec", root / "train.idx")
+        keys = self._reader.keys
+        if keys[0] != 0 or not self._reader.is_bare(0):
+            self.keys, self._identity_keys = keys, keys[:0]
+            return
+        border = self._border()
+        self.keys, self._identity_keys = keys[1:border], keys[border:]
+        if not self.keys.size:
+            raise RecordError(f"{self._reader.where(0)}: the header leaves no image records")
+
+    def labels(self, keys: np.ndarray) -> np.ndarray:
+        """The identity of each image, int64 (len(keys),), in the files' own numbering.
+
+        From the identity records when they are fewer than the images asked for, else from each
+        image's own label. Raises RecordError for a label that is no whole number.
+        """
+        if 0 < len(self._identity_keys) < len(keys) and self._ranges_are_exact():
+            ranges = np.array([self._range(int(key)) for key in self._identity_keys])
+            position = np.searchsorted(ranges[:, 0], keys, side="right") - 1
+            if (position >= 0).all() and (keys < ranges[position, 1]).all():
+                return position.astype(np.int64)
+        return np.array([self._own_label(int(key)) for key in keys], np.int64)
+
+    def identities(self) -> Iterator[np.ndarray]:
+        """The image keys of each identity, in the order of the file."""
+        if not self._identity_keys.size:
+            yield from groups(self.keys, self.labels(self.keys))
+        elif self._ranges_are_exact():
+            yield from (np.arange(*self._range(int(key))) for key in self._identity_keys)
+        else:  # identities lie one after the other where identity records exist
+            runs = itertools.groupby((int(key) for key in self.keys), self._own_label)
+            yield from (np.fromiter(run, np.int64) for _, run in runs)
+
+    def read(self, key: int) -> bytes:
+        """The encoded image of a key."""
+        return self._reader.labelled(key).content
+
+    def where(self, key: int) -> str:
+        """The record's file, key and byte offset, for messages."""
+        return self._reader.where(key)
+
+    def identity_bytes(self, keys: np.ndarray) -> bytes:
+        """What tells these images from others: their keys."""
+        return keys.astype("<i8").tobytes()
+
+    def keep(self, keys: np.ndarray) -> RecordSource:
+        """The same source for these images alone, small to send to a worker."""
+        kept = copy.copy(self)
+        kept._reader = self._reader.select(keys)
+        kept.keys, kept._identity_keys = kept._reader.keys, self._identity_keys[:0]
+        return kept
+
+    def _border(self) -> int:
+        """The position, among the keys, of the first identity record."""
+        reader = self._reader
+        image_end, identity_end = (int(end) for end in np.asarray(reader.label_of(0)))
+        if identity_end >= FLOAT32_EXACT:
+            return self._searched_border()
+        border = int(np.searchsorted(reader.keys, image_end))
+        if border != image_end or len(reader.keys) != identity_end:
+            raise RecordError(
+                f"{reader.where(0)}: the header promises {image_end - 1} images and "
+                f"{identity_end - image_end} identities under the keys 1 to {identity_end - 1}, "
+                f"{reader.idx} has {len(reader.keys) - 1} up to {reader.keys[-1]}; fetch both "
+                "files again"
+            )
+        return border
+
+    def _searched_border(self) -> int:
+        """The same by bisection: images come first, and identity records hold no image."""
+        low, high = 1, len(self._reader.keys)
+        while low < high:
+            middle = (low + high) // 2
+            if self._reader.is_bare(int(self._reader.keys[middle])):
+                high = middle
+            else:
+                low = middle + 1
+        return low
+
+    def _ranges_are_exact(self) -> bool:
+        return bool(self.keys[-1] < FLOAT32_EXACT)
+
+    def _range(self, key: int) -> tuple[int, int]:
+        labels = np.asarray(self._reader.label_of(key))
+        if labels.shape != (2,) or not 0 <= labels[0] <= labels[1] <= self.keys[-1] + 1:
+            raise RecordError(
+                f"{self._reader.where(key)}: expected an identity record with a range of image "
+                f"keys up to {self.keys[-1]}, got {labels.tolist()}; fetch the data set again"
+            )
+        return int(labels[0]), int(labels[1])
+
+    def _own_label(self, key: int) -> int:
+        label = float(np.asarray(self._reader.label_of(key)).flat[0])
+        if not label.is_integer() or label < 0:
+            raise RecordError(
+                f"{self._reader.where(key)}: the label is {label}, expected a whole number from 0"
+            )
+        return int(label)
+
+
+class FolderSource:
+    """Images in root/<identity>/<image>, both in the order of their names; keys count from 0."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        people = sorted(path for path in root.iterdir() if path.is_dir())
+        self._paths = [path for person in people for path in _images(person)]
+        self._names = [path.parent.name for path in self._paths]
+        self.keys = np.arange(len(self._paths))
+        if not self._paths:
+            raise UserError(
+                f"{root} holds neither train.rec with train.idx nor <identity>/<image> "
+                f"({' '.join(sorted(_SUFFIXES))}); unpack the data set there or pass --data-root"
+            )
+
+    def labels(self, keys: np.ndarray) -> np.ndarray:
+        """The identity of each image, int64 (len(keys),), counted in the order of the folders."""
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(self._names))}
+        return np.array([numbers[self._names[key]] for key in keys], np.int64)
+
+    def identities(self) -> Iterator[np.ndarray]:
+        """The image keys of each folder."""
+        yield from groups(self.keys, self.labels(self.keys))
+
+    def read(self, key: int) -> bytes:
+        """The encoded image of a key. Raises UserError when the file is gone."""
+        try:
+            return self._paths[key].read_bytes()
+        except OSError as error:
+            raise UserError(f"{self._paths[key]} cannot be read: {error.strerror}") from None
+
+    def where(self, key: int) -> str:
+        """The image's file and key, for messages."""
+        return f"{self._paths[key]} (key {key})"
+
+    def identity_bytes(self, keys: np.ndarray) -> bytes:
+        """What tells these images from others: their paths below the root."""
+        names = (self._paths[key].relative_to(self._root).as_posix() for key in keys)
+        return "\0".join(names).encode("utf-8", "surrogateescape")
+
+    def keep(self, keys: np.ndarray) -> FolderSource:
+        """This source: paths are small, and keys are positions among all of them."""
+        return self
+
+
+def groups(keys: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
+    """The keys of each label, in the order in which the labels first appear."""
+    numbers = number_by_appearance(labels)
+    order = np.argsort(numbers, kind="stable")
+    return np.split(keys[order], np.cumsum(np.bincount(numbers))[:-1])
+
+
+def number_by_appearance(labels: np.ndarray) -> np.ndarray:
+    """Labels renumbered 0, 1, 2, … in the order of their first appearance, int64.
+
+    Two numberings of the same identities give the same result, so it also compares labels.
+    """
+    _, first, inverse = np.unique(labels, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse]
+
+
+def _images(person: Path) -> list[Path]:
+    return sorted(path for path in person.iterdir() if path.suffix.lower() in _SUFFIXES)

@@ -1,0 +1,238 @@
+"""The teacher's stored features: one row an image, aligned with the images of a FaceDataset.
+
+teacher_embedding.npy   (N, D) float16, float32 or float64
+teacher_feat_map.npy    (N, 49), (N, 7, 7): a probability over the picture; or
+                        (N, C, H, W), (N, H*W, C): features, H = W in the second form
+teacher_labels.npy      optional: (N,) whole numbers, who is on each image
+manifest.json           optional: "map", "selection", "selection_sha256"
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from face_distill.face_sources import number_by_appearance
+from shared.errors import UserError
+from shared.files import read_json
+
+EMBEDDING, MAP = "teacher_embedding.npy", "teacher_feat_map.npy"
+LABELS, MANIFEST = "teacher_labels.npy", "manifest.json"
+KINDS = ("probability", "features")
+_CHUNK_BYTES = 64 * 1024 * 1024
+_SUM_TOLERANCE = {2: 5e-3, 4: 1e-3, 8: 1e-3}  # by bytes a number: rounding of 49 numbers
+_HOW = "put the folder teacher_features_12k there, or make it with extract_teacher.py"
+_SHAPES = {
+    EMBEDDING: "(N, D) numbers",
+    MAP: "(N, 49), (N, 7, 7), (N, C, H, W) or (N, H*W, C) numbers",
+    LABELS: "(N,) whole numbers",
+}
+
+
+class Aligned(Protocol):
+    """What `check_alignment` needs of a data set."""
+
+    root: Path
+    labels: np.ndarray
+
+    def __len__(self) -> int: ...
+
+    def selection_sha256(self) -> str:
+        """What tells this selection of images from another."""
+        ...
+
+
+class TeacherFeatures:
+    """Embeddings and maps by row, memory-mapped.
+
+    `kind` is "probability" when no map is negative and each sums to 1, "features" otherwise.
+    `map_shape` is (H, W) for probabilities, (C, H, W) for features; `dim` is D.
+    Raises UserError, naming the file, what is expected and how to get it, for a file that is
+    missing, cut off, of another shape or type, and for rows with NaN or infinity.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self._embeddings = self._open(EMBEDDING, "f", (2,))
+        self._maps = self._open(MAP, "f", (2, 3, 4))
+        self.labels = self._open(LABELS, "iu", (1,)) if self._has(LABELS) else None
+        self.manifest = self._read_manifest()
+        self._check_lengths()
+        _survey(self.directory / EMBEDDING, self._embeddings)
+        self.kind = self._find_kind()
+        self.map_shape = self._find_map_shape()
+        self.dim = int(self._embeddings.shape[1])
+
+    def __len__(self) -> int:
+        return len(self._embeddings)
+
+    def rows(self, indices: Tensor | np.ndarray | list[int]) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, D) and maps (B, H, W) or (B, C, H, W) of these images, float32, copies."""
+        chosen = np.asarray(indices)
+        embeddings = np.array(self._embeddings[chosen], np.float32)
+        maps = np.array(self._maps[chosen], np.float32)
+        if self.kind == "features" and maps.ndim == 3:  # tokens: channels last
+            maps = np.ascontiguousarray(maps.transpose(0, 2, 1))
+        shaped = maps.reshape(len(chosen), *self.map_shape)
+        return torch.from_numpy(embeddings), torch.from_numpy(shaped)
+
+    def check_alignment(self, dataset: Aligned) -> None:
+        """Raise UserError, naming both sides, unless row i belongs to image i of `dataset`.
+
+        Compared: the number of rows; who is on each image, whatever the numbering, when there is
+        teacher_labels.npy; the selection's SHA-256 when the manifest has one.
+        """
+        if len(self) != len(dataset):
+            raise UserError(
+                f"{self.directory / EMBEDDING} has {len(self)} rows, {dataset.root} gives "
+                f"{len(dataset)} images: select as many images, or extract the teacher's features "
+                "again with extract_teacher.py"
+            )
+        self._check_labels(dataset)
+        stored, found = self.manifest.get("selection_sha256"), dataset.selection_sha256()
+        if stored is not None and stored != found:
+            raise UserError(
+                f"{self.directory / MANIFEST} says selection_sha256 {str(stored)[:12]}…, "
+                f"{dataset.root} gives {found[:12]}…: the teacher saw other images; use the "
+                f"selection {self.manifest.get('selection', 'it was made with')}, or extract the "
+                "features again with extract_teacher.py"
+            )
+
+    def _check_labels(self, dataset: Aligned) -> None:
+        if self.labels is None:
+            return
+        theirs, ours = number_by_appearance(self.labels), number_by_appearance(dataset.labels)
+        different = np.flatnonzero(theirs != ours)
+        if different.size:
+            row = int(different[0])
+            raise UserError(
+                f"{self.directory / LABELS} puts row {row} to identity {theirs[row]} (counted in "
+                f"the order of appearance), {dataset.root} puts image {row} to identity "
+                f"{ours[row]}; {different.size} of {len(ours)} rows differ: use the selection the "
+                "features were made with, or extract them again with extract_teacher.py"
+            )
+
+    def _has(self, name: str) -> bool:
+        return (self.directory / name).exists()
+
+    def _open(self, name: str, kinds: str, dimensions: tuple[int, ...]) -> np.ndarray:
+        path = self.directory / name
+        array = _map_array(path, _SHAPES[name])
+        fits = array.dtype.kind in kinds and array.ndim in dimensions
+        if not fits or array.dtype.itemsize > 8 or 0 in array.shape:
+            raise UserError(
+                f"{path} holds {array.dtype} {array.shape}: expected {_SHAPES[name]}; {_HOW}"
+            )
+        return array
+
+    def _read_manifest(self) -> dict[str, Any]:
+        path = self.directory / MANIFEST
+        if not path.exists():
+            return {}
+        manifest = read_json(path)
+        if not isinstance(manifest, dict) or manifest.get("map", KINDS[0]) not in KINDS:
+            raise UserError(
+                f'{path}: expected a JSON object whose "map" is one of {", ".join(KINDS)}; delete '
+                "it to do without its checks, or extract the features again"
+            )
+        return manifest
+
+    def _check_lengths(self) -> None:
+        counts = {MAP: len(self._maps)}
+        if self.labels is not None:
+            counts[LABELS] = len(self.labels)
+        for name, count in counts.items():
+            if count != len(self):
+                raise UserError(
+                    f"{self.directory / EMBEDDING} has {len(self)} rows, {self.directory / name} "
+                    f"has {count}: the files are of different runs; {_HOW}"
+                )
+
+    def _find_kind(self) -> str:
+        path = self.directory / MAP
+        odd = _survey(path, self._maps)
+        stated = self.manifest.get("map")
+        may_be_probability = self._maps.ndim < 4 and (
+            self._maps.ndim == 2 or _is_square(self._maps)
+        )
+        if may_be_probability and odd is None and stated != "features":
+            return "probability"
+        if stated == "probability" or self._maps.ndim == 2:
+            raise UserError(
+                f"{path} is no probability map: {odd or f'its shape is {self._maps.shape}'}; "
+                "expected rows without negative numbers that sum to 1, or features (N, C, H, W)"
+            )
+        return "features"
+
+    def _find_map_shape(self) -> tuple[int, ...]:
+        shape = self._maps.shape[1:]
+        if len(shape) == 3 or (len(shape) == 2 and self.kind == "probability"):
+            return shape
+        side = math.isqrt(shape[0])
+        if side * side != shape[0]:
+            raise UserError(
+                f"{self.directory / MAP} has {shape[0]} places an image, which is no square; "
+                f"expected {_SHAPES[MAP]}"
+            )
+        return (side, side) if self.kind == "probability" else (shape[1], side, side)
+
+
+def _map_array(path: Path, expected: str) -> np.ndarray:
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(64)
+        if start.startswith(b"version https://git-lfs"):
+            raise UserError(
+                f"{path} is a Git LFS pointer, not the array itself: run 'git lfs pull' where it "
+                f"came from; expected {expected}"
+            )
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: expected {expected}; {_HOW}") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(
+            f"{path} cannot be read as an array ({error}): expected {expected}; it may be cut off, "
+            f"fetch it again; {_HOW}"
+        ) from None
+
+
+def _survey(path: Path, array: np.ndarray) -> str | None:
+    """Why the rows are no probabilities, or None when they are; one pass in chunks.
+
+    Raises UserError that counts and names the rows with NaN or infinity.
+    """
+    bad: list[int] = []
+    odd: str | None = None
+    tolerance = _SUM_TOLERANCE[array.dtype.itemsize]
+    for first, rows in _chunks(array):
+        sums = rows.sum(axis=1, dtype=np.float64)
+        lowest = rows.min(axis=1)
+        finite = np.isfinite(rows).all(axis=1)
+        bad += (first + np.flatnonzero(~finite)).tolist()
+        strange = np.flatnonzero((lowest < 0) | ~(np.abs(sums - 1) <= tolerance))
+        if odd is None and strange.size:
+            row = strange[0]
+            odd = f"row {first + row} sums to {sums[row]:.4g}, its lowest is {lowest[row]:.4g}"
+    if bad:
+        raise UserError(
+            f"{path}: {len(bad)} of {len(array)} rows hold NaN or infinity, the first are "
+            f"{', '.join(str(row) for row in bad[:5])}; extract the features again"
+        )
+    return odd
+
+
+def _chunks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows as (n, numbers)) of about 64 MB each."""
+    step = max(1, _CHUNK_BYTES // (array[0].size * array.dtype.itemsize))
+    for first in range(0, len(array), step):
+        yield first, array[first : first + step].reshape(min(step, len(array) - first), -1)
+
+
+def _is_square(maps: np.ndarray) -> bool:
+    return maps.shape[-1] == maps.shape[-2]

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Distil a face teacher into adapters on BLIP-2's vision tower; every argument goes to train_distill.py.
+#   ./face_distill/train.sh                            every visible GPU, the CPU when there is none
+#   ./face_distill/train.sh --demo                     the built-in demo, about two minutes on two cores
+#   ./face_distill/train.sh --nproc 4 --batch-size 64  see --help for every flag
+#   nohup ./face_distill/train.sh > /dev/null 2>&1 &   goes on after logout
+#   tail -F face_distill/logs/latest.log               follow the newest run (a demo's: face_distill/demo/runs/logs)
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
+recipe=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd -P) || exit 1
+# shellcheck source=../shared/shell/common.sh
+source "$recipe/../shared/shell/common.sh"
+
+logs=$recipe/logs
+for word in "$@"; do
+  [[ $word != --demo ]] || logs=$recipe/demo/runs/logs
+done
+find_python face_distill torch torchvision transformers
+starts_run "$@" && start_log "$logs" training
+run_python "$recipe/train_distill.py" "$@"

@@ -1,0 +1,123 @@
+"""What every test gets: a time limit, a clean environment; and the guard on the number of tests.
+
+Tests run in two workers. The files that use the mark `serial` share one of them, one test after
+another; the other worker goes on beside them, so a serial test must not need an idle machine.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MINIMUM_COUNT = Path(__file__).with_name("minimum_count.txt")
+LIMIT = 120  # seconds a test may take
+GRACE = 30  # seconds more until a test stuck in C, which hears no signal, ends its process
+# a user's or a scheduler's settings must not decide what a test sees
+FOREIGN = (
+    *("PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "NPROC_PER_NODE"),
+    *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"),
+    *("HF_HOME", "HF_HUB_CACHE", "TRANSFORMERS_CACHE", "MODELSCOPE_CACHE"),
+)
+
+_ran: set[str] = set()
+_stderr = pytest.StashKey[int]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--whole-tier",
+        metavar="TIER",
+        help="all tests of fast, default or full are asked for: fail when fewer than recorded ran",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_stderr] = os.dup(2)  # the real one: during a test, 2 is pytest's capture
+
+
+@cache
+def has_serial_tests(path: Path) -> bool:
+    return "mark.serial" in path.read_text(encoding="utf-8")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> object:
+    # xdist's own groups (--dist loadgroup) have no effect under pytest 9.2, silently
+    from xdist.scheduler import LoadScopeScheduling
+
+    class SerialFilesTogether(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = config.rootpath / nodeid.partition("::")[0]
+            return "serial" if has_serial_tests(path) else nodeid
+
+    return SerialFilesTogether(config, log)
+
+
+@pytest.fixture(autouse=True)
+def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test that outlasts its limit; end the process when even that does not help."""
+    mark = request.node.get_closest_marker("limit")
+    seconds = mark.args[0] if mark else LIMIT
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def expire(*_: object) -> None:
+        pytest.fail(f"ran for more than {seconds} s (mark limit(seconds) to allow more)")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(
+        seconds + GRACE, exit=True, file=request.config.stash[_stderr]
+    )
+    yield
+    faulthandler.cancel_dump_traceback_later()
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.fixture(autouse=True)
+def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in FOREIGN:
+        monkeypatch.delenv(name, raising=False)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    if report.when == "call" and not report.skipped:
+        _ran.add(report.nodeid)
+
+
+def shortage(config: pytest.Config) -> str | None:
+    """Why a whole tier counts as incomplete, or None."""
+    tier = config.getoption("whole_tier")
+    if not tier or hasattr(config, "workerinput"):
+        return None
+    recorded = dict(
+        line.split() for line in MINIMUM_COUNT.read_text().splitlines() if line[:1] != "#"
+    )
+    if len(_ran) >= int(recorded[tier]):
+        return None
+    return (
+        f"{len(_ran)} tests ran, but {MINIMUM_COUNT.parent.name}/{MINIMUM_COUNT.name} records "
+        f"{recorded[tier]} for the {tier} tier: find those that are gone, or record the new number"
+    )
+
+
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter, config: pytest.Config
+) -> None:
+    if reason := shortage(config):
+        terminalreporter.write_line(f"FAILED: {reason}", red=True, bold=True)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if session.exitstatus == pytest.ExitCode.OK and shortage(session.config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -1,0 +1,213 @@
+"""Rows 38 and 41 to 47 of the fault matrix: ports, memory, streams, clocks, locales (see README.md)."""
+
+import logging
+import runpy
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shared.errors import hint_for
+from shared.metrics import Metrics
+from shared.progress import Progress, clock
+from tests.faults import probe_recipe
+from tests.harness import (
+    PROBE,
+    ROOT,
+    Running,
+    environment,
+    losses,
+    run_here,
+    start,
+    status_of,
+    wait_for_step,
+)
+
+
+def probe(run_dir, *args):
+    return run_here(probe_recipe.main, ["--run-dir", run_dir, *args])
+
+
+@pytest.mark.limit(240)
+def test_fault_38_two_runs_at_once_while_the_usual_port_is_taken(tmp_path):
+    with socket.socket() as usual:
+        usual.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            usual.bind(("127.0.0.1", 29500))
+            usual.listen()
+        except OSError:
+            pass  # somebody else holds it: the same to the runs
+        both = [start([PROBE, "--nproc", 2, "--run-dir", tmp_path / name]) for name in "ab"]
+        with both[0], both[1]:
+            assert [running.finish().code for running in both] == [0, 0]
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
+def test_fault_41_full_device_ends_the_run_with_a_hint(tmp_path):
+    outcome = probe(tmp_path / "run", "--fault", "oom@3")
+    assert outcome.code == 1
+    assert "OutOfMemoryError: CUDA out of memory" in outcome.last_line
+    assert "lower --batch-size" in outcome.last_line
+    assert "--amp bf16" in outcome.last_line
+    assert "at step 3 of 48" in outcome.last_line
+    assert status_of(tmp_path / "run")["state"] == "failed"
+
+
+def test_fault_42_small_shared_memory_ends_the_run_with_a_hint(tmp_path):
+    outcome = probe(tmp_path / "run", "--fault", "shm@3")
+    assert outcome.code == 1
+    assert "--workers 0" in outcome.last_line
+    assert "--shm-size" in outcome.last_line
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "unable to allocate shared memory(shm) for file </torch_12>: Success (0)",
+        "unable to write to file </torch_12_34>: No space left on device (28)",
+        "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that "
+        "dataloader's workers are out of shared memory.",
+        "Bus error (core dumped)",
+    ],
+)
+def test_fault_42_wordings_of_small_shared_memory_are_known(message):
+    assert "--shm-size" in hint_for(message)
+
+
+@pytest.mark.limit(150)
+def test_fault_42_loader_workers_in_a_shared_memory_of_eight_kilobytes(tmp_path):
+    own = ["unshare", "--mount", "bash", "-c"]
+    tiny = 'mount -t tmpfs -o size=8k tmpfs /dev/shm && exec "$@"'
+    if subprocess.run([*own, tiny, "-", "true"], capture_output=True, check=False).returncode:
+        pytest.skip(
+            "only root may mount a /dev/shm of its own; the wordings are tested beside this"
+        )
+    run_dir = tmp_path / "run"
+    args = ["--workers", 2, "--batch-size", 1024, "--num-points", 4096, "--run-dir", run_dir]
+    with start([PROBE, *args], program=[*own, tiny, "-", sys.executable]) as running:
+        outcome = running.finish()
+        assert running.leaves_nothing()
+    assert outcome.code == 1
+    assert "--shm-size" in outcome.last_line, outcome.text
+    assert status_of(run_dir)["state"] == "failed"
+
+
+@pytest.mark.limit(150)
+@pytest.mark.parametrize("streams", [">&- 2>&-", ">/dev/full 2>&1", "<&- >/dev/null 2>&1"])
+def test_fault_43_output_that_cannot_be_written_ends_no_training(tmp_path, streams):
+    run_dir = tmp_path / "run"
+    shell = ["bash", "-c", f'exec "$@" {streams}', "-", sys.executable]
+    with start([PROBE, "--epochs", 1, "--run-dir", run_dir], program=shell) as running:
+        assert running.finish().code == 0
+    assert max(losses(run_dir)) == 16
+    assert status_of(run_dir)["state"] == "done"
+
+
+@pytest.mark.limit(180)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fault_43_reader_that_goes_away_ends_no_training(tmp_path, ranks):
+    run_dir = tmp_path / "run"
+    command = [sys.executable, str(PROBE), "--nproc", str(ranks), "--step-ms", "50"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    with Running([*command, "--run-dir", str(run_dir)], environment(), **pipe) as running:
+        wait_for_step(run_dir, 2, running)
+        running.process.stdout.close()  # as `| head` does
+        assert running.finish().code == 0
+    assert max(losses(run_dir)) == 48 // ranks
+    assert status_of(run_dir)["exit_code"] == 0
+
+
+def test_fault_44_time_left_does_not_follow_the_wall_clock(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(time, "time", lambda: pytest.fail("the wall clock was asked"))
+    progress = Progress(total_steps=100, start_step=40)
+    assert progress.eta_s(40) is None
+    now = 1010.0
+    assert progress.speed(60) == pytest.approx(2.0)  # 20 steps in 10 s
+    assert progress.eta_s(60) == pytest.approx(20.0)
+    assert clock(3725) == "1:02:05"
+
+
+def test_fault_44_clock_that_jumps_leaves_plausible_numbers(tmp_path, monkeypatch):
+    jumps = iter([3600.0, -7200.0] * 1000)
+    real = time.time
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    assert probe(tmp_path / "run", "--epochs", 1).code == 0
+    assert 0 <= status_of(tmp_path / "run")["eta_s"] < 60
+
+
+def test_fault_45_run_without_tensorboard(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    outcome = probe(tmp_path / "run", "--epochs", 1)
+    assert outcome.code == 0
+    assert outcome.text.count("WARNING: no TensorBoard") == 1
+    assert max(losses(tmp_path / "run")) == 16
+
+
+def test_fault_45_event_directory_that_cannot_be_written(tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    with caplog.at_level(logging.WARNING):
+        metrics = Metrics(tmp_path / "metrics.jsonl", tmp_path / "file" / "events", 0)
+    metrics.log(1, 0, "train", {"loss": 0.5})
+    metrics.close()
+    assert "no TensorBoard in" in caplog.text
+    assert losses(tmp_path) == {1: 0.5}
+
+
+def test_fault_46_old_python_is_refused_in_one_line():
+    for name in ("python3.10", "python3.9"):
+        program = shutil.which(name)
+        if program and subprocess.run([program, "-V"], capture_output=True, check=False).returncode:
+            continue  # a version manager's shim without that version behind it
+        if program:
+            break
+    else:
+        pytest.skip("no Python older than 3.11 on PATH; its version is imitated beside this")
+    ended = subprocess.run([program, PROBE], capture_output=True, text=True, check=False)
+    assert ended.returncode == 3
+    assert ended.stderr.startswith("Python 3.11 or newer is needed, this is 3.")
+    assert "./setup.sh" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("version", [(3, 10, 13), (3, 6, 15), (2, 7, 18)])
+def test_fault_46_imitated_old_python_is_refused_in_one_line(monkeypatch, capsys, version):
+    monkeypatch.setattr(sys, "version_info", version)
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "shared" / "errors.py"))
+    assert left.value.code == 3
+    said = capsys.readouterr().err
+    assert said.startswith("Python 3.11 or newer is needed")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.limit(180)
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fault_47_ascii_locale_and_a_directory_with_chinese_characters(tmp_path, ranks):
+    run_dir = tmp_path / "数据 集 $(touch X)" / "-run'"
+    locale = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii"}
+    args = [PROBE, "--nproc", ranks, "--epochs", 1, "--fault", f"term@3@{ranks - 1}"]
+    with start([*args, "--run-dir", run_dir], **locale) as running:
+        outcome = running.finish()
+    assert outcome.code == 143, outcome.text
+    assert "UnicodeEncodeError" not in outcome.text
+    with start([*args[:5], "--run-dir", run_dir], **locale) as running:
+        outcome = running.finish()
+    assert outcome.code == 0, outcome.text
+    assert f"continuing from {run_dir / 'last.pt'}" in outcome.text
+    assert max(losses(run_dir)) == 16 // ranks
+    assert not Path("X").exists()
+
+
+def test_fault_47_message_with_chinese_characters_is_whole_in_an_ascii_locale():
+    with start(
+        [PROBE, "--resume", "/数据/没有.pt"], LC_ALL="C", PYTHONIOENCODING="ascii"
+    ) as running:
+        outcome = running.finish()
+    assert outcome.code == 2
+    assert "--resume /数据/没有.pt: no such checkpoint" in outcome.text

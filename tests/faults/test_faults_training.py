@@ -1,0 +1,170 @@
+"""Rows 16 to 18, 30 and 40 of the fault matrix: numbers, early stopping, shares (see README.md)."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from shared.distributed import World
+from shared.early_stopping import EarlyStopping
+from shared.errors import UserError
+from shared.loader import make_loader
+from shared.precision import Amp
+from shared.sampling import TrainBatches, eval_indices, steps_per_epoch
+from tests.faults import probe_recipe
+from tests.harness import PROBE, losses, run_here, start, status_of
+
+
+def probe(run_dir, *args):
+    return run_here(probe_recipe.main, ["--run-dir", run_dir, *args])
+
+
+def model_in(path):
+    return torch.load(path, weights_only=True)["parts"]["model"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_fault_16_step_that_is_not_finite_is_not_applied(value):
+    weight = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    amp = Amp("off", torch.device("cpu"))
+    amp.backward((weight * value).sum())
+    amp.step(optimizer, [weight])
+    assert weight.tolist() == [1.0, 1.0]
+    assert weight.grad is None
+    assert not optimizer.state
+    amp.backward(weight.sum())
+    amp.step(optimizer, [weight])
+    assert weight.tolist() == pytest.approx([0.899, 0.899])  # 1 - 0.1 · 0.01 decay - 0.1
+
+
+def test_fault_16_training_goes_on_after_one_bad_step(tmp_path):
+    outcome = probe(tmp_path / "run", "--fault", "nan@5", "--epochs", 1)
+    assert outcome.code == 0
+    assert outcome.text.count("WARNING: gradients are not finite") == 1
+    found = losses(tmp_path / "run")
+    assert found[5] is None  # JSON has no NaN
+    assert all(math.isfinite(loss) for step, loss in found.items() if step != 5)
+    before_and_after = [tmp_path / "run" / name for name in ("last.1.pt", "last.pt")]
+    for path in before_and_after:
+        assert all(value.isfinite().all() for value in model_in(path).values())
+
+
+def test_fault_16_many_bad_steps_in_a_row_end_the_run(tmp_path):
+    run_dir = tmp_path / "run"
+    outcome = probe(run_dir, "--fault", "nan-from@12", "--max-bad-steps", 8)
+    assert outcome.code == 1
+    assert "not finite for 8 steps in a row" in outcome.last_line
+    assert "--lr" in outcome.last_line
+    assert max(losses(run_dir)) == 18  # the eighth of 12 … 19 is the last
+    assert status_of(run_dir)["state"] == "failed"
+    for path in run_dir.glob("last*.pt"):
+        assert all(value.isfinite().all() for value in model_in(path).values())
+
+
+def test_fault_16_bad_steps_before_an_interruption_still_count(tmp_path):
+    run_dir = tmp_path / "run"
+    assert probe(run_dir, "--fault", "nan-from@4", "--max-bad-steps", 8).code == 1
+    outcome = probe(run_dir, "--fault", "nan-from@4", "--max-bad-steps", 8)
+    assert "at step 10 of 48" in outcome.text
+    assert outcome.code == 1
+    assert max(losses(run_dir)) == 10  # seven bad steps are in the checkpoint, the next is the last
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_fault_17_value_that_is_not_finite_is_no_improvement(value, caplog):
+    stopping = EarlyStopping(patience=2)
+    assert stopping.update(1.0)
+    assert not stopping.update(value)
+    assert stopping.best == 1.0
+    assert "counted as no improvement" in caplog.text
+    assert not stopping.should_stop
+    stopping.update(value)
+    assert stopping.should_stop
+
+
+def test_fault_17_first_value_that_is_not_finite_is_no_improvement():
+    stopping = EarlyStopping(patience=2)
+    assert not stopping.update(math.nan)
+    assert stopping.update(5.0)
+
+
+@pytest.mark.limit(180)
+def test_fault_18_ranks_with_different_values_stop_in_the_same_epoch(tmp_path):
+    run_dir = tmp_path / "run"
+    # rank 1's value grows from the second epoch on, rank 0's goes on falling
+    args = ["--nproc", 2, "--epochs", 8, "--patience", 2, "--fault", "worse@1@1"]
+    # 75 points: each rank gets 4 whole batches of 8, and 11 points are left over
+    with start([PROBE, *args, "--num-points", 75, "--run-dir", run_dir]) as running:
+        outcome = running.finish()
+        assert running.leaves_nothing()
+    assert outcome.code == 0, outcome.text
+    assert "done: stopped early after epoch 3 (exit 0)" in outcome.last_line
+    assert status_of(run_dir)["epoch"] == 3
+    assert max(losses(run_dir)) == 12
+
+
+def test_fault_30_set_without_a_whole_batch_is_refused(tmp_path):
+    outcome = probe(tmp_path / "run", "--num-points", 7)
+    assert outcome.code == 2
+    assert "7 samples are too few for one step" in outcome.last_line
+    assert "--batch-size" in outcome.last_line
+    with pytest.raises(UserError, match=r"4 process\(es\) × batch size 1 a process need 4"):
+        steps_per_epoch(2, 1, 4)
+
+
+@pytest.mark.parametrize(
+    ("samples", "world_size", "batch_size"), [(10, 3, 1), (43, 2, 8), (75, 4, 3)]
+)
+def test_fault_40_every_rank_gets_the_same_number_of_batches(samples, world_size, batch_size):
+    worlds = [World(rank, rank, world_size) for rank in range(world_size)]
+    shares = [list(TrainBatches(samples, batch_size, world, seed=0, epoch=1)) for world in worlds]
+    assert {len(share) for share in shares} == {samples // (batch_size * world_size)}
+    drawn = [index for share in shares for batch in share for index in batch]
+    assert (
+        len(set(drawn))
+        == len(drawn)
+        == samples // (batch_size * world_size) * (batch_size * world_size)
+    )
+
+
+@pytest.mark.parametrize(("samples", "world_size"), [(10, 3), (2, 4), (7, 1)])
+def test_fault_40_evaluation_sees_every_sample_once(samples, world_size):
+    shares = [eval_indices(samples, World(rank, rank, world_size)) for rank in range(world_size)]
+    assert sorted(index for share in shares for index in share) == list(range(samples))
+
+
+@pytest.mark.limit(180)
+def test_fault_40_rank_that_leaves_early_is_no_success(tmp_path):
+    run_dir = tmp_path / "run"
+    with start([PROBE, "--nproc", 2, "--fault", "leave@6@1", "--run-dir", run_dir]) as running:
+        outcome = running.finish()
+        assert running.leaves_nothing()
+    assert outcome.code == 1, outcome.text
+    assert status_of(run_dir)["state"] == "failed"
+
+
+@pytest.mark.limit(180)
+def test_one_process_trains_as_two_on_the_same_global_batch(tmp_path):
+    args = ["--dropout", 0, "--no-augment", "--epochs", 2]
+    assert probe(tmp_path / "one", *args, "--batch-size", 16).code == 0
+    two = [PROBE, *args, "--batch-size", 8, "--nproc", 2, "--run-dir", tmp_path / "two"]
+    with start(two) as running:
+        assert running.finish().code == 0
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert list(one.values()) == pytest.approx(list(two.values()), abs=1e-6)
+
+
+def test_number_of_loader_workers_changes_no_loss(tmp_path, undisturbed):
+    assert probe(tmp_path / "run", "--workers", 1).code == 0
+    assert losses(tmp_path / "run") == undisturbed(1)
+
+
+def test_values_that_no_loader_can_have_are_refused_in_one_line():
+    points = torch.utils.data.TensorDataset(torch.zeros(8))
+    with pytest.raises(UserError, match="batch"):
+        make_loader(points, 0, World(), seed=0, workers=0)
+    with pytest.raises(UserError, match="workers"):
+        make_loader(points, 2, World(), seed=0, workers=-1)

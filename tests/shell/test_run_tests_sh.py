@@ -1,0 +1,141 @@
+"""run_tests.sh and tests/conftest.py, on a handful of tests of their own."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+CLOSING = re.compile(r"=+ .*(passed|failed|error).* in [\d.]+s.*=+")
+
+
+@pytest.fixture
+def site(house):
+    """A house with run_tests.sh, the real conftest and a few tests in unit, shell and full."""
+    house.take("run_tests.sh", "tests/conftest.py", "pyproject.toml")
+    house.write("setup.sh", "#!/bin/sh\nexit 0\n")
+    house.python(".venv/bin/python", "root")
+    house.write(
+        "tests/unit/test_a.py",
+        "import pytest\n"
+        "def test_quick(): pass\n"
+        "@pytest.mark.slow\n"
+        "def test_slow(): pass\n"
+        "@pytest.mark.gpu\n"
+        "@pytest.mark.skip\n"
+        "def test_skipped(): pass\n",
+    )
+    house.write("tests/shell/test_b.py", "def test_shell(): pass\n")
+    house.write("tests/full/test_c.py", "def test_as_documented(): pass\n")
+    for folder in ("recipes", "faults"):
+        (house.root / "tests" / folder).mkdir()
+    house.write("tests/minimum_count.txt", "# a comment\nfast 1\ndefault 3\nfull 4\n")
+    house.script = house.root / "run_tests.sh"
+    return house
+
+
+def closing_line(result) -> str:
+    last = result.stdout.splitlines()[-1]
+    assert CLOSING.fullmatch(last), result.stdout + result.stderr
+    return last
+
+
+@pytest.mark.parametrize(
+    ("words", "passed"), [([], "3 passed"), (["--fast"], "1 passed"), (["--full"], "4 passed")]
+)
+def test_each_tier_runs_its_tests_and_ends_with_pytests_closing_line(site, words, passed):
+    result = site.run("sh", site.script, *words, cwd="/")
+    assert result.returncode == 0, result.stdout
+    assert passed in closing_line(result)
+
+
+@pytest.mark.parametrize(("words", "tier"), [(["--fast"], "fast"), ([], "default")])
+def test_a_tier_with_fewer_tests_than_recorded_fails_and_says_why(site, words, tier):
+    site.write("tests/minimum_count.txt", "fast 2\ndefault 4\nfull 9\n")
+    result = site.run(site.script, *words)
+    assert result.returncode == 1
+    assert "passed" in closing_line(result)
+    reason = result.stdout.splitlines()[-2]
+    assert reason.startswith("FAILED: ")
+    assert f"tests/minimum_count.txt records {2 if tier == 'fast' else 4}" in reason
+
+
+@pytest.mark.parametrize("words", [["tests/unit/test_a.py"], ["-k", "quick"], ["-x"]])
+def test_a_selection_is_not_measured_against_the_tier(site, words):
+    site.write("tests/minimum_count.txt", "fast 99\ndefault 99\nfull 99\n")
+    result = site.run(site.script, "--fast", *words)
+    assert result.returncode == 0, result.stdout
+    assert "1 passed" in closing_line(result)
+
+
+def test_a_single_test_can_be_named(site):
+    result = site.run(site.script, "tests/unit/test_a.py::test_slow")
+    assert "1 passed" in closing_line(result)
+
+
+def test_a_failing_test_fails_the_tier(site):
+    site.write("tests/unit/test_d.py", "def test_wrong(): assert 1 == 2\n")
+    result = site.run(site.script)
+    assert result.returncode == 1
+    assert "1 failed" in closing_line(result)
+
+
+def test_a_failed_set_up_ends_the_tests_with_its_code(site):
+    site.write("setup.sh", "#!/bin/sh\nexit 3\n")
+    assert site.run(site.script).returncode == 3
+
+
+def test_help_shows_the_usage_and_runs_nothing(site):
+    site.write("setup.sh", "#!/bin/sh\nexit 3\n")
+    result = site.run(site.script, "--help")
+    assert result.returncode == 0
+    assert "--fast" in result.stdout
+    assert "passed" not in result.stdout
+
+
+def test_a_test_that_hangs_fails_at_its_limit(site):
+    site.write(
+        "tests/unit/test_d.py",
+        "import pytest, time\n@pytest.mark.limit(0.3)\ndef test_hangs(): time.sleep(60)\n",
+    )
+    result = site.run(site.script, "tests/unit/test_d.py")
+    assert result.returncode == 1
+    assert "ran for more than 0.3 s" in result.stdout
+
+
+def test_a_hang_that_hears_no_signal_ends_its_process_and_shows_where(site):
+    conftest = (site.root / "tests/conftest.py").read_text()
+    site.write("tests/conftest.py", conftest.replace("GRACE = 30", "GRACE = 0.5"))
+    site.write(
+        "tests/unit/test_d.py",
+        "import pytest, signal, time\n@pytest.mark.limit(0.3)\ndef test_deaf():\n"
+        "    signal.signal(signal.SIGALRM, signal.SIG_IGN)\n    time.sleep(60)\n",
+    )
+    result = site.run(site.script, "tests/unit/test_d.py")
+    assert result.returncode == 1
+    assert "test_deaf" in result.stdout
+    assert 'test_d.py", line 5' in result.stderr + result.stdout
+
+
+def test_serial_tests_share_one_worker(site):
+    site.write(
+        "tests/unit/test_d.py",
+        "import os, pytest\npytestmark = pytest.mark.serial\n"
+        "@pytest.mark.parametrize('i', range(6))\n"
+        "def test_where(i): print('worker', os.getpid())\n",
+    )
+    result = site.run(site.script, "tests/unit/test_d.py", "-rP")
+    workers = re.findall(r"worker (\d+)", result.stdout)
+    assert len(workers) == 6
+    assert len(set(workers)) == 1
+
+
+def test_tests_see_no_environment_of_the_user(site):
+    site.write(
+        "tests/unit/test_d.py",
+        "import os\ndef test_environment():\n"
+        "    assert 'HF_HOME' not in os.environ and 'WORLD_SIZE' not in os.environ\n"
+        "    assert os.environ['HF_HUB_OFFLINE'] == os.environ['OMP_NUM_THREADS'] == '1'\n",
+    )
+    env = {"HF_HOME": "/mine", "WORLD_SIZE": "4"}
+    assert site.run(site.script, "tests/unit/test_d.py", env=env).returncode == 0

@@ -1,0 +1,313 @@
+"""The rules of the house, kept by reading the sources."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+RECIPES = [
+    name
+    for name in ("face_distill", "lavic", "vasevqa", "multimodal", "arcface")
+    if (ROOT / name).is_dir()
+]
+ROOMS = ["shared", *RECIPES]
+LIGHT = {"shared.launch", "shared.config", "shared.errors", "shared.files"}
+FOREIGN_TO_SHARED = {"transformers", "peft", "swift", "open_clip"}
+# Who in shared may talk to the process and its user, beside the entry scripts and shared/tools.
+OWNERS = {
+    "argparse": {"shared.config"},
+    "environment": {
+        *("shared.launch", "shared.supervisor", "shared.signals"),
+        *("shared.distributed", "shared.run_directory"),
+    },
+    "processes": set[str](),
+    "print": set[str](),
+}
+BOOTSTRAP = re.compile(
+    r"sys\.path\.insert\(0, str\(Path\(__file__\)\.resolve\(\)\.parents\[(\d)\]\)\)"
+    r"  # repository root, for shared"
+)
+TOP_LEVEL = {
+    *("README.md", "README.zh-CN.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
+    *("demo.sh", "run_tests.sh", "setup.sh", "Makefile", "pyproject.toml"),
+    *("requirements", "shared", "tests", *RECIPES),
+    *(".ci", ".editorconfig", ".gitignore", ".shellcheckrc"),
+}
+
+
+@cache
+def tracked() -> list[Path]:
+    """The repository's files, below its root; without git all files but hidden directories'."""
+    command = [
+        "git",
+        "-C",
+        str(ROOT),
+        "ls-files",
+        "--cached",
+        "--others",
+        "--exclude-standard",
+        "-z",
+    ]
+    listed = subprocess.run(command, capture_output=True, text=True, check=False)
+    names = [name for name in listed.stdout.split("\0") if name]
+    if not names:
+        names = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*") if path.is_file()]
+        names = [name for name in names if not name.startswith((".venv", ".git/"))]
+    return [Path(name) for name in names if (ROOT / name).exists()]
+
+
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(encoding="utf-8"))
+
+
+def sources(*rooms: str) -> list[Path]:
+    found = [path for path in tracked() if path.suffix == ".py" and path.parts[0] in rooms]
+    assert found, f"no Python file in {rooms}"
+    return found
+
+
+def module_name(path: Path) -> str:
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def is_entry(path: Path) -> bool:
+    """Whether the file is run as a script."""
+    return any(
+        isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
+        for node in tree_of(path).body
+    )
+
+
+def names_imported(node: ast.stmt) -> Iterator[str]:
+    """The full names of what an import statement takes: modules, or module.attribute."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        yield node.module or ""
+        yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def all_imports(path: Path) -> set[str]:
+    """What the file imports anywhere, functions and type-checking blocks included."""
+    return {
+        name
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in names_imported(node)
+    }
+
+
+def top_imports(path: Path) -> set[str]:
+    """What importing the file imports: all outside functions and `if TYPE_CHECKING`."""
+    found: set[str] = set()
+    todo: list[ast.AST] = list(tree_of(path).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.update(names_imported(node))
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo.extend(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            todo.extend(ast.iter_child_nodes(node))
+    return found
+
+
+def room_of(name: str) -> str:
+    return name.partition(".")[0]
+
+
+@cache
+def ours() -> dict[str, Path]:
+    return {module_name(path): path for path in sources(*ROOMS)}
+
+
+def our_modules(names: set[str]) -> set[str]:
+    return {name for name in names if name in ours()}
+
+
+def test_shared_imports_no_recipe():
+    guilty = {
+        (str(path), name)
+        for path in sources("shared")
+        for name in all_imports(path)
+        if room_of(name) in {*RECIPES, "tests"}
+    }
+    assert not guilty
+
+
+def test_no_recipe_imports_another_or_the_tests():
+    guilty = {
+        (str(path), name)
+        for recipe in RECIPES
+        for path in sources(recipe)
+        for name in all_imports(path)
+        if room_of(name) in {*RECIPES, "tests"} - {recipe}
+    }
+    assert not guilty
+
+
+def test_imports_run_in_no_circle():
+    edges = {name: our_modules(top_imports(path)) - {name} for name, path in ours().items()}
+    state: dict[str, str] = {}
+
+    def visit(name: str, way: tuple[str, ...]) -> None:
+        assert state.get(name) != "open", f"circle: {' -> '.join((*way, name))}"
+        if name not in state:
+            state[name] = "open"
+            for target in sorted(edges[name]):
+                visit(target, (*way, name))
+            state[name] = "closed"
+
+    for name in sorted(edges):
+        visit(name, ())
+
+
+def light_closure() -> set[str]:
+    """The light modules and all of ours that importing them imports."""
+    reached, todo = set(), set(LIGHT)
+    while todo:
+        name = todo.pop()
+        reached.add(name)
+        todo |= our_modules(top_imports(ours()[name])) - reached
+    return reached
+
+
+def test_the_light_modules_need_the_standard_library_alone():
+    allowed = set(sys.stdlib_module_names) | {"shared"}
+    guilty = {
+        (name, imported)
+        for name in light_closure()
+        for imported in top_imports(ours()[name])
+        if room_of(imported) not in allowed
+    }
+    assert not guilty
+
+
+def test_shared_leaves_model_libraries_to_the_recipes():
+    guilty = {
+        (str(path), name)
+        for path in sources("shared")
+        for name in all_imports(path)
+        if room_of(name) in FOREIGN_TO_SHARED
+    }
+    assert not guilty
+
+
+def test_package_files_are_empty():
+    packages = [path for path in sources(*ROOMS) if path.name == "__init__.py"]
+    assert [str(path) for path in packages if (ROOT / path).read_text().strip()] == []
+
+
+def uses(path: Path) -> set[str]:
+    """Which of the entry scripts' rights the file takes for itself."""
+    found = {"argparse"} & {room_of(name) for name in all_imports(path)}
+    if {"subprocess", "multiprocessing"} & {room_of(name) for name in all_imports(path)}:
+        found.add("processes")
+    for node in ast.walk(tree_of(path)):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "print"
+        ):
+            found.add("print")
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in {"os.environ", "os.getenv"}:
+            found.add("environment")
+    return found
+
+
+def test_only_entry_scripts_and_owners_speak_with_user_and_process():
+    guilty = {
+        (str(path), right)
+        for path in sources(*ROOMS)
+        if not is_entry(path)
+        for right in uses(path)
+        if module_name(path) not in OWNERS[right]
+    }
+    assert not guilty
+
+
+def test_no_owner_keeps_a_right_it_does_not_use():
+    idle = {
+        (name, right)
+        for right, names in OWNERS.items()
+        for name in names
+        if right not in uses(ours()[name])
+    }
+    assert not idle
+
+
+def entry_scripts() -> list[Path]:
+    return [path for path in sources(*ROOMS) if is_entry(path)]
+
+
+def test_entry_scripts_reach_shared_by_the_one_bootstrap_line():
+    for path in entry_scripts():
+        lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+        lines = [line for line in lines if line.startswith("sys.path")]
+        assert len(lines) == 1, f"{path}: {lines}"
+        match = BOOTSTRAP.fullmatch(lines[0])
+        assert match, f"{path}: {lines[0]}"
+        assert int(match[1]) == len(path.parts) - 1, f"{path}: {lines[0]}"
+
+
+def test_entry_scripts_answer_help_without_heavy_imports():
+    for path in entry_scripts():
+        imports = top_imports(path)
+        heavy = {room_of(name) for name in imports} - set(sys.stdlib_module_names) - {"shared"}
+        assert not heavy, path
+        assert our_modules(imports) <= light_closure(), path
+
+
+def test_no_function_is_above_60_lines():
+    long = {
+        f"{path}:{node.name}": length
+        for path in sources(*ROOMS, "tests")
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (length := (node.end_lineno or 0) - node.lineno + 1) > 60
+    }
+    assert not long
+
+
+def test_shell_scripts_have_at_most_100_lines():
+    scripts = [path for path in tracked() if path.suffix == ".sh"]
+    assert scripts
+    lengths = {str(path): len((ROOT / path).read_text().splitlines()) for path in scripts}
+    assert {name: length for name, length in lengths.items() if length > 100} == {}
+
+
+def test_shell_scripts_make_sure_of_bash_and_never_evaluate_text():
+    for path in tracked():
+        if path.suffix == ".sh":
+            lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
+            code = [line for line in lines if not line.startswith("#")]
+            if path.parts[:2] != ("shared", "shell"):
+                assert code[0] == '[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"', path
+            bad = [line for line in code if re.search(r"(^|[;&|(\s])(eval|pkill|killall)\s", line)]
+            assert not bad, path
+
+
+def test_the_top_level_holds_what_the_plan_names():
+    assert {path.parts[0] for path in tracked()} - TOP_LEVEL == set()
+
+
+def risky_calls(path: Path) -> Iterator[str]:
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call):
+            if isinstance(node.func, ast.Name) and node.func.id in {"eval", "exec"}:
+                yield f"{path}:{node.lineno} {node.func.id}"
+            settings = {f"{word.arg}={ast.unparse(word.value)}" for word in node.keywords}
+            risky = settings & {"weights_only=False", "allow_pickle=True", "shell=True"}
+            yield from (f"{path}:{node.lineno} {setting}" for setting in risky)
+
+
+def test_nothing_runs_text_or_unpickles_freely():
+    assert [call for path in sources(*ROOMS) for call in risky_calls(path)] == []

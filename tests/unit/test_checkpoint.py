@@ -1,0 +1,428 @@
+import errno
+import json
+import logging
+import os
+import pickle
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from shared import checkpoint
+from shared.checkpoint import DamagedError, Decision, Position, decide, find, load, save
+from shared.early_stopping import EarlyStopping
+from shared.errors import UserError
+
+LAST = "last.pt"
+
+
+def steps_of(directory: Path) -> dict[str, int]:
+    """The step in every checkpoint of the directory, by file name."""
+    return {path.name: load(path)["step"] for path in sorted(directory.glob("*.pt"))}
+
+
+def save_steps(path: Path, *steps: int, keep: int = 2) -> None:
+    for step in steps:
+        save(path, {"step": step, "weights": torch.full((100,), step)}, keep)
+
+
+# saving
+
+
+def test_a_saved_state_is_read_back(tmp_path: Path) -> None:
+    state = {"x": torch.arange(3), "plain": [1, 2.5, None, "é", (True, {"a": 1})]}
+    save(tmp_path / LAST, state)
+    found = load(tmp_path / LAST)
+    assert torch.equal(found.pop("x"), state.pop("x"))
+    assert found == state
+    assert [path.name for path in tmp_path.iterdir()] == [LAST]
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [
+        (1, {"last.pt": 4}),
+        (2, {"last.pt": 4, "last.1.pt": 3}),
+        (3, {"last.pt": 4, "last.1.pt": 3, "last.2.pt": 2}),
+        (9, {"last.pt": 4, "last.1.pt": 3, "last.2.pt": 2, "last.3.pt": 1}),
+    ],
+)
+def test_so_many_are_kept_the_newest_first(
+    tmp_path: Path, keep: int, expected: dict[str, int]
+) -> None:
+    save_steps(tmp_path / LAST, 1, 2, 3, 4, keep=keep)
+    assert steps_of(tmp_path) == expected
+
+
+def test_the_copies_are_made_on_file_systems_without_hard_links_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    save_steps(tmp_path / LAST, 1, 2, 3, keep=3)
+    assert steps_of(tmp_path) == {"last.pt": 3, "last.1.pt": 2, "last.2.pt": 1}
+
+
+def test_the_last_checkpoint_is_there_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, seen = tmp_path / LAST, []
+    save_steps(path, 1, 2)
+    for name in ("replace", "unlink", "hardlink_to", "open"):
+        original = getattr(Path, name)
+
+        def watched(self: Path, *args: Any, _original: Any = original, **options: Any) -> Any:
+            seen.append(path.exists())
+            result = _original(self, *args, **options)
+            seen.append(path.exists())
+            return result
+
+        monkeypatch.setattr(Path, name, watched)
+    save_steps(path, 3)
+    assert len(seen) > 6
+    assert all(seen)
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every byte is refused."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", refuse)
+
+
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_is_told_as_such_on_the_first_save(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        save(tmp_path / LAST, {"step": 1})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_saves_that_fail_cost_none_of_the_checkpoints_that_are_there(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    save_steps(tmp_path / LAST, 1, 2, 3, keep=3)
+    request.getfixturevalue("full_disk")
+    for step in (4, 5):
+        with pytest.raises(OSError, match="No space left"):
+            save(tmp_path / LAST, {"step": step}, keep=3)
+    assert steps_of(tmp_path) == {"last.pt": 3, "last.1.pt": 2, "last.2.pt": 1}
+
+
+# loading
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def flip_a_byte(path: Path) -> None:
+    """Inside the tensor's bytes, where only a checksum notices."""
+    content = bytearray(path.read_bytes())
+    place = content.index(bytes(torch.full((100,), 2).numpy().tobytes()[:64]))
+    content[place + 8] ^= 1
+    path.write_bytes(content)
+
+
+def replace_by_text(path: Path) -> None:
+    path.write_text("version https://git-lfs.github.com/spec/v1\n")
+
+
+DAMAGES = [truncate, empty, flip_a_byte, replace_by_text, Path.unlink]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(
+    tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / LAST
+    save_steps(path, 1, 2)
+    damage(path)
+    with pytest.raises(DamagedError, match=r"last\.pt"):
+        load(path)
+    found = find(path, explicit=False)
+    assert found is not None
+    assert (found[0].name, found[1]["step"]) == ("last.1.pt", 1)
+    assert "last.pt" in caplog.text
+
+
+def test_when_every_checkpoint_is_damaged_there_is_none(tmp_path: Path) -> None:
+    save_steps(tmp_path / LAST, 1, 2)
+    for path in tmp_path.iterdir():
+        truncate(path)
+    assert find(tmp_path / LAST, explicit=False) is None
+
+
+def test_a_damaged_checkpoint_named_explicitly_is_an_error_and_no_other_is_taken(
+    tmp_path: Path,
+) -> None:
+    save_steps(tmp_path / LAST, 1, 2)
+    truncate(tmp_path / LAST)
+    with pytest.raises(UserError, match=r"last\.pt.*give another checkpoint"):
+        find(tmp_path / LAST, explicit=True)
+
+
+def test_ten_checkpoints_are_tried_from_the_newest_on(tmp_path: Path) -> None:
+    path = tmp_path / LAST
+    save_steps(path, *range(1, 13), keep=12)
+    for number in range(10):
+        truncate(checkpoint.previous(path, number))
+    found = find(path, explicit=False)
+    assert found is not None
+    assert (found[0].name, found[1]["step"]) == ("last.10.pt", 2)
+
+
+class Evil:
+    """Its pickle makes a directory when it is loaded."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = str(target)
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (self.target,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_checkpoint_that_would_run_code_is_refused_and_runs_none(
+    tmp_path: Path, zipped: bool
+) -> None:
+    path, target = tmp_path / LAST, tmp_path / "made"
+    torch.save({"step": Evil(target)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises((UserError, DamagedError), match=r"last\.pt"):
+        load(path)
+    with pytest.raises(UserError, match=r"last\.pt"):
+        find(path, explicit=True)
+    assert not target.exists()
+    torch.load(path, weights_only=False)  # the trap is a real one
+    assert target.exists()
+
+
+def test_a_bare_pickle_is_refused_and_runs_no_code(tmp_path: Path) -> None:
+    target = tmp_path / "made"
+    (tmp_path / LAST).write_bytes(pickle.dumps(Evil(target)))
+    with pytest.raises(DamagedError):
+        load(tmp_path / LAST)
+    assert not target.exists()
+
+
+def test_the_refusal_of_code_says_what_to_do(tmp_path: Path) -> None:
+    torch.save({"step": Evil(tmp_path / "made")}, tmp_path / LAST)
+    with pytest.raises(UserError, match=r"could run code; use a checkpoint written by this"):
+        load(tmp_path / LAST)
+
+
+# the decision how a run begins: the contract of --resume
+
+IDENTITY = {"batch_size": 8, "world_size": 1}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "run.lock").touch()
+    return directory
+
+
+def leave(run_dir: Path, state: str, step: int = 5, checkpoints: tuple[str, ...] = (LAST,)) -> None:
+    """Leave in `run_dir` what a run in `state` leaves."""
+    status = {"state": state, "step": step}
+    (run_dir / "status.json").write_text(json.dumps(status))
+    (run_dir / "config.json").write_text(json.dumps({"identity": IDENTITY}))
+    for name in checkpoints:
+        (run_dir / name).touch()
+
+
+def test_an_empty_directory_is_begun_in(run_dir: Path) -> None:
+    assert decide(run_dir, LAST, "auto", IDENTITY, restarted=False) == Decision()
+
+
+@pytest.mark.parametrize("state", ["running", "stopped", "failed"])
+@pytest.mark.parametrize("resume", ["auto", "latest"])
+def test_an_interrupted_run_of_the_same_settings_is_continued(
+    run_dir: Path, state: str, resume: str
+) -> None:
+    leave(run_dir, state)
+    decision = decide(run_dir, LAST, resume, IDENTITY, restarted=False)
+    assert decision == Decision(run_dir / LAST)
+
+
+def test_a_finished_run_makes_room(run_dir: Path) -> None:
+    leave(run_dir, "done")
+    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
+    assert decision == Decision(None, "the run there is finished", move_aside=True)
+
+
+def test_a_run_of_other_settings_makes_room_and_the_difference_is_named(run_dir: Path) -> None:
+    leave(run_dir, "failed")
+    now = {"batch_size": 4, "world_size": 2}
+    decision = decide(run_dir, LAST, "auto", now, restarted=False)
+    assert (decision.checkpoint, decision.move_aside) == (None, True)
+    assert "batch_size: 8 → 4; world_size: 1 → 2" in decision.why
+
+
+def test_never_begins_anew_and_keeps_what_was_there(run_dir: Path) -> None:
+    leave(run_dir, "stopped")
+    decision = decide(run_dir, LAST, "never", IDENTITY, restarted=False)
+    assert decision == Decision(None, "--resume never", move_aside=True)
+
+
+def test_a_run_without_a_checkpoint_makes_room(run_dir: Path) -> None:
+    leave(run_dir, "failed", checkpoints=())
+    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
+    assert (decision.checkpoint, decision.move_aside) == (None, True)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_that_took_no_step_leaves_nothing_worth_moving(run_dir: Path, resume: str) -> None:
+    leave(run_dir, "failed", step=0, checkpoints=())
+    (run_dir / "metrics.jsonl").touch()
+    (run_dir / "tensorboard").mkdir()
+    (run_dir / "tensorboard" / "events.out.tfevents.1.host.2.0").touch()
+    assert decide(run_dir, LAST, resume, IDENTITY, restarted=False) == Decision()
+
+
+def test_other_peoples_files_are_never_overwritten(run_dir: Path) -> None:
+    (run_dir / "thesis.txt").touch()
+    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
+    assert decision.move_aside
+
+
+def test_when_only_an_older_checkpoint_is_left_the_run_is_continued(run_dir: Path) -> None:
+    leave(run_dir, "failed", checkpoints=("last.1.pt",))
+    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
+    assert decision == Decision(run_dir / LAST)
+
+
+@pytest.mark.parametrize("state", ["done", "running"])
+def test_a_path_is_taken_whatever_the_run_was(run_dir: Path, tmp_path: Path, state: str) -> None:
+    leave(run_dir, state)
+    for target in (run_dir, run_dir / LAST):
+        decision = decide(run_dir, LAST, str(target), {"batch_size": 1}, restarted=False)
+        assert decision == Decision(run_dir / LAST)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_processes_started_again_continue_whatever_was_typed(run_dir: Path, resume: str) -> None:
+    leave(run_dir, "running")
+    decision = decide(run_dir, LAST, resume, {"batch_size": 1}, restarted=True)
+    assert decision == Decision(run_dir / LAST)
+
+
+def test_processes_started_again_do_not_go_back_to_the_checkpoint_named_at_first(
+    run_dir: Path,
+) -> None:
+    leave(run_dir, "running", checkpoints=(LAST, "last.1.pt"))
+    decision = decide(run_dir, LAST, str(run_dir / "last.1.pt"), IDENTITY, restarted=True)
+    assert decision == Decision(run_dir / LAST)
+
+
+def test_processes_started_again_before_any_checkpoint_begin_anew(run_dir: Path) -> None:
+    leave(run_dir, "running", checkpoints=())
+    assert decide(run_dir, LAST, "auto", IDENTITY, restarted=True) == Decision()
+
+
+# parts
+
+
+def test_parts_take_their_states() -> None:
+    net, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    stopping = EarlyStopping(1)
+    states = {"net": other.state_dict(), "stopping": {"best": 0.5, "bad": 3}, "unused": {}}
+    checkpoint.load_parts({"net": net, "stopping": stopping}, states, Path("x.pt"))
+    assert torch.equal(net.weight, other.weight)
+    assert (stopping.best, stopping.bad) == (0.5, 3)
+
+
+def test_a_missing_part_is_named() -> None:
+    with pytest.raises(UserError, match=r"x\.pt lacks optimizer, scheduler"):
+        parts: dict[str, Any] = dict.fromkeys(("scheduler", "optimizer"), EarlyStopping(1))
+        checkpoint.load_parts(parts, {}, Path("x.pt"))
+
+
+def test_shapes_that_do_not_fit_are_listed_by_key() -> None:
+    state = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).state_dict()
+    smaller = nn.Sequential(nn.Linear(3, 2, bias=False))
+    with pytest.raises(UserError) as refused:
+        checkpoint.load_parts({"net": smaller}, {"net": state}, Path("x.pt"))
+    message = str(refused.value)
+    assert "0.weight: (4, 3) → (2, 3)" in message
+    assert "1.bias: (2,) → absent" in message
+    assert "\n" not in message
+
+
+def test_a_long_list_of_shapes_is_cut() -> None:
+    small, large = (nn.Sequential(*[nn.Linear(n, n) for _ in range(4)]) for n in (2, 3))
+    with pytest.raises(UserError, match="and 3 more"):
+        checkpoint.load_parts({"net": small}, {"net": large.state_dict()}, Path("x.pt"))
+
+
+def test_nothing_is_loaded_into_a_model_that_does_not_fit() -> None:
+    net = nn.Linear(3, 2)
+    before = net.weight.clone()
+    state = {"weight": torch.zeros(2, 3), "bias": torch.zeros(5)}
+    with pytest.raises(UserError):
+        checkpoint.load_parts({"net": net}, {"net": state}, Path("x.pt"))
+    assert torch.equal(net.weight, before)
+
+
+def test_an_optimizer_of_other_parameters_is_refused_by_name() -> None:
+    one, two = nn.Linear(2, 2), nn.Linear(2, 2, bias=False)
+    state = torch.optim.SGD(one.parameters(), lr=1).state_dict()
+    parts: dict[str, Any] = {"optimizer": torch.optim.SGD(two.parameters(), lr=1)}
+    with pytest.raises(UserError, match=r"x\.pt: optimizer does not fit"):
+        checkpoint.load_parts(parts, {"optimizer": state}, Path("x.pt"))
+
+
+# room on the disk
+
+
+def test_size_counts_the_bytes_of_nested_tensors() -> None:
+    value = {"a": torch.zeros(10), "b": [torch.zeros(3, dtype=torch.int64), (torch.zeros(2),)]}
+    assert checkpoint.size_of({**value, "c": 5, "d": "text"}) == 40 + 24 + 8
+
+
+@pytest.mark.parametrize(("free", "fits"), [(3_000_000_000, True), (2_999_999_999, False)])
+def test_room_for_those_kept_and_the_one_being_written_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, fits: bool
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, free))
+    if fits:
+        checkpoint.check_space(tmp_path, 1_000_000_000, keep=2)
+        return
+    with pytest.raises(UserError, match=r"3\.00 GB free, 3\.00 GB needed for 2 checkpoints"):
+        checkpoint.check_space(tmp_path, 1_000_000_000, keep=2)
+
+
+def test_checkpoints_that_are_already_there_need_no_second_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a run that a full disk stopped could not be continued where there is room for it."""
+    save_steps(tmp_path / LAST, 1, 2)
+    size = (tmp_path / LAST).stat().st_size
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, int(1.5 * size)))
+    checkpoint.check_space(tmp_path, size, keep=2)
+
+
+def test_positions_count_steps_batches_and_epochs(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    position = Position()
+    for _ in range(3):
+        position.advance()
+    position.next_epoch()
+    position.advance()
+    assert position == Position(step=4, epoch=1, batch=1)

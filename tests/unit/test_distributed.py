@@ -1,0 +1,213 @@
+"""Collectives between two processes over gloo, against one process and hand calculations.
+
+The file is also the program of each process: `python test_distributed.py REPORT`, under torchrun's
+variables; rank 0 writes what both saw.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from shared import distributed
+from shared.distributed import World
+
+WORLD, ROWS = 2, 3
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]  # the group: one pair for all
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks saw, by rank."""
+    path = tmp_path_factory.mktemp("ranks") / "report.json"
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(WORLD)}
+    processes = []
+    for rank in range(WORLD):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
+        environ = os.environ | common | own | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        processes.append(subprocess.Popen([sys.executable, __file__, str(path)], env=environ))
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
+    finally:
+        for process in processes:
+            process.kill()
+    return json.loads(path.read_text())
+
+
+def test_each_process_knows_its_place(report: list[dict[str, Any]]) -> None:
+    assert [seen["place"] for seen in report] == [[0, 0, 2, "cpu", True], [1, 1, 2, "cpu", False]]
+
+
+def test_sums_and_means_are_those_of_all_ranks(report: list[dict[str, Any]]) -> None:
+    # rank r gives [r + 1, 10 · r]
+    for seen in report:
+        assert seen["total"] == [3.0, 10.0]
+        assert seen["total of integers"] == [3, 10]
+        assert seen["mean"] == [1.5, 5.0]
+
+
+def test_the_argument_of_a_sum_stays_as_it_was(report: list[dict[str, Any]]) -> None:
+    assert [seen["argument"] for seen in report] == [[1.0, 0.0], [2.0, 10.0]]
+
+
+def test_the_largest_number_and_any_flag_reach_every_rank(report: list[dict[str, Any]]) -> None:
+    for seen in report:
+        assert seen["largest"] == 15
+        assert seen["any"] == [True, False]
+
+
+def test_every_rank_gets_rank_0s_object_or_everyones(report: list[dict[str, Any]]) -> None:
+    for seen in report:
+        assert seen["broadcast"] == {"from": 0, "path": "/x/0"}
+        assert seen["gathered"] == [{"rank": 0}, {"rank": 1}]
+
+
+def test_gathered_rows_stand_in_the_order_of_ranks(report: list[dict[str, Any]]) -> None:
+    for seen in report:
+        assert seen["rows"] == [[0.0, 1.0]] * ROWS + [[100.0, 101.0]] * ROWS
+
+
+def test_gathered_gradients_are_those_of_one_process(report: list[dict[str, Any]]) -> None:
+    alone = nn.Linear(5, 4, bias=False).double()
+    alone.load_state_dict({"weight": initial_weight()})
+    relation_loss(alone(inputs())).backward()
+    expected = alone.weight.grad
+    assert expected is not None
+    for seen in report:
+        error = (torch.tensor(seen["gradient"], dtype=torch.float64) - expected).abs().max()
+        assert float(error / expected.abs().max()) < 1e-12
+
+
+def test_rows_that_are_not_contiguous_are_gathered_right(report: list[dict[str, Any]]) -> None:
+    for seen in report:
+        assert seen["transposed"] == [[0.0, 2.0], [1.0, 3.0], [10.0, 12.0], [11.0, 13.0]]
+
+
+def test_gathering_leaves_the_gradients_of_others_alone(report: list[dict[str, Any]]) -> None:
+    """d/dz of Σ(gathered + z)² is 2 (gathered + z), and nothing is summed over ranks in it."""
+    for seen in report:
+        assert seen["neighbour"] == [[2.0, 4.0]] * ROWS + [[202.0, 204.0]] * ROWS
+
+
+def test_wrapping_averages_gradients_and_unwrapping_gives_the_model_back(
+    report: list[dict[str, Any]],
+) -> None:
+    for seen in report:
+        assert seen["unwrapped is the model"]
+        assert seen["averaged gradient"] == 1.5  # of 1 and 2
+
+
+def test_one_process_opens_no_group_and_everything_is_its_own() -> None:
+    world = distributed.setup("cpu", environ={})
+    values, model = torch.tensor([1.0, 2.0]), nn.Linear(1, 1)
+    assert world == World(0, 0, 1, torch.device("cpu"))
+    assert not dist.is_initialized()
+    assert distributed.total(values, world).tolist() == [1.0, 2.0]
+    assert distributed.mean(values, world).tolist() == [1.0, 2.0]
+    assert distributed.largest(7, world) == 7
+    assert distributed.broadcast_object("x", world) == "x"
+    assert distributed.gather_objects("x", world) == ["x"]
+    assert distributed.gather_with_grad(values, world) is values
+    assert distributed.wrap(model, world) is distributed.unwrap(model) is model
+    distributed.barrier(world)
+    distributed.cleanup(world)
+
+
+def test_a_compiled_model_is_unwrapped() -> None:
+    model = nn.Linear(1, 1)
+    compiled = nn.Module()
+    compiled._orig_mod = model  # as torch.compile does
+    assert distributed.unwrap(compiled) is model
+
+
+# the program of each process
+
+
+def initial_weight() -> Tensor:
+    return torch.randn(4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def inputs() -> Tensor:
+    """The global batch: (world · rows, 5)."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(WORLD * ROWS, 5, generator=generator, dtype=torch.float64)
+
+
+def relation_loss(features: Tensor) -> Tensor:
+    """A loss that needs the whole batch: every sample's distance to every other."""
+    return torch.pdist(features).log().square().mean() + features.std(dim=0).sum()
+
+
+def reductions(world: World) -> dict[str, Any]:
+    values = torch.tensor([world.rank + 1.0, 10.0 * world.rank], requires_grad=True)
+    return {
+        "place": [world.rank, world.local_rank, world.size, str(world.device), world.is_main],
+        "total": distributed.total(values, world).tolist(),
+        "total of integers": distributed.total(values.long(), world).tolist(),
+        "mean": distributed.mean(values, world).tolist(),
+        "argument": values.tolist(),
+        "largest": distributed.largest(15 * world.rank, world),
+        "any": [distributed.any_rank(flag, world) for flag in (world.rank == 1, False)],
+        "broadcast": distributed.broadcast_object(
+            {"from": world.rank, "path": f"/x/{world.rank}"}, world
+        ),
+        "gathered": distributed.gather_objects({"rank": world.rank}, world),
+    }
+
+
+def gathering(world: World) -> dict[str, Any]:
+    own = torch.tensor([[0.0, 1.0]] * ROWS) + 100 * world.rank
+    rows = distributed.gather_with_grad(own, world)
+    square = torch.arange(4.0).view(2, 2) + 10 * world.rank
+    leaf = torch.ones(WORLD * ROWS, 2, requires_grad=True)
+    beside = leaf * 1.0  # made before: its backward comes after that of the gathering
+    (distributed.gather_with_grad(own.requires_grad_(), world) + beside).square().sum().backward()
+    assert leaf.grad is not None
+    return {
+        "rows": rows.tolist(),
+        "transposed": distributed.gather_with_grad(square.T, world).tolist(),
+        "neighbour": leaf.grad.tolist(),
+    }
+
+
+def gradients(world: World) -> dict[str, Any]:
+    model = nn.Linear(5, 4, bias=False).double()
+    model.load_state_dict({"weight": initial_weight()})
+    wrapped = distributed.wrap(model, world)
+    own = inputs()[world.rank * ROWS : (world.rank + 1) * ROWS]
+    relation_loss(distributed.gather_with_grad(wrapped(own), world)).backward()
+    assert model.weight.grad is not None
+    scalar = nn.Linear(1, 1, bias=False)
+    averaging = distributed.wrap(scalar, world)
+    averaging(torch.tensor([[world.rank + 1.0]])).sum().backward()
+    assert scalar.weight.grad is not None
+    return {
+        "gradient": model.weight.grad.tolist(),
+        "unwrapped is the model": distributed.unwrap(wrapped) is model,
+        "averaged gradient": scalar.weight.grad.item(),
+    }
+
+
+def main(path: Path) -> None:
+    world = distributed.setup("auto", timeout=60.0)
+    seen = reductions(world) | gathering(world) | gradients(world)
+    everyone = distributed.gather_objects(seen, world)
+    if world.is_main:
+        path.write_text(json.dumps(everyone))
+    distributed.cleanup(world)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,50 @@
+import pytest
+
+from shared.errors import MissingToolError, UserError, did_you_mean, hint_for, one_line
+
+
+def test_a_message_of_several_lines_becomes_one() -> None:
+    assert one_line(ValueError("first\n   second\tthird ")) == "first second third"
+
+
+def test_an_error_without_words_is_known_by_its_type() -> None:
+    assert one_line(StopIteration()) == "StopIteration"
+
+
+def test_the_nearest_name_is_offered_and_a_far_one_is_not() -> None:
+    names = ["--batch-size", "--epochs", "--lr"]
+    assert did_you_mean("--batch-szie", names) == "; did you mean --batch-size?"
+    assert did_you_mean("--zzz", names) == ""
+
+
+def test_exit_codes_tell_input_from_missing_tools() -> None:
+    assert UserError("x").exit_code == 2
+    assert MissingToolError("x").exit_code == 3
+    assert isinstance(MissingToolError("x"), UserError)
+
+
+@pytest.mark.parametrize(
+    ("message", "advice"),
+    [
+        ("DataLoader worker (pid 12) is killed by signal: Killed.", "--workers"),
+        ("DataLoader worker (pid 12) is killed by signal: Bus error. shared memory", "--workers"),
+        ("unable to write to file </torch_1>: shared memory /dev/shm", "--shm-size"),
+        ("CUDA out of memory. Tried to allocate 2.00 GiB.", "--batch-size"),
+        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate", "RAM is full"),
+        ("[Errno 28] No space left on device", "the disk is full"),
+        ("The NVIDIA driver on your system is too old (found version 12010).", "--device cpu"),
+    ],
+)
+def test_failures_that_torch_words_badly_get_advice(message: str, advice: str) -> None:
+    assert advice in (hint_for(message) or "")
+
+
+def test_an_unknown_failure_gets_no_advice() -> None:
+    assert hint_for("list index out of range") is None
+
+
+@pytest.mark.parametrize("end", ["", ", shared memory"])
+def test_a_full_dev_shm_is_not_called_a_full_disk(end: str) -> None:
+    """torch's words when a loader worker cannot put its batch into /dev/shm."""
+    message = f"unable to write to file </torch_1_2_3>: No space left on device (28){end}"
+    assert "/dev/shm" in (hint_for(message) or "")

@@ -1,0 +1,237 @@
+"""Selections, labels, decoding and the cache, on small record files and folders."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from face_distill import face_sources
+from face_distill.FaceDataset import FaceDataset
+from face_distill.recordio import RecordReader, pack, write_records
+from shared.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+COUNTS = (3, 5, 1, 4)  # images of each identity
+
+
+def picture(number, mode="RGB", size=(112, 112), form="PNG"):
+    pixels = np.random.default_rng(number).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(stream, form)
+    return stream.getvalue()
+
+
+def faces_emore(root, counts=COUNTS, header=True, labels=None, contents=None, header_labels=None):
+    root.mkdir(exist_ok=True)
+    people = np.repeat(np.arange(len(counts)), counts) if labels is None else labels
+    contents = contents or [picture(k) for k in range(len(people))]
+    numbered = enumerate(zip(people, contents, strict=True), 1)
+    items = [(k, pack(float(p), c, k)) for k, (p, c) in numbered]
+    if header:
+        ends = 1 + np.cumsum([0, *counts])
+        count = header_labels or (ends[-1], ends[-1] + len(counts))
+        items += [
+            (int(ends[-1]) + i, pack(np.array(ends[i : i + 2], np.float32), b""))
+            for i in range(len(counts))
+        ]
+        items.append((0, pack(np.array(count, np.float32), b"")))  # last, as packing scripts do
+    write_records(root / "train.rec", root / "train.idx", items)
+    return root
+
+
+def folder(root, counts=COUNTS):
+    for person, count in enumerate(counts):
+        (root / f"id{person}").mkdir(parents=True)
+        for k in range(count):
+            (root / f"id{person}" / f"{k}.png").write_bytes(picture(10 * person + k))
+    return root
+
+
+def test_first_n_takes_the_first_images_in_order(tmp_path):
+    faces = FaceDataset(faces_emore(tmp_path), "first_n", limit=9)
+    assert faces.keys.tolist() == list(range(1, 10)) and len(faces) == 9
+    assert faces.labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 2] and faces.num_classes == 3
+    assert faces.labels.dtype == faces.keys.dtype == np.int64
+
+
+def test_per_id_takes_that_many_of_each_identity_that_has_them(tmp_path):
+    faces = FaceDataset(faces_emore(tmp_path), "per_id", per_id=3)
+    assert faces.keys.tolist() == [1, 2, 3, 4, 5, 6, 10, 11, 12]
+    assert faces.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2] and faces.num_classes == 3
+    limited = FaceDataset(tmp_path, "per_id", limit=6, per_id=3)
+    assert limited.keys.tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("limit", [None, 2])
+def test_labels_do_not_depend_on_where_they_are_read(tmp_path, limit):
+    faces = FaceDataset(faces_emore(tmp_path), limit=limit, cache=False)
+    expected = np.repeat(np.arange(4), COUNTS)[:limit]
+    assert faces.labels.tolist() == expected.tolist()
+
+
+def test_records_without_a_header_are_all_images(tmp_path):
+    people = [9, 4, 9, 4, 9, 7]
+    root = faces_emore(tmp_path, header=False, labels=people)
+    faces = FaceDataset(root)
+    assert faces.keys.tolist() == [1, 2, 3, 4, 5, 6] and faces.labels.tolist() == [0, 1, 0, 1, 0, 2]
+    pairs = FaceDataset(root, "per_id", per_id=2)
+    assert pairs.keys.tolist() == [1, 3, 2, 4] and pairs.labels.tolist() == [0, 0, 1, 1]
+
+
+def test_a_header_too_large_for_float32_gives_way_to_the_records(tmp_path, monkeypatch):
+    monkeypatch.setattr(face_sources, "FLOAT32_EXACT", 8)  # keys from 8 on count as inexact
+    root = faces_emore(tmp_path, header_labels=(12, 20))  # rounded: 14 and 18 in truth
+    faces = FaceDataset(root)
+    assert faces.keys.tolist() == list(range(1, 14))
+    assert faces.labels.tolist() == np.repeat(np.arange(4), COUNTS).tolist()
+    chosen = FaceDataset(root, "per_id", per_id=3)
+    assert chosen.keys.tolist() == [1, 2, 3, 4, 5, 6, 10, 11, 12]
+
+
+def test_a_header_that_contradicts_the_index_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"key 0 .*promises 20 images and 4 .*train\.idx has 17"):
+        FaceDataset(faces_emore(tmp_path, header_labels=(21, 25)))
+
+
+def test_images_are_those_of_the_records_in_every_way_of_reading(tmp_path):
+    root = faces_emore(tmp_path)
+    record = RecordReader(root / "train.rec", root / "train.idx").labelled(5)
+    truth = torch.from_numpy(np.array(Image.open(io.BytesIO(record.content)))).permute(2, 0, 1)
+    for cache in (True, False):
+        faces = FaceDataset(root, cache=cache)
+        assert faces.is_cached == cache
+        image, label, index = faces[4]
+        assert torch.equal(image, truth) and (label, index) == (1, 4)
+        image.zero_()
+        batch = faces.__getitems__([12, 4])
+        assert torch.equal(batch[1][0], truth) and [item[1:] for item in batch] == [(3, 12), (1, 4)]
+
+
+def test_an_index_outside_is_an_index_error(tmp_path):
+    faces = FaceDataset(faces_emore(tmp_path), cache=False)
+    assert faces[-1][2] == 12
+    with pytest.raises(IndexError):
+        faces[13]
+
+
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("cache", [True, False])
+def test_loader_workers_give_the_same_batches(tmp_path, method, cache):
+    faces = FaceDataset(faces_emore(tmp_path, counts=(2, 2)), cache=cache)
+    here = next(iter(DataLoader(faces, batch_size=4)))
+    loader = DataLoader(faces, batch_size=4, num_workers=1, multiprocessing_context=method)
+    there = next(iter(loader))
+    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+    assert here[0].shape == (4, 3, 112, 112) and here[2].tolist() == [0, 1, 2, 3]
+
+
+def test_odd_pictures_become_rgb_of_112_pixels(tmp_path):
+    contents = [
+        picture(0, "L", form="JPEG"),
+        picture(1, "RGB", (200, 60), "JPEG"),
+        picture(2, "RGBA"),
+        picture(3, "CMYK", form="JPEG"),
+    ]
+    faces = FaceDataset(faces_emore(tmp_path, header=False, labels=[0] * 4, contents=contents))
+    images = torch.stack([faces[i][0] for i in range(4)])
+    assert images.shape == (4, 3, 112, 112) and images.dtype == torch.uint8
+    assert torch.equal(images[0, 0], images[0, 1]) and torch.equal(images[0, 0], images[0, 2])
+    small = Image.open(io.BytesIO(contents[1])).resize((112, 112), Image.Resampling.BICUBIC)
+    truth = torch.from_numpy(np.array(small)).permute(2, 0, 1)
+    assert (images[1].int() - truth.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no image at all", picture(0, form="JPEG")[:900], picture(0)[:900]]
+)
+def test_a_corrupt_image_names_record_and_file(tmp_path, content):
+    root = faces_emore(tmp_path, header=False, labels=[0, 0], contents=[picture(1), content])
+    with pytest.raises(UserError, match=r"train\.rec key 2 at byte \d+: the image is corrupt"):
+        FaceDataset(root)
+    faces = FaceDataset(root, cache=False)
+    with pytest.raises(UserError, match="key 2"):
+        faces[1]
+
+
+@pytest.mark.parametrize("label", [float("nan"), 1.5, -1.0])
+def test_a_label_that_is_no_identity_is_refused(tmp_path, label):
+    with pytest.raises(UserError, match=r"key 2 .*label is"):
+        FaceDataset(faces_emore(tmp_path, header=False, labels=[0, label]))
+
+
+def test_a_folder_of_folders_is_read_in_the_order_of_names(tmp_path):
+    faces = FaceDataset(folder(tmp_path), cache=False)
+    assert faces.labels.tolist() == np.repeat(np.arange(4), COUNTS).tolist()
+    truth = Image.open(tmp_path / "id1" / "2.png")
+    assert torch.equal(faces[5][0], torch.from_numpy(np.array(truth)).permute(2, 0, 1))
+    chosen = FaceDataset(tmp_path, "per_id", per_id=4, cache=False)
+    assert chosen.keys.tolist() == [3, 4, 5, 6, 9, 10, 11, 12] and chosen.num_classes == 2
+    (tmp_path / "id1" / "2.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"id1/2\.png \(key 5\): the image is corrupt"):
+        faces[5]
+
+
+def test_the_selection_hash_tells_selections_apart(tmp_path):
+    root = faces_emore(tmp_path / "rec")
+    hashes = [
+        FaceDataset(root, cache=False).selection_sha256(),
+        FaceDataset(root, limit=9, cache=False).selection_sha256(),
+        FaceDataset(root, "per_id", per_id=3, cache=False).selection_sha256(),
+        FaceDataset(folder(tmp_path / "folder"), cache=False).selection_sha256(),
+    ]
+    assert len(set(hashes)) == 4
+    assert hashes[0] == FaceDataset(root).selection_sha256() and len(hashes[0]) == 64
+
+
+def test_a_cache_that_does_not_fit_is_left_off_with_a_message(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("face_distill.FaceDataset._free_memory", lambda: 2 * 13 * 37632 - 1)
+    faces = FaceDataset(faces_emore(tmp_path))
+    assert not faces.is_cached and faces[0][0].shape == (3, 112, 112)
+    assert "decode-once cache needs" in caplog.text
+    monkeypatch.setattr("face_distill.FaceDataset._free_memory", lambda: 2 * 13 * 37632)
+    assert FaceDataset(tmp_path).is_cached
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"selection": "first"}, "'first'.*did you mean first_n"),
+        ({"limit": 0}, "limit 0"),
+        ({"limit": 14}, "holds 13 images, 14 were asked for"),
+        ({"selection": "per_id", "per_id": 0}, "per_id 0"),
+        ({"selection": "per_id", "per_id": 3, "limit": 7}, "limit 7 .*use 6 or 9"),
+        ({"selection": "per_id", "per_id": 3, "limit": 12}, "has 3 identities .* 4 were asked"),
+        ({"selection": "per_id"}, "has 0 identities with at least 20"),
+    ],
+)
+def test_bad_selections_say_what_is_allowed(tmp_path, arguments, message):
+    with pytest.raises(UserError, match=message):
+        FaceDataset(faces_emore(tmp_path), **arguments)
+
+
+def test_a_missing_or_empty_root_says_what_belongs_there(tmp_path):
+    with pytest.raises(UserError, match="nowhere is missing: expected faces_emore"):
+        FaceDataset(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="holds neither"):
+        FaceDataset(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_script_beside_the_file_imports_it_by_its_bare_name(tmp_path):
+    root = faces_emore(tmp_path / "data", counts=(1,))
+    script = "import sys\nsys.path[0] = sys.argv[1]\nfrom FaceDataset import FaceDataset\n"
+    script += "from pathlib import Path\nprint(len(FaceDataset(Path(sys.argv[2]))))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(ROOT / "face_distill"), str(root)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr

@@ -1,0 +1,158 @@
+"""The demo's files: real formats, same seed same bytes, unseen people, learnable relations."""
+
+import hashlib
+import io
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from transformers import Blip2Config, Blip2VisionModel
+
+from face_distill import demo
+from face_distill.demo_faces import draw_face, draw_shot, look_of
+from face_distill.FaceDataset import FaceDataset
+from face_distill.recordio import RecordReader
+from face_distill.teacher import TeacherFeatures
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return demo.build(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Two people, so that a build takes a moment."""
+    monkeypatch.setattr(demo, "NUM_PEOPLE", 2)
+    monkeypatch.setattr(demo, "PICTURES_EACH", 2)
+    monkeypatch.setattr(demo, "NUM_FOLDS", 1)
+    monkeypatch.setattr(demo, "PICTURES_OF_STRANGER", 4)
+    monkeypatch.setattr(demo, "write_tower", _write_no_tower)
+
+
+def _write_no_tower(directory, seed):
+    for name in ("config.json", "model.safetensors.index.json"):
+        (directory / name).write_text("{}")
+
+
+def digests(paths):
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths.files}
+
+
+def test_records_are_those_of_faces_emore(paths):
+    reader = RecordReader(paths.data_root / "train.rec", paths.data_root / "train.idx")
+    assert len(reader) == 1 + 800 + 40
+    assert np.asarray(reader.label_of(0)).tolist() == [801, 841]
+    assert np.asarray(reader.label_of(801 + 39)).tolist() == [781, 801]
+    assert (paths.data_root / "property").read_text() == "40,112,112\n"
+    record = reader.labelled(21)
+    assert (record.flag, record.labels, record.record_id) == (0, 1.0, 21)
+    assert Image.open(io.BytesIO(record.content)).size == (112, 112)
+
+
+def test_teacher_and_records_are_aligned(paths):
+    faces = FaceDataset(paths.data_root, "first_n", limit=800)
+    assert faces.num_classes == 40 and (np.bincount(faces.labels) == 20).all()
+    teacher = TeacherFeatures(paths.teacher)
+    teacher.check_alignment(faces)
+    assert teacher.kind == "probability" and teacher.map_shape == (7, 7)
+
+
+def test_relations_between_people_outweigh_those_between_their_pictures(paths):
+    embeddings = TeacherFeatures(paths.teacher).rows(np.arange(800))[0].view(40, 20, -1)
+    centres = embeddings.mean(1)
+    within = (embeddings - centres[:, None]).norm(dim=2).mean()
+    between = torch.pdist(centres)
+    assert between.min() > 2 * within  # nobody is mistaken for another
+    assert between.max() > 2 * between.min()  # and some people are more alike than others
+
+
+def test_maps_point_at_the_face(paths):
+    maps = TeacherFeatures(paths.teacher).rows(np.arange(800))[1]
+    assert maps[:, 1:6, 1:6].sum((1, 2)).mean() > 0.8
+    assert maps.std(0).mean() > 0.002  # they follow the pose
+    entropy = -(maps * maps.log()).sum((1, 2)).mean()
+    assert 1.5 < entropy < 3.4  # a map, neither a point nor uniform (3.89)
+
+
+def test_pairs_are_half_same_and_no_person_is_in_two_folds(paths):
+    jpegs, same = pickle.loads(paths.pairs.read_bytes())
+    assert len(jpegs) == 2 * len(same) == 1200 and sum(same) == 300
+    assert all(isinstance(jpeg, bytes) for jpeg in jpegs)
+    assert all(isinstance(truth, bool) for truth in same)
+    folds = [set(jpegs[120 * f : 120 * f + 120]) for f in range(10)]
+    assert all(not folds[a] & folds[b] for a in range(10) for b in range(a))
+    assert [sum(same[60 * f : 60 * f + 60]) for f in range(10)] == [30] * 10
+    assert all(jpegs[2 * i] != jpegs[2 * i + 1] for i in range(600))
+
+
+def test_the_tower_loads_strictly_from_two_shards(paths):
+    index = json.loads((paths.weights / "model.safetensors.index.json").read_text())["weight_map"]
+    prefix = "vision_model."
+    tower_shards = {shard for name, shard in index.items() if name.startswith(prefix)}
+    assert len(set(index.values())) == 2 and len(tower_shards) == 2
+    state = {}
+    for shard in tower_shards:
+        with safe_open(paths.weights / shard, "pt") as tensors:
+            names = [name for name in tensors.keys() if name.startswith(prefix)]  # noqa: SIM118
+            state |= {name.removeprefix(prefix): tensors.get_tensor(name) for name in names}
+    config = Blip2Config.from_pretrained(paths.weights).vision_config
+    assert config.initializer_range == 0.02
+    tower = Blip2VisionModel(config)
+    tower.load_state_dict(state, strict=True)
+    faces = FaceDataset(paths.data_root, limit=2, cache=False)
+    with torch.no_grad():
+        tokens = tower(pixel_values=faces.images([0, 1]).float() / 128 - 1).last_hidden_state
+    assert tokens.shape == (2, 1 + 49, 64)
+    assert (tokens[0, 0] - tokens[1, 0]).abs().max() > 0.01  # it sees its input
+    energy = tokens[:, 1:].square().sum(2)
+    assert energy.std(1).min() > 0.1  # and an attention map can be read from it
+
+
+def test_a_finished_build_is_kept_and_a_partial_one_is_drawn_again(tmp_path, small):
+    paths = demo.build(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in paths.files}
+    demo.build(tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in paths.files} == before
+    digest = digests(paths)
+    (paths.data_root / "train.rec").unlink()
+    demo.build(tmp_path)
+    assert digests(paths) == digest
+    paths.marker.unlink()
+    (paths.data_root / "train.rec").write_bytes(b"half")
+    demo.build(tmp_path)
+    assert digests(paths) == digest
+
+
+def test_a_build_that_fails_leaves_no_marker(tmp_path, small, monkeypatch):
+    paths = demo.build(tmp_path)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(demo, "write_tower", fail)
+    with pytest.raises(OSError, match="disk full"):
+        demo.build(tmp_path, seed=1)
+    assert not paths.marker.exists()
+
+
+def test_seeds_draw_different_people(tmp_path, small):
+    first, second = (demo.build(tmp_path / str(seed), seed) for seed in (0, 1))
+    same = {name for name, digest in digests(first).items() if digests(second)[name] == digest}
+    unseeded = {"property", "teacher_labels.npy", "config.json", "model.safetensors.index.json"}
+    assert same == unseeded
+
+
+def test_a_face_keeps_its_parts_when_only_the_shot_changes():
+    rng = np.random.default_rng(0)
+    someone, other = rng.standard_normal((2, 12))
+    shots = [draw_shot(rng) for _ in range(2)]
+    image, where = draw_face(look_of(someone), shots[0])
+    assert image.shape == (112, 112, 3) and image.dtype == np.uint8 and where.min() >= 0
+    assert np.array_equal(image, draw_face(look_of(someone), shots[0])[0])
+    assert not np.array_equal(image, draw_face(look_of(someone), shots[1])[0])
+    assert not np.array_equal(image, draw_face(look_of(other), shots[0])[0])

@@ -1,0 +1,130 @@
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+from shared import files
+
+
+def fail_half_way(stream: IO[bytes]) -> None:
+    stream.write(b"half")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def dead_pid() -> int:
+    """The id of a process that has ended and was waited for."""
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_written_value_is_read_back_and_nothing_else_is_left(tmp_path: Path) -> None:
+    files.write_json(tmp_path / "a.json", {"name": "数据", "x": [1, 2.5, None]})
+    assert files.read_json(tmp_path / "a.json") == {"name": "数据", "x": [1, 2.5, None]}
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_temporary(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match="No space left"):
+        files.write_atomic(path, fail_half_way)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    path.write_bytes(b"old")
+    seen: list[bytes] = []
+
+    def write(stream: IO[bytes]) -> None:
+        stream.write(b"n")
+        stream.flush()
+        seen.append(path.read_bytes())
+        stream.write(b"ew")
+
+    files.write_atomic(path, write)
+    assert seen == [b"old"]
+    assert path.read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_file_and_directory_are_synced_only_when_it_shall_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, durable: bool
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    files.write_text(tmp_path / "a", "text", durable=durable)
+    assert len(synced) == (2 if durable else 0)
+
+
+def test_json_has_no_nan(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        files.write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "not json"])
+def test_what_is_not_json_reads_as_none(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    assert files.read_json(tmp_path / "a.json") is None
+
+
+def test_a_torn_last_line_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"ste')
+    assert list(files.read_json_lines(path)) == [{"step": 1}, {"step": 2}]
+    assert list(files.read_json_lines(tmp_path / "absent")) == []
+
+
+def test_a_line_torn_inside_a_character_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"step": 1}\n{"name": "数'.encode()[:-1])
+    assert list(files.read_json_lines(path)) == [{"step": 1}]
+
+
+def test_cut_keeps_the_rows_asked_for_whole(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"step": 1, "name": "é"}\n{"step": 2}\n{"step": 3}\n{"st')
+    files.cut_json_lines(path, lambda row: row["step"] <= 2)
+    assert path.read_text(encoding="utf-8") == '{"step": 1, "name": "é"}\n{"step": 2}\n'
+    files.cut_json_lines(tmp_path / "absent", lambda row: True)
+    assert not (tmp_path / "absent").exists()
+
+
+def test_temporaries_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
+    stale = tmp_path / f"last.pt.tmp.{dead_pid()}"
+    live = tmp_path / f"last.pt.tmp.{os.getpid()}"
+    other = tmp_path / "notes.tmp.txt"
+    for path in (stale, live, other):
+        path.write_text("x")
+    assert files.remove_stale_temporaries(tmp_path) == [stale]
+    assert sorted(tmp_path.iterdir()) == sorted([live, other])
+    assert files.remove_stale_temporaries(tmp_path / "absent") == []
+
+
+def test_a_zombie_is_not_alive() -> None:
+    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and not yet waited for
+    assert not files.is_alive(process.pid)
+    process.wait()
+    assert files.is_alive(os.getpid())
+    assert not files.is_alive(process.pid)
+
+
+def test_move_aside_takes_the_first_free_number_and_keeps_what_is_named(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (tmp_path / "run.1").mkdir()
+    (run / "sub").mkdir(parents=True)
+    for name in ("run.lock", "last.pt"):
+        (run / name).write_text(name)
+    aside = files.move_aside(run, keep=("run.lock",))
+    assert aside == tmp_path / "run.2"
+    assert [path.name for path in run.iterdir()] == ["run.lock"]
+    assert sorted(path.name for path in aside.iterdir()) == ["last.pt", "sub"]

@@ -1,0 +1,381 @@
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from shared import launch, logs, supervisor
+from shared.errors import MissingToolError, UserError
+from shared.launch import Failure
+
+PROBE = Path(__file__).resolve().parents[1] / "faults" / "probe_recipe.py"
+
+
+@pytest.fixture(autouse=True)
+def surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No GPU, no variables of a launcher, and pytest's own logging left alone."""
+    monkeypatch.setattr(launch, "present_gpus", lambda: 0)
+    monkeypatch.setattr(logs, "setup", lambda rank=0: None)
+    monkeypatch.setattr(logs, "open_streams", lambda: None)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "NPROC_PER_NODE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """How many processes a command line starts, on a host of so many GPUs; 0 when it is refused."""
+    started: list[int] = []
+    monkeypatch.setattr(launch, "_alone", lambda *_: started.append(1) or 0)
+    monkeypatch.setattr(launch, "_together", lambda _m, _a, _o, n: started.append(n) or 0)
+
+    def count(line: str, gpus: int = 0, fit: launch.Fit | None = None) -> int:
+        monkeypatch.setattr(launch, "present_gpus", lambda: gpus)
+        monkeypatch.setattr(sys, "argv", ["train.py", *line.split()])
+        started.clear()
+        code = launch.launch(lambda _: 0, fit)
+        assert code == (0 if started else 2)
+        return started[0] if started else 0
+
+    return count
+
+
+# how many processes
+
+
+@pytest.mark.parametrize(
+    ("line", "gpus", "expected"),
+    [
+        ("", 0, 1),
+        ("", 1, 1),
+        ("", 4, 4),
+        ("--device cpu", 4, 1),
+        ("--device cuda:1", 4, 1),
+        ("--device cuda", 4, 4),
+        ("--nproc 2", 0, 2),
+        ("--nproc 2", 4, 2),
+        ("--nproc-per-node 3", 4, 3),
+        ("--nproc_per_node=3", 4, 3),
+        ("--nproc 2 --device cpu", 1, 2),
+        ("--epochs 3 --nproc 2 --unknown x", 0, 2),
+        ("--nnodes 2 --node-rank 1 --nproc 2", 0, 2),
+    ],
+)
+def test_processes_come_from_flags_and_gpus(
+    processes: Callable[..., int], line: str, gpus: int, expected: int
+) -> None:
+    assert processes(line, gpus) == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "gpus", "words"),
+    [
+        ("--nproc 5", 4, ["--nproc 5", "4 GPU(s)", "1 to 4", "--device cpu"]),
+        ("--nproc 0", 0, ["--nproc 0", "no GPU", "allowed: 1 to"]),
+        ("--nproc -1", 2, ["--nproc -1", "1 to 2"]),
+        ("--nproc two", 0, ["--nproc", "two"]),
+        ("--nnodes 2 --node-rank 2", 0, ["--node-rank 2", "--nnodes 2", "from 0"]),
+        ("--nnodes 0", 0, ["--nnodes 0"]),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_before_anything_starts(
+    processes: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    gpus: int,
+    words: list[str],
+) -> None:
+    assert processes(line, gpus) == 0
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(("mask", "expected"), [("0,2", 2), ("", 1), ("1", 1), ("-1", 1)])
+def test_hidden_gpus_are_not_counted(
+    processes: Callable[..., int], monkeypatch: pytest.MonkeyPatch, mask: str, expected: int
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+    assert processes("", gpus=4) == expected
+
+
+def test_a_mask_that_names_no_gpu_is_refused(
+    processes: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    assert processes("", gpus=4) == 0
+    assert "CUDA_VISIBLE_DEVICES=7" in capsys.readouterr().err
+    assert processes("--device cpu", gpus=4) == 1
+
+
+def test_the_variable_counts_unless_a_flag_is_typed(
+    processes: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NPROC_PER_NODE", "3")
+    assert processes("", gpus=4) == 3
+    assert processes("--nproc 2", gpus=4) == 2
+
+
+def test_a_settings_file_counts_like_flags(processes: Callable[..., int], tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("nproc: 2\ndevice: cpu\nepochs: 3\n")
+    assert processes(f"--config {tmp_path}/a.yaml", gpus=4) == 2
+    assert processes(f"--config {tmp_path}/a.yaml --nproc 3", gpus=4) == 3
+
+
+def test_the_recipe_may_use_fewer_gpus_than_there_are_unless_a_number_is_typed(
+    processes: Callable[..., int],
+) -> None:
+    assert processes("", gpus=4, fit=lambda argv, visible: visible - 1) == 3
+    assert processes("--nproc 4", gpus=4, fit=lambda argv, visible: 1) == 4
+    assert processes("", gpus=1, fit=lambda argv, visible: 0) == 1
+
+
+def test_restarts_need_the_agent_even_for_one_process(
+    processes: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone: list[int] = []
+    monkeypatch.setattr(launch, "_alone", lambda *_: alone.append(1) or 0)
+    assert processes("--max-restarts 2") == 1
+    assert alone == []
+
+
+# several processes: the input is checked once, here
+
+
+@pytest.fixture
+def supervised(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The command lines that were handed over to the supervisor."""
+    handed: list[list[str]] = []
+    monkeypatch.setattr(supervisor, "supervise", lambda argv, *_: handed.append(argv) or 0)
+    return handed
+
+
+def test_the_input_is_checked_dry_before_processes_start(
+    supervised: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["train.py", "--nproc", "2", "--epochs", "3"])
+    assert launch.launch(lambda argv: seen.append(argv) or 0) == 0
+    assert seen == [["--nproc", "2", "--epochs", "3", "--dry-run"]]
+    assert supervised == [["--nproc", "2", "--epochs", "3"]]
+
+
+def test_wrong_input_starts_no_process(
+    supervised: list[list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(_: list[str]) -> int:
+        raise UserError("--data /x is not there")
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "--nproc", "2"])
+    assert launch.launch(refuse) == 2
+    assert capsys.readouterr().err == "error: --data /x is not there\n"
+    assert supervised == []
+
+
+@pytest.mark.parametrize(
+    "flag", ["--help", "-h", "--dry-run", "--dry_run", "--print-config", "--print_config"]
+)
+def test_what_trains_nothing_runs_once_and_starts_no_process(
+    supervised: list[list[str]], monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    seen: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["train.py", "--nproc", "2", flag])
+    assert launch.launch(lambda argv: seen.append(argv) or 0) == 0
+    assert len(seen) == 1
+    assert supervised == []
+
+
+def test_the_number_of_processes_is_known_while_the_input_is_checked(
+    supervised: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_planned_world_size", 1)
+    sizes: list[int] = []
+    monkeypatch.setattr(sys, "argv", ["train.py", "--nproc", "2", "--nnodes", "3"])
+    launch.launch(lambda _: sizes.append(launch.world_size()) or 0)
+    assert sizes == [6]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert launch.world_size() == 4
+
+
+# how a process ended
+
+
+def ending(error: BaseException | None, code: int = 0) -> int | Failure:
+    def main(_: list[str]) -> int:
+        if error is not None:
+            raise error
+        return code
+
+    return launch._guard(main, [], rank=1)
+
+
+@pytest.mark.parametrize("code", [0, 1, 143])
+def test_what_main_returns_is_the_code(code: int) -> None:
+    assert ending(None, code) == code
+
+
+@pytest.mark.parametrize(("left", "code"), [(None, 0), (0, 0), (3, 3), (130, 130)])
+def test_leaving_early_keeps_its_code(left: int | None, code: int) -> None:
+    assert ending(SystemExit(left)) == code
+
+
+def test_leaving_with_words_fails_and_says_them(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def leave(_: list[str]) -> int:
+        sys.exit("the words")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    assert launch.launch(leave) == 1
+    assert "the words" in caplog.text + capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind"),
+    [
+        (UserError("x"), 2, "user"),
+        (MissingToolError("x"), 3, "user"),
+        (KeyboardInterrupt(), 130, "user"),
+        (ModuleNotFoundError("No module named 'peft'", name="peft"), 3, "user"),
+        (ModuleNotFoundError("No module named 'peft.x'", name="peft.x"), 3, "user"),
+        (ModuleNotFoundError("No module named 'shared.x'", name="shared.x"), 1, "error"),
+        (ValueError("broken"), 1, "error"),
+        (MemoryError(), 1, "error"),
+        (RuntimeError("Timed out waiting 5000ms for recv operation to complete"), 1, "timeout"),
+        (RuntimeError("[pair.cc:545] Read error [127.0.0.1]: Connection reset"), 1, "peer_lost"),
+        (RuntimeError("Connection closed by peer [127.0.0.1]:8080"), 1, "peer_lost"),
+        (RuntimeError("ncclRemoteError: remote process exited or there was"), 1, "peer_lost"),
+    ],
+)
+def test_failures_are_told_apart(error: BaseException, code: int, kind: str) -> None:
+    failure = ending(error)
+    assert isinstance(failure, Failure)
+    assert (failure.rank, failure.code, failure.kind) == (1, code, kind)
+    assert bool(failure.traceback) == (kind != "user")
+    assert "\n" not in failure.message
+
+
+def test_a_missing_package_is_named_with_the_way_out() -> None:
+    failure = ending(ModuleNotFoundError("No module named 'peft'", name="peft"))
+    assert isinstance(failure, Failure)
+    assert "Python package peft is not installed" in failure.message
+    assert "setup.sh" in failure.message
+
+
+def test_notes_of_the_run_are_part_of_the_message() -> None:
+    error = ValueError("broken")
+    error.add_note("at step 7 of 9")
+    failure = ending(error)
+    assert isinstance(failure, Failure)
+    assert failure.message == "ValueError: broken, at step 7 of 9"
+
+
+def test_a_failure_is_told_once_with_advice_and_closes_the_status(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "status.json").write_text('{"state": "running"}')
+    failure = Failure(0, 1, "error", "OutOfMemoryError: CUDA out of memory.", "Traceback …\n")
+    assert launch.report(failure, tmp_path) == 1
+    assert capsys.readouterr().err == "Traceback …\n"
+    (line,) = caplog.messages
+    assert line.startswith("failed: OutOfMemoryError")
+    assert "--batch-size" in line
+    assert line.endswith("(exit 1)")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert (status["state"], status["exit_code"]) == ("failed", 1)
+
+
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [(0, "done"), (1, "failed"), (130, "interrupted"), (143, "stopped")],
+)
+def test_the_closing_line_says_how_it_ended(
+    caplog: pytest.LogCaptureFixture, code: int, word: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    launch.closing_line(code, "9 steps")
+    assert caplog.messages == [f"{word}: 9 steps (exit {code})"]
+
+
+# which of several failures came first
+
+
+def leave_word(
+    notes: Path, rank: int, kind: str, message: str, at: float, restart: int = 0
+) -> None:
+    words = {"rank": rank, "code": 2 if kind == "user" else 1, "kind": kind, "message": message}
+    (notes / f"failure.{restart}.{rank}.json").write_text(json.dumps(words | {"at": at}))
+
+
+def test_the_earliest_own_error_is_the_cause_and_lost_peers_are_not(tmp_path: Path) -> None:
+    leave_word(tmp_path, 0, "peer_lost", "RuntimeError: Connection closed by peer", at=1.0)
+    leave_word(tmp_path, 1, "error", "ValueError: broken", at=3.0)
+    leave_word(tmp_path, 2, "error", "ValueError: later", at=4.0)
+    first = supervisor._first_failure({0: 1, 1: 1, 2: 1}, tmp_path)
+    assert (first.rank, first.message) == (1, "rank 1: ValueError: broken")
+
+
+def test_a_mistake_of_the_user_keeps_its_code_and_its_words(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        leave_word(tmp_path, rank, "user", "--data /x is not there", at=1.0 + rank)
+    first = supervisor._first_failure({0: 2, 1: 2}, tmp_path)
+    assert (first.code, first.message) == (2, "--data /x is not there")
+
+
+def test_a_killed_process_is_the_cause_of_lost_peers(tmp_path: Path) -> None:
+    leave_word(tmp_path, 0, "peer_lost", "RuntimeError: Connection reset", at=1.0)
+    first = supervisor._first_failure({0: 1, 1: -9}, tmp_path)
+    assert "rank 1 was killed by SIGKILL" in first.message
+
+
+def test_the_rank_that_did_not_answer_is_named_and_not_the_one_that_waited(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        (tmp_path / f"pid.{rank}").write_text("1")
+    leave_word(tmp_path, 0, "timeout", "RuntimeError: Timed out waiting 5000ms", at=1.0)
+    first = supervisor._first_failure({0: 1}, tmp_path)
+    assert first.message.startswith("rank 1 did not answer within --timeout")
+
+
+def test_failures_of_an_earlier_start_are_forgotten(tmp_path: Path) -> None:
+    leave_word(tmp_path, 0, "error", "ValueError: first start", at=1.0, restart=0)
+    leave_word(tmp_path, 1, "error", "ValueError: second start", at=9.0, restart=1)
+    assert "second start" in supervisor._first_failure({1: 1}, tmp_path).message
+
+
+# speed of what needs no torch
+
+
+@pytest.mark.parametrize("flag", ["--help", "--print-config", "--dry-run", "--batch-szie=4"])
+def test_what_trains_nothing_imports_nothing_slow(flag: str) -> None:
+    command = [sys.executable, "-X", "importtime", str(PROBE), flag]
+    begun = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == (2 if "szie" in flag else 0), done.stderr
+    imported = set(re.findall(r"\|\s+(\w+)\s*$", done.stderr, re.MULTILINE))
+    assert {"argparse", "dataclasses"} <= imported  # the list is the one that is meant
+    assert not imported & {"torch", "numpy", "yaml", "tqdm", "tensorboard"}
+    assert time.monotonic() - begun < 10  # a bound for a hang; the figure is in tests/benchmarks
+
+
+def test_torchruns_variables_make_this_a_worker(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    worked: list[list[str]] = []
+    monkeypatch.setattr(launch, "_work", lambda _main, argv: worked.append(argv) or 0)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--nproc", "2"])
+    monkeypatch.setitem(os.environ, "RANK", "1")
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    assert launch.launch(lambda _: 0) == 0
+    assert worked == [["--nproc", "2"]]

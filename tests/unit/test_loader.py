@@ -1,0 +1,161 @@
+import os
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from shared import seed
+from shared.distributed import World
+from shared.errors import UserError
+from shared.loader import make_eval_loader, make_loader
+
+
+class Draws(Dataset[Tensor]):
+    """Each sample is its index and a number from each of the three generators."""
+
+    def __len__(self) -> int:
+        return 13
+
+    def __getitem__(self, index: int) -> Tensor:
+        drawn = [float(torch.rand(())), float(np.random.random()), random.random()]
+        return torch.tensor([float(index), *drawn], dtype=torch.float64)
+
+
+class DrawsByBatch(Draws):
+    """Fetches a whole batch in one call, with one random number for all of it."""
+
+    def __init__(self) -> None:
+        self.calls: list[list[int]] = []
+
+    def __getitems__(self, indices: list[int]) -> list[Tensor]:
+        self.calls.append(list(indices))
+        drawn = float(torch.rand(()))
+        return [torch.tensor([float(index), drawn]) for index in indices]
+
+
+class Groups(Dataset[Tensor]):
+    """The process, the process group and the parent of whoever fetches."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.tensor([os.getpid(), os.getpgid(0), os.getppid()])
+
+
+def fetch(data: Dataset[Any], workers: int, epoch: int = 1, offset: int = 0) -> list[Tensor]:
+    loader = make_loader(data, 3, World(), seed=5, workers=workers, epoch=epoch, offset=offset)
+    return list(loader)
+
+
+def same(a: list[Tensor], b: list[Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def states() -> list[Any]:
+    own = seed.get_state()
+    return [own["torch"].tolist(), own["numpy"], own["python"]]
+
+
+def test_the_number_of_workers_changes_neither_samples_nor_random_numbers() -> None:
+    assert same(fetch(Draws(), workers=0), fetch(Draws(), workers=2))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_from_an_offset_come_the_batches_of_the_whole_epoch(workers: int) -> None:
+    assert same(fetch(Draws(), workers, offset=2), fetch(Draws(), workers=0)[2:])
+
+
+def test_every_sample_of_every_epoch_has_random_numbers_of_its_own() -> None:
+    rows = torch.cat(fetch(Draws(), 0, epoch=0) + fetch(Draws(), 0, epoch=1))
+    assert len(torch.unique(rows[:, 1:])) == rows[:, 1:].numel() == 2 * 12 * 3
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_fetching_leaves_the_generators_of_training_alone(workers: int) -> None:
+    seed.seed_all(11)
+    before = states()
+    loader = make_loader(Draws(), 3, World(), seed=5, workers=workers)
+    for _ in loader:
+        assert states() == before
+    assert states() == before
+
+
+def test_fetching_leaves_the_generators_of_gpus_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.manual_seed seeds every GPU too, and dropout would repeat itself with 0 workers."""
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.cuda, "manual_seed", seeded.append)
+    fetch(Draws(), workers=0)
+    assert seeded == []
+
+
+def test_a_sample_that_fails_leaves_the_generators_alone_too() -> None:
+    class Broken(Draws):
+        def __getitem__(self, index: int) -> Tensor:
+            torch.rand(3)
+            raise ValueError("broken")
+
+    before = states()
+    with pytest.raises(ValueError, match="broken"):
+        fetch(Broken(), workers=0)
+    assert states() == before
+
+
+def test_a_dataset_that_fetches_by_batch_gets_each_batch_in_one_call() -> None:
+    data = DrawsByBatch()
+    rows = fetch(data, workers=0)
+    assert [len(call) for call in data.calls] == [3, 3, 3, 3]
+    assert [batch[:, 0].long().tolist() for batch in rows] == data.calls
+    assert same(fetch(DrawsByBatch(), workers=2), rows)
+    assert same(fetch(DrawsByBatch(), workers=0, offset=1), rows[1:])
+
+
+def test_two_ranks_draw_for_each_sample_what_one_draws() -> None:
+    def numbers(world: World, batch_size: int) -> dict[float, list[float]]:
+        loader = make_loader(Draws(), batch_size, world, seed=5, workers=0)
+        return {float(row[0]): row[1:].tolist() for batch in loader for row in batch}
+
+    both = numbers(World(0, 0, 2), 2) | numbers(World(1, 1, 2), 2)
+    assert both == numbers(World(), 4)
+
+
+def test_workers_live_in_process_groups_of_their_own() -> None:
+    loader = make_loader(Groups(), 2, World(), seed=0, workers=2)
+    for pid, group, parent in torch.cat(list(loader)).tolist():
+        assert parent == os.getpid()
+        assert group == pid != os.getpgid(0)
+
+
+def test_the_collate_function_is_used() -> None:
+    loader = make_loader(Draws(), 4, World(), seed=0, workers=0, collate=len)
+    assert list(loader) == [4, 4, 4]
+
+
+def test_fewer_samples_than_one_batch_are_refused() -> None:
+    with pytest.raises(UserError, match="13 samples are too few"):
+        make_loader(Draws(), 14, World(), seed=0, workers=0)
+
+
+def test_evaluation_sees_every_sample_once_over_all_ranks_and_draws_nothing() -> None:
+    before = states()
+    seen: list[float] = []
+    for rank in range(3):
+        loader = make_eval_loader(Indices(), 2, World(rank, rank, 3))
+        seen += [float(index) for batch in loader for index in batch]
+    assert sorted(seen) == list(range(13))
+    assert states() == before
+
+
+class Indices(Dataset[int]):
+    """Each sample is its index."""
+
+    def __len__(self) -> int:
+        return 13
+
+    def __getitem__(self, index: int) -> int:
+        return index

@@ -1,0 +1,103 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+START = """
+import logging, os, sys
+from shared import logs
+logs.open_streams()
+logs.setup(int(os.environ.get("RANK", "0")))
+log = logging.getLogger("test")
+"""
+ASCII = {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+def run(code: str, redirect: str = "", **environ: str) -> subprocess.CompletedProcess[bytes]:
+    """`code`, after the streams and the log are set up, in a shell with `redirect`."""
+    command = f'exec "$0" -c "$1" {redirect}'
+    return subprocess.run(
+        ["bash", "-c", command, sys.executable, START + code],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environ,
+        capture_output=True,
+        timeout=20,
+    )
+
+
+def test_lines_have_a_time_and_warnings_their_level() -> None:
+    done = run("log.info('one %d', 1); log.warning('two'); log.error('three'); log.debug('no')")
+    stamp = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
+    pattern = rf"{stamp} \| one 1\n{stamp} \| WARNING: two\n{stamp} \| ERROR: three\n"
+    assert re.fullmatch(pattern, done.stdout.decode())
+    assert done.stderr == b""
+
+
+def test_other_ranks_are_quiet_but_for_warnings_with_their_number() -> None:
+    done = run("log.info('one'); log.warning('two')", RANK="3")
+    (line,) = done.stdout.decode().splitlines()
+    assert all(word in line for word in ("rank 3", "WARNING", "two"))
+
+
+def test_an_ascii_locale_writes_utf_8() -> None:
+    words = [ascii(word) for word in ("训练", "数据 é", "错误")]
+    code = "log.info({}); print({}); print({}, file=sys.stderr)".format(*words)
+    done = run(code, **ASCII)
+    assert done.returncode == 0
+    assert "训练" in done.stdout.decode("utf-8")
+    assert "数据 é" in done.stdout.decode("utf-8")
+    assert done.stderr.decode("utf-8") == "错误\n"
+
+
+def test_a_file_name_that_is_no_text_can_be_logged() -> None:
+    done = run(r"log.info('%s', os.fsdecode(b'\xff.jpg'))")
+    assert done.returncode == 0
+    assert rb"\udcff.jpg" in done.stdout
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_with_closed_streams_the_program_goes_on_and_its_files_stay_clean(
+    tmp_path: Path, closed: str
+) -> None:
+    path = tmp_path / "data"
+    code = f"""
+with open({str(path)!r}, "w") as file:
+    log.info("a line"); print("printed"); print("told", file=sys.stderr); logs.say("said")
+    os.write(1, b"raw"); os.write(2, b"raw")
+    file.write("own")
+"""
+    done = run(code, closed)
+    assert done.returncode == 0
+    assert path.read_text() == "own"
+
+
+def test_a_full_disk_under_the_log_ends_no_training_and_changes_no_exit_code() -> None:
+    code = "log.info('a line'); log.warning('b'); logs.say('c'); sys.exit(7)"
+    assert run(code, ">/dev/full 2>/dev/full").returncode == 7
+
+
+def test_a_reader_that_has_left_ends_no_training_and_changes_no_exit_code(tmp_path: Path) -> None:
+    path = tmp_path / "code"
+    script = START + (
+        "import signal\nsys.stdin.read()\n"  # until the reader of stdout is gone
+        f"log.info('a line'); log.info('b'); open({str(path)!r}, 'w').write('reached')\n"
+        "sys.exit(7)"
+    )
+    command = [sys.executable, "-c", script]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, stderr=pipe)
+    assert process.stdin
+    assert process.stdout
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(20) == 7
+    assert path.read_text() == "reached"
+
+
+def test_chatty_libraries_are_held_to_warnings() -> None:
+    done = run("[logging.getLogger(n).info(n) for n in ('httpx', 'urllib3', 'PIL')]")
+    assert done.stdout == b""

@@ -1,0 +1,140 @@
+import io
+import logging
+import sys
+import time
+
+import pytest
+
+from shared import progress
+from shared.progress import Progress, clock
+
+
+class Clocks:
+    """A monotonic and a wall clock that move when they are told to."""
+
+    def __init__(self) -> None:
+        self.monotonic, self.wall = 1000.0, 5000.0
+
+
+@pytest.fixture
+def clocks(monkeypatch: pytest.MonkeyPatch) -> Clocks:
+    both = Clocks()
+    monkeypatch.setattr(time, "monotonic", lambda: both.monotonic)
+    monkeypatch.setattr(time, "time", lambda: both.wall)
+    return both
+
+
+@pytest.fixture(autouse=True)
+def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+    caplog.set_level(logging.INFO, logger="shared.progress")
+    return caplog
+
+
+def test_the_time_left_comes_from_the_monotonic_clock(clocks: Clocks) -> None:
+    shown = Progress(100, 0)
+    clocks.monotonic += 20.0
+    clocks.wall -= 3600.0  # someone set the clock back
+    assert shown.speed(10) == 0.5
+    assert shown.eta_s(10) == 180.0
+
+
+def test_a_resumed_run_counts_its_own_steps_alone(clocks: Clocks) -> None:
+    shown = Progress(100, 60)
+    assert shown.eta_s(60) is None
+    clocks.monotonic += 5.0
+    assert shown.speed(70) == 2.0
+    assert shown.eta_s(70) == 15.0
+
+
+def test_at_and_beyond_the_last_step_nothing_is_left(clocks: Clocks) -> None:
+    shown = Progress(10, 0)
+    clocks.monotonic += 1.0
+    assert (shown.eta_s(10), shown.eta_s(12)) == (0.0, 0.0)
+
+
+def test_a_line_names_everything_as_key_and_value(
+    clocks: Clocks, lines: pytest.LogCaptureFixture
+) -> None:
+    shown = Progress(200, 0, samples_per_step=32)
+    clocks.monotonic += 10.0
+    shown.show(20, 1, {"loss": 0.123456789, "lr": 1e-3})
+    assert lines.messages == [
+        "step=20/200 epoch=2 loss=0.123457 lr=0.001 steps/s=2 samples/s=64 eta=0:01:30"
+    ]
+
+
+def test_lines_come_at_the_first_step_every_ten_seconds_and_at_the_last(
+    clocks: Clocks, lines: pytest.LogCaptureFixture
+) -> None:
+    shown = Progress(50, 0)
+    for step in range(1, 51):
+        clocks.monotonic += 1.0
+        shown.show(step, 0, {})
+    steps = [message.split("/")[0] for message in lines.messages]
+    assert steps == [f"step={step}" for step in (1, 11, 21, 31, 41, 50)]
+
+
+def test_files_get_no_bar_and_no_control_characters(
+    capsys: pytest.CaptureFixture[str], lines: pytest.LogCaptureFixture
+) -> None:
+    shown = Progress(3, 0)
+    for step in (1, 2, 3):
+        shown.show(step, 0, {"loss": 1.0})
+    shown.close()
+    written = capsys.readouterr()
+    assert written.out == written.err == ""
+    assert all(message.isprintable() for message in lines.messages)
+
+
+class Terminal(io.StringIO):
+    """A terminal that can go away."""
+
+    gone = False
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self.gone:
+            raise OSError(5, "Input/output error")
+        return super().write(text)
+
+
+def test_terminals_get_a_bar_and_no_lines(
+    monkeypatch: pytest.MonkeyPatch, lines: pytest.LogCaptureFixture
+) -> None:
+    out, err = Terminal(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    shown = Progress(10, 4)
+    shown.show(7, 0, {"loss": 0.5})
+    shown.close()
+    assert "7/10" in err.getvalue()
+    assert out.getvalue() == ""
+    assert lines.messages == []
+
+
+def test_a_terminal_that_goes_away_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    err = Terminal()
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setattr(sys, "stderr", err)
+    shown = Progress(10, 0)
+    err.gone = True
+    for step in range(1, 11):
+        shown.show(step, 0, {"loss": 0.5})
+    shown.close()
+
+
+def test_a_bar_is_drawn_only_when_both_streams_are_terminals(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert progress._open_bar(10, 0) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3725, "1:02:05"), (90061, "25:01:01")]
+)
+def test_seconds_as_a_clock_shows_them(seconds: float, text: str) -> None:
+    assert clock(seconds) == text

@@ -1,0 +1,206 @@
+"""One process; what needs signals, kills or several processes is in tests/faults."""
+
+import json
+import logging
+import shutil
+import signal
+from collections import namedtuple
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from shared import launch
+from shared.config import RunOptions, option
+from shared.distributed import World
+from shared.errors import UserError
+from shared.reporter import Plan
+from shared.run import Run
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the test."""
+
+    lr: float = option(0.5, "")
+    run: RunOptions = field(default_factory=lambda: RunOptions(log_every=1))
+
+
+@pytest.fixture(autouse=True)
+def no_announcement(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The launcher's memory of the run directory is of this process: put it back."""
+    monkeypatch.setattr(launch, "_run_dir", None)
+    monkeypatch.delenv(launch.NOTES, raising=False)
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
+
+
+def open_run(run_dir: Path, total_steps: int = 6, config: Config | None = None) -> Run:
+    return Run(config or Config(), World(), run_dir, Plan("test", total_steps))
+
+
+def parts() -> dict[str, Any]:
+    net = nn.Linear(2, 1)
+    return {"model": net, "optimizer": torch.optim.AdamW(net.parameters())}
+
+
+def rows(run_dir: Path) -> list[tuple[int, str]]:
+    lines = (run_dir / "metrics.jsonl").read_text().splitlines()
+    return [(row["step"], row["split"]) for row in map(json.loads, lines)]
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "status.json").read_text())
+
+
+def train(run: Run, states: dict[str, Any], until: int) -> None:
+    position = run.restore(states)
+    while position.step < until:
+        position.advance()
+        run.log({"loss": 1.0 / position.step, "seen": torch.tensor(2)})
+    run.save(states)
+
+
+def test_a_run_that_is_done_says_so_everywhere(tmp_path: Path) -> None:
+    result = {"name": "loss", "before": 1.0, "after": 0.5, "higher_is_better": False}
+    with open_run(tmp_path) as run:
+        train(run, parts(), until=6)
+        assert not run.should_stop()
+        assert run.finish(result=result, outputs=["best.pth"]) == 0
+    fields = status(tmp_path)
+    assert (fields["state"], fields["exit_code"], fields["step"]) == ("done", 0, 6)
+    assert (fields["result"], fields["outputs"]) == (result, ["best.pth"])
+    assert fields["last"]["seen"] == 2.0
+    assert rows(tmp_path) == [(step, "train") for step in range(1, 7)]
+
+
+def test_a_run_that_broke_names_error_and_step_and_the_next_one_continues(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="broken") as broken, open_run(tmp_path) as run:
+        train(run, parts(), until=3)
+        raise ValueError("broken")
+    assert broken.value.__notes__ == ["at step 4 of 6"]
+    fields = status(tmp_path)
+    assert (fields["state"], fields["exit_code"]) == ("failed", 1)
+    assert fields["reason"].startswith("ValueError: broken")
+    with open_run(tmp_path) as run:
+        assert run.restore(parts()).step == 3
+
+
+def test_metrics_are_recorded_every_log_every_steps_at_the_last_and_for_other_splits(
+    tmp_path: Path,
+) -> None:
+    config = Config(run=RunOptions(log_every=4))
+    with open_run(tmp_path, total_steps=6, config=config) as run:
+        train(run, parts(), until=5)
+        run.log({"loss": 0.1}, split="val")
+        train_again = run.position
+        train_again.advance()
+        run.log({"loss": 0.1})
+    assert rows(tmp_path) == [(4, "train"), (5, "val"), (6, "train")]
+
+
+def test_no_row_stands_twice_after_a_resume_at_the_end_of_an_epoch(tmp_path: Path) -> None:
+    """Killed between a validation and the checkpoint after it, the validation comes again."""
+    with open_run(tmp_path) as run:
+        train(run, parts(), until=3)
+        run.log({"loss": 0.1}, split="val")
+    with open_run(tmp_path) as run:
+        run.restore(parts())
+        run.log({"loss": 0.1}, split="val")
+    assert rows(tmp_path) == [(1, "train"), (2, "train"), (3, "train"), (3, "val")]
+
+
+def test_a_second_live_run_is_refused_and_says_who_holds_the_directory(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        run.restore(parts())
+        with pytest.raises(UserError, match="in use by a live run"), open_run(tmp_path):
+            pass
+
+
+def test_signals_go_back_to_whom_they_belonged_however_the_run_ends(tmp_path: Path) -> None:
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in numbers]
+    with open_run(tmp_path / "a"):
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+    assert [signal.getsignal(number) for number in numbers] == before
+    (tmp_path / "file").touch()
+    try:
+        with pytest.raises(UserError, match="cannot be written"), open_run(tmp_path / "file" / "x"):
+            pass
+        assert [signal.getsignal(number) for number in numbers] == before
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_a_finished_run_makes_room_with_one_line(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="shared.run_directory")
+    run_dir = tmp_path / "run"
+    for _ in range(2):
+        with open_run(run_dir) as run:
+            train(run, parts(), until=6)
+            run.finish()
+    assert (tmp_path / "run.1" / "last.pt").exists()
+    assert len(rows(run_dir)) == 6
+    (line,) = [line for line in caplog.messages if "a new run starts" in line]
+    assert "finished" in line
+    assert str(tmp_path / "run.1") in line
+
+
+def test_room_on_the_disk_is_asked_for_the_optimizers_memory_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam keeps two tensors a parameter, which do not exist yet when a run begins."""
+    net = nn.Linear(1000, 1000)
+    weights = 4 * (1000 * 1000 + 1000)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 4 * weights))
+    states = {"model": net, "optimizer": torch.optim.AdamW(net.parameters())}
+    with open_run(tmp_path) as run, pytest.raises(UserError, match="needed for 2 checkpoints"):
+        run.restore(states)  # weights and two moments, three times over, are needed
+
+
+def test_a_checkpoint_that_cannot_be_written_warns_or_stops_as_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", refuse)
+    with open_run(tmp_path / "a") as run:
+        run.restore(parts())
+        run.save(parts())
+    assert "training goes on" in caplog.text
+    assert "the disk is full" in caplog.text
+    stop = Config(run=RunOptions(on_full_disk="stop"))
+    with (
+        pytest.raises(OSError, match="No space left"),
+        open_run(tmp_path / "b", config=stop) as run,
+    ):
+        run.restore(parts())
+        run.save(parts())
+
+
+def test_a_run_of_more_processes_is_not_continued_unless_it_is_allowed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with open_run(tmp_path) as run:
+        train(run, parts(), until=3)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    torch.save(state | {"world_size": 2}, tmp_path / "last.pt")
+    path = str(tmp_path / "last.pt")
+    refuse, allow = (
+        Config(run=RunOptions(resume=path, allow_reshard=allowed)) for allowed in (False, True)
+    )
+    with (
+        pytest.raises(UserError, match=r"written by 2 process.*--allow-reshard"),
+        open_run(tmp_path, config=refuse) as run,
+    ):
+        run.restore(parts())
+    with open_run(tmp_path, config=allow) as run:
+        assert run.restore(parts()).step == 3
+    assert "2 → 1 processes" in caplog.text

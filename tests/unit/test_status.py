@@ -1,0 +1,119 @@
+import errno
+import json
+import math
+import os
+import re
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared import status
+from shared.status import Status
+
+FIELDS = {
+    *("schema", "recipe", "state", "exit_code", "reason", "pid", "host", "world_size", "step"),
+    *("total_steps", "epoch", "eta_s", "started_at", "updated_at", "last", "best", "result"),
+    "outputs",
+}
+
+
+def begin(run_dir: Path) -> Status:
+    return Status(run_dir, recipe="probe", pid=os.getpid(), world_size=1, total_steps=9)
+
+
+def written(run_dir: Path) -> dict[str, Any]:
+    return json.loads((run_dir / "status.json").read_text())
+
+
+def test_the_file_has_every_field_of_the_contract(tmp_path: Path) -> None:
+    begin(tmp_path).write(step=3, epoch=1, eta_s=2.5)
+    fields = written(tmp_path)
+    assert fields.keys() >= FIELDS
+    assert (fields["state"], fields["step"], fields["exit_code"]) == ("running", 3, None)
+    assert (fields["recipe"], fields["host"]) == ("probe", socket.gethostname())
+
+
+def test_times_are_utc_in_iso_8601_whatever_the_time_zone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "Asia/Shanghai")
+    time.tzset()
+    try:
+        begin(tmp_path).write()
+        stamp = written(tmp_path)["updated_at"]
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", stamp)
+        assert stamp[:13] == time.strftime("%Y-%m-%dT%H", time.gmtime())
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+def test_it_is_due_at_first_and_then_every_two_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    kept = begin(tmp_path)
+    assert kept.is_due
+    kept.write()
+    assert not kept.is_due
+    now += 1.9
+    assert not kept.is_due
+    now += 0.2
+    assert kept.is_due
+
+
+def test_changes_stay_in_later_writes(tmp_path: Path) -> None:
+    kept = begin(tmp_path)
+    kept.write(step=1, best={"loss": 0.5})
+    kept.write(step=2)
+    assert (written(tmp_path)["step"], written(tmp_path)["best"]) == (2, {"loss": 0.5})
+
+
+def test_a_result_of_nan_is_written_as_null(tmp_path: Path) -> None:
+    """A run whose figure came out as NaN is done all the same, and says so."""
+    begin(tmp_path).write(state="done", result={"name": "loss", "after": math.nan})
+    assert written(tmp_path)["state"] == "done"
+    assert written(tmp_path)["result"]["after"] is None
+
+
+def test_a_disk_that_refuses_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(status, "write_json", refuse)
+    begin(tmp_path).write()
+    assert "status.json cannot be written" in caplog.text
+    assert "No space left" in caplog.text
+
+
+def test_a_run_that_could_not_close_itself_is_closed_as_failed(tmp_path: Path) -> None:
+    begin(tmp_path).write(step=4)
+    status.close(tmp_path, 1, "rank 1 was killed by SIGKILL")
+    fields = written(tmp_path)
+    assert (fields["state"], fields["exit_code"], fields["step"]) == ("failed", 1, 4)
+    assert fields["reason"] == "rank 1 was killed by SIGKILL"
+
+
+@pytest.mark.parametrize("state", ["done", "stopped", "failed"])
+def test_a_run_that_ended_stays_as_it_ended(tmp_path: Path, state: str) -> None:
+    begin(tmp_path).write(state=state, exit_code=0, reason="its own")
+    before = written(tmp_path)
+    status.close(tmp_path, 1, "another")
+    assert written(tmp_path) == before
+
+
+def test_closing_where_no_run_was_makes_no_file(tmp_path: Path) -> None:
+    status.close(None, 1, "x")
+    status.close(tmp_path, 1, "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_that_json_lacks_become_none() -> None:
+    found = status.finite({"a": 1.5, "b": math.nan, "c": math.inf, "d": -math.inf})
+    assert found == {"a": 1.5, "b": None, "c": None, "d": None}
