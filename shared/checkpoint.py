@@ -76,8 +76,11 @@ def save(path: Path, state: dict[str, Any], keep: int = 2) -> None:
     A kill at any moment leaves a whole checkpoint at `path`. Raises OSError when the disk is full;
     what was at `path` is then still there.
     """
-    _rotate(path, keep)
-    write_atomic(path, lambda stream: torch.save(state, stream))
+    write_atomic(
+        path,
+        lambda stream: torch.save(state, stream),
+        before_replacing=lambda: _rotate(path, keep),
+    )
 
 
 def _rotate(path: Path, keep: int) -> None:
@@ -149,12 +152,14 @@ def decide(
     identity: the settings that must be the same for an automatic continuation.
     restarted: the launcher started this process again after a crash; then always continue.
     """
+    if restarted and (run_dir / last).exists():
+        return Decision(run_dir / last)
     if resume not in ("auto", "latest", "never"):
         path = Path(resume)
         return Decision(path / last if path.is_dir() else path)
-    status = read_json(run_dir / "status.json") or {}
     if restarted:
-        return Decision(run_dir / last if (run_dir / last).exists() else None)
+        return Decision()
+    status = read_json(run_dir / "status.json") or {}
     if not _worth_keeping(run_dir, last, status):
         return Decision()
     if resume == "never":
@@ -195,9 +200,26 @@ def size_of(value: Any) -> int:
     return sum(size_of(item) for item in value) if isinstance(value, (list, tuple)) else 0
 
 
+def expected_size(parts: Parts) -> int:
+    """Bytes that a checkpoint of `parts` will take once the optimizers have their moments.
+
+    An optimizer without state yet is counted with two tensors a parameter, as Adam keeps.
+    """
+    size = size_of({name: part.state_dict() for name, part in parts.items()})
+    for part in parts.values():
+        if isinstance(part, torch.optim.Optimizer) and not part.state:
+            size += 2 * size_of([group["params"] for group in part.param_groups])
+    return size
+
+
 def check_space(directory: Path, checkpoint_bytes: int, keep: int) -> None:
-    """Raise UserError when `keep` checkpoints and one being written will not fit on the disk."""
-    needed, free = checkpoint_bytes * (keep + 1), shutil.disk_usage(directory).free
+    """Raise UserError when `keep` checkpoints and one being written will not fit on the disk.
+
+    Checkpoints that are there already make room for those that follow them.
+    """
+    there = sum(path.stat().st_size for path in directory.glob("last*.pt*"))
+    needed = max(checkpoint_bytes, checkpoint_bytes * (keep + 1) - there)
+    free = shutil.disk_usage(directory).free
     if free < needed:
         raise UserError(
             f"{directory}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for {keep} "
@@ -221,7 +243,7 @@ def _check_shapes(name: str, module: nn.Module, state: dict[str, Any], path: Pat
 
 def _worth_keeping(run_dir: Path, last: str, status: dict[str, Any]) -> bool:
     """Whether the directory holds anything besides the traces of a run that never took a step."""
-    traces = {"run.lock", "status.json", "config.json", "metrics.jsonl"}
+    traces = {"run.lock", "status.json", "config.json", "metrics.jsonl", "tensorboard"}
     others = [entry for entry in run_dir.iterdir() if entry.name not in traces]
     return bool(others) or bool(status.get("step"))
 

@@ -149,7 +149,7 @@ def parse(config_class: type[C], argv: list[str] | None = None, usage: str | Non
     defaults = config_class()
     flags = _read_flags(defaults, sys.argv[1:] if argv is None else argv, usage)
     given = _read_file(defaults, flags.get("config")) | flags
-    stored = _read_stored(defaults, flags.get("resume"))
+    stored = _read_stored(defaults, given.get("resume"))
     _refuse_changes(defaults, stored, given)
     resume = {"resume": stored["resume"]} if stored else {}
     config = _build(defaults, stored | given | resume, frozenset(given))
@@ -160,12 +160,19 @@ def parse(config_class: type[C], argv: list[str] | None = None, usage: str | Non
 
 
 def parse_known(config_class: type[C], argv: list[str]) -> C:
-    """Like `parse`, for the flags of `config_class` alone; all others are passed over."""
+    """Like `parse`, for the settings of `config_class` alone; all others are passed over."""
     defaults = config_class()
     parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     _add_flags(parser, defaults)
-    known, _ = parser.parse_known_args(_dashed(argv))
-    return _build(defaults, vars(known), frozenset(vars(known)))
+    flags = vars(parser.parse_known_args(dashed(argv))[0])
+    known, path = leaves(defaults), flags.get("config")
+    file = _load_file(path) if path else {}
+    given = {
+        name: _checked(known[name], value, path)
+        for name, value in ((n.replace("-", "_"), v) for n, v in file.items())
+        if name in known
+    }
+    return _build(defaults, given | flags, frozenset(given | flags))
 
 
 def leaves(config: Any) -> dict[str, Setting]:
@@ -232,7 +239,7 @@ def _read_flags(defaults: Any, argv: list[str], usage: str | None) -> dict[str, 
         argument_default=argparse.SUPPRESS,
     )
     _add_flags(parser, defaults)
-    known, unknown = parser.parse_known_args(_dashed(argv))
+    known, unknown = parser.parse_known_args(dashed(argv))
     if unknown:
         name = unknown[0].partition("=")[0]
         near = did_you_mean(name, parser._option_string_actions)
@@ -240,7 +247,7 @@ def _read_flags(defaults: Any, argv: list[str], usage: str | None) -> dict[str, 
     return vars(known)
 
 
-def _dashed(argv: list[str]) -> list[str]:
+def dashed(argv: list[str]) -> list[str]:
     """`argv` with the names of long flags in their dashed spelling."""
     dashed = []
     for token in argv:
@@ -264,7 +271,9 @@ def _add_flags(parser: argparse.ArgumentParser, defaults: Any, group: Any = None
 def _add_flag(parser: Any, setting: Setting) -> None:
     metadata, name = setting.field.metadata, setting.field.name
     names = ["--" + name.replace("_", "-"), *metadata.get("aliases", ())]
-    shown = "" if setting.value in (None, False) else f" (default: {setting.value})"
+    shown = (
+        "" if setting.value is None or setting.value is False else f" (default: {setting.value})"
+    )
     options: dict[str, Any] = {"dest": name}
     options["help"] = (metadata.get("help", "") + shown).replace("%", "%%")
     if setting.kind is bool:
@@ -296,8 +305,21 @@ def _without_none(kind: Any) -> Any:
 
 def _read_file(defaults: Any, path: Path | None) -> dict[str, Any]:
     """The settings of a YAML or JSON file, checked like flags. Raises UserError."""
-    if path is None:
-        return {}
+    known = leaves(defaults)
+    given: dict[str, Any] = {}
+    for written, value in (_load_file(path) if path else {}).items():
+        name = written.replace("-", "_")
+        if name not in known:
+            near = did_you_mean(name, known)
+            raise UserError(
+                f"{path}: unknown setting {written}{near or '; --help lists the names'}"
+            )
+        given[name] = _checked(known[name], value, path)
+    return given
+
+
+def _load_file(path: Path) -> dict[str, Any]:
+    """The names and values of a YAML or JSON file. Raises UserError."""
     import yaml
 
     try:
@@ -308,20 +330,10 @@ def _read_file(defaults: Any, path: Path | None) -> dict[str, Any]:
         raise UserError(
             f"--config {path} must hold `name: value` lines, found {type(loaded).__name__}"
         )
-    known = leaves(defaults)
-    given: dict[str, Any] = {}
-    for written, value in loaded.items():
-        name = str(written).replace("-", "_")
-        if name not in known:
-            near = did_you_mean(name, known)
-            raise UserError(
-                f"{path}: unknown setting {written}{near or '; --help lists the names'}"
-            )
-        given[name] = _checked(known[name], value, path)
-    return given
+    return {str(name): value for name, value in loaded.items()}
 
 
-def _checked(setting: Setting, value: Any, path: Path) -> Any:
+def _checked(setting: Setting, value: Any, path: Path | None) -> Any:
     """`value` from a file as its setting's type; a wrong one is refused by name."""
     kind, name = _without_none(setting.kind), setting.field.name
     if value is None and kind is not setting.kind:

@@ -27,18 +27,18 @@ def present_gpus() -> int:
 def visible_gpus(environ: Mapping[str, str], present: int) -> int:
     """How many of `present` GPUs CUDA_VISIBLE_DEVICES leaves visible (all when it is not set).
 
-    CUDA reads the list up to the first entry that names no device, and so do we.
+    As CUDA reads it: up to the first entry that names no device, and nothing when one stands twice.
     """
     mask = environ.get("CUDA_VISIBLE_DEVICES")
     if mask is None:
         return present
-    count = 0
+    valid: list[str] = []
     for entry in (part.strip() for part in mask.split(",")):
         by_number = entry.isdigit() and int(entry) < present
         if not (by_number or entry.startswith(("GPU-", "MIG-"))):
             break
-        count += 1
-    return count if present else 0
+        valid.append(entry)
+    return len(valid) if present and len(set(valid)) == len(valid) else 0
 
 
 def check_mask(environ: Mapping[str, str], present: int) -> None:

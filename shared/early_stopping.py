@@ -27,9 +27,10 @@ class EarlyStopping:
 
     def update(self, value: float) -> bool:
         """Whether `value` is the lowest so far."""
-        if not math.isfinite(value):
+        finite = math.isfinite(value)
+        if not finite:
             log.warning("the monitored value is %s: counted as no improvement", value)
-        if value < self.best:
+        if finite and value < self.best:
             self.best, self.bad = value, 0
             return True
         self.bad += 1

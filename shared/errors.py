@@ -57,6 +57,10 @@ _HINTS: tuple[tuple[tuple[str, ...], str], ...] = (
         "lower --workers (0 needs neither) or --batch-size; in a container raise --shm-size",
     ),
     (
+        ("unable to write to file </torch_",),
+        _SHM_HINT,
+    ),
+    (
         ("bus error",),
         _SHM_HINT,
     ),

@@ -16,11 +16,18 @@ from typing import IO, Any
 _TEMPORARY = re.compile(r"\.tmp\.(\d+)$")
 
 
-def write_atomic(path: Path, write: Callable[[IO[bytes]], None], *, durable: bool = True) -> None:
+def write_atomic(
+    path: Path,
+    write: Callable[[IO[bytes]], None],
+    *,
+    durable: bool = True,
+    before_replacing: Callable[[], None] = lambda: None,
+) -> None:
     """Let `write` fill a temporary file beside `path`, then put it in place in one step.
 
     A reader sees the old file or the new one, never a part; a failure leaves the old one and
     removes the temporary. `durable` waits for the disk (fsync of file and directory).
+    `before_replacing` is called when the new bytes are whole and the old file is still in place.
     Raises OSError (28 when the disk is full).
     """
     temporary = path.with_name(f"{path.name}.tmp.{os.getpid()}")
@@ -30,6 +37,7 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], None], *, durable: boo
             stream.flush()
             if durable:
                 os.fsync(stream.fileno())
+        before_replacing()
         temporary.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -62,7 +70,7 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON-lines file; a torn last line (a killed writer) is passed over."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
             with contextlib.suppress(ValueError):
                 yield json.loads(line)

@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from shared import logs, status
-from shared.config import ProcessOptions, option, parse_known
+from shared.config import ProcessOptions, dashed, option, parse_known
 from shared.device import check_mask, present_gpus, visible_gpus
 from shared.errors import (
     DONE,
@@ -59,6 +59,7 @@ class _Flags:
     """What the launcher reads of a command line."""
 
     device: str = option("auto", "")
+    config: Path | None = option(None, "")
     processes: ProcessOptions = field(default_factory=ProcessOptions)
 
 
@@ -85,7 +86,7 @@ def launch(main: Main, fit: Fit | None = None) -> int:
     the user typed no number).
     """
     logs.open_streams()
-    argv = sys.argv[1:]
+    argv = dashed(sys.argv[1:])
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _work(main, argv)
     logs.setup()
@@ -237,7 +238,9 @@ def _guard(main: Main, argv: list[str], rank: int) -> int | Failure:
     except UserError as error:
         return Failure(rank, error.exit_code, "user", one_line(error), at=time.time())
     except SystemExit as left:
-        return left.code if isinstance(left.code, int) else DONE if left.code is None else FAILED
+        if left.code is None or isinstance(left.code, int):
+            return left.code or DONE
+        return Failure(rank, FAILED, "error", str(left.code), at=time.time())
     except KeyboardInterrupt:
         return Failure(
             rank, INTERRUPTED, "user", "interrupted before training began", at=time.time()

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from shared.distributed import World
 from shared.sampling import TrainBatches, eval_indices
-from shared.seed import derive, seed_process
+from shared.seed import derive, seed_cpu
 
 
 def make_loader(
@@ -103,7 +103,7 @@ class _Seeded(Dataset[Any]):
         """Fetch under a seed of its own; in the training process its generators are put back."""
         in_worker = torch.utils.data.get_worker_info() is not None
         before = None if in_worker else _states()
-        seed_process(derive(self._seed, self._epoch, index))
+        seed_cpu(derive(self._seed, self._epoch, index))
         try:
             return fetch()
         finally:

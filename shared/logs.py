@@ -17,6 +17,15 @@ _FORMAT_OTHERS = "%(asctime)s | rank {rank} | %(message)s"
 class _SafeHandler(logging.StreamHandler):  # type: ignore[type-arg]
     """Drops a line that cannot be written (closed terminal, full disk): training goes on."""
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write the line, above the progress bar when there is one on the terminal."""
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        if tqdm is None:
+            super().emit(record)
+            return
+        with contextlib.suppress(OSError, ValueError), tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the base class's name
         """Pass over what the stream refused."""
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared.checkpoint import Position
 from shared.files import cut_json_lines
 
 log = logging.getLogger(__name__)
@@ -19,13 +20,14 @@ log = logging.getLogger(__name__)
 class Metrics:
     """Writes one JSON line and one TensorBoard scalar a tag and step.
 
-    On a resume at `start_step` both are cut back to it, so that no step stands there twice.
+    On a resume at `start` both are cut back to it, so that nothing stands there twice. In the
+    middle of an epoch that is all but the training rows of its last step: validation comes again.
     """
 
-    def __init__(self, path: Path, tensorboard: Path | None, start_step: int) -> None:
-        cut_json_lines(path, lambda row: row.get("step", 0) <= start_step)
+    def __init__(self, path: Path, tensorboard: Path | None, start: Position) -> None:
+        cut_json_lines(path, lambda row: _is_before(row, start))
         self._lines = path.open("a", encoding="utf-8", buffering=1)  # each line reaches the system
-        self._board = _open_board(tensorboard, start_step) if tensorboard else None
+        self._board = _open_board(tensorboard, start.step) if tensorboard else None
 
     def log(self, step: int, epoch: int, split: str, values: dict[str, float | None]) -> None:
         """Record `values` ({tag: number, None for NaN}) at an optimizer step."""
@@ -83,6 +85,13 @@ class Mean:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
         self.sums = state["sums"].to(self._device)
+
+
+def _is_before(row: dict[str, Any], start: Position) -> bool:
+    step = row.get("step", 0)
+    return step < start.step or (
+        step == start.step and (row.get("split") == "train" or start.batch == 0)
+    )
 
 
 def _open_board(directory: Path, start_step: int) -> Any:

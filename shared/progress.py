@@ -75,8 +75,5 @@ def _open_bar(total_steps: int, start_step: int) -> Any:
     if not (sys.stderr and sys.stderr.isatty() and sys.stdout and sys.stdout.isatty()):
         return None
     from tqdm import tqdm
-    from tqdm.utils import DisableOnWriteError
 
-    # a closed terminal ends no training
-    stream: Any = DisableOnWriteError(sys.stderr, tqdm_instance=None)
-    return tqdm(total=total_steps, initial=start_step, file=stream, dynamic_ncols=True, unit="step")
+    return tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, unit="step")

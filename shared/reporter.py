@@ -43,7 +43,7 @@ class Reporter:
     def begin(self, position: Position) -> None:
         """Open metrics and progress at `position`; what was recorded after it is cut away."""
         board = self._plan.tensorboard or self._dir / "tensorboard"
-        self._metrics = Metrics(self._dir / "metrics.jsonl", board, position.step)
+        self._metrics = Metrics(self._dir / "metrics.jsonl", board, position)
         self._progress = Progress(
             self._plan.total_steps, position.step, self._plan.samples_per_step
         )

@@ -65,17 +65,14 @@ class Run:
         self._reporter: Reporter | None = None
 
     def __enter__(self) -> Run:
-        self._stop.install()
-        if self._world.is_main:
-            self._lock = run_directory.take(self._dir)
-            self._decision = run_directory.begin(
-                self._dir, self._plan.last, self._config, self._options, self._world.size
-            )
-            board = self._plan.tensorboard
-            if self._decision.move_aside and board and board.is_dir():
-                move_aside(board)
-            self._reporter = Reporter(self._dir, self._plan, self._world.size)
-        self._decision = distributed.broadcast_object(self._decision, self._world)
+        try:
+            self._stop.install()
+            if self._world.is_main:
+                self._begin()
+            self._decision = distributed.broadcast_object(self._decision, self._world)
+        except BaseException:
+            self._let_go()
+            raise
         return self
 
     def restore(self, parts: Parts) -> Position:
@@ -87,7 +84,7 @@ class Run:
         if path:
             self._continue_from(path, parts)
         if self._reporter:
-            size = checkpoint.size_of({name: part.state_dict() for name, part in parts.items()})
+            size = checkpoint.expected_size(parts)
             checkpoint.check_space(self._dir, size, self._options.keep)
             self._reporter.begin(self.position)
         return self.position
@@ -162,13 +159,30 @@ class Run:
         error: BaseException | None,
         _trace: TracebackType | None,
     ) -> None:
+        try:
+            if self._reporter:
+                self._reporter.close()
+            if error is not None:
+                self._close_after(error)
+        finally:
+            self._let_go()
+
+    def _begin(self) -> None:
+        """Rank 0: take the directory, decide how the run begins, say that it does."""
+        self._lock = run_directory.take(self._dir)
+        self._decision = run_directory.begin(
+            self._dir, self._plan.last, self._config, self._options, self._world.size
+        )
+        board = self._plan.tensorboard
+        if self._decision.move_aside and board and board.is_dir():
+            move_aside(board)
+        self._reporter = Reporter(self._dir, self._plan, self._world.size)
+
+    def _let_go(self) -> None:
         self._stop.remove()
-        if self._reporter:
-            self._reporter.close()
-        if error is not None:
-            self._close_after(error)
         if self._lock is not None:
             os.close(self._lock)
+            self._lock = None
 
     def _close_after(self, error: BaseException) -> None:
         """Say in the status how the run broke; of several processes only the launcher knows."""
@@ -185,7 +199,7 @@ class Run:
             status.close(self._dir, code, f"{type(error).__name__}: {one_line(error)}")
 
     def _continue_from(self, path: Path, parts: Parts) -> None:
-        found = checkpoint.find(path, explicit=self._options.is_explicit_resume)
+        found = checkpoint.find(path, explicit=path == self._named_checkpoint())
         if found is None:
             log.warning("no checkpoint in %s can be read: starting from the beginning", path.parent)
             return
@@ -200,6 +214,11 @@ class Run:
         )
         if self.position.step >= self._plan.total_steps:
             log.info("this run is finished; more --epochs would continue it")
+
+    def _named_checkpoint(self) -> Path | None:
+        """The file that --resume names: nothing else will do when it cannot be read."""
+        named = Path(self._options.resume)
+        return named if self._options.is_explicit_resume and named.is_file() else None
 
     def _check_world_size(self, path: Path, before: int) -> None:
         if before == self._world.size:

@@ -16,9 +16,15 @@ def seed_all(seed: int, rank: int = 0) -> None:
 
 
 def seed_process(value: int) -> None:
-    """Seed the three generators of this process with a number of up to 63 bits."""
-    torch.manual_seed(value)
-    np.random.seed(value % 2**32)
+    """Seed all generators of this process with a number of up to 63 bits."""
+    seed_cpu(value)
+    torch.cuda.manual_seed_all(value)  # at once, or when CUDA is first used
+
+
+def seed_cpu(value: int) -> None:
+    """Seed the three generators of the CPU, and leave those of the GPUs alone."""
+    torch.default_generator.manual_seed(value)
+    np.random.seed(value % 2**32)  # the global state is what users' transforms draw from
     random.seed(value)
 
 

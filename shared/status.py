@@ -61,6 +61,15 @@ def close(run_dir: Path | None, code: int, reason: str) -> None:
         _write(run_dir / "status.json", fields)
 
 
+def _without_nan(value: Any) -> Any:
+    """`value` with None for NaN and infinities at any depth."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def finite(numbers: dict[str, float]) -> dict[str, float | None]:
     """`numbers` with None for NaN and infinities, which JSON does not have."""
     return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
@@ -73,6 +82,6 @@ def now() -> str:
 
 def _write(path: Path, fields: dict[str, Any]) -> None:
     try:
-        write_json(path, fields, durable=False)
+        write_json(path, _without_nan(fields), durable=False)
     except OSError as error:
         log.warning("%s cannot be written: %s", path, error)

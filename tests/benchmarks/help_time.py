@@ -29,7 +29,7 @@ def entry_scripts() -> list[Path]:
 
 
 class Timed:
-    """`python ARGUMENTS` from start to exit; its milliseconds by the clock, and of the processor."""
+    """`python ARGUMENTS` from start to exit, in milliseconds; beside it those of the processor."""
 
     def __init__(self, *arguments: str) -> None:
         self._command = [sys.executable, *arguments]

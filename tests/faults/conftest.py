@@ -1,4 +1,4 @@
-"""Runs that several tests compare with or continue: made once, whichever pytest worker needs them."""
+"""Runs that several tests compare with or continue: made once, for all of pytest's workers."""
 
 import fcntl
 import os
@@ -19,7 +19,7 @@ Build = Callable[[Path], Any]
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Build], tuple[Path, Any]]:
-    """`once(name, build)`: the directory that `build` filled and what it returned, as plain JSON."""
+    """`once(name, build)`: the directory that `build` filled, and what it returned, as JSON."""
     base = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # the workers' common directory
@@ -38,7 +38,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Build], tup
 
 @pytest.fixture(scope="session")
 def undisturbed(once: Any) -> Callable[[int], dict[int, float]]:
-    """`undisturbed(ranks)`: the losses of a run that nothing happened to, without loader workers."""
+    """`undisturbed(ranks)`: the losses of a run that nothing happened to, no loader workers."""
 
     def build(run_dir: Path, ranks: int) -> dict[int, float]:
         if ranks == 1:
@@ -64,7 +64,7 @@ def stopped(once: Any) -> Callable[[int, int], tuple[Path, dict[str, Any]]]:
     """
 
     def build(run_dir: Path, ranks: int, workers: int) -> dict[str, Any]:
-        args = ["--nproc", ranks, "--workers", workers, "--run-dir", run_dir, "--step-ms", 100]
+        args = ["--nproc", ranks, "--workers", workers, "--run-dir", run_dir, "--step-ms", 50]
         with start([PROBE, *args]) as running:
             wait_for_step(run_dir, 20 // ranks, running)
             running.signal(signal.SIGTERM, group=workers > 0)

@@ -116,7 +116,7 @@ def monitored(fault: str, epoch: int, world: World, loss: Tensor) -> float:
 
 
 def inject(fault: str, step: int, world: World, loss: Tensor) -> Tensor:
-    """Let go wrong what `fault`, as name@step or name@step@rank, asks for; the loss to go on with."""
+    """Let go wrong what `fault`, name@step or name@step@rank, asks for; the loss after it."""
     name, at, rank = split(fault)
     if not name or step < at or rank not in (None, world.rank):
         return loss

@@ -1,4 +1,4 @@
-"""Rows 15, 35 to 37 and 39 of the fault matrix: directories, flags, files, devices (see README.md)."""
+"""Rows 15, 35 to 37, 39 of the fault matrix: directories, flags, files, devices (see README.md)."""
 
 import subprocess
 import sys
@@ -190,19 +190,27 @@ def test_fault_36_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(mon
         (["--nproc", 1000, "--device", "cpu"], {}, "--nproc 1000: no GPU is visible"),
         ([], {"NPROC_PER_NODE": "all"}, "NPROC_PER_NODE"),
         (["--nnodes", 2, "--node-rank", 2], {}, "--node-rank 2 of --nnodes 2"),
-        (["--nnodes", 2, "--nproc", 1], {}, "--master-addr"),
     ],
 )
 def test_fault_37_more_processes_than_devices_are_refused_before_they_start(
     monkeypatch, args, environ, said
 ):
     monkeypatch.setattr(launch, "present_gpus", lambda: 2)
+    for name in ("_alone", "_together"):
+        monkeypatch.setattr(launch, name, lambda *_: pytest.fail("it was started"))
     for name, value in environ.items():
         monkeypatch.setenv(name, value)
     outcome = probe(*args)
     assert outcome.code == 2
     assert is_one_line(outcome)
     assert said in outcome.text
+
+
+def test_fault_37_several_hosts_need_a_meeting_point(tmp_path):
+    outcome = probe("--nnodes", 2, "--nproc", 1, "--run-dir", tmp_path / "run")
+    assert outcome.code == 2
+    assert is_one_line(outcome)
+    assert "--nnodes 2 needs a meeting point: --master-addr" in outcome.text
 
 
 def test_fault_37_number_of_processes_follows_the_gpus(monkeypatch):

@@ -1,10 +1,8 @@
-"""Rows 1 to 9 of the fault matrix: signals, killed, hanging and failing processes (see README.md)."""
+"""Rows 1 to 9 of the fault matrix: signals, killed, hanging, failing processes (see README.md)."""
 
-import itertools
 import os
 import pty
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path

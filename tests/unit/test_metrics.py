@@ -9,6 +9,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from shared.checkpoint import Position
 from shared.metrics import Mean, Metrics
 
 CPU = torch.device("cpu")
@@ -20,7 +21,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
 
 def record(directory: Path, start: int, steps: range, scale: float = 1.0) -> None:
     """What a run that begins at `start` and ends after `steps` writes."""
-    metrics = Metrics(directory / "metrics.jsonl", directory / "board", start)
+    metrics = Metrics(directory / "metrics.jsonl", directory / "board", Position(step=start))
     for step in steps:
         metrics.log(step, step // 4, "train", {"loss": scale * step, "lr": 0.5})
     metrics.close()
@@ -42,7 +43,7 @@ def test_every_row_has_step_epoch_split_time_and_its_numbers(tmp_path: Path) -> 
 
 
 def test_nan_is_null_in_the_file_and_nan_on_the_board(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path / "metrics.jsonl", tmp_path / "board", 0)
+    metrics = Metrics(tmp_path / "metrics.jsonl", tmp_path / "board", Position())
     metrics.log(1, 0, "train", {"loss": None, "acc": 0.5})
     metrics.close()
     text = (tmp_path / "metrics.jsonl").read_text()
@@ -78,7 +79,7 @@ def test_a_resumed_run_cuts_both_back_to_the_checkpoints_step(tmp_path: Path) ->
 def test_a_row_torn_by_a_kill_is_cut_away(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
-    metrics = Metrics(path, None, 2)
+    metrics = Metrics(path, None, Position(step=2))
     metrics.log(3, 0, "train", {"loss": 3.0})
     metrics.close()
     assert [row["step"] for row in rows(path)] == [1, 3]

@@ -5,6 +5,7 @@ import logging
 import shutil
 import signal
 from collections import namedtuple
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,20 +120,41 @@ def test_a_second_live_run_is_refused_and_says_who_holds_the_directory(tmp_path:
             pass
 
 
-def test_signals_go_back_to_whom_they_belonged_however_the_run_ends(tmp_path: Path) -> None:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    with open_run(tmp_path / "a"):
-        assert signal.getsignal(signal.SIGTERM) != before[0]
-    assert [signal.getsignal(number) for number in numbers] == before
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@pytest.fixture
+def handlers() -> Iterator[list[Any]]:
+    """The handlers before the test, and again after it."""
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield before
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
+def test_signals_go_back_to_whom_they_belonged(tmp_path: Path, handlers: list[Any]) -> None:
+    with open_run(tmp_path):
+        assert signal.getsignal(signal.SIGTERM) != handlers[0]
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+
+
+def test_signals_go_back_when_the_directory_cannot_be_taken(
+    tmp_path: Path, handlers: list[Any]
+) -> None:
     (tmp_path / "file").touch()
-    try:
-        with pytest.raises(UserError, match="cannot be written"), open_run(tmp_path / "file" / "x"):
-            pass
-        assert [signal.getsignal(number) for number in numbers] == before
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
+    with pytest.raises(UserError, match="cannot be written"), open_run(tmp_path / "file" / "x"):
+        pass
+    assert [signal.getsignal(number) for number in SIGNALS] == handlers
+
+
+def test_a_continued_run_draws_the_numbers_the_first_would_have_drawn(tmp_path: Path) -> None:
+    with open_run(tmp_path) as run:
+        train(run, parts(), until=3)
+        expected = torch.rand(4).tolist()
+    with open_run(tmp_path) as run:
+        states = parts()  # initial weights draw numbers too
+        run.restore(states)
+        assert torch.rand(4).tolist() == expected
 
 
 def test_a_finished_run_makes_room_with_one_line(
