@@ -9,49 +9,35 @@ missing, 130 interrupted and saved, 143 stopped and saved. Standard library only
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import os
-import re
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from shared import logs, status
+from shared import logs, outcome
 from shared.config import ProcessOptions, dashed, option, parse_known
 from shared.device import check_mask, present_gpus, visible_gpus
 from shared.errors import (
     DONE,
     FAILED,
     INTERRUPTED,
-    STOPPED,
     USER_ERROR,
     MissingToolError,
     UserError,
-    hint_for,
     one_line,
 )
-from shared.files import read_json, write_json
+from shared.outcome import Failure
 
 log = logging.getLogger(__name__)
 
 Main = Callable[[list[str]], int]
 Fit = Callable[[list[str], int], int]
 
-NOTES = (
-    "TOOLKIT_LAUNCH_NOTES"  # directory in which processes and launcher leave word for each other
-)
 _WITHOUT_TRAINING = ("-h", "--help", "--dry-run", "--print-config", "--estimate")
-_PEER_LOST = re.compile(
-    r"closed by peer|connection reset|broken pipe|read error|remote process exited", re.I
-)
-_TIMED_OUT = re.compile(
-    r"timed out waiting|wait timeout|timeout.*(collective|allreduce|barrier)", re.I
-)
 
 
 @dataclass(frozen=True)
@@ -63,20 +49,7 @@ class _Flags:
     processes: ProcessOptions = field(default_factory=ProcessOptions)
 
 
-@dataclass(frozen=True)
-class Failure:
-    """How a process ended badly. kind: user, error, timeout or peer_lost (a consequence)."""
-
-    rank: int
-    code: int
-    kind: str
-    message: str
-    traceback: str = ""
-    at: float = 0.0
-
-
 _planned_world_size = 1
-_run_dir: Path | None = None
 
 
 def launch(main: Main, fit: Fit | None = None) -> int:
@@ -94,7 +67,7 @@ def launch(main: Main, fit: Fit | None = None) -> int:
         flags = parse_known(_Flags, argv)
         count = _count_processes(flags, argv, fit)
     except UserError as error:
-        return report(Failure(0, error.exit_code, "user", one_line(error)), None)
+        return outcome.report(Failure(0, error.exit_code, "user", one_line(error)), None)
     _settle_for_cpu()
     if count * flags.processes.nnodes == 1 and flags.processes.max_restarts == 0:
         return _alone(main, argv)
@@ -104,40 +77,6 @@ def launch(main: Main, fit: Fit | None = None) -> int:
 def world_size() -> int:
     """How many processes this run has or, before they start, will have."""
     return int(os.environ.get("WORLD_SIZE", _planned_world_size))
-
-
-def announce(run_dir: Path) -> None:
-    """Tell the launcher where the run keeps its status, so that it can close it after a crash."""
-    global _run_dir
-    _run_dir = run_dir
-    if NOTES in os.environ:
-        write_json(Path(os.environ[NOTES]) / "run_dir.json", str(run_dir), durable=False)
-
-
-def launcher_pid() -> int:
-    """The process to signal in order to stop the run: the launcher, or this process."""
-    return int(os.environ.get("TOOLKIT_LAUNCHER_PID", os.getpid()))
-
-
-def closing_line(code: int, reason: str) -> None:
-    """The last line of a run: how it ended and with which exit code."""
-    words = {DONE: "done", INTERRUPTED: "interrupted", STOPPED: "stopped"}
-    log.info("%s: %s (exit %d)", words.get(code, "failed"), reason, code)
-
-
-def report(failure: Failure, run_dir: Path | None) -> int:
-    """Print a failure once, at the end of the output, close the run's status; its exit code."""
-    if failure.kind == "user":
-        status.close(run_dir, failure.code, failure.message)
-        logs.say(f"error: {failure.message}")
-        return failure.code
-    if failure.traceback:
-        logs.say(failure.traceback.rstrip())
-    hint = hint_for(failure.message)
-    reason = failure.message + (f" — {hint}" if hint else "")
-    status.close(run_dir, failure.code, reason)
-    log.error("failed: %s (exit %d)", reason, failure.code)
-    return failure.code
 
 
 def _count_processes(flags: _Flags, argv: list[str], fit: Fit | None) -> int:
@@ -179,16 +118,9 @@ def _settle_for_cpu() -> None:
 def _alone(main: Main, argv: list[str]) -> int:
     result = _guard(main, argv, rank=0)
     if isinstance(result, Failure):
-        return report(result, _run_dir)
-    _close_with_status(result)
+        return outcome.report(result, outcome.run_dir())
+    outcome.close_with_status(result)
     return result
-
-
-def _close_with_status(code: int) -> None:
-    """The closing line from what the run wrote into its status.json, when there was a run."""
-    fields = read_json(_run_dir / "status.json") if _run_dir else None
-    if isinstance(fields, dict):
-        closing_line(code, str(fields.get("reason")))
 
 
 def _together(main: Main, argv: list[str], options: ProcessOptions, count: int) -> int:
@@ -201,7 +133,7 @@ def _together(main: Main, argv: list[str], options: ProcessOptions, count: int) 
     checked = _guard(main, argv if asked else dry_argv, rank=0)
     logging.disable(logging.NOTSET)
     if isinstance(checked, Failure):
-        return report(checked, None)
+        return outcome.report(checked, None)
     if asked or checked != DONE:
         return checked
     from shared.supervisor import supervise
@@ -212,21 +144,21 @@ def _together(main: Main, argv: list[str], options: ProcessOptions, count: int) 
 def _work(main: Main, argv: list[str]) -> int:
     """One process of several: `main`, and word of how it ended for the process that started it."""
     rank = int(os.environ["RANK"])
-    ours = NOTES in os.environ
+    ours = outcome.NOTES in os.environ
     _die_with_parent()
     logs.setup(rank)
     _settle_for_cpu()
     if ours:
-        pid_file = Path(os.environ[NOTES]) / f"pid.{rank}"
+        pid_file = Path(os.environ[outcome.NOTES]) / f"pid.{rank}"
         pid_file.write_text(str(os.getpid()))
     result = _guard(main, argv, rank)
     if not isinstance(result, Failure):
         if not ours and rank == 0:
-            _close_with_status(result)
+            outcome.close_with_status(result)
         return result
-    _leave_word(result)
+    outcome.leave_word(result)
     if not ours and (rank == 0 or result.kind != "user"):
-        report(result, _run_dir)
+        outcome.report(result, outcome.run_dir())
     sys.stdout.flush()
     os._exit(result.code)  # no destructor may wait here for processes that are gone
 
@@ -248,9 +180,9 @@ def _guard(main: Main, argv: list[str], rank: int) -> int | Failure:
     except ModuleNotFoundError as error:
         if error.name and not (Path(__file__).parents[1] / error.name.partition(".")[0]).exists():
             return Failure(rank, MissingToolError.exit_code, "user", _missing_package(error.name))
-        return _failure_of(error, rank)
+        return outcome.failure_of(error, rank)
     except BaseException as error:
-        return _failure_of(error, rank)
+        return outcome.failure_of(error, rank)
 
 
 def _missing_package(name: str) -> str:
@@ -260,34 +192,6 @@ def _missing_package(name: str) -> str:
     )
 
 
-def _failure_of(error: BaseException, rank: int) -> Failure:
-    text = one_line(error)
-    kind = (
-        "timeout"
-        if _TIMED_OUT.search(text)
-        else "peer_lost"
-        if _PEER_LOST.search(text)
-        else "error"
-    )
-    lines = "".join(traceback.format_exception(error))
-    where = "".join(f", {note}" for note in getattr(error, "__notes__", []))
-    message = f"{type(error).__name__}: {text}{where}"
-    return Failure(rank, FAILED, kind, message, lines, time.time())
-
-
-def _leave_word(failure: Failure) -> None:
-    """Write the failure for our supervisor, and for torchrun's summary when there is one."""
-    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    if NOTES in os.environ:
-        path = Path(os.environ[NOTES]) / f"failure.{restart}.{failure.rank}.json"
-        write_json(path, asdict(failure), durable=False)
-    elastic = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if elastic:
-        extra = {"py_callstack": failure.traceback, "timestamp": str(int(failure.at))}
-        message = {"message": failure.message, "errorCode": failure.code, "extraInfo": extra}
-        Path(elastic).write_text(json.dumps({"message": message}))
-
-
 def _die_with_parent() -> None:
     """Have the kernel send SIGTERM (save and leave) when the launcher dies, however it dies."""
     set_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
@@ -295,6 +199,6 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(set_death_signal, int(signal.SIGTERM), 0, 0, 0)
     except (OSError, AttributeError):
         return  # not Linux
-    expected = os.environ.get("TOOLKIT_LAUNCHER_PID")
+    expected = os.environ.get(outcome.LAUNCHER_PID)
     if expected and os.getppid() != int(expected):  # it died before the line above
         os._exit(USER_ERROR)

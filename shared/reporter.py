@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from shared import launch, status
+from shared import outcome, status
 from shared.checkpoint import Position
 from shared.metrics import Metrics
 from shared.progress import Progress
@@ -33,11 +33,11 @@ class Reporter:
         self._status = status.Status(
             run_dir,
             recipe=plan.recipe,
-            pid=launch.launcher_pid(),
+            pid=outcome.launcher_pid(),
             world_size=world_size,
             total_steps=plan.total_steps,
         )
-        launch.announce(run_dir)
+        outcome.announce(run_dir)
         self.write_status(Position())
 
     def begin(self, position: Position) -> None:

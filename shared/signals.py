@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from shared.errors import INTERRUPTED, STOPPED
-from shared.launch import NOTES
+from shared.outcome import NOTES
 
 _SAME_REQUEST = 0.5  # seconds in which a repeated signal is the same one (SLURM sends two)
 

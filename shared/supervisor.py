@@ -18,11 +18,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from shared import launch
+from shared import outcome
 from shared.config import ProcessOptions
 from shared.errors import DONE, FAILED, INTERRUPTED, STOPPED, UserError, one_line
 from shared.files import is_alive, read_json
-from shared.launch import Failure
+from shared.outcome import Failure
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +32,8 @@ _SAME_REQUEST = 0.5  # seconds in which a repeated signal is the same one (SLURM
 def supervise(argv: list[str], options: ProcessOptions, count: int) -> int:
     """Run this script in `count` processes on this host; the exit code of the whole run."""
     with tempfile.TemporaryDirectory(prefix="launch-") as notes:
-        os.environ[launch.NOTES] = notes
-        os.environ["TOOLKIT_LAUNCHER_PID"] = str(os.getpid())
+        os.environ[outcome.NOTES] = notes
+        os.environ[outcome.LAUNCHER_PID] = str(os.getpid())
         # without it, restarted processes meet the addresses of the dead ones (pytorch#135712)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -43,7 +43,7 @@ def supervise(argv: list[str], options: ProcessOptions, count: int) -> int:
             stops.install()
             return _conclude(_run_agent(agent_options, argv), stops, Path(notes))
         except UserError as error:
-            return launch.report(Failure(0, error.exit_code, "user", one_line(error)), None)
+            return outcome.report(Failure(0, error.exit_code, "user", one_line(error)), None)
         finally:
             stops.kill_workers()
 
@@ -150,7 +150,7 @@ def _conclude(exit_codes: dict[int, int], stops: _Stops, notes: Path) -> int:
     )
     if not exit_codes or stopped:
         return _close_well(run_dir, stops)
-    return launch.report(_first_failure(exit_codes, notes), run_dir)
+    return outcome.report(_first_failure(exit_codes, notes), run_dir)
 
 
 def _close_well(run_dir: Path | None, stops: _Stops) -> int:
@@ -161,15 +161,15 @@ def _close_well(run_dir: Path | None, stops: _Stops) -> int:
         if stops.first is None:
             return DONE
         code = INTERRUPTED if stops.first is signal.SIGINT else STOPPED
-        launch.closing_line(code, f"{name} before training began; nothing to save")
+        outcome.closing_line(code, f"{name} before training began; nothing to save")
         return code
     if status.get("state") == "running":
         reason = (
             f"killed after {name} before the checkpoint was written; the last periodic one is whole"
         )
-        return launch.report(Failure(0, FAILED, "error", reason), run_dir)
+        return outcome.report(Failure(0, FAILED, "error", reason), run_dir)
     code = int(status.get("exit_code") or DONE)
-    launch.closing_line(code, str(status.get("reason")))
+    outcome.closing_line(code, str(status.get("reason")))
     return code
 
 

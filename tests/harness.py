@@ -35,6 +35,7 @@ import torch
 
 from shared import checkpoint, files
 from shared import launch as launching
+from shared import outcome as outcomes
 from shared.files import read_json, read_json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,7 +158,7 @@ def run_here(main: Callable[[list[str]], int], args: Sequence[object]) -> Outcom
     with (
         mock.patch.object(sys, "argv", [str(PROBE), *map(str, args)]),
         mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
-        mock.patch.object(launching, "_run_dir", None),
+        mock.patch.object(outcomes, "_run_dir", None),
         contextlib.redirect_stdout(stream),
         contextlib.redirect_stderr(stream),
     ):

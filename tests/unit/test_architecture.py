@@ -17,13 +17,13 @@ RECIPES = [
     if (ROOT / name).is_dir()
 ]
 ROOMS = ["shared", *RECIPES]
-LIGHT = {"shared.launch", "shared.config", "shared.errors", "shared.files"}
+LIGHT = {f"shared.{name}" for name in ("launch", "outcome", "config", "errors", "files")}
 FOREIGN_TO_SHARED = {"transformers", "peft", "swift", "open_clip"}
 # Who in shared may talk to the process and its user, beside the entry scripts and shared/tools.
 OWNERS = {
     "argparse": {"shared.config"},
     "environment": {
-        *("shared.launch", "shared.supervisor", "shared.signals"),
+        *("shared.launch", "shared.outcome", "shared.supervisor", "shared.signals"),
         *("shared.distributed", "shared.run_directory"),
     },
     "processes": set[str](),

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from shared import launch, logs, supervisor
+from shared import launch, logs, outcome, supervisor
 from shared.errors import MissingToolError, UserError
-from shared.launch import Failure
+from shared.outcome import Failure
 
 PROBE = Path(__file__).resolve().parents[1] / "faults" / "probe_recipe.py"
 
@@ -287,7 +287,7 @@ def test_a_failure_is_told_once_with_advice_and_closes_the_status(
 ) -> None:
     (tmp_path / "status.json").write_text('{"state": "running"}')
     failure = Failure(0, 1, "error", "OutOfMemoryError: CUDA out of memory.", "Traceback …\n")
-    assert launch.report(failure, tmp_path) == 1
+    assert outcome.report(failure, tmp_path) == 1
     assert capsys.readouterr().err == "Traceback …\n"
     (line,) = caplog.messages
     assert line.startswith("failed: OutOfMemoryError")
@@ -305,7 +305,7 @@ def test_the_closing_line_says_how_it_ended(
     caplog: pytest.LogCaptureFixture, code: int, word: str
 ) -> None:
     caplog.set_level(logging.INFO)
-    launch.closing_line(code, "9 steps")
+    outcome.closing_line(code, "9 steps")
     assert caplog.messages == [f"{word}: 9 steps (exit {code})"]
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared import launch
+from shared import outcome
 from shared.config import RunOptions, option
 from shared.distributed import World
 from shared.errors import UserError
@@ -33,8 +33,8 @@ class Config:
 @pytest.fixture(autouse=True)
 def no_announcement(monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher's memory of the run directory is of this process: put it back."""
-    monkeypatch.setattr(launch, "_run_dir", None)
-    monkeypatch.delenv(launch.NOTES, raising=False)
+    monkeypatch.setattr(outcome, "_run_dir", None)
+    monkeypatch.delenv(outcome.NOTES, raising=False)
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
 
 

@@ -1,0 +1,121 @@
+"""How a run ended: the one place that turns it into words, the final status and the exit code.
+
+Processes and launcher leave word for each other in the directory that NOTES names. Standard
+library only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from shared import logs, status
+from shared.errors import DONE, FAILED, INTERRUPTED, STOPPED, hint_for, one_line
+from shared.files import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+NOTES = "TOOLKIT_LAUNCH_NOTES"  # the variable with the directory's name
+LAUNCHER_PID = "TOOLKIT_LAUNCHER_PID"
+_PEER_LOST = re.compile(
+    r"closed by peer|connection reset|broken pipe|read error|remote process exited", re.I
+)
+_TIMED_OUT = re.compile(
+    r"timed out waiting|wait timeout|timeout.*(collective|allreduce|barrier)", re.I
+)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """How a process ended badly. kind: user, error, timeout or peer_lost (a consequence)."""
+
+    rank: int
+    code: int
+    kind: str
+    message: str
+    traceback: str = ""
+    at: float = 0.0
+
+
+_run_dir: Path | None = None
+
+
+def announce(run_dir: Path) -> None:
+    """Tell the launcher where the run keeps its status, so that it can close it after a crash."""
+    global _run_dir
+    _run_dir = run_dir
+    if NOTES in os.environ:
+        write_json(Path(os.environ[NOTES]) / "run_dir.json", str(run_dir), durable=False)
+
+
+def run_dir() -> Path | None:
+    """The directory that this process's run announced."""
+    return _run_dir
+
+
+def launcher_pid() -> int:
+    """The process to signal in order to stop the run: the launcher, or this process."""
+    return int(os.environ.get(LAUNCHER_PID, os.getpid()))
+
+
+def closing_line(code: int, reason: str) -> None:
+    """The last line of a run: how it ended and with which exit code."""
+    words = {DONE: "done", INTERRUPTED: "interrupted", STOPPED: "stopped"}
+    log.info("%s: %s (exit %d)", words.get(code, "failed"), reason, code)
+
+
+def report(failure: Failure, run_dir: Path | None) -> int:
+    """Print a failure once, at the end of the output, close the run's status; its exit code."""
+    if failure.kind == "user":
+        status.close(run_dir, failure.code, failure.message)
+        logs.say(f"error: {failure.message}")
+        return failure.code
+    if failure.traceback:
+        logs.say(failure.traceback.rstrip())
+    hint = hint_for(failure.message)
+    reason = failure.message + (f" — {hint}" if hint else "")
+    status.close(run_dir, failure.code, reason)
+    log.error("failed: %s (exit %d)", reason, failure.code)
+    return failure.code
+
+
+def close_with_status(code: int) -> None:
+    """The closing line from what the run wrote into its status.json, when there was a run."""
+    fields = read_json(_run_dir / "status.json") if _run_dir else None
+    if isinstance(fields, dict):
+        closing_line(code, str(fields.get("reason")))
+
+
+def failure_of(error: BaseException, rank: int) -> Failure:
+    """The failure that an exception is: a cause, or the consequence of another process's."""
+    text = one_line(error)
+    kind = (
+        "timeout"
+        if _TIMED_OUT.search(text)
+        else "peer_lost"
+        if _PEER_LOST.search(text)
+        else "error"
+    )
+    lines = "".join(traceback.format_exception(error))
+    where = "".join(f", {note}" for note in getattr(error, "__notes__", []))
+    message = f"{type(error).__name__}: {text}{where}"
+    return Failure(rank, FAILED, kind, message, lines, time.time())
+
+
+def leave_word(failure: Failure) -> None:
+    """Write the failure for our supervisor, and for torchrun's summary when there is one."""
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if NOTES in os.environ:
+        path = Path(os.environ[NOTES]) / f"failure.{restart}.{failure.rank}.json"
+        write_json(path, asdict(failure), durable=False)
+    elastic = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if elastic:
+        extra = {"py_callstack": failure.traceback, "timestamp": str(int(failure.at))}
+        message = {"message": failure.message, "errorCode": failure.code, "extraInfo": extra}
+        Path(elastic).write_text(json.dumps({"message": message}))
