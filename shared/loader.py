@@ -91,24 +91,27 @@ class _Seeded(Dataset[Any]):
         )
 
     def __getitem__(self, index: int) -> Any:
-        return self._with_seed(index, lambda: self._dataset[index])
+        return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Any]:
-        fetch = self._fetch_batch
-        if fetch is None:
-            return [self[index] for index in indices]
-        return self._with_seed(indices[0], lambda: fetch(indices))
-
-    def _with_seed(self, index: int, fetch: Callable[[], Any]) -> Any:
-        """Fetch under a seed of its own; in the training process its generators are put back."""
+        """The samples of a batch; the training process's own generators are put back after it."""
         in_worker = torch.utils.data.get_worker_info() is not None
         before = None if in_worker else _states()
-        seed_cpu(derive(self._seed, self._epoch, index))
         try:
-            return fetch()
+            return self._fetch(indices)
         finally:
             if before is not None:
                 _restore(before)
+
+    def _fetch(self, indices: list[int]) -> list[Any]:
+        if self._fetch_batch is not None:
+            seed_cpu(derive(self._seed, self._epoch, indices[0]))
+            return self._fetch_batch(indices)
+        samples = []
+        for index in indices:
+            seed_cpu(derive(self._seed, self._epoch, index))
+            samples.append(self._dataset[index])
+        return samples
 
 
 def _states() -> tuple[Any, ...]:

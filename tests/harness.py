@@ -66,6 +66,7 @@ class Running:
 
     def __init__(self, command: list[str], environ: dict[str, str], **options: Any) -> None:
         self.token = environ[_TOKEN]
+        self._seen: set[int] = set()
         self._scratch = Path(tempfile.mkdtemp(prefix="running-"))
         self.log = self._scratch / "log"
         options = {"stdin": subprocess.DEVNULL, "start_new_session": True} | options
@@ -99,11 +100,14 @@ class Running:
 
     @property
     def processes(self) -> list[int]:
-        """The run's live processes."""
-        return processes_of(self.token)
+        """The run's live processes; one that is dying, and holds its locks still, is among them."""
+        found = processes_of(self.token)
+        self._seen = {pid for pid in self._seen if files.is_alive(pid)} | set(found)
+        return sorted(self._seen)
 
     def signal(self, number: int, *, group: bool = False) -> None:
         """Send a signal to the process that was started, or to its process group."""
+        _ = self.processes  # a dying process no longer shows whose it was
         (os.killpg if group else os.kill)(self.pid, number)
 
     def wait_for_text(self, text: str, timeout: float = PATIENCE) -> None:

@@ -28,7 +28,7 @@ class Config:
     patience: int = option(0, "epochs without a lower loss before stopping; 0: never")
     workers: int = option(0, "loader workers a process", scope="free")
     fault: str = option(
-        "", "what goes wrong, as name@step[@rank] (see probe_training.py)", scope="free"
+        "", "what goes wrong: name@step[@rank],… (see probe_training.py)", scope="free"
     )
     step_ms: float = option(0.0, "milliseconds to sleep a step", scope="free")
     run: RunOptions = field(default_factory=lambda: RunOptions(log_every=1, save_every=5))

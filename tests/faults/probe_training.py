@@ -56,6 +56,7 @@ def train(cfg: Any, run_dir: Path) -> int:
         "amp": Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps),
         "stopping": EarlyStopping(cfg.patience or cfg.epochs),
     }
+    inject(cfg.fault, 0, world, torch.zeros(()))
     steps = steps_per_epoch(len(data), cfg.batch_size, world.size)
     with Run(cfg, world, run_dir, Plan("probe", cfg.epochs * steps)) as run:
         code = fit(cfg, world, data, parts, run)
@@ -108,24 +109,23 @@ def fit(cfg: Any, world: World, data: Points, parts: Parts, run: Run) -> int:
 
 def monitored(fault: str, epoch: int, world: World, loss: Tensor) -> float:
     """The epoch's value for early stopping; `worse@epoch@rank` lets one rank's grow from there."""
-    name, at, rank = split(fault)
     value = loss.detach()
-    if name == "worse" and epoch >= at and rank == world.rank:
-        value = value * 0 + 1000.0 * epoch
+    for name, at, rank in faults(fault):
+        if name == "worse" and epoch >= at and rank == world.rank:
+            value = value * 0 + 1000.0 * epoch
     return float(distributed.mean(value, world))
 
 
 def inject(fault: str, step: int, world: World, loss: Tensor) -> Tensor:
-    """Let go wrong what `fault`, name@step or name@step@rank, asks for; the loss after it."""
-    name, at, rank = split(fault)
-    if not name or step < at or rank not in (None, world.rank):
-        return loss
-    if name == "nan-from":
-        return loss * float("nan")
+    """Let go wrong what `fault` asks for at this step (0: before the run); the loss after it."""
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    if step > at or not first_start:
-        return loss
-    return loss * float("nan") if name == "nan" else break_down(name, world, loss)
+    for name, at, rank in faults(fault):
+        here = rank in (None, world.rank)
+        if here and name == "nan-from" and step >= at:
+            loss = loss * float("nan")
+        elif here and step == at and first_start:
+            loss = loss * float("nan") if name == "nan" else break_down(name, world, loss)
+    return loss
 
 
 def break_down(name: str, world: World, loss: Tensor) -> Tensor:
@@ -147,8 +147,7 @@ def break_down(name: str, world: World, loss: Tensor) -> Tensor:
     return loss
 
 
-def split(fault: str) -> tuple[str, int, int | None]:
-    """name@step@rank as its parts; rank None for every rank."""
-    name, _, where = fault.partition("@")
-    at, _, rank = where.partition("@")
-    return name, int(at or 0), int(rank) if rank else None
+def faults(text: str) -> list[tuple[str, int, int | None]]:
+    """name@step or name@step@rank, several with commas, as their parts; rank None: every rank."""
+    parts = [(fault + "@@").split("@")[:3] for fault in text.split(",") if fault]
+    return [(name, int(at or 0), int(rank) if rank else None) for name, at, rank in parts]

@@ -175,6 +175,17 @@ def test_fault_06_killed_rank_ends_the_run_and_is_named(tmp_path, killed):
 
 
 @pytest.mark.limit(180)
+def test_fault_06_rank_that_is_killed_while_the_others_load_is_named(tmp_path):
+    # rank 0 has no handler yet: it dies of torchrun's SIGTERM, which is not what went wrong
+    args = ["--nproc", 2, "--fault", "hang@0@0,kill@0@1", "--run-dir", tmp_path / "run"]
+    with start([PROBE, *args]) as running:
+        outcome = running.finish()
+        assert running.leaves_nothing()
+    assert outcome.code == 1
+    assert "rank 1 was killed by SIGKILL" in outcome.last_line
+
+
+@pytest.mark.limit(180)
 def test_fault_06_restarted_run_has_the_losses_of_an_undisturbed_one(tmp_path, undisturbed):
     run_dir = tmp_path / "run"
     args = ["--nproc", 2, "--max-restarts", 1, "--fault", "kill@12@1", "--run-dir", run_dir]

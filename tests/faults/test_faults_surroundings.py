@@ -164,16 +164,12 @@ def test_fault_45_event_directory_that_cannot_be_written(tmp_path, caplog):
 
 
 def old_python() -> str | None:
-    """An interpreter between 3.7 and 3.10: on PATH, or behind a version manager's empty shim."""
-    managed = sorted(Path.home().glob(".pyenv/versions/3.[789].*/bin/python3.?"))
-    managed += sorted(Path.home().glob(".pyenv/versions/3.10.*/bin/python3.10"))
-    for name in ("python3.10", "python3.9", "python3.8", *map(str, managed)):
-        program = shutil.which(name)
-        if (
-            program
-            and not subprocess.run([program, "-V"], capture_output=True, check=False).returncode
-        ):
-            return program
+    """An interpreter from 3.8 to 3.10, on PATH or behind a version manager's empty shim."""
+    for name in ("python3.10", "python3.9", "python3.8"):
+        managed = Path.home().glob(f".pyenv/versions/3.*/bin/{name}")
+        for program in (shutil.which(name), *map(str, managed)):
+            if program and subprocess.run([program, "-V"], capture_output=True).returncode == 0:
+                return program
     return None
 
 
