@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import shutil
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import IO, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Stateful(Protocol):
 
 
 Parts = dict[str, Stateful]
-T = TypeVar("T")
+_BYTES_A_RANK = 20_000  # generator states and the archive's frame, beside the tensors
 
 
 @dataclass
@@ -68,6 +68,7 @@ class Decision:
     checkpoint: Path | None = None
     why: str = ""
     move_aside: bool = False
+    is_named: bool = False  # the user named this file: no other will do
 
 
 def save(path: Path, state: dict[str, Any], keep: int = 2) -> None:
@@ -78,9 +79,19 @@ def save(path: Path, state: dict[str, Any], keep: int = 2) -> None:
     """
     write_atomic(
         path,
-        lambda stream: torch.save(state, stream),
+        lambda stream: _serialise(state, stream),
         before_replacing=lambda: _rotate(path, keep),
     )
+
+
+def _serialise(state: dict[str, Any], stream: IO[bytes]) -> None:
+    """torch.save, with the disk's own error in place of torch's consequence of it."""
+    try:
+        torch.save(state, stream)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _rotate(path: Path, keep: int) -> None:
@@ -156,7 +167,7 @@ def decide(
         return Decision(run_dir / last)
     if resume not in ("auto", "latest", "never"):
         path = Path(resume)
-        return Decision(path / last if path.is_dir() else path)
+        return Decision(path / last if path.is_dir() else path, is_named=path.is_file())
     if restarted:
         return Decision()
     status = read_json(run_dir / "status.json") or {}
@@ -175,6 +186,28 @@ def decide(
             None, f"the run there had other settings ({'; '.join(changed)})", move_aside=True
         )
     return Decision(run_dir / last)
+
+
+def snapshot(parts: Parts, position: Position, generators: list[dict[str, Any]]) -> dict[str, Any]:
+    """What a checkpoint holds. generators: the random states of every rank."""
+    return {
+        "position": asdict(position),
+        "world_size": len(generators),
+        "parts": {name: part.state_dict() for name, part in parts.items()},
+        "generators": generators,
+    }
+
+
+def check_world_size(path: Path, before: int, now: int, *, allowed: bool) -> None:
+    """Raise UserError when another number of processes wrote the checkpoint, unless `allowed`."""
+    if before == now:
+        return
+    if not allowed:
+        raise UserError(
+            f"{path} was written by {before} process(es), this run has {now}; use --nproc "
+            f"{before}, or --allow-reshard to continue with another order of samples"
+        )
+    log.warning("%d → %d processes: not the same run to the bit from here", before, now)
 
 
 def load_parts(parts: Parts, states: dict[str, Any], path: Path) -> None:
@@ -200,12 +233,13 @@ def size_of(value: Any) -> int:
     return sum(size_of(item) for item in value) if isinstance(value, (list, tuple)) else 0
 
 
-def expected_size(parts: Parts) -> int:
+def expected_size(parts: Parts, world_size: int) -> int:
     """Bytes that a checkpoint of `parts` will take once the optimizers have their moments.
 
     An optimizer without state yet is counted with two tensors a parameter, as Adam keeps.
     """
     size = size_of({name: part.state_dict() for name, part in parts.items()})
+    size += _BYTES_A_RANK * world_size
     for part in parts.values():
         if isinstance(part, torch.optim.Optimizer) and not part.state:
             size += 2 * size_of([group["params"] for group in part.param_groups])

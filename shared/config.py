@@ -21,7 +21,7 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, TypeVar
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 
 from shared.errors import UserError, did_you_mean, one_line
 from shared.files import read_json
@@ -138,6 +138,15 @@ class Setting(NamedTuple):
     def scope(self) -> Scope:
         """What a resumed run may do with it (see `option`)."""
         return self.field.metadata.get("scope", "result")
+
+
+class HasRunOptions(Protocol):
+    """A recipe's Config."""
+
+    @property
+    def run(self) -> RunOptions:
+        """The flags that mean the same in every recipe."""
+        ...
 
 
 def parse(config_class: type[C], argv: list[str] | None = None, usage: str | None = None) -> C:

@@ -96,6 +96,14 @@ def mean(values: Tensor, world: World) -> Tensor:
     return total(values, world) / world.size
 
 
+def mean_of(values: Mapping[str, float | Tensor], world: World) -> dict[str, float]:
+    """The means of named scalars over the ranks, in one exchange; here the device is waited for."""
+    numbers = [
+        torch.as_tensor(value).detach().to(world.device, torch.float64) for value in values.values()
+    ]
+    return dict(zip(values, mean(torch.stack(numbers), world).tolist(), strict=True))
+
+
 def largest(number: int, world: World) -> int:
     """The largest of the ranks' numbers."""
     if world.size == 1:

@@ -24,9 +24,7 @@ from shared.device import check_mask, present_gpus, visible_gpus
 from shared.errors import (
     DONE,
     FAILED,
-    INTERRUPTED,
     USER_ERROR,
-    MissingToolError,
     UserError,
     one_line,
 )
@@ -93,8 +91,11 @@ def _count_processes(flags: _Flags, argv: list[str], fit: Fit | None) -> int:
             "are numbered from 0 to nnodes - 1"
         )
     typed = flags.processes.nproc
-    if typed is None and os.environ.get("NPROC_PER_NODE", "").isdigit():
-        typed = int(os.environ["NPROC_PER_NODE"])
+    variable = os.environ.get("NPROC_PER_NODE")
+    if typed is None and variable:
+        if not variable.isdigit():
+            raise UserError(f"NPROC_PER_NODE={variable} must be a number of processes, or unset")
+        typed = int(variable)
     if typed is not None:
         limit = visible or max(64, os.cpu_count() or 1)
         if not 1 <= typed <= limit:
@@ -167,29 +168,12 @@ def _guard(main: Main, argv: list[str], rank: int) -> int | Failure:
     """What `main` returns, or how it failed."""
     try:
         return main(argv)
-    except UserError as error:
-        return Failure(rank, error.exit_code, "user", one_line(error), at=time.time())
     except SystemExit as left:
         if left.code is None or isinstance(left.code, int):
             return left.code or DONE
         return Failure(rank, FAILED, "error", str(left.code), at=time.time())
-    except KeyboardInterrupt:
-        return Failure(
-            rank, INTERRUPTED, "user", "interrupted before training began", at=time.time()
-        )
-    except ModuleNotFoundError as error:
-        if error.name and not (Path(__file__).parents[1] / error.name.partition(".")[0]).exists():
-            return Failure(rank, MissingToolError.exit_code, "user", _missing_package(error.name))
-        return outcome.failure_of(error, rank)
     except BaseException as error:
         return outcome.failure_of(error, rank)
-
-
-def _missing_package(name: str) -> str:
-    return (
-        f"the Python package {name} is not installed in {sys.executable}; run ./setup.sh and use "
-        "its .venv, or pip install -r the recipe's requirements.txt"
-    )
 
 
 def _die_with_parent() -> None:

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from shared.distributed import World
+from shared.errors import UserError
 from shared.sampling import TrainBatches, eval_indices
 from shared.seed import derive, seed_cpu
 
@@ -42,6 +43,8 @@ def make_loader(
     `__getitems__(indices)`, a batch is fetched in one call.
     Raises UserError when the dataset has not one whole batch for every process.
     """
+    if workers < 0:
+        raise UserError(f"--workers {workers}: allowed are 0 (load in the process itself) and more")
     batches = TrainBatches(
         _length(dataset), batch_size, world, seed=seed, epoch=epoch, offset=offset
     )

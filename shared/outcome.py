@@ -10,13 +10,23 @@ import json
 import logging
 import os
 import re
+import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shared import logs, status
-from shared.errors import DONE, FAILED, INTERRUPTED, STOPPED, hint_for, one_line
+from shared.errors import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    STOPPED,
+    MissingToolError,
+    UserError,
+    hint_for,
+    one_line,
+)
 from shared.files import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -29,6 +39,10 @@ _PEER_LOST = re.compile(
 _TIMED_OUT = re.compile(
     r"timed out waiting|wait timeout|timeout.*(collective|allreduce|barrier)", re.I
 )
+
+
+class StopNow(BaseException):
+    """The second stop signal: leave without saving. The last checkpoint is whole."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +106,19 @@ def close_with_status(code: int) -> None:
         closing_line(code, str(fields.get("reason")))
 
 
-def failure_of(error: BaseException, rank: int) -> Failure:
-    """The failure that an exception is: a cause, or the consequence of another process's."""
-    text = one_line(error)
+def failure_of(error: BaseException, rank: int = 0) -> Failure:
+    """The failure that an exception is: the user's, a cause, or the consequence of another's."""
+    if isinstance(error, UserError):
+        return Failure(rank, error.exit_code, "user", one_line(error), at=time.time())
+    if isinstance(error, ModuleNotFoundError) and _is_foreign(error.name):
+        code = MissingToolError.exit_code
+        return Failure(rank, code, "user", _missing_package(str(error.name)), at=time.time())
+    if isinstance(error, KeyboardInterrupt):
+        text = "interrupted before training began"
+        return Failure(rank, INTERRUPTED, "user", text, at=time.time())
+    if isinstance(error, StopNow):
+        return Failure(rank, FAILED, "error", str(error), at=time.time())
+    text = _essence(error)
     kind = (
         "timeout"
         if _TIMED_OUT.search(text)
@@ -119,3 +143,23 @@ def leave_word(failure: Failure) -> None:
         extra = {"py_callstack": failure.traceback, "timestamp": str(int(failure.at))}
         message = {"message": failure.message, "errorCode": failure.code, "extraInfo": extra}
         Path(elastic).write_text(json.dumps({"message": message}))
+
+
+def _essence(error: BaseException) -> str:
+    """An exception's message on one line; of a loader worker's traceback its last line."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        return "in a loader worker: " + text.splitlines()[-1].strip()
+    return one_line(error)
+
+
+def _is_foreign(name: str | None) -> bool:
+    """Whether a module's name is not of this repository."""
+    return bool(name) and not (Path(__file__).parents[1] / str(name).partition(".")[0]).exists()
+
+
+def _missing_package(name: str) -> str:
+    return (
+        f"the Python package {name} is not installed in {sys.executable}; run ./setup.sh and use "
+        "its .venv, or pip install -r the recipe's requirements.txt"
+    )

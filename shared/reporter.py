@@ -24,12 +24,13 @@ class Plan:
 
 
 class Reporter:
-    """The sinks of one run; `begin` opens those that need to know where it begins."""
+    """The sinks of one run, from `start` on; what was recorded after it is cut away."""
 
-    def __init__(self, run_dir: Path, plan: Plan, world_size: int) -> None:
-        self._dir, self._plan = run_dir, plan
-        self._metrics: Metrics | None = None
-        self._progress: Progress | None = None
+    def __init__(self, run_dir: Path, plan: Plan, world_size: int, start: Position) -> None:
+        board = plan.tensorboard or run_dir / "tensorboard"
+        self._plan = plan
+        self._metrics = Metrics(run_dir / "metrics.jsonl", board, start)
+        self._progress = Progress(plan.total_steps, start.step, plan.samples_per_step)
         self._status = status.Status(
             run_dir,
             recipe=plan.recipe,
@@ -37,21 +38,10 @@ class Reporter:
             world_size=world_size,
             total_steps=plan.total_steps,
         )
-        outcome.announce(run_dir)
-        self.write_status(Position())
-
-    def begin(self, position: Position) -> None:
-        """Open metrics and progress at `position`; what was recorded after it is cut away."""
-        board = self._plan.tensorboard or self._dir / "tensorboard"
-        self._metrics = Metrics(self._dir / "metrics.jsonl", board, position)
-        self._progress = Progress(
-            self._plan.total_steps, position.step, self._plan.samples_per_step
-        )
-        self.write_status(position)
+        self.write_status(start)
 
     def record(self, position: Position, split: str, numbers: dict[str, float]) -> None:
         """Write `numbers` of a step everywhere; NaN is written as null."""
-        assert self._metrics and self._progress
         speed = {"steps_per_s": round(self._progress.speed(position.step), 4)}
         if self._plan.samples_per_step:
             speed["samples_per_s"] = round(speed["steps_per_s"] * self._plan.samples_per_step, 2)
@@ -69,11 +59,10 @@ class Reporter:
 
     def write_status(self, position: Position, **changes: Any) -> None:
         """Write the status now, with `changes` to its fields."""
-        eta = self._progress.eta_s(position.step) if self._progress else None
+        eta = self._progress.eta_s(position.step)
         self._status.write(**asdict(position), eta_s=eta, **changes)
 
     def close(self) -> None:
         """Flush and close."""
-        if self._metrics and self._progress:
-            self._metrics.close()
-            self._progress.close()
+        self._metrics.close()
+        self._progress.close()

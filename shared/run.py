@@ -21,33 +21,21 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from shared import checkpoint, distributed, run_directory, seed, status
+from shared import checkpoint, distributed, outcome, run_directory, seed, status
 from shared.checkpoint import Decision, Parts, Position
-from shared.config import RunOptions
+from shared.config import HasRunOptions
 from shared.distributed import World
-from shared.errors import DONE, FAILED, UserError, hint_for, one_line
-from shared.files import move_aside
+from shared.errors import DONE, hint_for, one_line
 from shared.reporter import Plan, Reporter
-from shared.signals import StopNow, StopRequest, exit_code_for, name_of
+from shared.signals import StopRequest, exit_code_for, name_of
 
 log = logging.getLogger(__name__)
-
-
-class HasRunOptions(Protocol):
-    """A recipe's Config."""
-
-    @property
-    def run(self) -> RunOptions:
-        """The flags that mean the same in every recipe."""
-        ...
 
 
 class Run:
@@ -68,7 +56,10 @@ class Run:
         try:
             self._stop.install()
             if self._world.is_main:
-                self._begin()
+                self._lock = run_directory.take(self._dir)
+                self._decision = run_directory.begin(
+                    self._dir, self._plan, self._config, self._world.size
+                )
             self._decision = distributed.broadcast_object(self._decision, self._world)
         except BaseException:
             self._let_go()
@@ -83,10 +74,12 @@ class Run:
         path = self._decision.checkpoint
         if path:
             self._continue_from(path, parts)
-        if self._reporter:
-            size = checkpoint.expected_size(parts)
+        outcome.announce(self._dir)
+        if self._world.is_main:
+            size = checkpoint.expected_size(parts, self._world.size)
             checkpoint.check_space(self._dir, size, self._options.keep)
-            self._reporter.begin(self.position)
+            run_directory.describe(self._dir, self._config, self._world.size)
+            self._reporter = Reporter(self._dir, self._plan, self._world.size, self.position)
         return self.position
 
     def log(self, values: dict[str, float | Tensor], split: str = "train") -> None:
@@ -101,7 +94,7 @@ class Run:
             or step % self._options.log_every == 0
             or step == self._plan.total_steps
         ):
-            numbers = self._mean_of(values)
+            numbers = distributed.mean_of(values, self._world)
             if self._reporter:
                 self._reporter.record(self.position, split, numbers)
         elif self._reporter:
@@ -167,17 +160,6 @@ class Run:
         finally:
             self._let_go()
 
-    def _begin(self) -> None:
-        """Rank 0: take the directory, decide how the run begins, say that it does."""
-        self._lock = run_directory.take(self._dir)
-        self._decision = run_directory.begin(
-            self._dir, self._plan.last, self._config, self._options, self._world.size
-        )
-        board = self._plan.tensorboard
-        if self._decision.move_aside and board and board.is_dir():
-            move_aside(board)
-        self._reporter = Reporter(self._dir, self._plan, self._world.size)
-
     def _let_go(self) -> None:
         self._stop.remove()
         if self._lock is not None:
@@ -186,70 +168,33 @@ class Run:
 
     def _close_after(self, error: BaseException) -> None:
         """Say in the status how the run broke; of several processes only the launcher knows."""
-        if isinstance(error, StopNow):
-            code, reason = exit_code_for(self._stop.number), f"second {error}: ended without saving"
-            if self._reporter:
-                self._reporter.write_status(
-                    self.position, state="stopped", exit_code=code, reason=reason
-                )
-            raise SystemExit(code) from None
         error.add_note(f"at step {self.position.step + 1} of {self._plan.total_steps}")
-        if self._world.size == 1:
-            code = error.exit_code if isinstance(error, UserError) else FAILED
-            status.close(self._dir, code, f"{type(error).__name__}: {one_line(error)}")
+        if self._world.size == 1 and self._reporter:
+            failure = outcome.failure_of(error)
+            status.close(self._dir, failure.code, failure.message)
 
     def _continue_from(self, path: Path, parts: Parts) -> None:
-        found = checkpoint.find(path, explicit=path == self._named_checkpoint())
+        found = checkpoint.find(path, explicit=self._decision.is_named)
         if found is None:
             log.warning("no checkpoint in %s can be read: starting from the beginning", path.parent)
             return
         path, state = found
-        self._check_world_size(path, state["world_size"])
+        allowed = self._options.allow_reshard
+        checkpoint.check_world_size(path, state["world_size"], self._world.size, allowed=allowed)
         checkpoint.load_parts(parts, state["parts"], path)
         self.position = Position(**state["position"])
         if self._world.rank < len(state["generators"]):
             seed.set_state(state["generators"][self._world.rank])
-        log.info(
-            "continuing from %s at step %d of %d", path, self.position.step, self._plan.total_steps
-        )
-        if self.position.step >= self._plan.total_steps:
+        step, total = self.position.step, self._plan.total_steps
+        log.info("continuing from %s at step %d of %d", path, step, total)
+        if step >= total:
             log.info("this run is finished; more --epochs would continue it")
-
-    def _named_checkpoint(self) -> Path | None:
-        """The file that --resume names: nothing else will do when it cannot be read."""
-        named = Path(self._options.resume)
-        return named if self._options.is_explicit_resume and named.is_file() else None
-
-    def _check_world_size(self, path: Path, before: int) -> None:
-        if before == self._world.size:
-            return
-        if not self._options.allow_reshard:
-            raise UserError(
-                f"{path} was written by {before} process(es), this run has {self._world.size}; use "
-                f"--nproc {before}, or --allow-reshard to continue with another order of samples"
-            )
-        log.warning(
-            "%d → %d processes: not the same run to the bit from here", before, self._world.size
-        )
 
     def _write(self, parts: Parts, generators: list[dict[str, Any]]) -> str | None:
         """Write the checkpoint; what went wrong, if the disk refused it."""
-        state = {
-            "position": asdict(self.position),
-            "world_size": self._world.size,
-            "parts": {name: part.state_dict() for name, part in parts.items()},
-            "generators": generators,
-        }
+        state = checkpoint.snapshot(parts, self.position, generators)
         try:
             checkpoint.save(self._last, state, self._options.keep)
         except OSError as error:
             return f"the checkpoint of step {self.position.step} was not written: {one_line(error)}"
         return None
-
-    def _mean_of(self, values: dict[str, float | Tensor]) -> dict[str, float]:
-        device = self._world.device
-        numbers = [
-            torch.as_tensor(v, dtype=torch.float64, device=device).detach() for v in values.values()
-        ]
-        means = distributed.mean(torch.stack(numbers), self._world)
-        return dict(zip(values, means.tolist(), strict=True))

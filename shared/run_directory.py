@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import shlex
@@ -15,9 +14,10 @@ import torch
 
 from shared import checkpoint
 from shared.checkpoint import Decision
-from shared.config import RunOptions, settings
+from shared.config import HasRunOptions, settings
 from shared.errors import UserError, one_line
 from shared.files import move_aside, read_json, remove_stale_temporaries, write_json
+from shared.reporter import Plan
 
 log = logging.getLogger(__name__)
 
@@ -49,24 +49,32 @@ def take(run_dir: Path) -> int:
     return handle
 
 
-def begin(run_dir: Path, last: str, config: Any, options: RunOptions, world_size: int) -> Decision:
-    """Decide how the run begins, move an older one aside if need be, write config.json."""
-    identity = settings(config, ("result", "length")) | {"world_size": world_size}
+def begin(run_dir: Path, plan: Plan, config: HasRunOptions, world_size: int) -> Decision:
+    """Decide how the run begins; an older one that is not continued is moved aside."""
+    options = config.run
     fresh_demo = options.demo and "resume" not in options.typed
     resume = "never" if fresh_demo else options.resume
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    decision = checkpoint.decide(run_dir, last, resume, json.loads(json.dumps(identity)), restarted)
+    identity = _identity(config, world_size)
+    decision = checkpoint.decide(run_dir, plan.last, resume, identity, restarted)
     if decision.move_aside:
         aside = move_aside(run_dir, keep=("run.lock",))
         log.info("a new run starts: %s; what was in %s is now in %s", decision.why, run_dir, aside)
-    write_json(run_dir / "config.json", _description(config, identity))
+        if plan.tensorboard and plan.tensorboard.is_dir():
+            move_aside(plan.tensorboard)
     return decision
 
 
-def _description(config: Any, identity: dict[str, Any]) -> dict[str, Any]:
-    return {
+def describe(run_dir: Path, config: Any, world_size: int) -> None:
+    """Write config.json: the settings, what a continuation must share, command and versions."""
+    description = {
         "settings": settings(config),
-        "identity": identity,
+        "identity": _identity(config, world_size),
         "command": shlex.join(sys.argv),
         "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
     }
+    write_json(run_dir / "config.json", description)
+
+
+def _identity(config: Any, world_size: int) -> dict[str, Any]:
+    return settings(config, ("result", "length")) | {"world_size": world_size}

@@ -17,6 +17,8 @@ def steps_per_epoch(num_samples: int, batch_size: int, world_size: int) -> int:
 
     Raises UserError when there are none: an epoch without a step would "succeed" in silence.
     """
+    if batch_size < 1:
+        raise UserError(f"a batch of {batch_size} samples a process: at least 1 is needed")
     steps = num_samples // (batch_size * world_size)
     if steps == 0:
         raise UserError(

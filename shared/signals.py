@@ -12,13 +12,9 @@ from pathlib import Path
 from types import FrameType
 
 from shared.errors import INTERRUPTED, STOPPED
-from shared.outcome import NOTES
+from shared.outcome import NOTES, StopNow
 
 _SAME_REQUEST = 0.5  # seconds in which a repeated signal is the same one (SLURM sends two)
-
-
-class StopNow(BaseException):
-    """The second signal: leave without saving. The last checkpoint is whole."""
 
 
 class StopRequest:
@@ -49,7 +45,7 @@ class StopRequest:
         if self.number == 0:
             self.number, self._at = number, time.monotonic()
         elif time.monotonic() - self._at > _SAME_REQUEST:
-            raise StopNow(signal.Signals(number).name)
+            raise StopNow(f"second {name_of(number)}: ended without saving")
 
 
 def name_of(number: int) -> str:

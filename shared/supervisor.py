@@ -149,17 +149,21 @@ def _conclude(exit_codes: dict[int, int], stops: _Stops, notes: Path) -> int:
         bool(exit_codes) and all(code in (STOPPED, INTERRUPTED) for code in exit_codes.values())
     )
     if not exit_codes or stopped:
-        return _close_well(run_dir, stops)
+        return _close_well(run_dir, stops, max(exit_codes.values(), default=DONE))
     return outcome.report(_first_failure(exit_codes, notes), run_dir)
 
 
-def _close_well(run_dir: Path | None, stops: _Stops) -> int:
-    """The end of a run that nobody broke: done, or stopped and saved, or stopped too early to."""
+def _close_well(run_dir: Path | None, stops: _Stops, left_with: int) -> int:
+    """The end of a run that nobody broke: done, or stopped and saved, or stopped too early to.
+
+    left_with: the workers' exit code, which counts where host 0 alone can see the status.
+    """
     status = read_json(run_dir / "status.json") if run_dir else None
     name = stops.first.name if stops.first else "a signal"
     if not isinstance(status, dict):
-        if stops.first is None:
-            return DONE
+        if stops.first is None or run_dir:
+            outcome.closing_line(left_with, "as host 0 says")
+            return left_with
         code = INTERRUPTED if stops.first is signal.SIGINT else STOPPED
         outcome.closing_line(code, f"{name} before training began; nothing to save")
         return code
@@ -199,7 +203,8 @@ def _first_failure(exit_codes: dict[int, int], notes: Path) -> Failure:
 
 
 def _killed(killed: dict[int, int]) -> Failure:
-    rank, number = min(killed.items())
+    # SIGTERM is the agent's, to those that were still loading when another was killed
+    rank, number = min(killed.items(), key=lambda item: (item[1] == signal.SIGTERM, item[0]))
     name = signal.Signals(number).name if number in set(signal.Signals) else f"signal {number}"
     why = " (by the kernel when RAM ran out, or by someone)" if number == signal.SIGKILL else ""
     return Failure(rank, FAILED, "error", f"rank {rank} was killed by {name}{why}")

@@ -52,7 +52,10 @@ def disturb(run_dir, ranks, generator):
     with start([*args, "--run-dir", run_dir]) as running:
         if generator.random() < 0.75:  # else somewhere in the start
             wait_until(
-                lambda: running.process.poll() is not None or max(losses(run_dir)) > before + 1,
+                lambda: (
+                    running.process.poll() is not None
+                    or max(losses(run_dir), default=0) > before + 1
+                ),
                 f"a step after {before}",
             )
             time.sleep(generator.uniform(0.0, 0.6))  # the moment of the kill is the experiment

@@ -311,7 +311,7 @@ def test_a_path_is_taken_whatever_the_run_was(run_dir: Path, tmp_path: Path, sta
     leave(run_dir, state)
     for target in (run_dir, run_dir / LAST):
         decision = decide(run_dir, LAST, str(target), {"batch_size": 1}, restarted=False)
-        assert decision == Decision(run_dir / LAST)
+        assert decision == Decision(run_dir / LAST, is_named=target.is_file())
 
 
 @pytest.mark.parametrize("resume", ["auto", "never"])
