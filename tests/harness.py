@@ -124,7 +124,7 @@ class Running:
             ) from None
         return Outcome(code, self.text)
 
-    def leaves_nothing(self, timeout: float = 5.0) -> bool:
+    def leaves_nothing(self, timeout: float = 10.0) -> bool:
         """Whether every process of the run is gone within `timeout` seconds."""
         deadline = time.monotonic() + timeout
         while self.processes and time.monotonic() < deadline:

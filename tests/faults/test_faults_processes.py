@@ -151,7 +151,7 @@ def test_fault_05_nothing_outlives_a_killed_launcher(tmp_path, ranks, workers):
         wait_for_step(run_dir, 3, running)
         running.signal(signal.SIGKILL)
         assert running.finish().code == -signal.SIGKILL
-        assert running.leaves_nothing(5.0)
+        assert running.leaves_nothing()
     if ranks > 1:  # its processes get SIGTERM from the kernel, and save
         assert status_of(run_dir)["state"] == "stopped"
         assert position(run_dir / "last.pt") == status_of(run_dir)["step"]
@@ -160,17 +160,16 @@ def test_fault_05_nothing_outlives_a_killed_launcher(tmp_path, ranks, workers):
 
 
 @pytest.mark.limit(180)
-@pytest.mark.parametrize("killed", [0, 1])
-def test_fault_06_killed_rank_ends_the_run_and_is_named(tmp_path, killed):
+def test_fault_06_killed_rank_ends_the_run_and_is_named(tmp_path):
     run_dir = tmp_path / "run"
-    args = ["--nproc", 2, "--fault", f"kill@6@{killed}", "--run-dir", run_dir]
-    with start([PROBE, *args]) as running:
+    # rank 0, which can no longer say so in the status itself
+    with start([PROBE, "--nproc", 2, "--fault", "kill@6@0", "--run-dir", run_dir]) as running:
         outcome = running.finish()
         assert running.leaves_nothing()
     assert outcome.code == 1
-    assert f"rank {killed} was killed by SIGKILL" in outcome.last_line
+    assert "rank 0 was killed by SIGKILL" in outcome.last_line
     assert (status_of(run_dir)["state"], status_of(run_dir)["exit_code"]) == ("failed", 1)
-    assert f"rank {killed} was killed" in status_of(run_dir)["reason"]
+    assert "rank 0 was killed" in status_of(run_dir)["reason"]
     assert position(run_dir / "last.pt") == 5
 
 

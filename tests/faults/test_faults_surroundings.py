@@ -89,7 +89,7 @@ def test_fault_42_loader_workers_in_a_shared_memory_that_is_too_small(tmp_path):
             "only root may mount a /dev/shm of its own; the wordings are tested beside this"
         )
     run_dir = tmp_path / "run"
-    args = ["--workers", 2, "--batch-size", 2048, "--num-points", 8192, "--run-dir", run_dir]
+    args = ["--workers", 2, "--batch-size", 2048, "--num-points", 4096, "--run-dir", run_dir]
     with start([PROBE, *args], program=[*own, tiny, "-", sys.executable]) as running:
         outcome = running.finish()
         assert running.leaves_nothing()
@@ -112,16 +112,15 @@ def test_fault_43_output_that_cannot_be_written_ends_no_training(tmp_path, strea
 
 
 @pytest.mark.limit(180)
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_fault_43_reader_that_goes_away_ends_no_training(tmp_path, ranks):
+def test_fault_43_reader_that_goes_away_ends_no_training(tmp_path):
     run_dir = tmp_path / "run"
-    command = [sys.executable, str(PROBE), "--nproc", str(ranks), "--step-ms", "50"]
+    command = [sys.executable, str(PROBE), "--nproc", "2", "--step-ms", "50"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     with Running([*command, "--run-dir", str(run_dir)], environment(), **pipe) as running:
         wait_for_step(run_dir, 2, running)
         running.process.stdout.close()  # as `| head` does
         assert running.finish().code == 0
-    assert max(losses(run_dir)) == 48 // ranks
+    assert max(losses(run_dir)) == 24
     assert status_of(run_dir)["exit_code"] == 0
 
 
@@ -199,16 +198,14 @@ ASCII = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii"}
 
 
 @pytest.mark.limit(180)
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_fault_47_ascii_locale_and_a_path_with_chinese_characters(tmp_path, ranks):
+def test_fault_47_ascii_locale_and_a_path_with_chinese_characters(tmp_path):
     run_dir = tmp_path / "数据 集 $(touch X)" / "-run'"
     assert run_here(probe_recipe.main, ["--fault", "term@3", "--run-dir", run_dir]).code == 143
-    args = ["--nproc", ranks, "--run-dir", run_dir]
-    with start([PROBE, *args], **ASCII) as running:
+    with start([PROBE, "--nproc", 2, "--run-dir", run_dir], **ASCII) as running:
         outcome = running.finish()
     assert outcome.code == 0, outcome.text
-    assert str(run_dir) in outcome.text  # it was continued, or moved aside
-    assert max(losses(run_dir)) == 48 // ranks
+    assert f"what was in {run_dir} is now in {run_dir}.1" in outcome.text  # that of one process
+    assert max(losses(run_dir)) == 24
     assert not Path("X").exists()
 
 

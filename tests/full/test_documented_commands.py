@@ -1,0 +1,213 @@
+"""The READMEs' commands, typed as they stand, on small data at the documented places.
+
+Every command of the pages is in one of the three tables here; a new one fails until it is.
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from face_distill import demo
+from tests.harness import ROOT, environment, status_of, wait_until
+
+pytestmark = [pytest.mark.full, pytest.mark.limit(900)]
+
+PAGES = ("README.md", "face_distill/README.md")
+HERE = (  # run by the tests below
+    "./demo.sh",
+    "./train.sh",
+    "./train.sh --demo",
+    "./train.sh --nproc 4 --batch-size 64",
+    "python train_distill.py",
+    "torchrun --nproc_per_node=4 train_distill.py",
+    "nohup ./train.sh > /dev/null 2>&1 &",
+    "tail -F logs/latest.log",
+    "tensorboard --logdir=./logs/adapter_face_distill",
+    "tar -czvf training_results.tar.gz checkpoints/ logs/",
+    'srun --nodes 2 --ntasks-per-node 1 --gpus-per-node 4 --signal TERM@120 bash -c \'./face_distill/train.sh --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --master-addr "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" --master-port 29500\'',  # noqa: E501
+)
+ELSEWHERE = {
+    "./run_tests.sh": "what you are running",
+    "./face_distill/train.sh --nnodes 2 --node-rank 0 --master-addr 10.0.0.1 --master-port 29500": (
+        "two hosts on the loopback: tests/faults/test_faults_processes.py"
+    ),
+    "./face_distill/train.sh --nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 29500": (
+        "the same"
+    ),
+    "./face_distill/train.sh --nproc 4": "with its batch size, below",
+}
+NEEDS = {
+    "CUDA_VISIBLE_DEVICES=0 ./face_distill/train.sh": "a GPU",
+    "./face_distill/train.sh --nproc 4 --batch-size 64 --amp bf16": "four GPUs",
+    "conda create -n face_distill python=3.11 -y": "conda",
+    "conda activate face_distill": "conda",
+    "pip install -r requirements.txt": "the network",
+    "../.venv/bin/hf download Salesforce/blip2-opt-2.7b config.json preprocessor_config.json "
+    "model.safetensors.index.json model-00001-of-00002.safetensors --local-dir blip2_weights": (
+        "the network"
+    ),
+}
+
+
+def documented() -> set[str]:
+    blocks = (
+        block
+        for page in PAGES
+        for block in re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
+    )
+    lines = (
+        re.sub(r"\s+# .*|\s{2,}#.*", "", line) for block in blocks for line in block.splitlines()
+    )
+    return {line.strip() for line in lines if line.strip()}
+
+
+def test_every_command_of_the_pages_is_run_or_says_what_it_needs():
+    assert documented() == {*HERE, *ELSEWHERE, *NEEDS}
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory) -> Path:
+    """face_distill with small data at the documented places, and 2 epochs, edited as documented."""
+    root = tmp_path_factory.mktemp("a house")
+    recipe = root / "face_distill"
+    code = shutil.ignore_patterns("demo", "logs*", "checkpoints*", "__pycache__")
+    shutil.copytree(ROOT / "face_distill", recipe, ignore=code)
+    (root / "shared").symlink_to(ROOT / "shared")
+    (root / ".venv").symlink_to(Path(sys.prefix))
+    script = recipe / "train_distill.py"
+    script.write_text(script.read_text().replace("EPOCHS = 100", "EPOCHS = 2"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "TOWER", demo.TOWER | {"num_hidden_layers": 12})
+        paths = demo.build(tmp_path_factory.mktemp("data"))
+    (recipe / "datasets").mkdir()
+    paths.data_root.rename(recipe / "datasets" / "faces_emore")
+    paths.teacher.rename(recipe / "teacher_features_12k")
+    paths.weights.rename(recipe / "blip2_weights")
+    return root
+
+
+def typed(command: str, cwd: Path, **env: str) -> subprocess.CompletedProcess[str]:
+    """The command in a shell, as a user types it, with the environment active."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(
+        ["bash", "-c", command],
+        cwd=cwd,
+        env=environment(PATH=path, HF_HUB_OFFLINE="1", **env),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("command", "processes", "batch"),
+    [
+        ("./train.sh", 1, 128),
+        ("./train.sh --nproc 4 --batch-size 64", 4, 64),
+        ("python train_distill.py", 1, 128),
+        ("torchrun --nproc_per_node=4 train_distill.py", 4, 128),
+        ("nohup ./train.sh > /dev/null 2>&1 &", 1, 128),
+    ],
+)
+def test_training_as_documented(house, command, processes, batch):
+    assert command in HERE
+    recipe = house / "face_distill"
+    status_file = recipe / "checkpoints" / "status.json"
+    before = status_file.stat().st_mtime_ns if status_file.exists() else 0
+    outcome = typed(command, recipe)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    ended = lambda: (  # noqa: E731
+        status_file.exists()
+        and status_file.stat().st_mtime_ns > before
+        and status_of(recipe / "checkpoints").get("state") not in (None, "running")
+    )
+    wait_until(ended, "the end of the run", 300)
+    status = status_of(recipe / "checkpoints")
+    assert (status["state"], status["exit_code"]) == ("done", 0), status["reason"]
+    assert (status["world_size"], status["step"]) == (processes, 2 * (800 // batch))
+    assert (recipe / "checkpoints" / "best_student_adapter_face.pth").exists()
+    assert list((recipe / "logs" / "adapter_face_distill").glob("events.out.tfevents*"))
+
+
+def test_log_charts_and_package_as_documented(house):
+    recipe = house / "face_distill"
+    if not (recipe / "checkpoints" / "last.pth").exists():
+        assert typed("./train.sh", recipe).returncode == 0
+    assert "exit 0" in (recipe / "logs" / "latest.log").read_text()
+    outcome = typed("tar -czvf training_results.tar.gz checkpoints/ logs/", recipe)
+    assert outcome.returncode == 0
+    for needed in ("last.pth", "config.json", "best_student_adapter_face.pth", "tfevents"):
+        assert needed in outcome.stdout
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = ["--logdir=./logs/adapter_face_distill", "--port", str(port)]
+    board = subprocess.Popen(
+        [Path(sys.executable).with_name("tensorboard"), *command],
+        cwd=recipe, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        wait_until(lambda: _answers(f"http://127.0.0.1:{port}/data/runs"), "TensorBoard", 90)
+    finally:
+        board.terminate()
+        board.wait(30)
+
+
+def test_the_slurm_line_starts_each_host_with_its_number(house, tmp_path):
+    """srun runs the quoted command once a host; here a pretended one runs it for host 1 of 2."""
+    for name, body in {
+        "srun": 'while [[ $1 == --* ]]; do shift 2; done; SLURM_NNODES=2 SLURM_NODEID=1 exec "$@"',
+        "scontrol": "printf 'alpha\\nbeta\\n'",
+    }.items():
+        stub = tmp_path / name
+        stub.write_text(f"#!/usr/bin/env bash\n{body}\n")
+        stub.chmod(0o755)
+    shown = tmp_path / "python"
+    shown.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@"\n')
+    shown.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    (line,) = (command for command in HERE if command.startswith("srun"))
+    outcome = subprocess.run(
+        ["bash", "-c", line], cwd=house, env=environment(PATH=path, PYTHON=str(shown)),
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    words = outcome.stdout.split()
+    expected = [
+        "--nnodes",
+        "2",
+        "--node-rank",
+        "1",
+        "--master-addr",
+        "alpha",
+        "--master-port",
+        "29500",
+    ]
+    assert words[-8:] == expected, outcome
+
+
+@pytest.mark.parametrize(
+    "words", [["./demo.sh"], ["./face_distill/train.sh", "--demo", "--seed", "1"]]
+)
+def test_the_demo_learns_to_tell_strangers_apart(words):
+    began = time.monotonic()
+    outcome = typed(" ".join(words), ROOT)
+    assert outcome.returncode == 0, outcome.stdout[-2000:] + outcome.stderr[-2000:]
+    result = status_of(ROOT / "face_distill" / "demo" / "runs" / "checkpoints")["result"]
+    print(f"{words}: {result['before']} -> {result['after']}, {time.monotonic() - began:.0f} s")
+    assert result["after"] >= result["before"] + 0.15
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5) as reply:
+            return reply.status == 200
+    except OSError:
+        return False
