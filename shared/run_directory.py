@@ -7,6 +7,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from shared import checkpoint
 from shared.checkpoint import Decision
 from shared.config import HasRunOptions, settings
 from shared.errors import UserError, one_line
-from shared.files import move_aside, read_json, remove_stale_temporaries, write_json
+from shared.files import is_alive, move_aside, read_json, remove_stale_temporaries, write_json
 from shared.reporter import Plan
 
 log = logging.getLogger(__name__)
+
+_DYING = 2.0  # seconds that workers, which share the lock, may take to follow their process
 
 
 def take(run_dir: Path) -> int:
@@ -36,17 +39,28 @@ def take(run_dir: Path) -> int:
             f"the run directory {run_dir} cannot be written: {one_line(error)}; choose another "
             "--run-dir"
         ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    holder = (read_json(run_dir / "status.json") or {}).get("pid")
+    if not _locked(handle, holder):
         os.close(handle)
-        holder = (read_json(run_dir / "status.json") or {}).get("pid", "unknown")
         raise UserError(
             f"{run_dir} is in use by a live run (pid {holder}); wait for it, stop it with "
             f"kill -TERM {holder}, or give this run another --run-dir"
-        ) from None
+        )
     remove_stale_temporaries(run_dir)
     return handle
+
+
+def _locked(handle: int, holder: int | None) -> bool:
+    """Whether the lock could be had; waits a moment for the workers of a holder that was killed."""
+    deadline = time.monotonic() + _DYING
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            if time.monotonic() > deadline or (holder and is_alive(holder)):
+                return False
+        time.sleep(0.05)
 
 
 def begin(run_dir: Path, plan: Plan, config: HasRunOptions, world_size: int) -> Decision:
