@@ -159,6 +159,30 @@ def test_fault_05_nothing_outlives_a_killed_launcher(tmp_path, ranks, workers):
     assert run_here(probe_recipe.main, ["--run-dir", run_dir]).code == 0
 
 
+ORPHAN = """
+import multiprocessing, os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from shared import loader
+
+def worker():
+    parent = os.getppid()
+    while os.getppid() == parent:
+        time.sleep(0.01)
+    loader._settle_worker(0)
+    time.sleep(3600)
+
+multiprocessing.get_context("fork").Process(target=worker).start()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_fault_05_loader_worker_that_was_just_started_does_not_outlive_its_process():
+    # killed between the fork and the worker's own arrangements: nobody will signal the worker
+    with start(["-c", ORPHAN, ROOT]) as running:
+        assert running.finish().code == -signal.SIGKILL
+        assert running.leaves_nothing()
+
+
 @pytest.mark.limit(180)
 def test_fault_06_killed_rank_ends_the_run_and_is_named(tmp_path):
     run_dir = tmp_path / "run"
