@@ -193,17 +193,12 @@ def children_of(pid: int) -> list[int]:
 
 
 def ranks_of(running: Running) -> dict[int, int]:
-    """{rank: pid} of a run with several processes."""
+    """{rank: pid} of a run with several processes: the launcher's own children, by their RANK."""
     found = {}
-    for pid in running.processes:
+    for pid in children_of(running.pid):
         with contextlib.suppress(OSError):
             words = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-            rank = next((word[5:] for word in words if word.startswith(b"RANK=")), None)
-            # a loader worker has its process's environment, but another kind of parent
-            if rank is not None and Path(f"/proc/{pid}/stat").read_text().split()[3] == str(
-                running.pid
-            ):
-                found[int(rank)] = pid
+            found |= {int(word[5:]): pid for word in words if word.startswith(b"RANK=")}
     return found
 
 

@@ -218,7 +218,7 @@ def test_fault_19_resumed_run_has_the_losses_of_an_undisturbed_one(
 ):
     before, _ = stopped(ranks, workers)
     run_dir = shutil.copytree(before, tmp_path / "run")
-    assert 16 // ranks < max(losses(run_dir)) < 32 // ranks, "not in the second epoch"
+    assert 16 // ranks < max(losses(run_dir)) < 48 // ranks, "not stopped on its way"
     if ranks == 1:
         outcome = probe(run_dir, "--workers", workers)
     else:
