@@ -66,20 +66,20 @@ def _loop(cfg: Config, world: World, run: Run, distiller: Distiller, data: FaceB
             if position.step == 1:
                 log.info(distiller.describe(terms))
             run.log(_tags(loss, terms, float(schedule.get_last_lr()[0])))
-            if run.should_stop():
+            stop = run.should_stop()
+            if stop or position.step % cfg.run.save_every == 0:
+                # rank 0's state is saved for all: let each hold an equal share of the sums
+                mean_loss.sums = distributed.mean(mean_loss.sums, world)
                 run.save(parts)
+            if stop:
                 return run.finish()
-            if position.step % cfg.run.save_every == 0:
-                run.save(parts)
         monitored = mean_loss.of(distributed.total(mean_loss.sums, world))
         if data.val_set:
             monitored = _validate(cfg, world, distiller, data, arc_only=arc_only)
         if position.epoch <= cfg.warmup_epochs:
             stopping.reset()  # until here the loss had another composition
         improved = stopping.update(monitored)
-        run.log({"epoch/loss": monitored}, split="epoch")
-        run.log({"epoch/lowest_loss": stopping.best}, split="best")
-        _report(cfg, position.epoch, monitored, stopping)
+        _report(cfg, run, monitored, stopping)
         students.save_epoch(cfg, world, student, position.epoch + 1, is_best=improved)
         schedule.step()
         mean_loss.reset()
@@ -106,11 +106,13 @@ def _tags(loss: Tensor, terms: dict[str, Tensor], lr: float) -> dict[str, Any]:
     return {"Loss/Total": loss, **{f"Loss/{name}": term for name, term in terms.items()}, "LR": lr}
 
 
-def _report(cfg: Config, epoch: int, monitored: float, stopping: EarlyStopping) -> None:
+def _report(cfg: Config, run: Run, monitored: float, stopping: EarlyStopping) -> None:
+    run.log({"epoch/loss": monitored}, split="epoch")
+    run.log({"epoch/lowest_loss": stopping.best}, split="best")
     kind = "validation" if cfg.val_fraction else "training"
     log.info(
         "epoch %d/%d | %s loss %.4f | lowest %.4f | %d of %d epochs without a lower one",
-        epoch + 1,
+        run.position.epoch + 1,
         cfg.epochs,
         kind,
         monitored,

@@ -10,6 +10,7 @@ that dies of SIGTERM takes the emergency checkpoint with it; and they die with t
 from __future__ import annotations
 
 import ctypes
+import multiprocessing
 import os
 import random
 import signal
@@ -135,6 +136,9 @@ def _settle_worker(_worker: int) -> None:
         ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
     except (OSError, AttributeError):
         return  # not Linux: torch's own watchdog ends the worker within seconds
+    parent = multiprocessing.parent_process()
+    if parent and os.getppid() != parent.pid:  # it died before the line above
+        os._exit(1)
 
 
 def _length(dataset: Dataset[Any]) -> int:
