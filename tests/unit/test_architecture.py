@@ -26,7 +26,7 @@ OWNERS = {
         *("shared.launch", "shared.outcome", "shared.supervisor", "shared.signals"),
         *("shared.distributed", "shared.run_directory"),
     },
-    "processes": set[str](),
+    "processes": {"shared.loader"},  # its workers look at the process that forked them
     "print": set[str](),
 }
 BOOTSTRAP = re.compile(
