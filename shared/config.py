@@ -39,15 +39,17 @@ def option(
     scope: Scope = "result",
     const: Any = None,
     aliases: tuple[str, ...] = (),
+    positional: bool = False,
 ) -> Any:
     """A dataclass field that is also a flag.
 
     text: the flag's help. const: the value of the flag typed alone. aliases: other spellings.
+    positional: typed without a name, and has to be typed.
     scope: what a resumed run may do with it. "result" changes the numbers and must stay, "length"
     (epochs, steps) may change with an explicit --resume PATH, "free" (workers, logging) always may.
     """
     metadata = {"help": text, "scope": scope, "const": const, "aliases": aliases}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata | {"positional": positional})
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,22 @@ class RunOptions:
     def is_explicit_resume(self) -> bool:
         """Whether --resume names a checkpoint or run directory."""
         return self.resume not in _RESUME_WORDS
+
+
+@dataclass(frozen=True)
+class ToolOptions:
+    """Flags that mean the same in every script that keeps no run."""
+
+    demo: bool = option(False, "work on the built-in demo, in <recipe>/demo")
+    config: Path | None = option(None, "YAML or JSON file of these settings")
+    dry_run: bool = option(False, "check settings and files, print the plan, stop")
+    print_config: bool = option(False, "print the settings as JSON, stop")
+    device: str = option("auto", "auto, cpu, cuda or cuda:N")
+    amp: Literal["off", "bf16", "fp16", "auto"] = option(
+        "off", "mixed precision; typed alone: auto", const="auto"
+    )
+    processes: ProcessOptions = field(default_factory=ProcessOptions)
+    typed: frozenset[str] = frozenset()  # fields the user gave; filled by parse
 
 
 class _Parser(argparse.ArgumentParser):
@@ -285,6 +303,10 @@ def _add_flag(parser: Any, setting: Setting) -> None:
     )
     options: dict[str, Any] = {"dest": name}
     options["help"] = (metadata.get("help", "") + shown).replace("%", "%%")
+    if metadata.get("positional"):
+        kind = _reader(_without_none(setting.kind))
+        parser.add_argument(name, type=kind, help=options["help"])
+        return
     if setting.kind is bool:
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
         return

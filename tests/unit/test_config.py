@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pytest
 
-from shared.config import RunOptions, differing, option, parse, parse_known, settings
+from shared.config import RunOptions, ToolOptions, differing, option, parse, parse_known, settings
 from shared.errors import UserError
 
 
@@ -56,6 +56,28 @@ def test_without_flags_come_the_defaults_of_every_level() -> None:
     cfg = read("")
     assert cfg == Config()
     assert (cfg.run.log_every, cfg.run.save_every, cfg.run.processes.nnodes) == (7, 500, 1)
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A script that keeps no run."""
+
+    folder: Path | None = option(None, "what it works on", positional=True)
+    count: int | None = option(None, "how many", positional=True)
+    tool: ToolOptions = field(default_factory=ToolOptions)
+
+
+def test_positional_settings_are_typed_without_a_name() -> None:
+    cfg = parse(Tool, ["faces", "--amp", "--device", "cpu", "3"])
+    assert (cfg.folder, cfg.count) == (Path.cwd() / "faces", 3)
+    assert (cfg.tool.amp, cfg.tool.device) == ("auto", "cpu")
+    assert cfg.tool.typed == {"folder", "count", "amp", "device"}
+
+
+@pytest.mark.parametrize(("line", "named"), [("faces", "count"), ("faces many", "many")])
+def test_positional_settings_are_needed_and_checked(line: str, named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        parse(Tool, line.split())
 
 
 @pytest.mark.parametrize("line", ["--batch-size 4", "--batch_size 4", "--batch_size=4"])

@@ -1,0 +1,106 @@
+"""A trained student out of its files, ready to embed faces: for evaluation, export and use.
+
+What the adapters are like (layers, width) is read from the checkpoint's own names and shapes, the
+side of the input from the settings beside it, so that nobody has to repeat them.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from face_distill import model
+from face_distill.model import FaceStudent
+from face_distill.preprocess import Preprocess
+from shared import weights
+from shared.errors import UserError
+from shared.files import read_json
+from shared.precision import Amp
+
+SETTINGS = "config.json"  # of a run directory, or of an exported adapter
+_ADAPTER = re.compile(r"vit\.encoder\.layers\.(\d+)\.mlp\.adapter\.down_proj\.weight")
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Which layers have an adapter, ascending, and the adapters' inner width."""
+
+    layers: list[int]
+    bottleneck: int
+
+
+def adapter_shape(state: dict[str, Tensor], source: Path) -> AdapterShape:
+    """The adapters that `state` holds. Raises UserError, naming `source`, when there are none."""
+    widths = {
+        int(found[1]): tensor.shape[0]
+        for name, tensor in state.items()
+        if (found := _ADAPTER.fullmatch(name))
+    }
+    if not widths or len(set(widths.values())) > 1:
+        raise UserError(
+            f"{source} holds no face adapters (vit.encoder.layers.N.mlp.adapter.…): give "
+            "best_student_adapter_face.pth, student_adapter_face_epoch_N.pth or an exported adapter"
+        )
+    return AdapterShape(sorted(widths), next(iter(widths.values())))
+
+
+def settings_of(checkpoint: Path) -> dict[str, Any]:
+    """The settings beside `checkpoint`, of the run or the export that wrote it; {} without any."""
+    directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    content = read_json(directory / SETTINGS)
+    found = content.get("settings", content) if isinstance(content, dict) else {}
+    return found if isinstance(found, dict) else {}
+
+
+def open_student(
+    blip_path: Path, checkpoint: Path | None = None, *, image_size: int | None = None
+) -> FaceStudent:
+    """The student without its head, on the CPU, frozen; untrained without a `checkpoint`.
+
+    checkpoint: adapters alone or the whole student, as training or the export writes them.
+    image_size: side of the input; by default that of the run, or else the tower's own.
+    Raises UserError when a file is missing, damaged or of another tower.
+    """
+    tower = model.load_tower(blip_path)
+    if checkpoint is None:
+        student = FaceStudent(tower, [], image_size=image_size)
+        return student.requires_grad_(False).eval()
+    state = weights.strip_wrappers(weights.read(checkpoint))
+    shape = adapter_shape(state, checkpoint)
+    if shape.layers[-1] >= len(tower.encoder.layers):
+        raise UserError(
+            f"{checkpoint} has an adapter in layer {shape.layers[-1]}, the tower in {blip_path} has "
+            f"{len(tower.encoder.layers)} layers: give the tower it was trained on (--blip-path)"
+        )
+    student = FaceStudent(
+        tower,
+        shape.layers,
+        bottleneck=shape.bottleneck,
+        image_size=image_size or settings_of(checkpoint).get("image_size"),
+    )
+    model.load_student(student, checkpoint)
+    return student.requires_grad_(False).eval()
+
+
+class FaceEmbedder(nn.Module):
+    """uint8 faces (B, 3, H, W) on any device → embeddings (B, D), float32, on `device`.
+
+    Not unit length; wrap it in `verification.flip_embeddings` for the usual protocol.
+    """
+
+    def __init__(self, student: FaceStudent, device: torch.device, amp: str = "off") -> None:
+        super().__init__()
+        self.student = student.to(device).eval()
+        self._preprocess = Preprocess(student.image_size).to(device)
+        self._device, self._amp = device, Amp(amp, device)
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        with self._amp.autocast():
+            return self.student(self._preprocess(images.to(self._device)))[0].float()
