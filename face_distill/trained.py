@@ -74,8 +74,8 @@ def open_student(
     shape = adapter_shape(state, checkpoint)
     if shape.layers[-1] >= len(tower.encoder.layers):
         raise UserError(
-            f"{checkpoint} has an adapter in layer {shape.layers[-1]}, the tower in {blip_path} has "
-            f"{len(tower.encoder.layers)} layers: give the tower it was trained on (--blip-path)"
+            f"{checkpoint} has an adapter in layer {shape.layers[-1]}, the tower in {blip_path} "
+            f"has {len(tower.encoder.layers)}: give the tower it was trained on (--blip-path)"
         )
     student = FaceStudent(
         tower,

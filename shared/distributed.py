@@ -49,12 +49,34 @@ def setup(
     chosen = devices.resolve(device, local_rank, environ)
     if size > 1:
         on_cuda = chosen.type == "cuda"
+        wait = datetime.timedelta(seconds=timeout)
         dist.init_process_group(
             "nccl" if on_cuda else "gloo",
-            timeout=datetime.timedelta(seconds=timeout),
+            timeout=wait,
             device_id=chosen if on_cuda else None,
+            **_store_of_this_start(environ, rank, size, wait),
         )
     return World(rank, local_rank, size, chosen)
+
+
+def _store_of_this_start(
+    environ: Mapping[str, str], rank: int, size: int, wait: datetime.timedelta
+) -> dict[str, Any]:
+    """Where the processes of a restarted group meet; {} leaves that to torch.
+
+    The agent of a `torchrun --standalone --max-restarts N` keeps one store for all its starts. In
+    it the processes of the second start would find the addresses of the dead ones, and wait for
+    them (pytorch#135712), so each start keeps its addresses under a name of its own. With several
+    hosts each agent counts its own restarts, and no such name is common to all: there, torchrun
+    needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the launcher sets.
+    """
+    shares_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not shares_store or environ.get("GROUP_WORLD_SIZE") != "1":
+        return {}
+    address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, size, is_master=False, timeout=wait)
+    start = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return {"store": dist.PrefixStore(f"start {start}", store), "rank": rank, "world_size": size}
 
 
 def cleanup(world: World) -> None:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from shared import logs, outcome
 from shared.config import ProcessOptions, dashed, option, parse_known
@@ -59,7 +60,7 @@ def launch(main: Main, fit: Fit | None = None) -> int:
     logs.open_streams()
     argv = dashed(sys.argv[1:])
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        return _work(main, argv)
+        _work(main, argv)
     logs.setup()
     try:
         flags = parse_known(_Flags, argv)
@@ -142,7 +143,7 @@ def _together(main: Main, argv: list[str], options: ProcessOptions, count: int) 
     return supervise(argv, options, count)
 
 
-def _work(main: Main, argv: list[str]) -> int:
+def _work(main: Main, argv: list[str]) -> NoReturn:
     """One process of several: `main`, and word of how it ended for the process that started it."""
     rank = int(os.environ["RANK"])
     ours = outcome.NOTES in os.environ
@@ -156,12 +157,23 @@ def _work(main: Main, argv: list[str]) -> int:
     if not isinstance(result, Failure):
         if not ours and rank == 0:
             outcome.close_with_status(result)
-        return result
+        _leave(result)
     outcome.leave_word(result)
     if not ours and (rank == 0 or result.kind != "user"):
         outcome.report(result, outcome.run_dir())
+    _leave(result.code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End a process of several at once.
+
+    No destructor may wait here for processes that are gone, and torch's threads, which the usual
+    way out meets half alive, have ended finished runs with "terminate called".
+    """
+    logging.shutdown()
     sys.stdout.flush()
-    os._exit(result.code)  # no destructor may wait here for processes that are gone
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _guard(main: Main, argv: list[str], rank: int) -> int | Failure:

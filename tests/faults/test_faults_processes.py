@@ -276,6 +276,18 @@ def torchrun(run_dir: Path, *args: object) -> list[object]:
 
 
 @pytest.mark.limit(240)
+def test_torchrun_typed_by_the_user_restarts_after_a_killed_rank(tmp_path, undisturbed):
+    run_dir = tmp_path / "run"
+    command = torchrun(run_dir, "--fault", "kill@12@1", "--timeout", 30)
+    command[3:3] = ["--standalone", "--max-restarts", 1]
+    with start(command[1:], program=command[:1]) as running:
+        outcome = running.finish()
+    assert outcome.code == 0, outcome.text
+    assert "continuing from" in outcome.text
+    assert losses(run_dir) == undisturbed(2)
+
+
+@pytest.mark.limit(240)
 def test_torchrun_typed_by_the_user_trains_stops_and_continues(tmp_path, undisturbed):
     run_dir = tmp_path / "run"
     command = torchrun(run_dir, "--step-ms", 100)
