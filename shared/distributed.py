@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
 from torch.nn.parallel import DistributedDataParallel
 
 from shared import device as devices
@@ -74,9 +75,9 @@ def _store_of_this_start(
     if not shares_store or environ.get("GROUP_WORLD_SIZE") != "1":
         return {}
     address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, size, is_master=False, timeout=wait)
+    store = TCPStore(address, port, size, is_master=False, timeout=wait)
     start = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": dist.PrefixStore(f"start {start}", store), "rank": rank, "world_size": size}
+    return {"store": PrefixStore(f"start {start}", store), "rank": rank, "world_size": size}
 
 
 def cleanup(world: World) -> None:
