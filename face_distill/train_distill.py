@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 
 from shared.config import RunOptions, option, parse
 from shared.errors import UserError
+from shared.files import open_lock
 from shared.launch import launch, world_size
 
 # --- configuration: edit here, or type the flag of the same name ----------------------------------
@@ -120,6 +121,7 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.dry_run:
         print(_plan(cfg))
         return 0
+    os.close(open_lock(cfg.run_dir))  # better refused now than after the tower was loaded
     from face_distill.training import train
 
     return train(cfg)

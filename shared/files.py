@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from shared.errors import UserError, one_line
+
 _TEMPORARY = re.compile(r"\.tmp\.(\d+)$")
 
 
@@ -81,6 +83,21 @@ def cut_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
     if path.exists():
         kept = [json.dumps(row, ensure_ascii=False) for row in read_json_lines(path) if keep(row)]
         write_text(path, "".join(line + "\n" for line in kept))
+
+
+def open_lock(run_dir: Path) -> int:
+    """The descriptor of run.lock in `run_dir`; both are made. Raises UserError if they cannot be.
+
+    Entry scripts call it (and close it) before they load anything slow.
+    """
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        return os.open(run_dir / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"the run directory {run_dir} cannot be written: {one_line(error)}; choose another "
+            "--run-dir"
+        ) from None
 
 
 def remove_stale_temporaries(directory: Path) -> list[Path]:

@@ -16,8 +16,15 @@ import torch
 from shared import checkpoint
 from shared.checkpoint import Decision
 from shared.config import HasRunOptions, settings
-from shared.errors import UserError, one_line
-from shared.files import is_alive, move_aside, read_json, remove_stale_temporaries, write_json
+from shared.errors import UserError
+from shared.files import (
+    is_alive,
+    move_aside,
+    open_lock,
+    read_json,
+    remove_stale_temporaries,
+    write_json,
+)
 from shared.reporter import Plan
 
 log = logging.getLogger(__name__)
@@ -31,14 +38,7 @@ def take(run_dir: Path) -> int:
     Removes what a killed process left half written. Raises UserError when a live run holds the
     directory, or when it cannot be written.
     """
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        handle = os.open(run_dir / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(
-            f"the run directory {run_dir} cannot be written: {one_line(error)}; choose another "
-            "--run-dir"
-        ) from None
+    handle = open_lock(run_dir)
     holder = (read_json(run_dir / "status.json") or {}).get("pid")
     if not _locked(handle, holder):
         os.close(handle)

@@ -71,6 +71,17 @@ def test_a_run_leaves_the_documented_files_and_says_what_it_reached(flags, faces
     )
 
 
+def test_a_run_directory_that_cannot_be_written_is_refused_before_the_tower_is_loaded(
+    flags, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(model, "load_tower", lambda _: pytest.fail("the tower was loaded"))
+    (tmp_path / "checkpoints").write_text("a file")
+    outcome = run_here(train_distill.main, flags)
+    assert outcome.code == 2
+    assert "cannot be written" in outcome.last_line
+    assert "choose another --run-dir" in outcome.last_line
+
+
 def test_the_first_epoch_trains_arcface_alone_and_later_ones_the_weighted_sum(flags, tmp_path):
     assert run_here(train_distill.main, [*flags, "--epochs", 2]).code == 0
     rows = list(read_json_lines(tmp_path / "checkpoints" / "metrics.jsonl"))
