@@ -43,6 +43,8 @@ def option(
 ) -> Any:
     """A dataclass field that is also a flag.
 
+    The field's type: bool, int, float, str, Path or a Literal of texts, alone or with None; or
+    tuple[str, ...], one or more texts after the flag.
     text: the flag's help. const: the value of the flag typed alone. aliases: other spellings.
     positional: typed without a name, and has to be typed.
     scope: what a resumed run may do with it. "result" changes the numbers and must stay, "length"
@@ -143,6 +145,13 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help lists the flags")
+
+
+class _Extend(argparse.Action):
+    """Texts of a flag typed once or several times, as one tuple."""
+
+    def __call__(self, _parser: Any, namespace: Any, values: Any, _flag: Any = None) -> None:
+        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
 
 
 class Setting(NamedTuple):
@@ -314,6 +323,8 @@ def _add_flag(parser: Any, setting: Setting) -> None:
         options |= {"nargs": "?", "const": metadata["const"]}
     if typing.get_origin(setting.kind) is Literal:
         parser.add_argument(*names, choices=typing.get_args(setting.kind), **options)
+    elif typing.get_origin(setting.kind) is tuple:
+        parser.add_argument(*names, nargs="+", action=_Extend, metavar="TEXT", **options)
     else:
         kind = _without_none(setting.kind)
         word = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kind]
@@ -369,6 +380,10 @@ def _checked(setting: Setting, value: Any, path: Path | None) -> Any:
     kind, name = _without_none(setting.kind), setting.field.name
     if value is None and kind is not setting.kind:
         return None
+    if typing.get_origin(kind) is tuple:
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise UserError(f"{path}: {name} is {value!r}, expected a list of texts")
     if typing.get_origin(kind) is Literal:
         allowed = typing.get_args(kind)
         value = "off" if value is False and "off" in allowed else value  # YAML reads off as false
@@ -403,12 +418,15 @@ def _read_stored(defaults: Any, resume: str | None) -> dict[str, Any]:
     stored = written["settings"] | {"resume": str(path), "run_dir": str(directory)}
     kept = {name: leaf for name, leaf in leaves(defaults).items() if name not in _ONE_CALL}
     return {
-        name: Path(stored[name])
-        if _without_none(leaf.kind) is Path and stored[name]
-        else stored[name]
-        for name, leaf in kept.items()
-        if name in stored
+        name: _from_plain(leaf.kind, stored[name]) for name, leaf in kept.items() if name in stored
     }
+
+
+def _from_plain(kind: Any, value: Any) -> Any:
+    """What `plain` was given, for a setting of this kind."""
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if _without_none(kind) is Path and value else value
 
 
 _ONE_CALL = ("dry_run", "print_config", "config", "allow_reshard")  # asked for anew each time

@@ -24,6 +24,7 @@ class Config:
     shuffle: bool = option(True, "mix the samples")
     data: Path | None = option(None, "directory of the data", scope="free")
     limit: int | None = option(None, "at most so many samples")
+    changes: tuple[str, ...] = option((), "name=value …")
     run: RunOptions = field(default_factory=lambda: RunOptions(log_every=7))
 
     def __post_init__(self) -> None:
@@ -56,6 +57,24 @@ def test_without_flags_come_the_defaults_of_every_level() -> None:
     cfg = read("")
     assert cfg == Config()
     assert (cfg.run.log_every, cfg.run.save_every, cfg.run.processes.nnodes) == (7, 500, 1)
+
+
+def test_several_texts_follow_one_flag_or_several() -> None:
+    assert read("--changes a=1 'b=x y' --lr 0.1 --changes c_d=2").changes == (
+        *("a=1", "b=x y", "c_d=2"),
+    )
+    assert read("").changes == ()
+
+
+def test_several_texts_come_from_a_file_and_back_out_of_a_run(tmp_path: Path) -> None:
+    path = write(tmp_path, "changes: [a=1, b=2]\n")
+    assert read(f"--config {path}").changes == ("a=1", "b=2")
+    path = write(tmp_path, "changes: a=1\n")
+    assert "expected a list of texts" in refusal(f"--config {path}")
+    stored = {"settings": settings(read("--changes a=1"))}
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    (tmp_path / "last.pt").write_text("")
+    assert read(f"--resume {tmp_path / 'last.pt'} --epochs 9").changes == ("a=1",)
 
 
 @dataclass(frozen=True)
