@@ -184,7 +184,8 @@ def parse(config_class: type[C], argv: list[str] | None = None, usage: str | Non
     """
     defaults = config_class()
     flags = _read_flags(defaults, sys.argv[1:] if argv is None else argv, usage)
-    given = _read_file(defaults, flags.get("config")) | flags
+    own_config = "config" in _names(defaults)  # then --config is not a file of these settings
+    given = _read_file(defaults, None if own_config else flags.get("config")) | flags
     stored = _read_stored(defaults, given.get("resume"))
     _refuse_changes(defaults, stored, given)
     resume = {"resume": stored["resume"]} if stored else {}
@@ -202,7 +203,7 @@ def parse_known(config_class: type[C], argv: list[str]) -> C:
     _add_flags(parser, defaults)
     flags = vars(parser.parse_known_args(dashed(argv))[0])
     known, path = leaves(defaults), flags.get("config")
-    file = _load_file(path) if path else {}
+    file = _load_file(path) if path and path.suffix != ".py" else {}  # .py: a recipe's own kind
     given = {
         name: _checked(known[name], value, path)
         for name, value in ((n.replace("-", "_"), v) for n, v in file.items())
@@ -212,16 +213,24 @@ def parse_known(config_class: type[C], argv: list[str]) -> C:
 
 
 def leaves(config: Any) -> dict[str, Setting]:
-    """Every setting of a configuration by name, those of nested dataclasses too."""
+    """Every setting of a configuration by name, those of nested dataclasses too.
+
+    A name of the outer dataclass hides the same name of a nested one.
+    """
     found: dict[str, Setting] = {}
     hints = typing.get_type_hints(type(config))
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         if dataclasses.is_dataclass(value):
-            found |= leaves(value)
+            found = leaves(value) | found
         elif item.name != "typed":
             found[item.name] = Setting(item, hints[item.name], value)
     return found
+
+
+def _names(config: Any) -> set[str]:
+    """The settings of a configuration itself, without those of nested dataclasses."""
+    return {item.name for item in dataclasses.fields(config)} - {"typed"}
 
 
 def settings(
@@ -256,7 +265,8 @@ def _build(defaults: C, given: dict[str, Any], typed: frozenset[str]) -> C:
     for item in dataclasses.fields(typing.cast(Any, defaults)):
         value = getattr(defaults, item.name)
         if dataclasses.is_dataclass(value):
-            changes[item.name] = _build(value, given, typed)
+            below = {name: given[name] for name in given.keys() - _names(defaults)}
+            changes[item.name] = _build(value, below, typed)
         elif item.name == "typed":
             changes[item.name] = typed
         elif item.name in given:
@@ -292,15 +302,18 @@ def dashed(argv: list[str]) -> list[str]:
     return dashed
 
 
-def _add_flags(parser: argparse.ArgumentParser, defaults: Any, group: Any = None) -> None:
+def _add_flags(
+    parser: argparse.ArgumentParser, defaults: Any, group: Any = None, hidden: Any = frozenset()
+) -> None:
     """Add a flag for every setting; each nested dataclass becomes a group of the help."""
     hints = typing.get_type_hints(type(defaults))
     for item in dataclasses.fields(defaults):
         value = getattr(defaults, item.name)
         if dataclasses.is_dataclass(value):
             title = (type(value).__doc__ or "").partition(".")[0]
-            _add_flags(parser, value, parser.add_argument_group(title))
-        elif item.name != "typed":
+            inner = parser.add_argument_group(title)
+            _add_flags(parser, value, inner, hidden | _names(defaults))
+        elif item.name not in {"typed", *hidden}:
             _add_flag(group or parser, Setting(item, hints[item.name], value))
 
 

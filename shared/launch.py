@@ -60,7 +60,7 @@ def launch(main: Main, fit: Fit | None = None) -> int:
     logs.open_streams()
     argv = dashed(sys.argv[1:])
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        _work(main, argv)
+        return _work(main, argv)
     logs.setup()
     try:
         flags = parse_known(_Flags, argv)

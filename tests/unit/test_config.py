@@ -78,6 +78,20 @@ def test_several_texts_come_from_a_file_and_back_out_of_a_run(tmp_path: Path) ->
 
 
 @dataclass(frozen=True)
+class OwnConfig:
+    """A recipe whose --config is a file of its own kind."""
+
+    config: str | None = option(None, "a network's description")
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+def test_a_name_of_the_recipe_hides_the_same_name_below_it() -> None:
+    cfg = parse(OwnConfig, ["--config", "nets/a.py", "--seed", "3"])
+    assert (cfg.config, cfg.run.config, cfg.run.seed) == ("nets/a.py", None, 3)
+    assert settings(cfg)["config"] == "nets/a.py"
+
+
+@dataclass(frozen=True)
 class Tool:
     """A script that keeps no run."""
 
