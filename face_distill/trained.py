@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from face_distill import model
 from face_distill.model import FaceStudent
 from face_distill.preprocess import Preprocess
+from face_distill.run_settings import BEST, settings_of
+from shared import checkpoint as checkpoints
 from shared import weights
 from shared.errors import UserError
-from shared.files import read_json
 from shared.precision import Amp
 
-SETTINGS = "config.json"  # of a run directory, or of an exported adapter
 _ADAPTER = re.compile(r"vit\.encoder\.layers\.(\d+)\.mlp\.adapter\.down_proj\.weight")
 
 
@@ -39,7 +38,7 @@ def adapter_shape(state: dict[str, Tensor], source: Path) -> AdapterShape:
     widths = {
         int(found[1]): tensor.shape[0]
         for name, tensor in state.items()
-        if (found := _ADAPTER.fullmatch(name))
+        if (found := _ADAPTER.fullmatch(name)) and tensor.dim() == 2
     }
     if not widths or len(set(widths.values())) > 1:
         raise UserError(
@@ -49,12 +48,27 @@ def adapter_shape(state: dict[str, Tensor], source: Path) -> AdapterShape:
     return AdapterShape(sorted(widths), next(iter(widths.values())))
 
 
-def settings_of(checkpoint: Path) -> dict[str, Any]:
-    """The settings beside `checkpoint`, of the run or the export that wrote it; {} without any."""
-    directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
-    content = read_json(directory / SETTINGS)
-    found = content.get("settings", content) if isinstance(content, dict) else {}
-    return found if isinstance(found, dict) else {}
+def read_trained(checkpoint: Path) -> dict[str, Tensor]:
+    """The tensors of a trained student under their plain names, on the CPU, as the file has them.
+
+    Raises UserError for what `weights.read` refuses, and for the checkpoint a run resumes from.
+    """
+    try:
+        return weights.strip_wrappers(weights.read(checkpoint))
+    except UserError:
+        if _is_of_a_run(checkpoint):
+            raise UserError(
+                f"{checkpoint} is what a run resumes from (optimizer and all), not a student: give "
+                f"{checkpoint.with_name(BEST)}, or a student_adapter_face_epoch_N.pth beside it"
+            ) from None
+        raise
+
+
+def _is_of_a_run(path: Path) -> bool:
+    try:
+        return path.is_file() and "parts" in checkpoints.load(path)
+    except (checkpoints.DamagedError, UserError, TypeError):
+        return False
 
 
 def open_student(
@@ -66,12 +80,11 @@ def open_student(
     image_size: side of the input; by default that of the run, or else the tower's own.
     Raises UserError when a file is missing, damaged or of another tower.
     """
-    tower = model.load_tower(blip_path)
     if checkpoint is None:
-        student = FaceStudent(tower, [], image_size=image_size)
+        student = FaceStudent(model.load_tower(blip_path), [], image_size=image_size)
         return student.requires_grad_(False).eval()
-    state = weights.strip_wrappers(weights.read(checkpoint))
-    shape = adapter_shape(state, checkpoint)
+    shape = adapter_shape(read_trained(checkpoint), checkpoint)
+    tower = model.load_tower(blip_path)
     if shape.layers[-1] >= len(tower.encoder.layers):
         raise UserError(
             f"{checkpoint} has an adapter in layer {shape.layers[-1]}, the tower in {blip_path} "
@@ -81,10 +94,18 @@ def open_student(
         tower,
         shape.layers,
         bottleneck=shape.bottleneck,
-        image_size=image_size or settings_of(checkpoint).get("image_size"),
+        image_size=image_size or stored_image_size(checkpoint),
     )
     model.load_student(student, checkpoint)
     return student.requires_grad_(False).eval()
+
+
+def stored_image_size(checkpoint: Path) -> int | None:
+    """The side of the input that the run or export beside `checkpoint` notes, if it notes one."""
+    size = settings_of(checkpoint).get("image_size")
+    if size is None or (type(size) is int and size > 0):
+        return size
+    raise UserError(f"the settings beside {checkpoint} give image_size {size!r}: expected a number")
 
 
 class FaceEmbedder(nn.Module):

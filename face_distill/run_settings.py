@@ -1,0 +1,65 @@
+"""What lies beside a trained student: which file is meant, its settings, the tower it needs.
+
+Standard library only: entry scripts look here before anything slow is imported.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shared.errors import UserError, did_you_mean
+from shared.files import read_json
+
+SETTINGS = "config.json"  # of a run directory, or of an exported adapter
+BEST = "best_student_adapter_face.pth"
+_EXPORTED = "model.safetensors"
+
+
+def checkpoint_at(path: Path) -> Path:
+    """The trained student that `path` means: a file, an exported adapter, a run directory's best.
+
+    Raises UserError when there is none.
+    """
+    if path.is_dir():
+        if (path / _EXPORTED).is_file():
+            return path
+        if (path / BEST).is_file():
+            return path / BEST
+        raise UserError(
+            f"{path} holds no trained student: expected {BEST} of a run, or {_EXPORTED} of an "
+            "export"
+        )
+    if path.exists():
+        return path
+    there = [p.name for p in path.parent.glob("*.pth")] if path.parent.is_dir() else []
+    raise UserError(
+        f"{path} is missing: train first (./train.sh), or give --checkpoint PATH"
+        f"{did_you_mean(path.name, there)}"
+    )
+
+
+def settings_of(checkpoint: Path) -> dict[str, Any]:
+    """The settings beside `checkpoint`, of the run or the export that wrote it; {} without any."""
+    directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
+    content = read_json(directory / SETTINGS)
+    found = content.get("settings", content) if isinstance(content, dict) else {}
+    return found if isinstance(found, dict) else {}
+
+
+def tower_of(checkpoint: Path, typed: Path | None, default: Path) -> Path:
+    """The BLIP-2 directory for `checkpoint`: `typed`, the run's if still there, or `default`.
+
+    Raises UserError when there is no tower; `typed` is never replaced by another.
+    """
+    stored = settings_of(checkpoint).get("blip_path")
+    own = [Path(stored)] if isinstance(stored, str) else []
+    candidates = [typed] if typed else [*own, default]
+    for path in candidates:
+        if (path / "config.json").is_file():
+            return path
+    looked = " and ".join(str(path / "config.json") for path in candidates)
+    raise UserError(
+        f"no BLIP-2 tower: {looked} missing; put the checkpoint there (README, section 2.3), or "
+        "type --blip-path PATH"
+    )

@@ -1,0 +1,138 @@
+"""The documented `tar` line packs all that going on, judging and using a run needs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from face_distill import demo, embed, export_adapter, train_distill, training
+from shared.files import read_json, read_json_lines
+from tests.harness import ROOT, Outcome, run_here, status_of
+
+EPOCHS = 4  # of 5 steps: 20 images, 4 a step
+STOP_AT = 12  # in the middle of the third epoch
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory) -> demo.DemoPaths:
+    """Five people of four pictures each, a tiny tower, and 40 pairs of strangers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo, "NUM_PEOPLE", 5)
+        patch.setattr(demo, "PICTURES_EACH", 4)
+        patch.setattr(demo, "PEOPLE_A_FOLD", 2)
+        patch.setattr(demo, "PICTURES_OF_STRANGER", 4)
+        patch.setattr(demo, "PAIRS_A_FOLD", 4)
+        return demo.build(tmp_path_factory.mktemp("faces"))
+
+
+def train(faces: demo.DemoPaths, run_dir: Path, *extra: object) -> Outcome:
+    return run_here(
+        train_distill.main,
+        [
+            "--blip-path", faces.weights, "--data-root", faces.data_root,
+            "--teacher-feat-dir", faces.teacher, "--verify", faces.pairs, "--batch-size", 4,
+            "--epochs", EPOCHS, "--adapter-layers", "spread:2", "--workers", 0,
+            "--log-every", 1, "--run-dir", run_dir, *extra,
+        ],
+    )  # fmt: skip
+
+
+def recorded(run_dir: Path) -> list[dict[str, float]]:
+    """Every row of metrics.jsonl, without what the clock says."""
+    clock = ("time", "samples_per_s", "steps_per_s")
+    return [
+        {tag: value for tag, value in row.items() if tag not in clock}
+        for row in read_json_lines(run_dir / "metrics.jsonl")
+    ]
+
+
+def pack(recipe: Path) -> Path:
+    """Run the README's own line where the README says, and give the archive."""
+    page = (ROOT / "face_distill" / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^tar .*$", page, re.M)
+    assert line == "tar -czvf training_results.tar.gz checkpoints/ logs/"
+    subprocess.run(shlex.split(line), cwd=recipe, check=True, capture_output=True)
+    return recipe / "training_results.tar.gz"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(faces, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("whole") / "checkpoints"
+    assert train(faces, run_dir).code == 0
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def packed(faces, tmp_path_factory) -> Path:
+    """The archive of a run that a SIGTERM stopped at step 12; the run itself is gone."""
+    recipe = tmp_path_factory.mktemp("recipe")
+    run_dir, tags = recipe / "checkpoints", training._tags
+
+    def stopping(*terms):
+        if max((row["step"] for row in recorded(run_dir)), default=0) == STOP_AT - 1:
+            signal.raise_signal(signal.SIGTERM)
+        return tags(*terms)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "_tags", stopping)
+        outcome = train(faces, run_dir)
+    assert outcome.code == 143, outcome.text
+    assert status_of(run_dir)["step"] == STOP_AT
+    archive = pack(recipe)
+    run_dir.rename(recipe / "out of reach")
+    (recipe / "logs").rename(recipe / "also out of reach")
+    return archive
+
+
+@pytest.fixture
+def unpacked(packed, tmp_path) -> Path:
+    """`checkpoints/` on the other machine."""
+    subprocess.run(["tar", "-xzf", packed], cwd=tmp_path, check=True)
+    return tmp_path / "checkpoints"
+
+
+@pytest.mark.parametrize("by", ["the same command", "the checkpoint's path"])
+def test_an_unpacked_run_continues_as_if_nothing_had_happened(faces, undisturbed, unpacked, by):
+    if by == "the same command":
+        outcome = train(faces, unpacked)
+    else:
+        outcome = run_here(train_distill.main, ["--resume", unpacked / "last.pth"])
+    assert outcome.code == 0, outcome.text
+    assert f"continuing from {unpacked}/last.pth at step {STOP_AT} of 20" in outcome.text
+    assert recorded(unpacked) == recorded(undisturbed)
+    assert {row["step"] for row in recorded(unpacked) if "Loss/Total" in row} == {*range(1, 21)}
+    assert (unpacked / "best_student_adapter_face.pth").is_file()
+    note, whole = (read_json(path / "verification.json") for path in (unpacked, undisturbed))
+    assert note == whole and note["after"] is not None
+
+
+def test_tensorboard_finds_the_unpacked_events_and_the_continued_ones(faces, unpacked):
+    events = unpacked.parent / "logs" / "adapter_face_distill"
+    packed = {path.name for path in events.glob("events.out.tfevents*")}
+    assert packed
+    assert train(faces, unpacked).code == 0
+    assert {path.name for path in events.glob("events.out.tfevents*")} > packed
+
+
+def test_the_unpacked_best_student_embeds_and_exports(faces, unpacked, tmp_path):
+    folder = tmp_path / "faces"
+    folder.mkdir()
+    for number in range(3):
+        pixels = np.random.default_rng(number).integers(0, 256, (112, 112, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    words = [folder, "--checkpoint", unpacked, "--out", tmp_path / "e.npy"]
+    outcome = run_here(embed.main, [*words, "--blip-path", faces.weights])
+    assert outcome.code == 0, outcome.text
+    assert np.load(tmp_path / "e.npy").shape == (3, 64)
+    outcome = run_here(
+        export_adapter.main, ["--checkpoint", unpacked, "--out", tmp_path / "adapter"]
+    )
+    assert outcome.code == 0, outcome.text
+    assert read_json(tmp_path / "adapter" / "config.json")["training"]["batch_size"] == 4

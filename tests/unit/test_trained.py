@@ -1,0 +1,206 @@
+"""A trained student out of its files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Blip2VisionModel
+
+from face_distill import demo, run_settings, trained
+from face_distill.model import FaceStudent, trainable_state
+from face_distill.preprocess import CLIP_MEAN, CLIP_STD
+from face_distill.trained import FaceEmbedder, adapter_shape, open_student
+from shared.errors import UserError
+from shared.files import write_json
+from tests.face_students import BEST, BOTTLENECK, LAYERS, student_of, write_run
+
+
+@pytest.fixture(scope="module")
+def tower(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("tower")
+    demo.write_tower(directory, 0)
+    return directory
+
+
+@pytest.fixture
+def faces() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(0, 256, (3, 3, 112, 112), dtype=torch.uint8, generator=generator)
+
+
+def test_adapter_shape_is_read_from_names_and_shapes(tower):
+    shape = adapter_shape(trainable_state(student_of(tower)), Path("x.pth"))
+    assert (shape.layers, shape.bottleneck) == (LAYERS, BOTTLENECK)
+    full = adapter_shape(student_of(tower).state_dict(), Path("x.pth"))
+    assert full == shape
+
+
+def test_adapter_shape_sorts_layers_as_numbers():
+    names = [f"vit.encoder.layers.{i}.mlp.adapter.down_proj.weight" for i in (10, 9, 0)]
+    assert adapter_shape({n: torch.zeros(2, 4) for n in names}, Path("x")).layers == [0, 9, 10]
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"vit.post_layernorm.weight": torch.zeros(4)},
+        {"vit.encoder.layers.1.mlp.adapter.down_proj.weight": torch.tensor(1.0)},
+        {
+            "vit.encoder.layers.1.mlp.adapter.down_proj.weight": torch.zeros(2, 4),
+            "vit.encoder.layers.2.mlp.adapter.down_proj.weight": torch.zeros(3, 4),
+        },
+    ],
+    ids=["no adapter", "no matrix", "two widths"],
+)
+def test_a_state_without_regular_adapters_is_refused_by_the_name_of_its_file(state):
+    with pytest.raises(UserError, match=r"some\.pth holds no face adapters"):
+        adapter_shape(state, Path("some.pth"))
+
+
+def test_settings_come_from_a_run_and_from_an_export_and_nothing_else(tmp_path):
+    (tmp_path / "run").mkdir()
+    run = tmp_path / "run" / BEST
+    assert run_settings.settings_of(run) == {}
+    for text, expected in [
+        ('{"settings": {"image_size": 56}, "identity": {}}', {"image_size": 56}),
+        ('{"image_size": 28, "schema": 1}', {"image_size": 28, "schema": 1}),
+        ('{"settings": 3}', {}),
+        ("[1]", {}),
+        ("{", {}),
+    ]:
+        (run.parent / "config.json").write_text(text)
+        assert run_settings.settings_of(run) == expected
+        assert run_settings.settings_of(run.parent) == expected
+
+
+def test_the_untrained_student_is_the_bare_tower_bit_for_bit(tower, faces):
+    embedder = FaceEmbedder(open_student(tower), torch.device("cpu"))
+    bare = Blip2VisionModel.from_pretrained(tower, key_mapping={r"^vision_model\.": ""}).eval()
+    images = embedder._preprocess(faces)
+    with torch.inference_mode():
+        assert torch.equal(embedder(faces), bare(images).last_hidden_state[:, 0])
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["trained parts", "whole student"])
+def test_an_opened_student_is_the_saved_one_frozen_and_without_its_head(
+    tower, tmp_path, full, faces
+):
+    path = write_run(tmp_path, tower, full=full)
+    opened, saved = open_student(tower, path), student_of(tower).eval()
+    assert opened.head is None and not opened.training
+    assert not any(parameter.requires_grad for parameter in opened.parameters())
+    own = opened.state_dict()
+    assert own and all(torch.equal(own[n], t) for n, t in saved.state_dict().items() if n in own)
+    assert saved.state_dict().keys() - own.keys() == {"head.weight"}
+
+
+def test_the_embedder_gives_the_class_token_of_clip_normalised_faces(tower, tmp_path, faces):
+    student = open_student(tower, write_run(tmp_path, tower))
+    found = FaceEmbedder(student, torch.device("cpu"))(faces)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
+    saved = student_of(tower).eval()
+    with torch.no_grad():
+        expected = saved((faces / 255 - mean) / std)[0]
+    assert found.shape == (3, 64) and found.dtype == torch.float32
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, FaceEmbedder(open_student(tower), torch.device("cpu"))(faces))
+
+
+def test_bf16_stays_near_float32_and_comes_back_as_float32(tower, tmp_path, faces):
+    path = write_run(tmp_path, tower)
+    exact = FaceEmbedder(open_student(tower, path), torch.device("cpu"))(faces)
+    rough = FaceEmbedder(open_student(tower, path), torch.device("cpu"), "bf16")(faces)
+    assert rough.dtype == torch.float32 and not torch.equal(rough, exact)
+    assert torch.nn.functional.cosine_similarity(rough, exact).min() > 0.999
+
+
+def test_the_input_has_the_side_of_the_run_unless_another_is_given(tower, tmp_path, faces):
+    path = write_run(tmp_path, tower, image_size=64)
+    assert open_student(tower, path).image_size == 64
+    assert open_student(tower, path, image_size=80).image_size == 80
+    assert open_student(tower, write_run(tmp_path / "own", tower)).image_size == 112
+    assert FaceEmbedder(open_student(tower, path), torch.device("cpu"))(faces).shape == (3, 64)
+
+
+@pytest.mark.parametrize("size", ["112", -16, 1.5, True, [112]])
+def test_a_side_that_is_no_number_is_refused(tower, tmp_path, size):
+    path = write_run(tmp_path, tower)
+    write_json(tmp_path / "config.json", {"settings": {"image_size": size}})
+    with pytest.raises(UserError, match=r"image_size .*expected a number"):
+        open_student(tower, path)
+
+
+def test_a_tower_with_fewer_layers_or_another_width_is_refused(tower, tmp_path):
+    path = write_run(tmp_path, tower)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(demo.TOWER, "num_hidden_layers", 2)
+        demo.write_tower(tmp_path / "short", 0)
+    with pytest.raises(UserError, match=r"adapter in layer 2, the tower in .*short has 2: give"):
+        open_student(tmp_path / "short", path)
+    state = {
+        name: tensor.repeat_interleave(2, 1) if name.endswith("down_proj.weight") else tensor
+        for name, tensor in trainable_state(student_of(tower)).items()
+    }
+    torch.save(state, tmp_path / "wide.pth")
+    with pytest.raises(UserError, match=r"wide\.pth does not fit FaceStudent"):
+        open_student(tower, tmp_path / "wide.pth")
+
+
+def test_the_checkpoint_a_run_resumes_from_is_refused_with_the_file_to_give(tower, tmp_path):
+    torch.save({"position": {}, "parts": {"optimizer": {}}}, tmp_path / "last.pth")
+    with pytest.raises(UserError, match=rf"resumes from .*give {tmp_path}/{BEST}"):
+        open_student(tower, tmp_path / "last.pth")
+    torch.save({"epoch": 3}, tmp_path / "other.pth")
+    with pytest.raises(UserError, match="holds no state dict"):
+        open_student(tower, tmp_path / "other.pth")
+
+
+def test_wrapped_names_are_read_as_plain_ones(tower, tmp_path):
+    state = {f"module._orig_mod.{n}": t for n, t in trainable_state(student_of(tower)).items()}
+    torch.save(state, tmp_path / "wrapped.pth")
+    assert adapter_shape(trained.read_trained(tmp_path / "wrapped.pth"), tmp_path).layers == LAYERS
+    assert isinstance(open_student(tower, tmp_path / "wrapped.pth"), FaceStudent)
+
+
+# --- which files are meant ------------------------------------------------------------------------
+
+
+def test_a_run_directory_means_its_best_student_and_an_export_itself(tmp_path):
+    run, export = tmp_path / "run", tmp_path / "export"
+    for path in (run / BEST, run / "last.pth", export / "model.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    assert run_settings.checkpoint_at(run) == run / BEST
+    assert run_settings.checkpoint_at(export) == export
+    assert run_settings.checkpoint_at(run / "last.pth") == run / "last.pth"
+    with pytest.raises(UserError, match="holds no trained student"):
+        run_settings.checkpoint_at(tmp_path)
+    with pytest.raises(UserError, match=r"did you mean best_student_adapter_face\.pth"):
+        run_settings.checkpoint_at(run / "best_student_adapter.pth")
+
+
+def test_the_tower_is_the_typed_one_or_the_runs_or_the_default(tmp_path):
+    places = {name: tmp_path / name for name in ("typed", "stored", "default", "gone")}
+    for name in ("typed", "stored", "default"):
+        places[name].mkdir()
+        (places[name] / "config.json").write_text("{}")
+    checkpoint = tmp_path / BEST
+
+    def found(typed: str | None, stored: str) -> Path:
+        text = json.dumps({"settings": {"blip_path": str(places[stored])}})
+        (tmp_path / "config.json").write_text(text)
+        typed_path = places[typed] if typed else None
+        return run_settings.tower_of(checkpoint, typed_path, places["default"])
+
+    assert found("typed", "stored") == places["typed"]
+    assert found(None, "stored") == places["stored"]
+    assert found(None, "gone") == places["default"]
+    with pytest.raises(UserError, match=r"no BLIP-2 tower: .*gone/config\.json missing"):
+        found("gone", "stored")
+
+
+def test_the_name_of_the_best_student_is_the_one_that_training_writes():
+    from face_distill import students
+
+    assert run_settings.BEST == students.BEST == BEST
