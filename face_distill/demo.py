@@ -3,6 +3,7 @@
     <root>/data/faces_emore            train.rec, train.idx, property, lfw.bin
     <root>/data/teacher_features_12k   teacher_embedding.npy, teacher_feat_map.npy,
                                        teacher_labels.npy, manifest.json
+    <root>/data/teacher_pairs          lfw.npy: the teacher's embeddings of lfw.bin's pictures
     <root>/weights/blip2_weights       a tiny BLIP-2 as a sharded checkpoint
 
 Faces are procedural (demo_faces.py). The people of lfw.bin are not among those of train.rec, and no
@@ -43,7 +44,8 @@ TOWER = {
     "patch_size": 16,
     "initializer_range": 0.02,  # the library's default, 1e-10, makes every image the same
 }
-_PEOPLE, _PICTURES, _STRANGERS, _PAIRS, _TEACHER = range(5)  # one random stream each
+# One random stream each; a new one goes to the end, so that the others draw what they always did.
+_PEOPLE, _PICTURES, _STRANGERS, _PAIRS, _TEACHER, _TEACHER_PAIRS = range(6)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,11 @@ class DemoPaths:
         return self.root / "data" / "teacher_features_12k"
 
     @property
+    def teacher_pairs(self) -> Path:
+        """The teacher's embeddings of the pictures of `pairs`, one row each, (2 P, 64) float32."""
+        return self.root / "data" / "teacher_pairs" / "lfw.npy"
+
+    @property
     def weights(self) -> Path:
         """The tiny tower's checkpoint directory."""
         return self.root / "weights" / "blip2_weights"
@@ -79,11 +86,12 @@ class DemoPaths:
 
     @property
     def files(self) -> list[Path]:
-        """Every file of a finished build that training reads."""
+        """Every file of a finished build that the recipe's scripts read."""
         return [
             *(self.data_root / name for name in ("train.rec", "train.idx", "property", "lfw.bin")),
             *(self.teacher / f"teacher_{name}.npy" for name in ("embedding", "feat_map", "labels")),
             self.teacher / "manifest.json",
+            self.teacher_pairs,
             self.weights / "config.json",
             self.weights / "model.safetensors.index.json",
         ]
@@ -96,12 +104,13 @@ def build(root: Path, seed: int = 0) -> DemoPaths:
     if read_json(paths.marker) == done and all(path.exists() for path in paths.files):
         return paths
     paths.marker.unlink(missing_ok=True)
-    for directory in (paths.data_root, paths.teacher, paths.weights):
+    for directory in (paths.data_root, paths.teacher, paths.teacher_pairs.parent, paths.weights):
         directory.mkdir(parents=True, exist_ok=True)
     latents = _stream(seed, _PEOPLE).standard_normal((NUM_PEOPLE, NUM_LATENTS))
     maps = _write_training_set(paths.data_root, latents, seed)
-    _write_pairs(paths.pairs, seed)
+    strangers = _write_pairs(paths.pairs, seed)
     _write_teacher(paths, latents, maps, seed)
+    _write_teacher_of_pairs(paths.teacher_pairs, strangers, seed)
     write_tower(paths.weights, seed)
     write_json(paths.marker, done)
     return paths
@@ -152,20 +161,30 @@ def _picture(person: np.ndarray, rng: np.random.Generator) -> tuple[bytes, np.nd
 # --- pairs of unseen people -----------------------------------------------------------------------
 
 
-def _write_pairs(path: Path, seed: int) -> None:
+@dataclass(frozen=True)
+class _Strangers:
+    """The people of lfw.bin, and whom each of its pictures shows."""
+
+    latents: np.ndarray  # (people, 12)
+    shown: list[tuple[int, int]]  # (person, number among the person's pictures), 2 P of them
+
+
+def _write_pairs(path: Path, seed: int) -> _Strangers:
     """Write lfw.bin: a pickle of (2 P JPEG byte strings, P truth values), fold after fold."""
     rng = _stream(seed, _STRANGERS)
     people = rng.standard_normal((NUM_FOLDS * PEOPLE_A_FOLD, NUM_LATENTS))
     album = [[_picture(z, rng)[0] for _ in range(PICTURES_OF_STRANGER)] for z in people]
     pair_rng = _stream(seed, _PAIRS)
-    jpegs: list[bytes] = []
+    shown: list[tuple[int, int]] = []
     same: list[bool] = []
     for first in range(0, len(people), PEOPLE_A_FOLD):
         for a, b in _fold(pair_rng):
-            jpegs += [album[first + person][picture] for person, picture in (a, b)]
+            shown += [(first + person, picture) for person, picture in (a, b)]
             same.append(a[0] == b[0])
+    jpegs = [album[person][picture] for person, picture in shown]
     content = pickle.dumps((jpegs, same), protocol=4)
     write_atomic(path, lambda stream: (stream.write(content), None)[1])
+    return _Strangers(people, shown)
 
 
 def _fold(rng: np.random.Generator) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -188,10 +207,8 @@ def _fold(rng: np.random.Generator) -> list[tuple[tuple[int, int], tuple[int, in
 def _write_teacher(paths: DemoPaths, latents: np.ndarray, maps: np.ndarray, seed: int) -> None:
     rng = _stream(seed, _TEACHER)
     people = np.repeat(np.arange(NUM_PEOPLE), PICTURES_EACH)
-    mixing = np.linalg.qr(rng.standard_normal((EMBEDDING_DIM, NUM_LATENTS)))[0]
-    embedding = latents[people] @ mixing.T
-    embedding += 0.05 * rng.standard_normal(embedding.shape)
-    _save(paths.teacher / "teacher_embedding.npy", embedding.astype(np.float32))
+    embedding = _embedded(latents[people], _mixing(rng), rng)
+    _save(paths.teacher / "teacher_embedding.npy", embedding)
     _save(paths.teacher / "teacher_feat_map.npy", _probabilities(maps))
     _save(paths.teacher / "teacher_labels.npy", people.astype(np.int64))
     faces = FaceDataset(paths.data_root, "first_n", len(people), cache=False)
@@ -205,6 +222,27 @@ def _write_teacher(paths: DemoPaths, latents: np.ndarray, maps: np.ndarray, seed
         "map": "probability",
     }
     write_json(paths.teacher / "manifest.json", manifest)
+
+
+def _write_teacher_of_pairs(path: Path, strangers: _Strangers, seed: int) -> None:
+    """Write what the same teacher says of lfw.bin's pictures; a picture shown twice has one row."""
+    people = np.repeat(np.arange(len(strangers.latents)), PICTURES_OF_STRANGER)
+    mixing = _mixing(_stream(seed, _TEACHER))
+    rows = _embedded(strangers.latents[people], mixing, _stream(seed, _TEACHER_PAIRS))
+    chosen = [person * PICTURES_OF_STRANGER + picture for person, picture in strangers.shown]
+    _save(path, rows[chosen])
+
+
+def _mixing(rng: np.random.Generator) -> np.ndarray:
+    """The teacher: a linear map that keeps distances, (64, 12), the first draw of its stream."""
+    return np.linalg.qr(rng.standard_normal((EMBEDDING_DIM, NUM_LATENTS)))[0]
+
+
+def _embedded(latents: np.ndarray, mixing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Latents (N, 12) as the teacher's embeddings (N, 64) float32, each picture a little apart."""
+    embeddings = latents @ mixing.T
+    embeddings += 0.05 * rng.standard_normal(embeddings.shape)
+    return embeddings.astype(np.float32)
 
 
 def _probabilities(maps: np.ndarray) -> np.ndarray:

@@ -22,6 +22,7 @@ from shared.errors import UserError
 
 # Squared distances of unit vectors lie in 0 … 4.
 THRESHOLDS = np.arange(0, 4, 0.01)
+MAX_SIDE = 1024  # pixels; a small file can claim an image that takes gigabytes
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Accuracy:
     std: float
     folds: list[float]
     thresholds: list[float]  # squared distance below which a pair counts as one person
+    threshold: float  # the lowest that is best on all pairs: the one to use on other faces
 
 
 def read_pairs(path: Path) -> Pairs:
@@ -62,9 +64,13 @@ def read_pairs(path: Path) -> Pairs:
     return Pairs([_encoded(image, path) for image in images], np.array(same, dtype=bool))
 
 
-def decode(images: Sequence[bytes]) -> Tensor:
-    """RGB images, uint8 (N, 3, H, W). Raises UserError for a broken image or mixed sizes."""
-    decoded = [_decoded(image, number) for number, image in enumerate(images)]
+def decode(images: Sequence[bytes], first: int = 0) -> Tensor:
+    """RGB images, uint8 (N, 3, H, W).
+
+    first: the number of the first of them in its set, for the error.
+    Raises UserError for an image that is broken or above 1024 pixels a side, and for mixed sizes.
+    """
+    decoded = [_decoded(image, number) for number, image in enumerate(images, first)]
     sizes = {image.shape for image in decoded}
     if len(sizes) != 1:
         raise UserError(f"images of a verification set must have one size, got {sorted(sizes)}")
@@ -77,6 +83,8 @@ def _decoded(image: bytes, number: int) -> NDArray[np.uint8]:
 
     try:
         with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as opened:
+            if max(opened.size) > MAX_SIDE:
+                raise ValueError(f"{opened.size} pixels; at most {MAX_SIDE} a side are taken")
             return np.asarray(opened.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"image {number} of the pairs cannot be decoded: {error}") from error
@@ -93,7 +101,7 @@ def flip_embeddings(
     batches = []
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
-            batch = decode(images[start : start + batch_size])
+            batch = decode(images[start : start + batch_size], start)
             batches.append((embed(batch).float() + embed(batch.flip(-1)).float()).cpu())
     return torch.nn.functional.normalize(torch.cat(batches))
 
@@ -110,18 +118,23 @@ def ten_fold_accuracy(
     """Accuracy of "one person if the squared distance is below a threshold", over `folds` folds.
 
     embeddings_a, embeddings_b: (N, D), brought to unit length here. same: (N,) bool.
+    Raises UserError for fewer pairs than folds and for embeddings that are not finite.
+    """
+    return accuracy_of(squared_distances(embeddings_a, embeddings_b), same, folds)
+
+
+def accuracy_of(distances: NDArray[Any], same: NDArray[Any], folds: int = 10) -> Accuracy:
+    """`ten_fold_accuracy` of pairs whose squared distances (N,), 0 … 4, are known.
+
     Folds are contiguous; a fold is judged at the lowest of the thresholds 0, 0.01 … 3.99 that are
     best on the other folds. One histogram of the distances a fold answers all thresholds at once.
-    Raises UserError for fewer pairs than folds and for embeddings that are not finite.
+    Raises UserError for fewer pairs than folds.
     Source: the protocol of Huang et al. 2007 (LFW, view 2), in the form of insightface.
     """
-    distances = squared_distances(embeddings_a, embeddings_b)
     same = np.asarray(same, dtype=bool)
     if len(same) != len(distances):
         raise ValueError(f"{len(distances)} pairs of embeddings, but {len(same)} flags")
-    if len(same) < folds:
-        raise UserError(f"{len(same)} pairs cannot be split into {folds} folds: give more pairs")
-    fold_of = np.repeat(np.arange(folds), [len(part) for part in np.array_split(same, folds)])
+    fold_of = fold_numbers(len(same), folds)
     correct = _correct_at_thresholds(distances, same, fold_of, folds)
     best = (correct.sum(0) - correct).argmax(1)  # argmax gives the first, the lowest threshold
     accuracies = correct[np.arange(folds), best] / np.bincount(fold_of)
@@ -130,7 +143,18 @@ def ten_fold_accuracy(
         std=float(accuracies.std()),
         folds=accuracies.tolist(),
         thresholds=THRESHOLDS[best].tolist(),
+        threshold=float(THRESHOLDS[correct.sum(0).argmax()]),
     )
+
+
+def fold_numbers(count: int, folds: int) -> NDArray[np.int64]:
+    """The fold (0 … folds - 1) of each of `count` pairs: contiguous, the first ones larger by one.
+
+    Raises UserError for fewer pairs than folds.
+    """
+    if count < folds:
+        raise UserError(f"{count} pairs cannot be split into {folds} folds: give more pairs")
+    return np.repeat(np.arange(folds), [len(p) for p in np.array_split(np.arange(count), folds)])
 
 
 def squared_distances(embeddings_a: NDArray[Any], embeddings_b: NDArray[Any]) -> NDArray[Any]:

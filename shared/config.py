@@ -56,7 +56,7 @@ def option(
 
 @dataclass(frozen=True)
 class ProcessOptions:
-    """Flags for the launcher (shared/launch.py); torchrun's names."""
+    """Flags for the launcher of processes; torchrun's names."""
 
     nproc: int | None = option(
         None,

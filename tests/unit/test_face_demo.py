@@ -90,6 +90,42 @@ def test_pairs_are_half_same_and_no_person_is_in_two_folds(paths):
     assert all(jpegs[2 * i] != jpegs[2 * i + 1] for i in range(600))
 
 
+def test_the_teachers_rows_of_the_pairs_belong_to_their_pictures(paths):
+    jpegs, same = pickle.loads(paths.pairs.read_bytes())
+    rows = np.load(paths.teacher_pairs, allow_pickle=False)
+    assert rows.shape == (1200, 64) and rows.dtype == np.float32
+    row_of = dict(zip(jpegs, rows, strict=True))
+    assert all(np.array_equal(row_of[j], row) for j, row in zip(jpegs, rows, strict=True))
+    assert len(np.unique(rows, axis=0)) == len(row_of) > 400
+    distances = np.linalg.norm(rows[0::2] - rows[1::2], axis=1)
+    same = np.array(same)
+    assert distances[same].max() < distances[~same].min()
+
+
+def test_the_teacher_of_the_pairs_is_the_teacher_of_the_training_set(paths):
+    training = TeacherFeatures(paths.teacher).rows(np.arange(800))[0].numpy()
+    seen = np.linalg.svd(training, full_matrices=False)[2][:12]  # what its 12 latents span
+    rows = np.load(paths.teacher_pairs)
+    outside = rows - rows @ seen.T @ seen
+    assert np.linalg.norm(outside) < 0.2 * np.linalg.norm(rows)  # sqrt(52 / 12) * 0.05 is 0.1
+
+
+def test_the_rows_of_the_pairs_change_no_other_file(tmp_path, small, monkeypatch):
+    with_rows = digests(demo.build(tmp_path / "with"))
+    monkeypatch.setattr(demo, "_write_teacher_of_pairs", lambda path, *_: path.write_bytes(b""))
+    without = digests(demo.build(tmp_path / "without"))
+    assert {name for name in with_rows if with_rows[name] != without[name]} == {"lfw.npy"}
+
+
+def test_every_stream_still_draws_what_training_was_tuned_to():
+    """Whole numbers alone: other processors and libraries may round the pictures differently."""
+    parts = (demo._PEOPLE, demo._PICTURES, demo._STRANGERS, demo._PAIRS, demo._TEACHER)
+    drawn = [int(demo._stream(0, part).integers(1 << 31)) for part in parts]
+    assert drawn == [1016164991, 2096660437, 1122378210, 2081058648, 382170507]
+    pairs = demo._fold(demo._stream(0, demo._PAIRS))
+    assert pairs[0] == ((3, 6), (3, 7)) and pairs[-1] == ((3, 1), (5, 5))
+
+
 def test_the_tower_loads_strictly_from_two_shards(paths):
     index = json.loads((paths.weights / "model.safetensors.index.json").read_text())["weight_map"]
     prefix = "vision_model."

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from face_distill.verification import (
     Pairs,
+    accuracy_of,
     decode,
     flip_embeddings,
+    fold_numbers,
     read_pairs,
+    squared_distances,
     ten_fold_accuracy,
     verify,
 )
@@ -163,6 +166,25 @@ def test_broken_and_mixed_images_are_refused() -> None:
         decode([IMAGES[0], encoded(0, size=8)])
 
 
+def test_a_broken_image_is_named_by_its_number_in_the_whole_set() -> None:
+    with pytest.raises(UserError, match="image 5 of the pairs cannot be decoded"):
+        flip_embeddings(corner, [*IMAGES[:5], b"not an image"], batch_size=2)
+
+
+def test_an_image_that_claims_gigabytes_is_refused_before_it_is_unpacked() -> None:
+    stream = io.BytesIO()
+    Image.new("1", (9_000, 9_000)).save(stream, "PNG")
+    assert len(stream.getvalue()) < 20_000
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"image 3 .* \(9000, 9000\) pixels; at most 1024 a side"):
+        decode([stream.getvalue()], first=3)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # KiB
+    side = Image.new("L", (1024, 1024))
+    stream = io.BytesIO()
+    side.save(stream, "PNG")
+    assert decode([stream.getvalue()]).shape == (1, 3, 1024, 1024)
+
+
 def corner(images: Tensor) -> Tensor:
     """An embedding that is not blind to mirroring: the left upper 1 x 2 pixels of each image."""
     return images[:, :, 0, :2].flatten(1).double()
@@ -235,6 +257,22 @@ def test_a_distance_equal_to_a_threshold_is_not_below_it() -> None:
     found = ten_fold_accuracy(a, b, np.ones(20, bool))
     assert found.mean == 1.0
     assert found.thresholds == [pytest.approx(2.01)] * 10
+
+
+def test_the_threshold_for_other_faces_is_the_lowest_that_is_best_on_all_pairs() -> None:
+    same = np.arange(20) % 2 == 0
+    distances = np.where(same, 0.5, 1.5)  # one person below 0.51 … 1.50, which all judge rightly
+    found = accuracy_of(distances, same)
+    assert (found.mean, found.threshold) == (1.0, pytest.approx(0.51))
+    a, b, same = random_pairs(200, 1.0, seed=4)
+    rights = [((squared_distances(a, b) < t) == same).mean() for t in np.arange(0, 4, 0.01)]
+    assert ten_fold_accuracy(a, b, same).threshold == pytest.approx(np.argmax(rights) / 100)
+
+
+def test_fold_numbers_split_as_evenly_as_possible() -> None:
+    assert fold_numbers(7, 3).tolist() == [0, 0, 0, 1, 1, 2, 2]
+    with pytest.raises(UserError, match="2 pairs cannot be split into 3 folds"):
+        fold_numbers(2, 3)
 
 
 def test_folds_are_contiguous_and_a_fold_does_not_choose_its_own_threshold() -> None:
