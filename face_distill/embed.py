@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
 from shared.files import read_json, write_json
-from shared.launch import launch, world_size
+from shared.launch import launch_alone
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,8 +107,6 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Config, argv, __doc__)
     if cfg.tool.demo:
         cfg = _with_demo(cfg)
-    if world_size() > 1:
-        raise UserError("embed.py works in one process: leave out --nproc and torchrun")
     from face_distill import image_folder, run_settings
 
     assert cfg.folder is not None
@@ -127,17 +125,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _with_demo(cfg: Config) -> Config:
-    """`cfg` with the demo's student and tower where none were typed."""
+    """`cfg` with the demo's student and tower, where none were typed."""
+    from face_distill.run_settings import demo_student
+
     demo = PROJECT_ROOT / "demo"
-    changes = {
-        "checkpoint": demo / "runs" / "checkpoints" / CHECKPOINT.name,
-        "blip_path": demo / "weights" / "blip2_weights",
-        "out": demo / OUT.name,
-    }
-    changes = {name: path for name, path in changes.items() if name not in cfg.tool.typed}
-    if "checkpoint" in changes and not changes["checkpoint"].exists():
-        raise UserError("the demo has no trained student yet: run ./train.sh --demo first")
-    return replace(cfg, **changes)
+    out = cfg.out if "out" in cfg.tool.typed else demo / OUT.name
+    return replace(cfg, out=out, **demo_student(demo, cfg.tool.typed))
 
 
 def _prepare_out(out: Path, names: Path) -> None:
@@ -260,10 +253,5 @@ def _nearest(path: Path, files: list[str]) -> list[tuple[str, str, float]]:
     return [(files[i], files[j], float(cosines[i, j])) for i, j in enumerate(best)]
 
 
-def one_process(argv: list[str], visible: int) -> int:
-    """One, however many GPUs are visible."""
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(launch(main, one_process))
+    sys.exit(launch_alone(main))

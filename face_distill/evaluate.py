@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
-from shared.launch import launch, world_size
+from shared.launch import launch_alone
 
 # --- configuration: edit here, or type the flag of the same name ----------------------------------
 PROJECT_ROOT = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120, as documented
@@ -64,8 +64,6 @@ class Config:
 def main(argv: list[str] | None = None) -> int:
     """Check the input, then evaluate; the exit code."""
     cfg = parse(Config, argv, __doc__)
-    if world_size() > 1:
-        raise UserError("evaluate.py works in one process: leave out --nproc and torchrun")
     if cfg.tool.demo:
         cfg = _with_demo(cfg)
     from face_distill import run_settings
@@ -86,17 +84,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with_demo(cfg: Config) -> Config:
     """`cfg` on what ./train.sh --demo left: its paths where none were typed."""
-    root = Path(PROJECT_ROOT) / "demo"
-    checkpoint = root / "runs" / "checkpoints" / Path(CHECKPOINT).name
-    if "checkpoint" not in cfg.tool.typed and not checkpoint.is_file():
-        raise UserError("the demo has no trained student yet: type ./train.sh --demo first")
     from face_distill import demo
+    from face_distill.run_settings import demo_student
 
+    root = Path(PROJECT_ROOT) / "demo"
+    changes = demo_student(root, cfg.tool.typed)
     paths = demo.build(root)
-    changes = {"checkpoint": checkpoint, "blip_path": paths.weights}
     if "data_root" not in cfg.tool.typed:  # its teacher has seen no other pictures
-        changes |= {"data_root": paths.pairs, "teacher": paths.teacher_pairs}
-    changes = {name: path for name, path in changes.items() if name not in cfg.tool.typed}
+        changes["data_root"] = paths.pairs
+        if "teacher" not in cfg.tool.typed:
+            changes["teacher"] = paths.teacher_pairs
     return replace(cfg, **changes)
 
 
@@ -157,10 +154,5 @@ def _evaluate(cfg: Config, files: list[Path]) -> int:
     return 0
 
 
-def one_process(argv: list[str], visible: int) -> int:
-    """One, however many GPUs are visible."""
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(launch(main, one_process))
+    sys.exit(launch_alone(main))

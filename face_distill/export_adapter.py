@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
 from shared.files import move_aside
-from shared.launch import launch, world_size
+from shared.launch import launch_alone
 
 PROJECT_ROOT = Path(__file__).resolve().parent
 CHECKPOINT = PROJECT_ROOT / "checkpoints" / "best_student_adapter_face.pth"
@@ -45,8 +45,6 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Config, argv, __doc__)
     if cfg.tool.demo:
         cfg = _with_demo(cfg)
-    if world_size() > 1:
-        raise UserError("export_adapter.py works in one process: leave out --nproc and torchrun")
     from face_distill.run_settings import checkpoint_at
 
     checkpoint = checkpoint_at(cfg.checkpoint)
@@ -57,17 +55,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _with_demo(cfg: Config) -> Config:
-    """`cfg` with the demo's student and tower where none were typed."""
+    """`cfg` with the demo's student and tower, where none were typed."""
+    from face_distill.run_settings import demo_student
+
     demo = PROJECT_ROOT / "demo"
-    changes = {
-        "checkpoint": demo / "runs" / "checkpoints" / CHECKPOINT.name,
-        "blip_path": demo / "weights" / "blip2_weights",
-        "out": demo / OUT.name,
-    }
-    changes = {name: path for name, path in changes.items() if name not in cfg.tool.typed}
-    if "checkpoint" in changes and not changes["checkpoint"].exists():
-        raise UserError("the demo has no trained student yet: run ./train.sh --demo first")
-    return replace(cfg, **changes)
+    out = cfg.out if "out" in cfg.tool.typed else demo / OUT.name
+    return replace(cfg, out=out, **demo_student(demo, cfg.tool.typed))
 
 
 def _export(cfg: Config, checkpoint: Path) -> int:
@@ -112,10 +105,5 @@ def _make_room(out: Path) -> None:
     log.info("%s held another export, which is now in %s", out, move_aside(out))
 
 
-def one_process(argv: list[str], visible: int) -> int:
-    """One, however many GPUs are visible."""
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(launch(main, one_process))
+    sys.exit(launch_alone(main))

@@ -5,6 +5,7 @@ Standard library only: entry scripts look here before anything slow is imported.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,18 @@ def checkpoint_at(path: Path) -> Path:
     )
 
 
+def demo_student(demo: Path, typed: Collection[str]) -> dict[str, Path]:
+    """`checkpoint` and `blip_path` that ./train.sh --demo left in `demo`, but for those typed.
+
+    Raises UserError when it has not been run.
+    """
+    checkpoint = demo / "runs" / "checkpoints" / BEST
+    if "checkpoint" not in typed and not checkpoint.is_file():
+        raise UserError("the demo has no trained student yet: type ./train.sh --demo first")
+    found = {"checkpoint": checkpoint, "blip_path": demo / "weights" / "blip2_weights"}
+    return {name: path for name, path in found.items() if name not in typed}
+
+
 def settings_of(checkpoint: Path) -> dict[str, Any]:
     """The settings beside `checkpoint`, of the run or the export that wrote it; {} without any."""
     directory = checkpoint if checkpoint.is_dir() else checkpoint.parent
@@ -60,6 +73,6 @@ def tower_of(checkpoint: Path, typed: Path | None, default: Path) -> Path:
             return path
     looked = " and ".join(str(path / "config.json") for path in candidates)
     raise UserError(
-        f"no BLIP-2 tower: {looked} missing; put the checkpoint there (README, section 2.3), or "
-        "type --blip-path PATH"
+        f"no BLIP-2 tower: {looked} missing; fetch it with "
+        "python download_weight.py, or type --blip-path PATH"
     )

@@ -170,8 +170,8 @@ def _check_files(cfg: Config) -> None:
             )
     if not (cfg.blip_path / "config.json").is_file():
         raise UserError(
-            f"{cfg.blip_path / 'config.json'} is missing: put the BLIP-2 checkpoint there (README, "
-            "section 2.3), or type --blip-path PATH"
+            f"{cfg.blip_path / 'config.json'} is missing: fetch the BLIP-2 weights with "
+            "python download_weight.py, or type --blip-path PATH"
         )
     if cfg.verify and not cfg.verify.is_file():
         raise UserError(f"--verify {cfg.verify} is missing: expected lfw.bin or another pair file")

@@ -136,7 +136,6 @@ class ToolOptions:
     amp: Literal["off", "bf16", "fp16", "auto"] = option(
         "off", "mixed precision; typed alone: auto", const="auto"
     )
-    processes: ProcessOptions = field(default_factory=ProcessOptions)
     typed: frozenset[str] = frozenset()  # fields the user gave; filled by parse
 
 

@@ -73,6 +73,19 @@ def launch(main: Main, fit: Fit | None = None) -> int:
     return _together(main, argv, flags.processes, count)
 
 
+def launch_alone(main: Main) -> int:
+    """The exit code of `main(argv)` for a script that needs one process, whoever asks for more.
+
+    Of torchrun's processes the first one runs it; the others have nothing to do.
+    """
+    logs.open_streams()
+    if os.environ.get("RANK", "0") != "0":
+        return DONE
+    logs.setup()
+    _settle_for_cpu()
+    return _alone(main, dashed(sys.argv[1:]))
+
+
 def world_size() -> int:
     """How many processes this run has or, before they start, will have."""
     return int(os.environ.get("WORLD_SIZE", _planned_world_size))

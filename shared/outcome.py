@@ -109,7 +109,7 @@ def close_with_status(code: int) -> None:
 def failure_of(error: BaseException, rank: int = 0) -> Failure:
     """The failure that an exception is: the user's, a cause, or the consequence of another's."""
     if isinstance(error, UserError):
-        return Failure(rank, error.exit_code, "user", one_line(error), at=time.time())
+        return Failure(rank, error.exit_code, "user", _mistake(error), at=time.time())
     if isinstance(error, ModuleNotFoundError) and _is_foreign(error.name):
         code = MissingToolError.exit_code
         return Failure(rank, code, "user", _missing_package(str(error.name)), at=time.time())
@@ -143,6 +143,12 @@ def leave_word(failure: Failure) -> None:
         extra = {"py_callstack": failure.traceback, "timestamp": str(int(failure.at))}
         message = {"message": failure.message, "errorCode": failure.code, "extraInfo": extra}
         Path(elastic).write_text(json.dumps({"message": message}))
+
+
+def _mistake(error: UserError) -> str:
+    """A user's mistake on one line; one met in a loader worker, without the worker's traceback."""
+    kind = type(error)
+    return one_line(error).rpartition(f"{kind.__module__}.{kind.__qualname__}: ")[2]
 
 
 def _essence(error: BaseException) -> str:

@@ -24,7 +24,7 @@ _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE_FILES = ("model.safetensors", "pytorch_model.bin")
 _PARTIAL_SUFFIXES = (".part", ".incomplete", ".aria2", ".crdownload", ".tmp")
 # Where training programs put the state dict when the file also holds an epoch or an optimizer.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "state_dict_backbone")
 _NAMES_SHOWN = 3
 
 

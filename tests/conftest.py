@@ -24,6 +24,7 @@ GRACE = 30  # seconds more until a test stuck in C, which hears no signal, ends 
 FOREIGN = (
     *("PYTHON", "VIRTUAL_ENV", "CONDA_PREFIX", "CONDA_DEFAULT_ENV", "NPROC_PER_NODE"),
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_PROCID"),
+    *("HF_ENDPOINT", "HF_TOKEN"),
     *("HF_HOME", "HF_HUB_CACHE", "TRANSFORMERS_CACHE", "MODELSCOPE_CACHE"),
 )
 

@@ -355,11 +355,6 @@ def test_a_mistake_is_one_line_and_exit_2(flags, wrong, message):
     refused([*flags, *wrong], message)
 
 
-def test_a_second_process_is_refused(flags, monkeypatch):
-    monkeypatch.setattr(evaluate, "world_size", lambda: 2)
-    refused(flags, "works in one process")
-
-
 def test_a_tower_of_another_size_and_a_file_without_adapters_are_refused(faces, flags, tmp_path):
     other = tmp_path / "tower"
     shutil.copytree(faces.weights, other)

@@ -379,3 +379,17 @@ def test_torchruns_variables_make_this_a_worker(
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
     assert launch.launch(lambda _: 0) == 0
     assert worked == [["--nproc", "2"]]
+
+
+def test_a_script_for_one_process_runs_once_whoever_asks_for_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[list[str]] = []
+    monkeypatch.setattr(sys, "argv", ["embed.py", "--batch_size", "4"])
+    monkeypatch.setitem(os.environ, "NPROC_PER_NODE", "4")
+    monkeypatch.setattr(launch, "present_gpus", lambda: 4)
+    assert launch.launch_alone(lambda argv: called.append(argv) or 3) == 3
+    assert called == [["--batch-size", "4"]]
+    monkeypatch.setitem(os.environ, "RANK", "1")
+    assert launch.launch_alone(lambda argv: called.append(argv) or 3) == 0
+    assert len(called) == 1
