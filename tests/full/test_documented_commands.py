@@ -13,9 +13,15 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
 
-from face_distill import demo, train_distill
+from face_distill import demo, iresnet, train_distill
+from face_distill.verification import read_pairs
+from shared.files import read_json
 from tests.harness import ROOT, environment, run_here, status_of, wait_until
 
 pytestmark = [pytest.mark.full, pytest.mark.limit(900)]
@@ -32,6 +38,16 @@ HERE = (  # run by the tests below
     "tail -F logs/latest.log",
     "tensorboard --logdir=./logs/adapter_face_distill",
     "tar -czvf training_results.tar.gz checkpoints/ logs/",
+    "python extract_teacher.py --weights backbone.pth",
+    "python extract_teacher.py --weights resnet50.pth --arch resnet50 --map features",
+    "python extract_teacher.py --weights teacher.ts --arch torchscript --limit 600",
+    "python evaluate.py",
+    "python evaluate.py --teacher backbone.pth",
+    "python evaluate.py --data-root lfw.bin --limit 600",
+    "python evaluate.py --demo",
+    "python embed.py faces/",
+    "python export_adapter.py",
+    "python embed.py faces/ --checkpoint face_adapter",
     'srun --nodes 2 --ntasks-per-node 1 --gpus-per-node 4 --signal TERM@120 bash -c \'./face_distill/train.sh --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --master-addr "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" --master-port 29500\'',  # noqa: E501
 )
 ELSEWHERE = {
@@ -43,6 +59,9 @@ ELSEWHERE = {
         "the same"
     ),
     "./face_distill/train.sh --nproc 4": "with its batch size, below",
+    "python download_weight.py": "a local hub: tests/recipes/test_download_weight.py",
+    "python download_weight.py --dry-run": "the same",
+    "HF_ENDPOINT=https://hf-mirror.com python download_weight.py": "the same",
 }
 NEEDS = {
     "CUDA_VISIBLE_DEVICES=0 ./face_distill/train.sh": "a GPU",
@@ -50,10 +69,6 @@ NEEDS = {
     "conda create -n face_distill python=3.11 -y": "conda",
     "conda activate face_distill": "conda",
     "pip install -r requirements.txt": "the network",
-    "../.venv/bin/hf download Salesforce/blip2-opt-2.7b config.json preprocessor_config.json "
-    "model.safetensors.index.json model-00001-of-00002.safetensors --local-dir blip2_weights": (
-        "the network"
-    ),
 }
 
 
@@ -161,6 +176,68 @@ def test_log_charts_and_package_as_documented(house):
         board.wait(30)
 
 
+@pytest.fixture
+def workshop(house, tmp_path) -> Path:
+    """The recipe with a trained student, three teachers, and a folder of faces; 40 images asked."""
+    if not (house / "face_distill" / "checkpoints" / "last.pth").exists():
+        assert typed("./train.sh", house / "face_distill").returncode == 0
+    shutil.copytree(house, tmp_path / "house", symlinks=True)
+    recipe = tmp_path / "house" / "face_distill"
+    script = recipe / "extract_teacher.py"
+    script.write_text(script.read_text().replace("LIMIT = 12000", "LIMIT = 40"))
+    torch.save(iresnet.build("iresnet18").state_dict(), recipe / "backbone.pth")
+    torch.save(models.resnet50().state_dict(), recipe / "resnet50.pth")
+    torch.jit.script(Teacher()).save(str(recipe / "teacher.ts"))
+    (recipe / "lfw.bin").symlink_to(recipe / "datasets" / "faces_emore" / "lfw.bin")
+    (recipe / "faces").mkdir()
+    pairs = read_pairs(recipe / "lfw.bin")
+    for number, image in enumerate(pairs.images[:8]):
+        (recipe / "faces" / f"{number}.jpg").write_bytes(image)
+    return recipe
+
+
+class Teacher(nn.Module):
+    """A module as a user would export it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 16, 16)
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        maps = self.stem(images)
+        return maps.mean((2, 3)), maps
+
+
+def test_a_teacher_is_extracted_as_documented(workshop):
+    for command, shape in {
+        "python extract_teacher.py --weights backbone.pth": (40, 49),
+        "python extract_teacher.py --weights resnet50.pth --arch resnet50 --map features": (
+            *(40, 2048, 7, 7),
+        ),
+        "python extract_teacher.py --weights teacher.ts --arch torchscript --limit 600": (600, 49),
+    }.items():
+        assert command in HERE
+        outcome = typed(command, workshop)
+        assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+        maps = np.load(workshop / "teacher_features_12k" / "teacher_feat_map.npy", mmap_mode="r")
+        assert maps.shape == shape
+    outcome = typed("python train_distill.py --epochs 1", workshop)
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+
+
+def test_a_student_is_evaluated_exported_and_used_as_documented(workshop):
+    commands = [command for command in HERE if re.match("python (evaluate|embed|export)", command)]
+    assert len(commands) == 7
+    for command in commands:
+        if "--demo" not in command:  # below, where the demo has been trained
+            outcome = typed(command, workshop)
+            assert outcome.returncode == 0, f"{command}\n{outcome.stdout}{outcome.stderr}"
+    results = read_json(workshop / "checkpoints" / "evaluation" / "verification.json")
+    assert set(results["metrics"]["lfw"]) == {"untrained student", "student"}
+    assert np.load(workshop / "embeddings.npy").shape == (8, 64)
+    assert (workshop / "face_adapter" / "model.safetensors").is_file()
+
+
 def test_the_slurm_line_starts_each_host_with_its_number(house, tmp_path):
     """srun runs the quoted command once a host; here a pretended one runs it for host 1 of 2."""
     for name, body in {
@@ -203,6 +280,10 @@ def test_the_demo_learns_to_tell_strangers_apart(words):
     result = status_of(ROOT / "face_distill" / "demo" / "runs" / "checkpoints")["result"]
     print(f"{words}: {result['before']} -> {result['after']}, {time.monotonic() - began:.0f} s")
     assert result["after"] >= result["before"] + 0.15
+    outcome = typed("python evaluate.py --demo", ROOT / "face_distill")
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    print(outcome.stdout)
+    assert f"{result['after']:.4f} ±" in outcome.stdout
 
 
 def test_the_demo_learns_from_other_faces_too(tmp_path):

@@ -1,0 +1,610 @@
+"""Rankings and metrics against integers and fractions of Python; two ranks against one.
+
+The file is also the program of two kinds of process: `test_retrieval.py ranks REPORT`, under
+torchrun's variables, and `test_retrieval.py peak CHUNK`.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from shared import distributed, retrieval
+from shared.distributed import World
+from shared.errors import UserError
+from shared.retrieval import Positives, evaluate, evaluate_share, gather_rows, per_query, search
+
+ROOT = Path(__file__).resolve().parents[2]
+ALONE = World()
+RANKS = pytest.mark.xdist_group("ranks")
+
+
+def rows(count: int, width: int = 16, seed: int = 0) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+def near_ties(count: int, width: int = 16) -> Tensor:
+    """Rows whose cosines differ in the last digits of float32, every fourth one twice."""
+    result = rows(1, width) + 2e-7 * rows(count, width, seed=1)
+    result[3::4] = result[2::4][: len(result[3::4])]
+    return result
+
+
+def ranking(queries: Tensor, gallery: Tensor, k: int) -> list[list[int]]:
+    """The k nearest by exact scores, then by row, with Python's integers."""
+    units = [
+        (retrieval.unit_rows(side).double() * 2**26).long().tolist() for side in (queries, gallery)
+    ]
+    found = []
+    for query in units[0]:
+        scores = [sum(a * b for a, b in zip(query, row, strict=True)) for row in units[1]]
+        found.append(sorted(range(len(scores)), key=lambda row, s=scores: (-s[row], row))[:k])
+    return found
+
+
+# search
+
+
+def test_the_nearest_rows_are_those_of_float64() -> None:
+    queries, gallery = rows(20, 64), rows(300, 64, seed=1)
+    wide = [torch.nn.functional.normalize(side.double()) for side in (queries, gallery)]
+    expected = (wide[0] @ wide[1].T).sort(1, descending=True)
+    scores, indices = search(queries, gallery, 10)
+    assert indices.tolist() == expected.indices[:, :10].tolist()
+    assert (scores - expected.values[:, :10]).abs().max() < 1e-7
+    assert scores.dtype == torch.float32
+
+
+def test_differences_below_half_precision_are_seen() -> None:
+    queries, gallery = rows(10, 64), rows(1, 64, seed=1) + 1e-3 * rows(2000, 64, seed=2)
+    wide = [torch.nn.functional.normalize(side.double()) for side in (queries, gallery)]
+    assert search(queries, gallery, 1)[1][:, 0].tolist() == (wide[0] @ wide[1].T).argmax(1).tolist()
+
+
+def test_known_angles_give_known_cosines() -> None:
+    gallery = torch.tensor([[0.0, 5.0], [3.0, 4.0], [-2.0, 0.0], [10.0, 0.0]])
+    scores, indices = search(torch.tensor([[2.0, 0.0]]), gallery, 4)
+    assert indices.tolist() == [[3, 1, 0, 2]]
+    assert scores[0].tolist() == pytest.approx([1.0, 0.6, 0.0, -1.0], abs=1e-7)
+
+
+@pytest.mark.parametrize("k", [1, 5, 90, 100])
+def test_near_ties_are_ranked_exactly(k: int) -> None:
+    queries, gallery = rows(6), near_ties(100)
+    assert search(queries, gallery, k)[1].tolist() == ranking(queries, gallery, k)
+
+
+@pytest.mark.parametrize(("copies", "k"), [(4, 3), (100, 7), (100, 40)])
+def test_equal_scores_stand_by_ascending_row(copies: int, k: int) -> None:
+    distinct = rows(3)
+    gallery = distinct.repeat(copies, 1)
+    scores, indices = search(distinct[1:2], gallery, k)
+    same = list(range(1, 3 * copies, 3))[:k]
+    assert indices[0].tolist() == same
+    assert scores[0].unique().numel() == 1
+
+
+def test_more_equal_scores_than_places_at_the_end_leave_the_higher_rows_out() -> None:
+    query = torch.tensor([[1.0, 0.0]])
+    gallery = torch.tensor([[1.0, 1.0]]).repeat(50, 1)
+    gallery[[20, 30]] = torch.tensor([[1.0, 0.0], [1.0, 0.5]])
+    assert search(query, gallery, 5)[1].tolist() == [[20, 30, 0, 1, 2]]
+
+
+@pytest.mark.parametrize("gallery", [rows(500), near_ties(500), rows(7).repeat(70, 1)])
+def test_chunks_and_threads_do_not_change_a_digit(gallery: Tensor) -> None:
+    queries = torch.cat([rows(30, seed=2), gallery[:30]])
+    expected = search(queries, gallery, 10)
+    before = torch.get_num_threads()
+    try:
+        for chunk, threads in ((1, 1), (1, 2), (7, 1), (7, 2), (59, 2), (1000, 1)):
+            torch.set_num_threads(threads)
+            found = search(queries, gallery, 10, chunk=chunk)
+            assert all(map(torch.equal, found, expected)), (chunk, threads)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_query_can_be_kept_from_finding_itself() -> None:
+    gallery = rows(30)
+    found = search(gallery, gallery, 1, exclude=torch.arange(30))[1].flatten()
+    assert (search(gallery, gallery, 1)[1].flatten() == torch.arange(30)).all()
+    second = [row[1] for row in ranking(gallery, gallery, 2)]
+    assert found.tolist() == second
+    some = torch.full((30,), -1)
+    some[4] = 4
+    mixed = search(gallery, gallery, 1, exclude=some)[1].flatten().tolist()
+    assert mixed == [second[4] if row == 4 else row for row in range(30)]
+
+
+def test_itself_is_left_out_among_its_own_duplicates_too() -> None:
+    gallery = rows(1).repeat(60, 1)
+    found = search(gallery[:3], gallery, 4, exclude=torch.arange(3))[1]
+    assert found.tolist() == [[1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4]]
+
+
+def test_equal_scores_below_the_excluded_row_stand_by_ascending_row() -> None:
+    gallery = torch.tensor([[1.0, 1.0]]).repeat(200, 1)
+    gallery[[150, 160]] = torch.tensor([[1.0, 0.0], [1.0, 0.5]])
+    found = search(gallery[150:151], gallery, 2, exclude=torch.tensor([150]))[1]
+    assert found.tolist() == [[160, 0]]
+
+
+def test_a_gallery_smaller_than_k_is_filled_up_with_no_row() -> None:
+    gallery = torch.eye(3)
+    scores, indices = search(gallery[:2], gallery, 5, exclude=torch.tensor([-1, 1]))
+    assert indices.tolist() == [[0, 1, 2, -1, -1], [0, 2, -1, -1, -1]]
+    assert scores[:, 2:].tolist() == [[0.0, -torch.inf, -torch.inf], [-torch.inf] * 3]
+
+
+def test_no_queries_give_no_rows() -> None:
+    scores, indices = search(torch.empty(0, 16), rows(5), 3)
+    assert scores.shape == indices.shape == (0, 3)
+
+
+def test_length_and_kind_of_the_rows_do_not_matter() -> None:
+    queries, gallery = rows(5).half(), rows(40, seed=1).half()
+    expected = search(queries, gallery, 5)
+    for scaled in ((queries.float() * 2**40, gallery.double() / 2**60), (queries, gallery.float())):
+        assert all(map(torch.equal, search(*scaled, 5), expected))
+
+
+def test_a_row_of_zeros_scores_zero() -> None:
+    gallery = torch.tensor([[0.0, 0.0], [1.0, 1.0], [-1.0, 0.0]])
+    scores, indices = search(torch.tensor([[1.0, 0.0], [0.0, 0.0]]), gallery, 3)
+    assert indices.tolist() == [[1, 0, 2], [0, 1, 2]]
+    assert scores[:, 1].tolist() == [0.0, 0.0]
+
+
+def test_unit_rows_lie_on_the_grid_and_beside_the_true_ones() -> None:
+    units = retrieval.unit_rows(rows(50, 333))
+    steps = units.double() * 2**26
+    true = torch.nn.functional.normalize(rows(50, 333).double())
+    assert torch.equal(steps, steps.round())
+    assert (units - true).abs().max() <= 2**-27
+
+
+@pytest.fixture
+def low_precision() -> Iterator[None]:
+    """What a training script may have set for its own products."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    assert torch.get_float32_matmul_precision() == "medium"  # as it was found
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("low_precision")
+def test_lower_precision_asked_for_elsewhere_stays_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+
+    def nearest(queries: Tensor, gallery: Tensor, *rest: Any) -> Any:
+        cuda = torch.backends.cuda.matmul.fp32_precision
+        seen.append((cuda, torch.is_autocast_enabled("cpu"), (queries @ gallery.T).dtype))
+        return original(queries, gallery, *rest)
+
+    original = retrieval._nearest
+    monkeypatch.setattr(retrieval, "_nearest", nearest)
+    expected = ranking(rows(5), near_ties(50), 5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert search(rows(5), near_ties(50), 5)[1].tolist() == expected
+    assert seen == [("ieee", False, torch.float32)]
+
+
+def test_a_float32_product_errs_less_than_is_allowed_for() -> None:
+    units = retrieval.unit_rows(rows(100, 2048).abs())  # all of one sign: no errors cancel
+    error = ((units @ units.T).double() - units.double() @ units.double().T).abs().max()
+    assert 0 < error < retrieval._product_error(2048)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_rows_that_are_not_finite_are_refused_by_number(value: float) -> None:
+    bad = rows(20)
+    bad[[3, 17], 5] = value
+    with pytest.raises(UserError, match="query row 3, 17: the embedding holds NaN or inf"):
+        search(bad, rows(5), 1)
+    with pytest.raises(UserError, match="gallery row 3, 17: "):
+        search(rows(5), bad, 1)
+
+
+def test_an_empty_gallery_is_refused() -> None:
+    with pytest.raises(UserError, match="the gallery is empty"):
+        search(rows(2), torch.empty(0, 16), 1)
+
+
+def test_arguments_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"\(2, 16\) and \(2, 8\)"):
+        search(rows(2), rows(2, 8), 1)
+    with pytest.raises(ValueError, match="k is 0"):
+        search(rows(2), rows(2), 0)
+    with pytest.raises(ValueError, match="exclude has shape"):
+        search(rows(2), rows(2), 1, exclude=torch.arange(3))
+    with pytest.raises(ValueError, match="exclude names row 2 of 2"):
+        search(rows(2), rows(2), 1, exclude=torch.tensor([-1, 2]))
+
+
+# metrics
+
+
+def test_metrics_of_one_query_by_hand() -> None:
+    hits = torch.tensor([[0, 1, 0, 1, 1, 0]]).bool()
+    found = per_query(hits, torch.tensor([4]), recall_at=(1, 2, 6), map_at=(2, 5))
+    assert {name: value.item() for name, value in found.items()} == pytest.approx(
+        {
+            "Recall@1": 0,
+            "Recall@2": 1,
+            "Recall@6": 1,
+            "mAP@2": 1 / 2 / 4,
+            "mAP@2_min": 1 / 2 / 2,
+            "mAP@5": (1 / 2 + 2 / 4 + 3 / 5) / 4,
+            "mAP@5_min": (1 / 2 + 2 / 4 + 3 / 5) / 4,
+        }
+    )
+
+
+def test_more_relevant_rows_than_k_keep_the_first_definition_below_one() -> None:
+    all_found = torch.ones(1, 10, dtype=torch.bool)
+    found = per_query(all_found, torch.tensor([25]), recall_at=(), map_at=(10,))
+    assert found["mAP@10"].item() == pytest.approx(0.4)
+    assert found["mAP@10_min"].item() == 1.0
+
+
+def test_only_one_relevant_row_counts_by_its_rank() -> None:
+    hits = torch.eye(4).bool()
+    found = per_query(hits, torch.ones(4).long(), map_at=(4,), recall_at=())
+    assert found["mAP@4"].tolist() == found["mAP@4_min"].tolist() == [1, 1 / 2, 1 / 3, 1 / 4]
+
+
+def test_a_query_without_relevant_rows_has_no_value() -> None:
+    found = per_query(torch.tensor([[False], [True]]), torch.tensor([0, 1]), (1,), (1,))
+    for value in found.values():
+        assert value[0].isnan()
+        assert value[1] == 1
+
+
+def test_depths_that_were_not_searched_are_refused() -> None:
+    with pytest.raises(ValueError, match="5"):
+        per_query(torch.zeros(1, 4).bool(), torch.ones(1), recall_at=(5,), map_at=(1,))
+    with pytest.raises(ValueError, match="0"):
+        per_query(torch.zeros(1, 4).bool(), torch.ones(1), recall_at=(0,), map_at=(1,))
+
+
+def test_the_whole_ranking_gives_the_average_precision_of_scikit_learn() -> None:
+    reference = pytest.importorskip("sklearn.metrics").average_precision_score
+    queries, gallery, ids = rows(12), rows(60, seed=1), torch.arange(60) % 5
+    positives = Positives.same_id(torch.arange(12) % 5, ids)
+    found = evaluate(queries, gallery, positives, ALONE, map_at=(60,))
+    cosine = torch.nn.functional.cosine_similarity(queries[:, None], gallery[None], dim=2)
+    for query, value in enumerate(found.values["mAP@60"].tolist()):
+        expected = reference((ids == query % 5).numpy(), cosine[query].numpy())
+        assert value == pytest.approx(expected, abs=1e-12)
+
+
+def brute_force(
+    found: list[list[int]], relevant: list[set[int]], k: int
+) -> tuple[Fraction, Fraction, Fraction]:
+    """Recall@k, mAP@k over all relevant, mAP@k over min(k, |P|); one query after the other."""
+    recall = area = area_min = Fraction(0)
+    judged = [(row, good) for row, good in zip(found, relevant, strict=True) if good]
+    for row, good in judged:
+        num_hits, precision = 0, Fraction(0)
+        for rank, item in enumerate(row[:k], 1):
+            if item in good:
+                num_hits += 1
+                precision += Fraction(num_hits, rank)
+        recall += num_hits > 0
+        area += precision / len(good)
+        area_min += precision / min(k, len(good))
+    return tuple(value / len(judged) for value in (recall, area, area_min))  # type: ignore
+
+
+def shop() -> tuple[Tensor, Tensor, list[str], list[str]]:
+    """Queries, gallery and ids: many, one and no relevant rows, and rows that come twice."""
+    generator = torch.Generator().manual_seed(3)
+    owner = torch.randint(12, (150,), generator=generator)
+    owner[owner == 3] = 4
+    owner[:40], owner[40] = 0, 11
+    gallery = rows(12, seed=4)[owner] + 0.9 * rows(150, seed=5)
+    gallery[100:120] = gallery[80:100]
+    asked = torch.arange(31) % 12
+    queries = rows(12, seed=4)[asked] + 0.9 * rows(31, seed=6)
+    queries[20] = queries[8] = gallery[100]
+    return queries, gallery, [f"id_{n}" for n in asked.tolist()], [f"id_{n}" for n in owner]
+
+
+def test_a_shop_has_the_metrics_of_brute_force() -> None:
+    queries, gallery, query_ids, gallery_ids = shop()
+    relevant = [{r for r, own in enumerate(gallery_ids) if own == one} for one in query_ids]
+    assert max(map(len, relevant)) > 10
+    found = evaluate(
+        *(queries, gallery, Positives.same_id(query_ids, gallery_ids), ALONE), map_at=(1, 10, 40)
+    )
+    expected = ranking(queries, gallery, 40)
+    for k in (1, 10, 40):
+        values = brute_force(expected, relevant, k)
+        names = (f"Recall@{k}", f"mAP@{k}", f"mAP@{k}_min")
+        for name, value in zip(names, values, strict=True):
+            assert found.metrics[name] == pytest.approx(float(value), abs=1e-12), name
+    assert found.without_positive == [3, 15, 27]
+    assert found.num_queries == 28
+    assert found.indices.tolist() == expected
+
+
+def test_what_each_query_found_is_there_for_a_contact_sheet() -> None:
+    queries, gallery, query_ids, gallery_ids = shop()
+    found = evaluate(queries, gallery, Positives.same_id(query_ids, gallery_ids), ALONE)
+    assert found.numbers.tolist() == list(range(31))
+    for query in range(31):
+        hits = [gallery_ids[row] == query_ids[query] for row in found.indices[query]]
+        assert found.hits[query].tolist() == hits
+    judged = found.values["mAP@10"][~found.values["mAP@10"].isnan()]
+    assert found.metrics["mAP@10"] == pytest.approx(judged.mean().item(), abs=1e-12)
+
+
+def test_leaving_itself_out_takes_it_from_the_relevant_rows_too() -> None:
+    gallery = torch.tensor([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0]])
+    positives = Positives.same_id(["a", "a", "b"], ["a", "a", "b"])
+    options = {"exclude": torch.arange(3), "recall_at": (1,), "map_at": (2,)}
+    found = evaluate(gallery, gallery, positives, ALONE, **options)  # type: ignore[arg-type]
+    assert found.metrics == {"Recall@1": 1.0, "mAP@2": 1.0, "mAP@2_min": 1.0}
+    assert found.without_positive == [2]  # its only relevant row is itself
+
+
+def test_a_small_gallery_is_scored_at_any_depth() -> None:
+    found = evaluate(torch.eye(3), torch.eye(3), Positives.same_id("abc", "bcc"), ALONE)
+    # a: none; b: row 0, found second; c: rows 1 and 2, found third and first
+    assert found.without_positive == [0]
+    assert found.metrics["Recall@1"] == 0.5
+    assert found.metrics["Recall@40"] == 1.0
+    assert found.metrics["mAP@10"] == pytest.approx((1 / 2 + (1 + 2 / 3) / 2) / 2, abs=1e-12)
+
+
+def test_captions_are_found_in_both_directions() -> None:
+    images, noise = rows(8, seed=7), rows(40, seed=8)
+    captions = images.repeat_interleave(5, 0) + 1.2 * noise
+    captions_of = [list(range(5 * image, 5 * image + 5)) for image in range(8)]
+    to_text = evaluate(images, captions, Positives.listed(captions_of, 40), ALONE)
+    image_of = [[caption // 5] for caption in range(40)]
+    to_image = evaluate(captions, images, Positives.listed(image_of, 8), ALONE)
+    for found, relevant in ((to_text, captions_of), (to_image, image_of)):
+        table = found.indices.tolist()
+        expected = brute_force(table, [set(one) for one in relevant], 10)
+        names = ("Recall@10", "mAP@10", "mAP@10_min")
+        assert [found.metrics[name] for name in names] == pytest.approx(expected, abs=1e-12)
+    assert to_text.metrics["Recall@1"] != to_image.metrics["Recall@1"]
+
+
+def test_ids_lists_and_csr_say_the_same() -> None:
+    ids = Positives.same_id(torch.tensor([7, 9, 8]), torch.tensor([9, 7, 9, 9]))
+    lists = Positives.listed([[1], [3, 0, 2, 0], []], 4)
+    csr = Positives.csr(torch.tensor([0, 1, 5, 5]), torch.tensor([1, 3, 0, 2, 0]), 4)
+    everything = torch.tensor([[0, 1, 2, 3, -1]]).repeat(3, 1)
+    for positives in (ids, lists, csr):
+        assert positives.counts().tolist() == [1, 3, 0]
+        assert positives.hits(everything).int().tolist() == [
+            [0, 1, 0, 0, 0],
+            [1, 0, 1, 1, 0],
+            [0, 0, 0, 0, 0],
+        ]
+        assert positives.of(torch.tensor([1])).counts().tolist() == [3]
+
+
+def test_lists_without_any_row_are_lists_too() -> None:
+    empty = Positives.listed([[], []], 3)
+    assert empty.counts().tolist() == [0, 0]
+    assert not empty.hits(torch.zeros(2, 3).long()).any()
+
+
+def test_lists_that_name_no_gallery_row_are_refused() -> None:
+    with pytest.raises(UserError, match=r"query 1 lists gallery row 4 as relevant; .* 0 to 3"):
+        Positives.listed([[0], [2, 4]], 4)
+    with pytest.raises(ValueError, match="starts must ascend"):
+        Positives.csr(torch.tensor([0, 2]), torch.tensor([1]), 4)
+
+
+def test_queries_that_all_lack_relevant_rows_are_refused() -> None:
+    with pytest.raises(UserError, match="none of the 2 queries has a relevant row"):
+        evaluate(rows(2), rows(3), Positives.same_id(["x", "y"], ["a", "b", "c"]), ALONE)
+
+
+def test_positives_of_other_data_are_refused() -> None:
+    positives = Positives.same_id("ab", "abc")
+    with pytest.raises(ValueError, match="4 queries and 3 gallery rows"):
+        evaluate(rows(4), rows(3), positives, ALONE)
+    with pytest.raises(ValueError, match="2 queries and 4 gallery rows"):
+        evaluate(rows(2), rows(4), positives, ALONE)
+
+
+# rows of several ranks
+
+
+def test_rows_are_put_in_their_places_once() -> None:
+    found = gather_rows(torch.tensor([[3.0], [1.0], [9.0]]), torch.tensor([1, 0, 1]), 2, ALONE)
+    assert found.tolist() == [[1.0], [3.0]]
+
+
+def test_missing_and_impossible_rows_are_refused() -> None:
+    with pytest.raises(UserError, match=r"2 of 4 are on no rank \(row 0, 3\)"):
+        gather_rows(rows(2), torch.tensor([1, 2]), 4, ALONE)
+    with pytest.raises(ValueError, match="row number 4 is outside 0 to 3"):
+        gather_rows(rows(1), torch.tensor([4]), 4, ALONE)
+    with pytest.raises(ValueError, match="come with 3 indices"):
+        gather_rows(rows(2), torch.arange(3), 3, ALONE)
+
+
+def answer(world: World) -> dict[str, Any]:
+    """All figures of the shop and of noise; on several ranks they must not differ in a digit."""
+    queries, gallery, query_ids, gallery_ids = shop()
+    found = evaluate(queries, gallery, Positives.same_id(query_ids, gallery_ids), world)
+    of_noise = Positives.same_id(torch.arange(1000) % 23, torch.arange(300) % 23)
+    tables = (found.indices, found.scores, found.values["mAP@10"].nan_to_num(nan=-1.0))
+    joined = [gather_rows(table, found.numbers, 31, world).tolist() for table in tables]
+    return {
+        "metrics": found.metrics,
+        "noise": evaluate(rows(1000), rows(300, seed=1), of_noise, world).metrics,
+        "counts": [found.num_queries, found.without_positive],
+        "tables": joined,
+    }
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks saw, by rank."""
+    path = tmp_path_factory.mktemp("ranks") / "report.json"
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        port = str(probe.getsockname()[1])
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    processes = [
+        start("ranks", str(path), environ=common | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    return json.loads(path.read_text())
+
+
+def start(*arguments: str, environ: dict[str, str]) -> "subprocess.Popen[str]":
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, __file__, *arguments],
+        env=os.environ | own | environ,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@RANKS
+@pytest.mark.slow
+def test_two_ranks_give_the_digits_of_one(report: list[dict[str, Any]]) -> None:
+    expected = json.loads(json.dumps(answer(ALONE)))
+    assert report[0]["answer"] == report[1]["answer"] == expected
+
+
+@RANKS
+@pytest.mark.slow
+def test_queries_that_a_sampler_gave_twice_count_once(report: list[dict[str, Any]]) -> None:
+    expected = answer(ALONE)
+    for seen in report:
+        assert seen["padded"] == [expected["metrics"], expected["counts"][0]]
+    assert sorted(report[0]["own"] + report[1]["own"]) == list(range(31))
+
+
+@RANKS
+@pytest.mark.slow
+def test_uneven_and_padded_rows_are_joined_in_order(report: list[dict[str, Any]]) -> None:
+    for seen in report:
+        assert seen["rows"] == [[10.0 * row, 0.0] for row in range(5)]  # rank 0 comes first
+        assert seen["labels"] == list(range(5))
+        assert seen["one rank has none"] == [[0.0], [1.0]]
+
+
+@RANKS
+@pytest.mark.slow
+def test_what_is_wrong_on_one_rank_is_refused_on_both(report: list[dict[str, Any]]) -> None:
+    for seen in report:
+        assert "query row 7: the embedding holds NaN or inf" in seen["not finite"]
+        assert "1 of 5 are on no rank (row 4)" in seen["missing"]
+        assert "differ in shape or dtype" in seen["shapes"]
+
+
+@pytest.mark.slow
+def test_memory_stays_bounded() -> None:
+    by_chunk, at_once = (
+        float(start("peak", chunk, environ={}).communicate(timeout=60)[0])
+        for chunk in ("0", "9000")
+    )
+    matrix = 9000 * 6000 * 4 / 2**20  # MiB of all scores
+    assert at_once > matrix  # what is measured is measured
+    assert by_chunk < 0.6 * matrix
+
+
+# the programs of other processes
+
+
+def ranks(path: Path) -> None:
+    world = distributed.setup("cpu", timeout=60.0)
+    seen = {"answer": answer(world), **joined(world), **padded(world), **refusals(world)}
+    everyone = distributed.gather_objects(seen, world)
+    if world.is_main:
+        path.write_text(json.dumps(everyone))
+    distributed.cleanup(world)
+
+
+def joined(world: World) -> dict[str, Any]:
+    places = torch.tensor([[4, 0, 2], [1, 3, 0]][world.rank][: 3 - world.rank])  # uneven
+    places = torch.cat([places, places[:1] if world.rank == 0 else torch.tensor([2])])  # padding
+    own = torch.stack([10.0 * places, torch.zeros(len(places))], 1)
+    if world.rank == 1:
+        own[-1] = torch.tensor([-1.0, -1.0])  # row 2 is taken from rank 0
+    none = torch.arange(2.0 * (1 - world.rank)).view(-1, 1)
+    return {
+        "rows": gather_rows(own.requires_grad_(), places, 5, world).tolist(),
+        "labels": gather_rows(places, places, 5, world).tolist(),
+        "one rank has none": gather_rows(none, torch.arange(len(none)), 2, world).tolist(),
+    }
+
+
+def padded(world: World) -> dict[str, Any]:
+    """A sampler that fills up the last batches: 31 queries as 16 a rank."""
+    queries, gallery, query_ids, gallery_ids = shop()
+    numbers = torch.arange(32)[world.rank :: 2] % 31
+    positives = Positives.same_id(query_ids, gallery_ids)
+    found = evaluate_share(queries[numbers], numbers, gallery, positives, world)
+    return {"padded": [found.metrics, found.num_queries], "own": found.numbers.tolist()}
+
+
+def refusals(world: World) -> dict[str, Any]:
+    queries, gallery, query_ids, gallery_ids = shop()
+    queries[7, 0] = torch.nan  # a query of rank 1
+    positives = Positives.same_id(query_ids, gallery_ids)
+    places = torch.tensor([[0, 1], [2, 3]][world.rank])
+    return {
+        "not finite": refusal(evaluate, queries, gallery, positives, world),
+        "missing": refusal(gather_rows, places.float(), places, 5, world),
+        "shapes": refusal(gather_rows, torch.zeros(2, 3 + world.rank), places, 4, world),
+    }
+
+
+def refusal(function: Any, *arguments: Any) -> str:
+    try:
+        function(*arguments)
+    except (UserError, ValueError) as error:
+        return str(error)
+    return "nothing was refused"
+
+
+def peak(chunk: int) -> None:
+    """Print the MiB by which a search raises the highest memory of the process."""
+    queries, gallery = rows(9000, 32), rows(6000, 32, seed=1)
+    search(queries[:50], gallery[:50], 5)
+    before = highest_memory()
+    search(queries, gallery, 5, chunk=chunk or None)
+    print(highest_memory() - before)
+
+
+def highest_memory() -> float:
+    """MiB; not ru_maxrss, which begins with what the parent process held."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "ranks":
+        ranks(Path(sys.argv[2]))
+    else:
+        peak(int(sys.argv[2]))
