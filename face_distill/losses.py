@@ -16,6 +16,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from shared.errors import UserError, did_you_mean
+from shared.margins import add_margin
 
 AT_MODES = ("kl_energy", "zagoruyko", "cosine", "kl_minmax")
 DEFAULT_AT_MODE = {"probability": "kl_energy", "features": "zagoruyko"}  # by kind of teacher map
@@ -63,21 +64,6 @@ class ArcFaceHead(nn.Module):
             target = cosines.gather(1, labels[:, None])
             logits = cosines.scatter(1, labels[:, None], add_margin(target, self.m))
             return functional.cross_entropy(logits * self.s, labels)
-
-
-def add_margin(cosines: Tensor, m: float) -> Tensor:
-    """cos(θ + m) for `cosines` = cos θ, continued so that it falls with θ up to π.
-
-    Beyond θ = π - m the cosine would rise again and reward a larger angle; there the value is
-    cos θ - m·sin m, as in the authors' implementation.
-    cos(θ + m) = cos θ·cos m - sin θ·sin m needs no arccos; sin θ has a floor of the square root
-    of the machine epsilon, below which its gradient is 0, so value and gradient stay finite where
-    an embedding meets its centre or its opposite.
-    """
-    floor = torch.finfo(cosines.dtype).eps
-    sines = ((1.0 - cosines) * (1.0 + cosines)).clamp_min(floor).sqrt()
-    moved = cosines * math.cos(m) - sines * math.sin(m)
-    return torch.where(cosines > -math.cos(m), moved, cosines - m * math.sin(m))
 
 
 def attention_transfer(

@@ -123,7 +123,7 @@ def load(path: Path) -> dict[str, Any]:
             torn = archive.testzip()
         if torn:
             raise DamagedError(f"{path}: {torn} is damaged")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, zipfile.BadZipFile, EOFError) as error:
         raise DamagedError(f"{path}: {one_line(error) or 'not a checkpoint'}") from None
     except Exception as error:
@@ -133,6 +133,9 @@ def load(path: Path) -> dict[str, Any]:
                 "could run code; use a checkpoint written by this toolkit"
             ) from None
         raise DamagedError(f"{path}: {one_line(error)}") from None
+    if not isinstance(state, dict):
+        raise DamagedError(f"{path}: holds a {type(state).__name__}, not a checkpoint")
+    return state
 
 
 def find(path: Path, *, explicit: bool) -> tuple[Path, dict[str, Any]] | None:

@@ -14,11 +14,11 @@ rank compares them with its own centres, and the softmax's maximum and sums go r
 logits. At rate 1 loss and gradients are those of one process on the whole batch.
 
 The centres differ from rank to rank, so they must stay out of DDP, which would make them equal:
-keep the module outside what `distributed.wrap` gets, as above, or inside and name its parameter and
-buffers (weight margins store drawn) in the wrapped module's `_ddp_params_and_buffers_to_ignore`.
-They also stay out of `clip_grad_norm_`: its norm would differ by rank, and with it the backbone;
-`norm_of` gives the norm over all ranks. Few classes need no sharding: with `World()` in place of
-the real world and rate 1 the module is an ordinary head, for DDP to wrap with the rest.
+keep the module outside what `distributed.wrap` gets, as above, or inside with their names in the
+wrapped module's `_ddp_params_and_buffers_to_ignore`. They also stay out of `clip_grad_norm_`: its
+norm would differ by rank, and with it the backbone; `Amp.step(…, sharded=(optimizer, world))` clips
+both by the norm over all ranks. Few classes need no sharding: with `World()` in place of the real
+world and rate 1 the module is an ordinary head, for DDP to wrap with the rest.
 
 Memory of a rank, beside the backbone, at the peak of a step: 4 bytes times
     D · rows                    centres                      rows = sub-centres · C / w
@@ -49,7 +49,7 @@ import torch
 from torch import Tensor, nn
 
 from shared import seed as seeds
-from shared.distributed import World, gather_with_grad, total
+from shared.distributed import World, gather_with_grad
 from shared.errors import UserError
 from shared.margins import check_margins, margin_logits_
 from shared.sharded_softmax import softmax_loss, unit_rows
@@ -95,13 +95,6 @@ def bytes_per_rank(
         "working": working,
         "embeddings": 4 * 4 * images * embedding_dim,
     }
-
-
-def norm_of(gradient: Tensor | None, world: World) -> Tensor:
-    """The norm of a gradient whose parts lie on several ranks; the same scalar on every rank."""
-    if gradient is None:
-        return total(torch.zeros((), device=world.device), world)
-    return total(torch.linalg.vector_norm(gradient).square(), world).sqrt()
 
 
 class ClassCentres(nn.Module):

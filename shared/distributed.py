@@ -127,6 +127,12 @@ def mean_of(values: Mapping[str, float | Tensor], world: World) -> dict[str, flo
     return dict(zip(values, mean(torch.stack(numbers), world).tolist(), strict=True))
 
 
+def norm(part: Tensor | None, world: World) -> Tensor:
+    """The length of a vector whose parts lie on the ranks (None: no part); a scalar."""
+    squares = torch.zeros((), device=world.device) if part is None else part.square().sum()
+    return total(squares, world).sqrt()
+
+
 def largest(number: int, world: World) -> int:
     """The largest of the ranks' numbers."""
     if world.size == 1:

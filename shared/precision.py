@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared import distributed
+from shared.distributed import World
 from shared.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -52,24 +54,47 @@ class Amp:
         parameters: Iterable[nn.Parameter],
         *,
         clip_norm: float = float("inf"),
+        sharded: tuple[torch.optim.Optimizer, World] | None = None,
     ) -> float:
         """Clip, step, clear the gradients; the gradients' norm before clipping.
 
+        sharded: the optimizer of parameters that differ from rank to rank (class centres), and the
+        ranks. It takes the same step, and the norm is that of all gradients of all ranks.
         A step whose gradients are not finite is not applied; `max_bad_steps` of them in a row raise
         NonFiniteError. Under DDP the gradients, hence the decision, are the same on every rank.
         """
-        self._scaler.unscale_(optimizer)
-        with_gradient = [parameter for parameter in parameters if parameter.grad is not None]
-        norm = float(nn.utils.clip_grad_norm_(with_gradient, clip_norm))
+        optimizers = [optimizer] if sharded is None else [optimizer, sharded[0]]
+        for each in optimizers:
+            self._scaler.unscale_(each)
+        norm = self._clip(parameters, clip_norm, sharded)
         finite = norm == norm and norm != float("inf")
-        if (
-            finite or self.mode == "fp16"
-        ):  # the scaler itself leaves out a bad step, and lowers its scale
-            self._scaler.step(optimizer)
+        for each in optimizers:
+            # in fp16 the scaler itself leaves out a bad step, and lowers its scale; of sharded
+            # gradients each rank's scaler sees its own alone, so there the common norm decides
+            if finite or (self.mode == "fp16" and each is optimizer):
+                self._scaler.step(each)
         self._scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        for each in optimizers:
+            each.zero_grad(set_to_none=True)
         self._count(finite)
         return norm
+
+    @staticmethod
+    def _clip(
+        parameters: Iterable[nn.Parameter],
+        clip_norm: float,
+        sharded: tuple[torch.optim.Optimizer, World] | None,
+    ) -> float:
+        """Shorten the gradients to `clip_norm`; their norm before."""
+        clipped = [parameter for parameter in parameters if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in clipped if p.grad is not None])
+        if sharded is not None:
+            own = [p for group in sharded[0].param_groups for p in group["params"]]
+            for parameter in own:  # the same number on every rank
+                norm = torch.hypot(norm, distributed.norm(parameter.grad, sharded[1]).to(norm))
+            clipped += [parameter for parameter in own if parameter.grad is not None]
+        nn.utils.clip_grads_with_norm_(clipped, clip_norm, norm)
+        return float(norm)
 
     def _count(self, finite: bool) -> None:
         self._bad_steps = 0 if finite else self._bad_steps + 1

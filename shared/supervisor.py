@@ -162,10 +162,11 @@ def _close_well(run_dir: Path | None, stops: _Stops, left_with: int) -> int:
     name = stops.first.name if stops.first else "a signal"
     if not isinstance(status, dict):
         if stops.first is None or run_dir:
-            outcome.closing_line(left_with, "as host 0 says")
+            said = "as host 0 says" if run_dir else "every process has ended"
+            outcome.closing_line(left_with, said)
             return left_with
         code = INTERRUPTED if stops.first is signal.SIGINT else STOPPED
-        outcome.closing_line(code, f"{name} before training began; nothing to save")
+        outcome.closing_line(code, f"{name} before a run began, or in a script that keeps none")
         return code
     if status.get("state") == "running":
         reason = (

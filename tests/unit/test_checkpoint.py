@@ -143,6 +143,12 @@ def replace_by_text(path: Path) -> None:
 DAMAGES = [truncate, empty, flip_a_byte, replace_by_text, Path.unlink]
 
 
+def test_a_file_that_holds_no_dictionary_is_no_checkpoint(tmp_path: Path) -> None:
+    torch.save([1, 2], tmp_path / "last.pt")
+    with pytest.raises(checkpoint.DamagedError, match="holds a list, not a checkpoint"):
+        checkpoint.load(tmp_path / "last.pt")
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(
     tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture

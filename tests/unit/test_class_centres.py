@@ -10,9 +10,9 @@ from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from shared import checkpoint
+from shared import checkpoint, distributed
 from shared.centre_rows import CentreRows
-from shared.class_centres import IGNORED, ClassCentres, bytes_per_rank, norm_of, shard
+from shared.class_centres import IGNORED, ClassCentres, bytes_per_rank, shard
 from shared.distributed import World
 from shared.errors import UserError
 from shared.margins import adaptive_margins, add_margin, margin_logits_
@@ -232,8 +232,8 @@ def test_one_ranks_rows_cannot_be_taken_for_all() -> None:
 
 
 def test_the_norm_of_no_gradient_is_zero() -> None:
-    assert norm_of(None, World()).item() == 0
-    assert norm_of(torch.tensor([[3.0], [4.0]]), World()).item() == pytest.approx(5)
+    assert distributed.norm(None, World()).item() == 0
+    assert distributed.norm(torch.tensor([[3.0], [4.0]]), World()).item() == pytest.approx(5)
 
 
 # ---------------------------------------------------------------- sampling

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from shared import distributed
 from shared.centre_rows import CentreRows
-from shared.class_centres import IGNORED, ClassCentres, norm_of
+from shared.class_centres import IGNORED, ClassCentres
 from shared.distributed import World
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
@@ -160,7 +160,7 @@ def sharded(
     loss = centres(embeddings, own_share(labels, world))
     loss.backward()
     backbone, gradient = flat_gradient(model), centres.weight.grad
-    norm = (backbone.square().sum() + norm_of(gradient, world).square()).sqrt()
+    norm = (backbone.square().sum() + distributed.norm(gradient, world).square()).sqrt()
     return {
         "loss": loss.detach(),
         "embeddings": distributed.gather_with_grad(embeddings.grad, world) / world.size,
