@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from face_distill import students
 from face_distill.distillation import Distiller, build
 from face_distill.face_batches import FaceBatches, open_batches
+from face_distill.sharded_head import ShardedHead
 from shared import distributed, seed
 from shared.distributed import World
 from shared.early_stopping import EarlyStopping
@@ -47,20 +47,22 @@ def _loop(cfg: Config, world: World, run: Run, distiller: Distiller, data: FaceB
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=cfg.epochs)
+    head = ShardedHead(distiller.centres, cfg, world)
     amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
     stopping, mean_loss = EarlyStopping(cfg.patience), Mean(world.device)
     parts = {"optimizer": optimizer, "schedule": schedule, "amp": amp, "stopping": stopping}
-    parts |= {"student": students.Trainable(student), "mean_loss": mean_loss}
+    parts |= {"student": students.Trainable(student), "mean_loss": mean_loss, **head.parts}
     position = run.restore(parts)
     before = students.verify_before(cfg, world, student, position.step)
     while position.epoch < cfg.epochs and not stopping.should_stop:
         arc_only = position.epoch < cfg.warmup_epochs
         for batch in data.training(cfg, world, position):
+            head.sample(batch[1], position.step)
             with amp.autocast():
                 terms = wrapped(*batch)
             loss = distiller.total(terms, arc_only=arc_only)
             amp.backward(loss)
-            amp.step(optimizer, trainable, clip_norm=cfg.clip_norm or math.inf)
+            amp.step(optimizer, trainable, clip_norm=cfg.largest_norm, sharded=head.sharded)
             mean_loss.add(loss)
             position.advance()
             if position.step == 1:
@@ -73,33 +75,42 @@ def _loop(cfg: Config, world: World, run: Run, distiller: Distiller, data: FaceB
                 run.save(parts)
             if stop:
                 return run.finish()
-        monitored = mean_loss.of(distributed.total(mean_loss.sums, world))
-        if data.val_set:
-            monitored = _validate(cfg, world, distiller, data, arc_only=arc_only)
+        monitored = _monitored(cfg, world, distiller, data, mean_loss, arc_only=arc_only)
         if position.epoch <= cfg.warmup_epochs:
             stopping.reset()  # until here the loss had another composition
         improved = stopping.update(monitored)
         _report(cfg, run, monitored, stopping)
         students.save_epoch(cfg, world, student, position.epoch + 1, is_best=improved)
         schedule.step()
+        head.next_epoch()
         mean_loss.reset()
         position.next_epoch()
         run.save(parts)
     return run.finish(**students.conclude(cfg, world, student, before, stopping))
 
 
-def _validate(
-    cfg: Config, world: World, distiller: Distiller, data: FaceBatches, *, arc_only: bool
+def _monitored(
+    cfg: Config,
+    world: World,
+    distiller: Distiller,
+    data: FaceBatches,
+    loss: Mean,
+    *,
+    arc_only: bool,
 ) -> float:
-    """The mean loss over the held-out images of all processes; relations within each batch."""
-    mean_loss = Mean(world.device)
+    """What decides about the best epoch: the mean loss over the held-out images of all processes,
+    relations within each batch; without such images the training's own, `loss`.
+    """
+    if not data.val_set:
+        return loss.of(distributed.total(loss.sums, world))
+    held_out = Mean(world.device)
     distiller.eval()
     with torch.no_grad():
         for batch in data.validation(cfg, world):
             terms = distiller.terms(*batch)
-            mean_loss.add(distiller.total(terms, arc_only=arc_only), weight=len(batch[0]))
+            held_out.add(distiller.total(terms, arc_only=arc_only), weight=len(batch[0]))
     distiller.train()
-    return mean_loss.of(distributed.total(mean_loss.sums, world))
+    return held_out.of(distributed.total(held_out.sums, world))
 
 
 def _tags(loss: Tensor, terms: dict[str, Tensor], lr: float) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import shutil
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,15 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state_dict: dict[str, Any], /) -> Any:
         """Put back what `state_dict` gave."""
+        ...
+
+
+@runtime_checkable
+class Spread(Protocol):
+    """A part of which every rank holds its own piece (sharded class centres)."""
+
+    def collect(self) -> None:
+        """Bring the pieces to rank 0."""
         ...
 
 
@@ -189,6 +198,16 @@ def decide(
             None, f"the run there had other settings ({'; '.join(changed)})", move_aside=True
         )
     return Decision(run_dir / last)
+
+
+def collect(parts: Parts) -> None:
+    """Let the parts that lie on several ranks come together on rank 0; every rank calls it.
+
+    Such a part has a method `collect`, which its `state_dict` counts on.
+    """
+    for part in parts.values():
+        if isinstance(part, Spread):
+            part.collect()
 
 
 def snapshot(parts: Parts, position: Position, generators: list[dict[str, Any]]) -> dict[str, Any]:

@@ -7,7 +7,7 @@
     rows.sample(labels, position.step)               # nothing to do at rate 1
     loss = centres(wrapped(images), labels)          # every rank, equal batches
     ...
-    rows.collect()                                   # every rank, before each run.save(parts)
+    run.save({"centres": rows, ...})                 # which calls rows.collect() on every rank
 
 Rank r of w owns a contiguous slice of the classes. The embeddings of all ranks are gathered, each
 rank compares them with its own centres, and the softmax's maximum and sums go round, never the

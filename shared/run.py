@@ -110,6 +110,7 @@ class Run:
 
     def save(self, parts: Parts) -> None:
         """Write a checkpoint of this position; returns on every rank after it is on the disk."""
+        checkpoint.collect(parts)
         generators = distributed.gather_objects(seed.get_state(), self._world)
         problem = self._write(parts, generators) if self._world.is_main else None
         problem = distributed.broadcast_object(problem, self._world)
@@ -132,8 +133,7 @@ class Run:
         result: {name, before, after, higher_is_better}. reason: why it is done, for people.
         """
         step, total = self.position.step, self._plan.total_steps
-        code, state = DONE, "done"
-        reason = reason or f"{step} steps"
+        code, state, reason = DONE, "done", reason or f"{step} steps"
         if self._stopped_by:
             code, state = exit_code_for(self._stopped_by), "stopped"
             name = name_of(self._stopped_by)

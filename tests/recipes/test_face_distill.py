@@ -280,3 +280,64 @@ def test_config_json_holds_what_a_resume_needs(flags, tmp_path):
 
 def _not_code(_directory: str, names: list[str]) -> set[str]:
     return {name for name in names if not name.endswith(".py")}
+
+
+def arc_losses(run_dir: Path) -> dict[int, float]:
+    rows = [row for row in read_json_lines(run_dir / "metrics.jsonl") if row["split"] == "train"]
+    return {row["step"]: row["Loss/ArcFace"] for row in rows}
+
+
+@pytest.mark.slow
+@pytest.mark.limit(300)
+def test_a_sharded_head_trains_as_one_process_and_continues_after_a_stop(flags, tmp_path):
+    sharded = [*flags, "--shard-head", "--num-classes", 9, "--clip-norm", 1.0, "--epochs", 2]
+    assert run_here(train_distill.main, sharded).code == 0
+    alone = arc_losses(tmp_path / "checkpoints")
+    two = [*sharded, "--nproc", 2, "--run-dir", tmp_path / "two"]
+    with start([SCRIPT, *two]) as running:
+        assert running.finish().code == 0, running.text
+    assert arc_losses(tmp_path / "two") == pytest.approx(alone, rel=1e-4)
+    assert set(alone) == set(range(1, 2 * STEPS_AN_EPOCH + 1))
+    stopped = [*sharded, "--nproc", 2, "--run-dir", tmp_path / "stopped", "--save-every", 1]
+    with start([SCRIPT, *stopped, "--epochs", 200]) as running:
+        wait_until(lambda: len(arc_rows(tmp_path / "stopped")) >= 3, "step 3", running=running)
+        running.signal(signal.SIGTERM)
+        assert running.finish().code == 143, running.text
+    step = status_of(tmp_path / "stopped")["step"]
+    last = tmp_path / "stopped" / "last.pth"
+    centres = torch.load(last)["parts"]["centres"]["centres"]
+    assert centres.shape[0] == 9
+    with start([SCRIPT, "--resume", last, "--nproc", 2, "--epochs", step // 5 + 1]) as running:
+        outcome = running.finish()
+    assert outcome.code == 0, outcome.text
+    assert f"continuing from {last} at step {step}" in outcome.text
+
+
+def arc_rows(run_dir: Path) -> dict[int, float]:
+    return arc_losses(run_dir) if (run_dir / "metrics.jsonl").exists() else {}
+
+
+def test_a_sampled_head_trains_and_leaves_a_student_without_a_head(flags, tmp_path):
+    sampled = [*flags, "--shard-head", "--sample-rate", 0.5, "--num-classes", 40, "--epochs", 2]
+    outcome = run_here(train_distill.main, sampled)
+    assert outcome.code == 0, outcome.text
+    losses = arc_losses(tmp_path / "checkpoints")
+    assert len(losses) == 2 * STEPS_AN_EPOCH
+    state = torch.load(tmp_path / "checkpoints" / "best_student_adapter_face.pth")
+    assert not any(name.startswith("head.") for name in state)
+    centres = torch.load(tmp_path / "checkpoints" / "last.pth")["parts"]["centres"]["centres"]
+    assert centres.shape[0] == 40
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["--sample-rate", 0.5], "needs --shard-head"),
+        (["--shard-head", "--sample-rate", 0], "must be in (0, 1]"),
+        (["--shard-head", "--val-fraction", 0.2], "val_fraction 0.2 cannot go with --shard-head"),
+    ],
+)
+def test_what_a_sharded_head_cannot_do_is_refused(flags, wrong, said):
+    outcome = run_here(train_distill.main, [*flags, *wrong])
+    assert outcome.code == 2
+    assert said in outcome.last_line
