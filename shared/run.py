@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -47,8 +48,7 @@ class Run:
         self._options = config.run
         self._last = run_dir / plan.last
         self._stop_every = 1 if world.device.type == "cpu" else 20  # the exchange waits for the GPU
-        self._stop, self._stopped_by = StopRequest(), 0
-        self._decision = Decision()
+        self._stop, self._stopped_by, self._decision = StopRequest(), 0, Decision()
         self._lock: int | None = None  # these two on rank 0 alone
         self._reporter: Reporter | None = None
 
@@ -82,7 +82,7 @@ class Run:
             self._reporter = Reporter(self._dir, self._plan, self._world.size, self.position)
         return self.position
 
-    def log(self, values: dict[str, float | Tensor], split: str = "train") -> None:
+    def log(self, values: Mapping[str, float | Tensor], split: str = "train") -> None:
         """Report the step just done; recorded, averaged over the ranks, every `log_every` steps.
 
         Values stay on the device until then: reading them makes the CPU wait for the GPU. Other

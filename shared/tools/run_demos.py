@@ -40,6 +40,12 @@ RECIPES = {
     "face_distill": Recipe(
         "face adapters on a BLIP-2 vision tower", "train.sh", ("--demo",), "checkpoints"
     ),
+    "arcface": Recipe(
+        "ArcFace retrieval of garments",
+        "run_scripts/run_arcface.py",
+        ("--demo",),
+        "resnet18-arcface_demo",
+    ),
 }
 
 
@@ -136,7 +142,9 @@ def _pass_through(descriptor: int) -> None:
 def run_demo(name: str, root: Path, child: Child) -> Outcome:
     """Run one recipe's documented script; how it went."""
     recipe = RECIPES[name]
-    command = [str(root / name / recipe.script), *recipe.arguments]
+    script = root / name / recipe.script
+    program = [sys.executable] if script.suffix == ".py" else []
+    command = [*program, str(script), *recipe.arguments]
     print(f"\n=== {name}: {name}/{recipe.script} {' '.join(recipe.arguments)}", flush=True)
     started, clock = time.time(), time.monotonic()
     try:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from arcface.config_options import DATASETS
 from face_distill import demo, iresnet, train_distill
 from face_distill.verification import read_pairs
 from shared.files import read_json
@@ -26,7 +27,7 @@ from tests.harness import ROOT, environment, run_here, status_of, wait_until
 
 pytestmark = [pytest.mark.full, pytest.mark.limit(900)]
 
-PAGES = ("README.md", "face_distill/README.md")
+PAGES = ("README.md", "face_distill/README.md", "arcface/README.md")
 HERE = (  # run by the tests below
     "./demo.sh",
     "./train.sh",
@@ -45,6 +46,7 @@ HERE = (  # run by the tests below
     "python evaluate.py --teacher backbone.pth",
     "python evaluate.py --data-root lfw.bin --limit 600",
     "python evaluate.py --demo",
+    "python run_scripts/run_arcface.py --demo",
     "python embed.py faces/",
     "python export_adapter.py",
     "python embed.py faces/ --checkpoint face_adapter",
@@ -63,7 +65,24 @@ ELSEWHERE = {
     "python download_weight.py --dry-run": "the same",
     "HF_ENDPOINT=https://hf-mirror.com python download_weight.py": "the same",
 }
+_ARCFACE = "python run_scripts/run_arcface.py --data-root /data/inshop"
+_IN_SHOP = "In-shop and the pretrained weights; on a small tree: tests/recipes/test_arcface.py"
 NEEDS = {
+    "export data_path=/data/inshop": _IN_SHOP,
+    "python run_scripts/run_arcface.py "
+    "--config config/arcface/resnet50-arcface_8xb32_inshop.py "
+    "--launcher pytorch --nproc-per-node 4 --cfg-options "
+    + " ".join(f'"{name}.dataset.data_root=$data_path"' for name in DATASETS)
+    + " 2>&1 | tee cuda.log": _IN_SHOP,
+    _ARCFACE: _IN_SHOP,
+    f"{_ARCFACE} --nproc 1 --amp fp16 --cfg-options train_dataloader.batch_size=64": _IN_SHOP,
+    f"{_ARCFACE} --nnodes 2 --node-rank 0 --master-addr 10.0.0.1 --master-port 29500": _IN_SHOP,
+    f"{_ARCFACE} --nnodes 2 --node-rank 1 --master-addr 10.0.0.1 --master-port 29500": _IN_SHOP,
+    "srun --nodes 2 --ntasks-per-node 4 --gpus-per-node 4 --signal TERM@120 "
+    f"{_ARCFACE} --launcher slurm --resume": _IN_SHOP,
+    "python evaluate.py --checkpoint work_dirs/resnet50-arcface_8xb32_inshop "
+    "--data-root /data/inshop": _IN_SHOP,
+    "conda activate torch_env": "conda",
     "CUDA_VISIBLE_DEVICES=0 ./face_distill/train.sh": "a GPU",
     "./face_distill/train.sh --nproc 4 --batch-size 64 --amp bf16": "four GPUs",
     "conda create -n face_distill python=3.11 -y": "conda",
@@ -78,6 +97,7 @@ def documented() -> set[str]:
         for page in PAGES
         for block in re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), re.M | re.S)
     )
+    blocks = (re.sub(r"\s*\\\n\s*", " ", block) for block in blocks)  # lines that go on
     lines = (
         re.sub(r"\s+# .*|\s{2,}#.*", "", line) for block in blocks for line in block.splitlines()
     )
@@ -284,6 +304,17 @@ def test_the_demo_learns_to_tell_strangers_apart(words):
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     print(outcome.stdout)
     assert f"{result['after']:.4f} ±" in outcome.stdout
+
+
+def test_garments_that_were_never_seen_are_found_again():
+    began = time.monotonic()
+    outcome = typed("python run_scripts/run_arcface.py --demo", ROOT / "arcface")
+    assert outcome.returncode == 0, outcome.stdout[-2000:] + outcome.stderr[-2000:]
+    result = status_of(ROOT / "arcface" / "demo" / "runs" / "resnet18-arcface_demo")["result"]
+    print(f"garments: {result['before']} -> {result['after']}, {time.monotonic() - began:.0f} s")
+    assert result["after"] >= 90
+    outcome = typed("python evaluate.py --demo", ROOT / "arcface")
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
 def test_the_demo_learns_from_other_faces_too(tmp_path):

@@ -1,0 +1,306 @@
+"""The `pipeline` list of a configuration: what happens to a picture on its way to the model.
+
+Sizes and cuts are done here, picture by picture, on uint8; whether a picture is mirrored is drawn
+here and done later, on the device (arcface/batches.py), with the normalisation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from shared.errors import UserError, did_you_mean
+
+Shape = tuple[int | None, int | None]  # height and width; None: differs from picture to picture
+_INTERPOLATIONS = ("bilinear", "bicubic")
+_EDGES = ("short", "long", "width", "height")
+_DIRECTIONS = ("horizontal", "vertical")
+
+
+class Step(Protocol):
+    """One entry of a pipeline that changes a picture."""
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """The changed picture, uint8 (3, H, W)."""
+        ...
+
+    def shape(self, before: Shape) -> Shape:
+        """The size after this step. Raises ValueError where it cannot follow on `before`."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoadImageFromFile:
+    """The first step: a file's content as RGB."""
+
+    color_type: str = "color"
+
+    def __post_init__(self) -> None:
+        _check("color_type", self.color_type, ("color",))
+
+
+@dataclass(frozen=True)
+class PackInputs:
+    """The last step, which hands the picture on."""
+
+    meta_keys: Any = None  # of no effect here
+
+
+@dataclass(frozen=True)
+class RandomFlip:
+    """Mirror a picture with probability `prob`."""
+
+    prob: float = 0.5
+    direction: str = "horizontal"
+
+    def __post_init__(self) -> None:
+        _check("direction", self.direction, _DIRECTIONS)
+        if isinstance(self.prob, bool) or not isinstance(self.prob, int | float):
+            raise ValueError(f"prob is {self.prob!r}, expected a number from 0 to 1")
+        if not 0 <= self.prob <= 1:
+            raise ValueError(f"prob is {self.prob}, allowed are 0 to 1")
+
+
+@dataclass(frozen=True)
+class Resize:
+    """Resize to `scale`: both sides (a number), or (width, height)."""
+
+    scale: Any
+    keep_ratio: bool = (
+        False  # the largest size of the same shape that fits into scale, turned or not
+    )
+    interpolation: str = "bilinear"
+    backend: str = ""  # of no effect here
+
+    def __post_init__(self) -> None:
+        _check("interpolation", self.interpolation, _INTERPOLATIONS)
+        _sides("scale", self.scale)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """See Step."""
+        width, height = _sides("scale", self.scale)
+        if self.keep_ratio:
+            own = image.shape[-2:]
+            factor = min(max(width, height) / max(own), min(width, height) / min(own))
+            height, width = (max(1, round(side * factor)) for side in own)
+        return resize(image, height, width, self.interpolation)
+
+    def shape(self, before: Shape) -> Shape:
+        """See Step."""
+        width, height = _sides("scale", self.scale)
+        return (None, None) if self.keep_ratio else (height, width)
+
+
+@dataclass(frozen=True)
+class ResizeEdge:
+    """Resize so that one edge has `scale` pixels, the shape kept."""
+
+    scale: Any
+    edge: str = "short"
+    interpolation: str = "bilinear"
+    backend: str = ""  # of no effect here
+
+    def __post_init__(self) -> None:
+        _check("edge", self.edge, _EDGES)
+        _check("interpolation", self.interpolation, _INTERPOLATIONS)
+        if isinstance(self.scale, bool) or not isinstance(self.scale, int) or self.scale < 1:
+            raise ValueError(f"scale is {self.scale!r}, expected a number of pixels")
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """See Step."""
+        height, width = image.shape[-2:]
+        edges = {"short": min, "long": max, "width": lambda _h, w: w, "height": lambda h, _w: h}
+        factor = self.scale / edges[self.edge](height, width)
+        height, width = (max(1, round(side * factor)) for side in (height, width))
+        return resize(image, height, width, self.interpolation)
+
+    def shape(self, before: Shape) -> Shape:
+        """See Step."""
+        return {"width": (None, self.scale), "height": (self.scale, None)}.get(
+            self.edge, (None, None)
+        )
+
+
+@dataclass(frozen=True)
+class CenterCrop:
+    """Cut out the middle: a square (a number), or (width, height)."""
+
+    crop_size: Any
+
+    def __post_init__(self) -> None:
+        _sides("crop_size", self.crop_size)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """See Step."""
+        width, height = _sides("crop_size", self.crop_size)
+        down, right = _room(image, height, width)
+        return _cut(image, round(down / 2), round(right / 2), height, width)
+
+    def shape(self, before: Shape) -> Shape:
+        """See Step."""
+        width, height = _sides("crop_size", self.crop_size)
+        return _cut_shape(before, height, width)
+
+
+@dataclass(frozen=True)
+class RandomCrop:
+    """Cut out a random part: a square (a number), or (height, width)."""
+
+    crop_size: Any
+
+    def __post_init__(self) -> None:
+        _sides("crop_size", self.crop_size)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """See Step."""
+        height, width = _sides("crop_size", self.crop_size)
+        down, right = _room(image, height, width)
+        top, left = (int(torch.randint(room + 1, ())) for room in (down, right))
+        return _cut(image, top, left, height, width)
+
+    def shape(self, before: Shape) -> Shape:
+        """See Step."""
+        height, width = _sides("crop_size", self.crop_size)
+        return _cut_shape(before, height, width)
+
+
+_KINDS: dict[str, Callable[..., Any]] = {
+    kind.__name__: kind
+    for kind in (
+        *(LoadImageFromFile, Resize, ResizeEdge, RandomCrop, CenterCrop, RandomFlip, PackInputs),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """The steps of one data set."""
+
+    steps: tuple[Step, ...]
+    flip: RandomFlip
+    height: int
+    width: int
+
+    def __call__(self, image: Tensor) -> tuple[Tensor, bool]:
+        """The picture, uint8 (3, height, width), and whether it is to be mirrored.
+
+        Random numbers come from torch's global generator, which the loader seeds for each sample.
+        Raises ValueError for a picture that is smaller than the part to cut out.
+        """
+        for step in self.steps:
+            image = step(image)
+        return image, self.flip.prob > 0 and float(torch.rand(())) < self.flip.prob
+
+
+def build_pipeline(settings: Any, name: str = "pipeline") -> Pipeline:
+    """The pipeline of a configuration's list of dicts.
+
+    name: the list's key, for messages. Raises UserError, with name and index, for a step or a
+    setting that does not exist, a wrong value, and steps that leave pictures of several sizes.
+    """
+    if not isinstance(settings, Sequence) or isinstance(settings, str):
+        raise UserError(f"{name} is {settings!r}, expected a list of dict(type=…)")
+    built = [_build_step(entry, f"{name}.{index}") for index, entry in enumerate(settings)]
+    if not built or not isinstance(built[0], LoadImageFromFile):
+        raise UserError(f"{name}: the first step must be dict(type='LoadImageFromFile')")
+    if not isinstance(built[-1], PackInputs):
+        raise UserError(f"{name}: the last step must be dict(type='PackInputs')")
+    if any(isinstance(step, LoadImageFromFile | PackInputs) for step in built[1:-1]):
+        raise UserError(f"{name}: LoadImageFromFile and PackInputs stand once, first and last")
+    flips = [step for step in built if isinstance(step, RandomFlip)]
+    if len(flips) > 1:
+        raise UserError(f"{name}: RandomFlip stands {len(flips)} times, once is allowed")
+    steps = tuple(step for step in built[1:-1] if not isinstance(step, RandomFlip))
+    height, width = _final_size(steps, name)
+    return Pipeline(steps, flips[0] if flips else RandomFlip(prob=0.0), height, width)
+
+
+def _build_step(entry: Any, name: str) -> Any:
+    if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
+        raise UserError(f"{name} is {entry!r}, expected dict(type=…)")
+    settings = dict(entry)
+    kind = settings.pop("type")
+    if kind not in _KINDS:
+        hint = did_you_mean(kind, _KINDS)
+        raise UserError(f"{name}: there is no step {kind}; allowed are {', '.join(_KINDS)}{hint}")
+    known = [field.name for field in dataclasses.fields(_KINDS[kind])]  # type: ignore[arg-type]
+    for key in settings:
+        if key not in known:
+            raise UserError(
+                f"{name}: {kind} has no setting {key}; allowed are {', '.join(known)}"
+                f"{did_you_mean(str(key), known)}"
+            )
+    try:
+        return _KINDS[kind](**settings)
+    except (ValueError, TypeError) as error:  # TypeError: a setting without default is missing
+        raise UserError(f"{name}: {kind}: {error}") from None
+
+
+def _final_size(steps: tuple[Step, ...], name: str) -> tuple[int, int]:
+    shape: Shape = (None, None)
+    for step in steps:
+        try:
+            shape = step.shape(shape)
+        except ValueError as error:
+            raise UserError(f"{name}: {type(step).__name__}: {error}") from None
+    height, width = shape
+    if height is None or width is None:
+        raise UserError(
+            f"{name} leaves pictures of different sizes, which make no batch: add "
+            "dict(type='CenterCrop', crop_size=…) or a Resize to one size"
+        )
+    return height, width
+
+
+def resize(image: Tensor, height: int, width: int, interpolation: str = "bilinear") -> Tensor:
+    """The picture, uint8 (3, H, W), at another size, as Pillow resizes it (antialiased).
+
+    The kernel that works on interleaved colours takes a third of the time of the other. Bilinear:
+    equal to Pillow at whole factors; else one grey level off, two at most, in few pixels.
+    """
+    if image.shape[-2:] == (height, width):
+        return image
+    batch = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
+    return functional.interpolate(batch, (height, width), mode=interpolation, antialias=True)[0]
+
+
+def _check(name: str, value: Any, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
+
+
+def _sides(name: str, value: Any) -> tuple[int, int]:
+    """Two sides from a number or a pair."""
+    pair = (value, value) if isinstance(value, int) else value
+    is_pair = isinstance(pair, list | tuple) and len(pair) == 2
+    if not is_pair or not all(type(side) is int and side > 0 for side in pair):
+        raise ValueError(f"{name} is {value!r}, expected a number of pixels or two of them")
+    return pair[0], pair[1]
+
+
+def _room(image: Tensor, height: int, width: int) -> tuple[int, int]:
+    """How far a part of this size can be moved down and to the right."""
+    down, right = image.shape[-2] - height, image.shape[-1] - width
+    if down < 0 or right < 0:
+        raise ValueError(
+            f"the picture, {image.shape[-1]} × {image.shape[-2]}, is smaller than the "
+            f"{width} × {height} to cut out of it; put a Resize before"
+        )
+    return down, right
+
+
+def _cut(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
+    return image[:, top : top + height, left : left + width]
+
+
+def _cut_shape(before: Shape, height: int, width: int) -> Shape:
+    for side, part in zip(before, (height, width), strict=True):
+        if side is not None and side < part:
+            raise ValueError(f"{part} pixels cannot be cut out of {side}")
+    return height, width

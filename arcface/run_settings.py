@@ -1,0 +1,164 @@
+"""From a command line to the recipe of a run, and what its config.json keeps of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from arcface import config_options, config_reader
+from arcface.recipe import KNOWN, Recipe, deciding, read_recipe
+from shared.config import RunOptions, differing, option
+from shared.errors import UserError
+from shared.files import read_json
+
+_SHOWN = 5  # settings that differ, in one message
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What config.json keeps of a run; the first three make it the same run or another."""
+
+    recipe: str = option("", "digest of the settings that decide the numbers")
+    init: str = option("pretrained", "what the encoder started from")
+    epochs: int = option(0, "passes over the training pictures", scope="length")
+    configuration: dict[str, Any] = field(default_factory=dict, metadata={"scope": "free"})
+    run: RunOptions = field(default_factory=RunOptions)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A checked recipe.
+
+    roots: the directory of each data set, by its loader's key. remarks: what the user should know.
+    cwd: what relative paths of weights are relative to.
+    """
+
+    configuration: dict[str, Any]
+    recipe: Recipe
+    roots: dict[str, Path]
+    remarks: list[str]
+    cwd: Path
+
+    def for_run(self, run: RunOptions, init: str) -> RunSettings:
+        """What goes into config.json."""
+        digest = hashlib.blake2b(_text(deciding(self.configuration)).encode(), digest_size=8)
+        return RunSettings(
+            digest.hexdigest(), init, self.recipe.epochs, _plain(self.configuration), run
+        )
+
+
+def load(
+    name: str,
+    options: tuple[str, ...] = (),
+    *,
+    cwd: Path,
+    data_root: Path | None = None,
+    scale_lr: bool = False,
+    strict: bool = False,
+) -> Settings:
+    """The settings of the configuration file `name` under `--cfg-options` and the flags beside.
+
+    Raises UserError for anything not understood and for data that is not there.
+    """
+    configuration = config_reader.read_config(config_reader.find_config(name, cwd))
+    return _settle(configuration, options, data_root, scale_lr, strict, cwd)
+
+
+def load_stored(
+    run_dir: Path,
+    options: tuple[str, ...] = (),
+    *,
+    cwd: Path,
+    data_root: Path | None = None,
+    scale_lr: bool = False,
+    strict: bool = False,
+) -> Settings:
+    """The settings of the run in `run_dir`, under further options. Raises UserError as `load`."""
+    return _settle(stored_configuration(run_dir), options, data_root, scale_lr, strict, cwd)
+
+
+def directory_of(checkpoint: Path) -> Path:
+    """The run directory of a checkpoint, or the directory itself."""
+    return checkpoint if checkpoint.is_dir() else checkpoint.parent
+
+
+def stored_configuration(run_dir: Path) -> dict[str, Any]:
+    """The configuration of the run in `run_dir`. Raises UserError where none is."""
+    written = read_json(run_dir / "config.json")
+    settings = written.get("settings") if isinstance(written, dict) else None
+    configuration = settings.get("configuration") if isinstance(settings, dict) else None
+    if not isinstance(configuration, dict):
+        raise UserError(
+            f"{run_dir / 'config.json'} is missing or is not of a run of this recipe; name the "
+            "configuration file with --config"
+        )
+    return configuration
+
+
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], resume: str) -> None:
+    """Raise UserError when a run with configuration `before` cannot go on with `now`."""
+    changed = differing(*(_flat(configuration) for configuration in (before, now)))
+    if changed:
+        more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+        raise UserError(
+            f"--resume {resume} cannot continue with {'; '.join(changed[:_SHOWN])}{more}; leave "
+            "these settings as they were, or start anew without --resume"
+        )
+
+
+def changes(run_dir: Path, now: dict[str, Any]) -> list[str]:
+    """What of `now` differs from the run in `run_dir`, 'name: old → new'; [] without one."""
+    try:
+        return differing(_flat(stored_configuration(run_dir)), _flat(now))
+    except UserError:
+        return []
+
+
+def _settle(
+    configuration: dict[str, Any],
+    options: tuple[str, ...],
+    data_root: Path | None,
+    scale_lr: bool,
+    strict: bool,
+    cwd: Path,
+) -> Settings:
+    """Put the options over the configuration and read what comes out."""
+    configuration, remarks = config_options.with_options(
+        configuration, options, known=KNOWN, strict=strict
+    )
+    if data_root is not None:
+        configuration = config_options.with_data_root(configuration, str(data_root))
+    if scale_lr:
+        scaling = configuration.get("auto_scale_lr") or {}
+        configuration["auto_scale_lr"] = {**scaling, "enable": True}
+    recipe, unread = read_recipe(configuration, cwd)
+    if strict and unread:
+        raise UserError(f"{unread[0]} (--strict-cfg refuses it)")
+    typed = " ".join(remarks)
+    remarks += [line for line in unread if line.split(" ")[0] not in typed]  # once is enough
+    roots = config_options.data_roots(configuration, cwd)
+    for key, path in roots.items():  # to be found again from elsewhere
+        option = f"{key}.dataset.data_root={str(path)!r}"
+        configuration, _ = config_options.with_options(configuration, [option])
+    return Settings(configuration, recipe, roots, remarks, cwd)
+
+
+def _flat(configuration: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(_text(deciding(configuration)))
+
+
+def _text(value: Any) -> str:
+    return json.dumps(_plain(value), sort_keys=True)
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON can hold it: keys as text, numbers that are not finite as text."""
+    if isinstance(value, dict):
+        return {str(key): _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,118 @@
+"""One dict of a configuration, read key by key: wrong values are refused, unknown keys noticed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from shared.errors import UserError, did_you_mean
+
+D = TypeVar("D", float, int, bool, None)
+
+
+class Section:
+    """The dict called `name`. Every key that is asked for counts as known to `unknown`.
+
+    A key that is missing has the default; what has another kind or range raises UserError, with the
+    dotted name, the value and what is allowed.
+    """
+
+    def __init__(self, values: Any, name: str) -> None:
+        if not isinstance(values, dict):
+            raise UserError(f"{name} is {values!r}, expected dict(…)")
+        self.name = name
+        self._values, self._known = values, list[str]()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is."""
+        self._known.append(key)
+        return self._values.get(key, default)
+
+    def section(self, key: str, default: dict[str, Any] | None = None) -> Section:
+        """The dict below `key`; None counts as missing."""
+        value = self.get(key)
+        return Section((default or {}) if value is None else value, self._dotted(key))
+
+    def sections(self, key: str) -> list[Section]:
+        """The dicts of the list, or of the one dict, below `key`."""
+        value = self.get(key)
+        entries = [] if value is None else value if isinstance(value, list | tuple) else [value]
+        return [Section(entry, f"{self._dotted(key)}.{n}") for n, entry in enumerate(entries)]
+
+    def flag(self, key: str, default: bool) -> bool:
+        """True or False."""
+        value = self.get(key, default)
+        return value if isinstance(value, bool) else self._refuse(key, value, "True or False")
+
+    def number(
+        self, key: str, default: D, *, low: float = -math.inf, above: float = -math.inf
+    ) -> float | D:
+        """A finite number of at least `low` and above `above`; None only as the default."""
+        value = self.get(key, default)
+        if value is default:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self._refuse(key, value, "a number")
+        if not (math.isfinite(value) and value >= low and value > above):
+            limit = f" above {above:g}" if above > low else f" of at least {low:g}"
+            self._refuse(key, value, "a number" + (limit if max(low, above) > -math.inf else ""))
+        return value
+
+    def whole(self, key: str, default: Any, *, low: int = 0) -> Any:
+        """A whole number of at least `low`; None only as the default."""
+        value = self.get(key, default)
+        if value is None and default is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            self._refuse(key, value, f"a whole number of at least {low}")
+        return value
+
+    def numbers(self, key: str) -> list[float]:
+        """A list of numbers."""
+        value = self.get(key)
+        if not isinstance(value, list | tuple) or not all(map(is_number, value)):
+            self._refuse(key, value, "a list of numbers")
+        return list(value)
+
+    def text(self, key: str, default: str | None) -> str | None:
+        """Text; None only as the default."""
+        value = self.get(key, default)
+        if value is not default and not isinstance(value, str):
+            self._refuse(key, value, "text")
+        return value
+
+    def one_of(self, key: str, allowed: Sequence[str], default: str | None = None) -> str:
+        """One of the texts `allowed`."""
+        value = self.get(key, default)
+        if value not in allowed:
+            near = did_you_mean(str(value), allowed)
+            self._refuse(key, value, f"one of {', '.join(allowed)}{near}")
+        return value
+
+    def unknown(self, passed_over: Sequence[str] = ()) -> list[str]:
+        """A line for each key that nobody has asked for and that is not in `passed_over`."""
+        known = list(dict.fromkeys([*self._known, *passed_over]))
+        return [
+            f"{self._dotted(key)} is not known and has no effect; known there: {', '.join(known)}"
+            f"{did_you_mean(str(key), known)}"
+            for key in self._values
+            if key not in known
+        ]
+
+    def refuse_rest(self) -> None:
+        """Raise UserError for a key that nobody has asked for."""
+        for line in self.unknown():
+            raise UserError(line)
+
+    def _dotted(self, key: object) -> str:
+        return f"{self.name}.{key}" if self.name else str(key)
+
+    def _refuse(self, key: str, value: Any, expected: str) -> Any:
+        found = f"is {value!r}" if key in self._values else "is missing"
+        raise UserError(f"{self._dotted(key)} {found}, expected {expected}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a finite int or float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

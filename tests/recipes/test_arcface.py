@@ -1,0 +1,383 @@
+"""arcface through run_arcface.py, on an In-shop of a few small pictures."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from arcface import demo
+from arcface.run_scripts import run_arcface
+from shared.files import read_json_lines
+from tests.arcface_nano import EPOCHS, SCRIPT, STEPS_AN_EPOCH, build_inshop, write_config
+from tests.harness import ROOT, losses, run_here, start, status_of, wait_for_step
+
+STEPS = EPOCHS * STEPS_AN_EPOCH
+TRAIN_LINE = re.compile(
+    r"Epoch\(train\) \[(\d+)\]\[(\d+)/(\d+)\]  lr: (\d\.\d{4}e[+-]\d\d)  eta: (\d+:\d\d:\d\d)  "
+    r"time: (\d+\.\d{4})  data_time: (\d+\.\d{4})  loss: (\d+\.\d{4})$"
+)
+VAL_LINE = re.compile(
+    r"Epoch\(val\) \[(\d+)\]\[(\d+)/(\d+)\]    retrieval/Recall@1: (\d+\.\d{4})  "
+    r"retrieval/mAP@10: (\d+\.\d{4})  "
+)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """As a run of its own has: sums in another order give other digits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def inshop(tmp_path_factory) -> Path:
+    return build_inshop(tmp_path_factory.mktemp("nano"))
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    return write_config(tmp_path / "nano.py")
+
+
+@pytest.fixture
+def flags(inshop, config, tmp_path):
+    return ["--config", config, "--data-root", inshop, "--work-dir", tmp_path / "work", "--seed", 1]
+
+
+def train(*args):
+    return run_here(run_arcface.main, args)
+
+
+def names(run_dir):
+    return {path.name for path in run_dir.glob("*.pth")}
+
+
+def final_weights(run_dir):
+    return torch.load(run_dir / f"epoch_{EPOCHS}.pth")["parts"]["encoder"]
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+# --- a run ----------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_the_documented_files_and_lines(flags, tmp_path):
+    outcome = train(*flags)
+    assert outcome.code == 0, outcome.text
+    run_dir = tmp_path / "work"
+    best = [name for name in names(run_dir) if name.startswith("best_retrieval_Recall@1_epoch_")]
+    assert names(run_dir) == {"epoch_2.pth", "epoch_3.pth", *best} and len(best) == 1
+    found = [TRAIN_LINE.search(line) for line in outcome.text.splitlines()]
+    places = [tuple(map(int, match.groups()[:3])) for match in found if match]
+    assert places == [(epoch, step, 4) for epoch in (1, 2, 3) for step in (2, 4)]
+    validated = [VAL_LINE.search(line) for line in outcome.text.splitlines()]
+    assert [int(match[1]) for match in validated if match] == [0, 1, 2, 3]
+    status = status_of(run_dir)
+    shown = [float(match[4]) for match in validated if match]
+    assert status["state"] == "done" and status["step"] == STEPS
+    assert status["result"] == {
+        "name": "Recall@1",
+        "before": pytest.approx(shown[0], abs=1e-4),
+        "after": pytest.approx(shown[-1], abs=1e-4),
+        "higher_is_better": True,
+    }
+    rows = list(read_json_lines(run_dir / "metrics.jsonl"))
+    assert {"retrieval/Recall@1", "retrieval/Recall@40", "retrieval/mAP@10_min"} <= set(rows[0])
+    assert list((run_dir / "tensorboard").glob("events.out.tfevents*"))
+
+
+def test_the_best_file_holds_the_weights_of_its_epoch_and_the_head(flags, tmp_path):
+    assert train(*flags).code == 0
+    run_dir = tmp_path / "work"
+    (path,) = run_dir.glob("best_*.pth")
+    content = torch.load(path)
+    epoch = content["meta"]["epoch"]
+    rows = [row for row in read_json_lines(run_dir / "metrics.jsonl") if row["split"] == "val"]
+    reached = [row["retrieval/Recall@1"] for row in rows][1:]
+    assert reached.index(max(reached)) + 1 == epoch
+    assert content["meta"]["metrics"]["Recall@1"] == pytest.approx(max(reached) / 100)
+    assert content["state_dict"]["head.weight"].shape == (4, 512)
+    if (run_dir / f"epoch_{epoch}.pth").exists():
+        whole = torch.load(run_dir / f"epoch_{epoch}.pth")["parts"]["encoder"]
+        own = {
+            name.removeprefix("encoder."): tensor
+            for name, tensor in content["state_dict"].items()
+            if name != "head.weight"
+        }
+        assert same(own, whole)
+
+
+def test_the_learning_rate_follows_the_schedule_and_the_total_batch(flags, tmp_path):
+    options = ["auto_scale_lr.enable=True", "auto_scale_lr.base_batch_size=12"]
+    assert train(*flags, "--cfg-options", *options, "train_cfg.max_epochs=2", "--log-every", 1,
+                 "--no-validate").code == 0  # fmt: skip
+    rows = list(read_json_lines(tmp_path / "work" / "metrics.jsonl"))
+    expected = [0.02 * 6 / 12 * factor for factor in [1.0] * 4 + [0.75] * 4]  # cosine over 3 epochs
+    assert [row["lr"] for row in rows] == pytest.approx(expected, rel=1e-6)
+
+
+HEADS = {
+    "sub-centres": ["model.head.num_subcenters=2", "model.head.easy_margin=True"],
+    "adaptive margins": ['custom_hooks=[{"type": "SetAdaptiveMarginsHook", "margin_max": 0.3}]'],
+    "sharded": ["model.head.shard=True"],
+    "sampled": ["model.head.sample_rate=0.5", "model.head.num_subcenters=2"],
+}
+
+
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+def test_heads_of_every_kind_train_and_resume_exactly(options, flags, tmp_path):
+    options = ["train_cfg.max_epochs=2", "train_cfg.val_before_train=False", *options]
+    assert train(*flags, "--log-every", 1, "--cfg-options", *options).code == 0
+    before = losses(tmp_path / "work")
+    resumed = train("--resume", tmp_path / "work" / "epoch_1.pth", "--log-every", 1)
+    assert resumed.code == 0 and "at step 4 of 8" in resumed.text, resumed.text
+    assert losses(tmp_path / "work") == before and len(before) == 8
+
+
+# --- stopping and continuing ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def undisturbed(inshop, tmp_path_factory):
+    """Losses and final weights of a run that nothing happened to."""
+    place = tmp_path_factory.mktemp("undisturbed")
+    file = write_config(place / "nano.py")
+    args = ["--config", file, "--data-root", inshop, "--work-dir", place / "work", "--seed", 1]
+    assert train(*args, "--log-every", 1).code == 0
+    return losses(place / "work"), final_weights(place / "work")
+
+
+@pytest.mark.serial
+def test_sigterm_saves_and_resume_gives_the_undisturbed_run(flags, undisturbed, tmp_path):
+    run_dir = tmp_path / "work"
+    with start([SCRIPT, *flags, "--log-every", 1]) as running:
+        wait_for_step(run_dir, 6, running)
+        running.signal(signal.SIGTERM)
+        assert running.finish().code == 143
+        assert running.leaves_nothing()
+    status = status_of(run_dir)
+    assert status["state"] == "stopped" and 6 <= status["step"] < STEPS
+    resumed = train(*flags, "--log-every", 1, "--resume")
+    assert resumed.code == 0 and "continuing from" in resumed.text
+    assert losses(run_dir) == undisturbed[0]
+    assert same(final_weights(run_dir), undisturbed[1])
+    assert len(list(run_dir.glob("best_*.pth"))) == 1
+
+
+@pytest.mark.serial
+def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, undisturbed, tmp_path):
+    run_dir = tmp_path / "work"
+    with start([SCRIPT, *flags, "--log-every", 1, "--save-every", 3]) as running:
+        wait_for_step(run_dir, 7, running)
+        running.signal(signal.SIGKILL)
+        running.finish()
+        assert running.leaves_nothing()
+    resumed = train(*flags, "--log-every", 1, "--save-every", 3, "--resume", "auto")
+    assert resumed.code == 0 and "continuing from" in resumed.text
+    assert losses(run_dir) == undisturbed[0]
+    assert same(final_weights(run_dir), undisturbed[1])
+
+
+def test_without_resume_the_same_command_starts_anew_and_keeps_the_old_run(flags, tmp_path):
+    short = [*flags, "--no-validate", "--cfg-options", "train_cfg.max_epochs=1"]
+    assert train(*short).code == 0
+    again = train(*short)
+    assert again.code == 0 and "a new run starts: --resume never" in again.text
+    assert (tmp_path / "work.1" / "epoch_1.pth").exists()
+    assert (tmp_path / "work" / "epoch_1.pth").exists()
+
+
+def test_an_epochs_file_is_resumed_with_nothing_else_typed(flags, undisturbed, tmp_path):
+    run_dir = tmp_path / "work"
+    assert train(*flags, "--log-every", 1).code == 0
+    resumed = train("--resume", run_dir / "epoch_2.pth", "--log-every", 1)
+    assert resumed.code == 0, resumed.text
+    assert "at step 8 of 12" in resumed.text
+    assert losses(run_dir) == undisturbed[0]
+    assert same(final_weights(run_dir), undisturbed[1])
+    assert (run_dir / "epoch_3.pth.old").exists()  # what the first continuation had left
+    assert len(list(run_dir.glob("best_*.pth"))) == 1
+
+
+def test_other_settings_are_refused_by_name_on_an_explicit_resume(flags, tmp_path):
+    short = ["--cfg-options", "train_cfg.max_epochs=1"]
+    assert train(*flags, "--no-validate", *short).code == 0
+    run_dir = tmp_path / "work"
+    other = train("--resume", run_dir, "--cfg-options", "model.head.scale=32.0")
+    assert other.code == 2
+    assert "model.head.scale: 16.0 → 32.0" in other.last_line
+    longer = train("--resume", run_dir, "--no-validate", "--cfg-options", "train_cfg.max_epochs=2")
+    assert longer.code == 0, longer.text
+    assert status_of(run_dir)["step"] == 2 * STEPS_AN_EPOCH
+
+
+def test_automatic_resume_after_a_change_starts_anew_and_says_what_changed(flags, tmp_path):
+    short = [*flags, "--no-validate", "--cfg-options", "train_cfg.max_epochs=1"]
+    assert train(*short).code == 0
+    (tmp_path / "work" / "status.json").write_text(json.dumps({"state": "stopped", "step": 4}))
+    changed = train(*short, "model.head.scale=32.0", "--resume")
+    assert changed.code == 0
+    assert "not as in the run there: model.head.scale: 16.0 → 32.0" in changed.text
+    assert (tmp_path / "work.1").is_dir()
+
+
+# --- several processes ----------------------------------------------------------------------------
+
+
+@pytest.mark.serial
+def test_two_processes_train_as_one_does_on_the_same_batches(flags, tmp_path):
+    """With batch norm kept as it is: its statistics are those of a process's own pictures."""
+    frozen = ["model.image_encoder.0.norm_eval=True", "train_cfg.max_epochs=2"]
+    options = ["--log-every", 1, "--cfg-options", *frozen]
+    assert train(*flags, "--work-dir", tmp_path / "1", *options).code == 0
+    extra = ["--nproc", 2, "--work-dir", tmp_path / "2"]
+    with start([SCRIPT, *flags, *extra, *options, "train_dataloader.batch_size=3"]) as running:
+        assert running.finish().code == 0, running.text
+    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
+    assert len(one) == 8
+    assert two == pytest.approx(one, rel=2e-5)
+    results = [status_of(tmp_path / str(n))["result"]["before"] for n in (1, 2)]
+    assert results[0] == results[1]
+
+
+DOCUMENTED = """\
+python run_scripts/run_arcface.py \\
+  --config config/arcface/resnet50-arcface_8xb32_inshop.py \\
+  --launcher pytorch --nproc-per-node 4 \\
+  --cfg-options \\
+    "train_dataloader.dataset.data_root=$data_path" \\
+    "val_dataloader.dataset.data_root=$data_path" \\
+    "test_dataloader.dataset.data_root=$data_path" \\
+    "query_dataloader.dataset.data_root=$data_path" \\
+    "gallery_dataloader.dataset.data_root=$data_path" \\
+    "model.prototype.dataset.data_root=$data_path" \\
+"""
+TEE = "  2>&1 | tee cuda.log"
+SMALLER = (  # than a batch of 32 at 448 x 448 and a head of 3997 items
+    "train_cfg.max_epochs=1 train_dataloader.batch_size=12 train_dataloader.num_workers=0 "
+    "model.image_encoder.0.depth=18 model.head.in_channels=512 model.head.num_classes=4 "
+    "train_dataloader.dataset.pipeline.1.scale=36 train_dataloader.dataset.pipeline.2.crop_size=32 "
+    "val_dataloader.dataset.pipeline.1.scale=36 val_dataloader.dataset.pipeline.2.crop_size=32 "
+    "model.prototype.dataset.pipeline.1.scale=36 model.prototype.dataset.pipeline.2.crop_size=32 "
+    "val_dataloader.num_workers=0 model.prototype.num_workers=0 --init random"
+)
+
+
+def paste(command, cwd, **environ):
+    environ = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    } | environ
+    environ["CUDA_VISIBLE_DEVICES"] = ""
+    return subprocess.run(
+        ["bash", "-c", command], cwd=cwd, env=environ, capture_output=True, text=True, timeout=110
+    )
+
+
+@pytest.mark.slow
+def test_the_documented_command_pasted_trains(inshop, tmp_path):
+    (tmp_path / "run_scripts").symlink_to(ROOT / "arcface" / "run_scripts")
+    work = f"--work_dir={tmp_path}/work"  # mm's own spelling
+    outcome = paste(DOCUMENTED + f"{SMALLER} {work} {TEE}", tmp_path, data_path=str(inshop))
+    log = (tmp_path / "cuda.log").read_text()
+    assert outcome.returncode == 0 and log == outcome.stdout
+    assert "4 processes were asked for, no GPU(s) are visible: going on with 1" in log
+    assert "12 a step = 1 process(es) x 12 | lr 0.0009375" in log  # 0.02 * 12 / 256
+    assert "retrieval/Recall@1: " in log and "exit 0" in log
+    assert (tmp_path / "work" / "epoch_1.pth").exists()
+
+
+def test_the_documents_two_lines_pasted_one_after_the_other_find_the_program(inshop, tmp_path):
+    """`cd …/run_scripts`, then `python run_scripts/run_arcface.py`."""
+    there = f"cd {ROOT}/arcface/run_scripts\n"
+    planned = there + DOCUMENTED + f"--dry-run 2>&1 | tee {tmp_path}/cuda.log"
+    outcome = paste(planned, tmp_path, data_path=str(inshop))
+    assert f"50 epochs of {inshop}, 32 pictures a step = 1 process(es) x 32" in outcome.stdout
+    assert "learning rate 0.0025" in outcome.stdout
+
+
+def test_the_documented_command_without_its_variable_says_what_to_export(tmp_path):
+    (tmp_path / "run_scripts").symlink_to(ROOT / "arcface" / "run_scripts")
+    outcome = paste(DOCUMENTED + TEE, tmp_path, data_path="")
+    assert "export data_path=/…/inshop" in outcome.stdout.splitlines()[-1]
+    assert "Eval/list_eval_partition.txt" in outcome.stdout
+
+
+def test_a_process_count_of_another_machine_is_lowered_and_one_for_this_machine_is_not(capsys):
+    settle = run_arcface.settle_processes
+    assert settle(["--nproc-per-node", "4"], {})[-2:] == ["--nproc", "1"]
+    assert "4 processes were asked for" in capsys.readouterr().err
+    assert settle(["--nproc", "2"], {}) == ["--nproc", "2"]
+    assert settle(["--launcher", "none"], {})[-2:] == ["--nproc", "1"]
+    assert settle(["--nproc-per-node", "4"], {"RANK": "0"}) == ["--nproc-per-node", "4"]
+
+
+def test_processes_started_by_srun_take_their_places_from_slurm(tmp_path, monkeypatch):
+    stub = tmp_path / "scontrol"
+    stub.write_text('#!/bin/sh\necho "$@" >"$0.args"\nprintf "node07\\nnode09\\n"\n')
+    stub.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    environ = {
+        "SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "node[07,09]; rm -rf x",
+    }  # fmt: skip
+    run_arcface.settle_processes(["--launcher", "slurm"], environ)
+    wanted = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node07"}
+    assert {name: environ[name] for name in wanted} == wanted
+    assert environ["MASTER_PORT"] == "13456"
+    assert (tmp_path / "scontrol.args").read_text() == "show hostnames node[07,09]; rm -rf x\n"
+
+
+def test_without_scontrol_the_launching_host_is_met(monkeypatch):
+    monkeypatch.setenv("PATH", "/nowhere")
+    environ = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.7"}
+    run_arcface.settle_processes(["--launcher=slurm", "--master-port", "4321"], environ)
+    assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("10.0.0.7", "4321")
+
+
+# --- before training ------------------------------------------------------------------------------
+
+
+def test_help_and_dry_run_do_not_load_torch(flags, tmp_path):
+    probe = f"import sys; sys.argv = {[str(SCRIPT), *map(str, flags), '--dry-run']!r}\n" + (
+        "sys.path.insert(0, sys.argv[0].rpartition('/arcface/')[0])\n"
+        "from arcface.run_scripts import run_arcface\n"
+        "code = run_arcface.start()\n"
+        "print(code, 'torch' in sys.modules)"
+    )
+    shown = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert shown.stdout.splitlines()[-1] == "0 False", shown.stderr
+    assert "6 pictures a step = 1 process(es) x 6" in shown.stdout
+    assert not (tmp_path / "work").exists()
+
+
+def test_unknown_settings_are_named_once_and_refused_when_strict(flags):
+    typo = ["--cfg-options", "train_cfg.max_epohcs=1", "--dry-run"]
+    strict = train(*flags, *typo, "--strict-cfg")
+    assert strict.code == 2 and "max_epohcs" in strict.last_line
+    assert train(*flags, *typo).code == 0
+
+
+# --- the demo -------------------------------------------------------------------------------------
+
+
+@pytest.mark.full
+@pytest.mark.limit(900)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_demo_reaches_its_figure_on_garments_of_any_seed(seed, tmp_path):
+    root = demo.build(tmp_path, seed=seed).data_root
+    run_dir = tmp_path / "run"
+    with start([SCRIPT, "--demo", "--data-root", root, "--run-dir", run_dir]) as running:
+        assert running.finish(timeout=800).code == 0, running.text
+    result = status_of(run_dir)["result"]
+    assert result["before"] < 40 and result["after"] >= 88, result

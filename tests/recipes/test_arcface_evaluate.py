@@ -1,0 +1,159 @@
+"""evaluate.py: the figures of a trained retriever, as JSON, text and a page of pictures."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from arcface import evaluate
+from arcface.contact_sheet import choose
+from arcface.evaluation import Split
+from arcface.evaluation import evaluate as score
+from arcface.inshop import LEFT_OUT, Garment
+from arcface.run_scripts import run_arcface
+from shared.distributed import World
+from shared.files import read_json_lines
+from tests.arcface_nano import build_inshop, write_config
+from tests.harness import run_here
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def inshop(tmp_path_factory) -> Path:
+    return build_inshop(tmp_path_factory.mktemp("nano"), 4, 5)
+
+
+@pytest.fixture(scope="module")
+def run_dir(inshop, tmp_path_factory) -> Path:
+    """A run of one epoch, validated after it."""
+    place = tmp_path_factory.mktemp("run")
+    config = write_config(place / "nano.py")
+    args = ["--config", config, "--data-root", inshop, "--work-dir", place / "work"]
+    options = ["--cfg-options", "train_cfg.max_epochs=1", "train_cfg.val_before_train=False"]
+    assert run_here(run_arcface.main, [*args, *options]).code == 0
+    return place / "work"
+
+
+def test_a_run_directory_gives_the_figures_of_its_training(run_dir, tmp_path):
+    outcome = run_here(evaluate.main, ["--checkpoint", run_dir, "--out", tmp_path / "out"])
+    assert outcome.code == 0, outcome.text
+    written = json.loads((tmp_path / "out" / "retrieval.json").read_text())
+    rows = [row for row in read_json_lines(run_dir / "metrics.jsonl") if row["split"] == "val"]
+    assert len(written["metrics"]) == 7
+    for name, value in written["metrics"].items():
+        assert value == pytest.approx(rows[-1][name], rel=1e-6), name
+    assert written["counts"] == {
+        "queries": 15, "queries_without_gallery_picture": 0, "queries_unreadable": 0,
+        "queries_in_list": 15, "gallery": 15, "gallery_unreadable": 0,
+    }  # fmt: skip
+    assert Path(written["checkpoint"]).name.startswith("best_retrieval_Recall@1_epoch_1")
+    table = (tmp_path / "out" / "retrieval.txt").read_text()
+    assert re.search(rf"retrieval/mAP@10 +{written['metrics']['retrieval/mAP@10']:.4f}\n", table)
+    assert table in outcome.text
+
+
+def test_the_page_shows_queries_with_their_nearest_and_marks_them(run_dir, tmp_path):
+    args = ["--checkpoint", run_dir / "last.pt", "--out", tmp_path / "out", "--examples", 4]
+    assert run_here(evaluate.main, args).code == 0
+    page = (tmp_path / "out" / "contact_sheet.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 4 * 11
+    assert len(re.findall(r"<small>[✓✗] -?[01]\.\d{3}</small>", page)) == 4 * 10
+    assert "http" not in page.replace("http-equiv", "")
+
+
+def test_failures_are_among_the_examples_and_the_choice_repeats():
+    right = torch.tensor([True] * 50 + [False] * 30 + [True] * 20)
+    shown = choose(right, 24, seed=0)
+    assert len(shown) == 24 == len(set(shown)) and shown == sorted(shown)
+    assert sum(not right[row] for row in shown) == 12
+    assert shown == choose(right, 24, seed=0) != choose(right, 24, seed=1)
+    assert choose(torch.tensor([True, False]), 24, seed=0) == [0, 1]
+    assert len(choose(torch.tensor([False] * 30), 24, seed=0)) == 24
+
+
+def test_a_limit_takes_queries_from_the_whole_list_and_the_whole_gallery(run_dir, tmp_path):
+    args = ["--checkpoint", run_dir, "--out", tmp_path / "out", "--limit", 5]
+    assert run_here(evaluate.main, args).code == 0
+    counts = json.loads((tmp_path / "out" / "retrieval.json").read_text())["counts"]
+    assert (counts["queries"], counts["queries_in_list"], counts["gallery"]) == (5, 15, 15)
+
+
+class Stripes:
+    """Pictures whose level is their item's; some cannot be read."""
+
+    def __init__(self, items, unreadable=()):
+        self.labels, self.unreadable = torch.tensor(items), unreadable
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, index):
+        image = torch.zeros(3, 4, 4, dtype=torch.uint8)
+        image[int(self.labels[index]) % 3] = 200 + index
+        place = LEFT_OUT if index in self.unreadable else index
+        return Garment(image, int(self.labels[index]), place, False)
+
+
+class Means(torch.nn.Module):
+    """The mean colour of a picture: tells items 0, 1 and 2 apart."""
+
+    dim = 3
+
+    def forward(self, images):
+        return images.mean((2, 3))
+
+
+def test_unreadable_pictures_are_left_out_of_queries_and_gallery():
+    query = Split(Stripes([0, 1, 2, 0], unreadable=[1]), 3, 0)
+    # of item 2 only an unreadable picture is in the gallery: its query has no answer
+    gallery = Split(Stripes([1, 0, 2, 0], unreadable=[2]), 3, 0)
+    outcome = score(Means(), lambda images: images.float(), query, gallery, World())
+    assert outcome.query_places.tolist() == [0, 2, 3]
+    assert outcome.gallery_places.tolist() == [0, 1, 3]
+    assert outcome.retrieval.num_queries == 2
+    assert outcome.retrieval.without_positive == [1]
+    assert outcome.metrics["Recall@1"] == 1.0
+    assert outcome.metrics["mAP@10"] == 1.0
+
+
+MISTAKES = {
+    "no checkpoint": (["--checkpoint", "/nowhere"], "/nowhere is missing"),
+    "no run beside it": (["--checkpoint", "{alone}"], "--config"),
+    "no data": (["--checkpoint", "{run}", "--data-root", "/nowhere"], "/nowhere is no directory"),
+    "no picture at all": (["--checkpoint", "{run}", "--limit", 0], "limit must be at least 1"),
+    "no place": (["--checkpoint", "{run}", "--out", "/proc/here"], "--out /proc/here cannot"),
+    "another network": (
+        ["--checkpoint", "{run}", "--cfg-options", "model.image_encoder.0.depth=34"],
+        "does not fit",
+    ),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_named_in_one_line(args, message, run_dir, tmp_path):
+    alone = tmp_path / "alone.pth"
+    torch.save({"state_dict": {"x": torch.zeros(1)}}, alone)
+    words = [str(arg).format(alone=alone, run=run_dir) for arg in args]
+    place = [] if "--out" in words else ["--out", tmp_path / "out"]
+    outcome = run_here(evaluate.main, [*words, *place])
+    assert outcome.code == 2, outcome.text
+    assert outcome.last_line.startswith("error: ") and message in outcome.last_line
+
+
+def test_a_configuration_file_serves_where_no_run_is_beside(run_dir, inshop, tmp_path):
+    (best,) = run_dir.glob("best_*.pth")
+    (tmp_path / "best.pth").write_bytes(best.read_bytes())
+    config = write_config(tmp_path / "nano.py")
+    args = ["--checkpoint", tmp_path / "best.pth", "--config", config, "--data-root", inshop]
+    outcome = run_here(evaluate.main, args)
+    assert outcome.code == 0, outcome.text
+    assert (tmp_path / "evaluation" / "retrieval.json").exists()

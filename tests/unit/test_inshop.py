@@ -1,0 +1,570 @@
+"""In-shop: the list and its faults, pictures as Pillow makes them, broken files, batches."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from arcface.batches import Preprocess, collate, open_preprocess
+from arcface.decoding import decode_rgb
+from arcface.inshop import LEFT_OUT, InShop, open_inshop
+from arcface.partition import PartitionError, read_partition
+from arcface.pipeline import build_pipeline, resize
+from shared.distributed import World
+from shared.errors import UserError
+from shared.loader import make_eval_loader, make_loader
+from shared.seed import seed_cpu
+
+TRAIN_STEPS = [
+    {"type": "LoadImageFromFile"},
+    {"type": "Resize", "scale": 24},
+    {"type": "RandomCrop", "crop_size": 20},
+    {"type": "RandomFlip", "prob": 0.5, "direction": "horizontal"},
+    {"type": "PackInputs"},
+]
+TEST_STEPS = [
+    {"type": "LoadImageFromFile"},
+    {"type": "Resize", "scale": 24},
+    {"type": "CenterCrop", "crop_size": 20},
+    {"type": "PackInputs"},
+]
+MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+WORLD = World()
+
+
+def picture(seed=0, height=32, width=32):
+    """A smooth random picture with some grain, as photographs are."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), float)
+    return Image.fromarray((smooth + rng.normal(0, 5, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+def encoded(image, kind="JPEG", **settings):
+    stream = io.BytesIO()
+    image.save(stream, kind, **settings)
+    return stream.getvalue()
+
+
+def with_pillow(content):
+    pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+LINES = [
+    *(f"img/W/A/id_1/0{i}.jpg id_1 train" for i in range(4)),
+    *(f"img/W/B/id_2/0{i}.jpg id_2 train" for i in range(4)),
+    *(f"img/W/A/id_3/0{i}.jpg id_3 {('query', 'gallery')[i % 2]}" for i in range(4)),
+    *(f"img/W/A/id_4/0{i}.jpg id_4 {('gallery', 'query')[i % 2]}" for i in range(4)),
+]
+
+
+def write_list(root, lines=LINES, count=None, end="\n", mark=b""):
+    head = [str(len(lines) if count is None else count), "image_name item_id evaluation_status"]
+    text = end.join([*head, *lines]) + end
+    (root / "Eval").mkdir(parents=True, exist_ok=True)
+    path = root / "Eval" / "list_eval_partition.txt"
+    path.write_bytes(mark + text.encode())
+    return path
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A whole data set of 16 pictures."""
+    write_list(tmp_path)
+    for number, line in enumerate(LINES):
+        path = tmp_path / "Img" / line.split()[0]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(encoded(picture(number), quality=92))
+    return tmp_path
+
+
+def open_split(root, split, **settings):
+    steps = TRAIN_STEPS if split == "train" else TEST_STEPS
+    return InShop(root, split, build_pipeline(steps), **settings)
+
+
+# --- the list -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("end", "mark"), [("\n", b""), ("\r\n", b""), ("\n", b"\xef\xbb\xbf"), ("   \n", b"")]
+)
+def test_the_list_is_read_whatever_its_line_ends(tmp_path, end, mark):
+    found = read_partition(write_list(tmp_path, end=end, mark=mark))
+    assert [len(found.split(name)) for name in ("train", "query", "gallery")] == [8, 4, 4]
+    assert found.train[0] == ("img/W/A/id_1/00.jpg", "id_1")
+    assert found.query[0] == ("img/W/A/id_3/00.jpg", "id_3")
+    assert found.remarks() == []
+
+
+def test_items_are_numbered_by_first_appearance_and_alike_in_query_and_gallery(tmp_path):
+    lines = [
+        *("img/a b_9 train", "img/b b_2 train", "img/c b_9 train"),
+        *("img/d t_7 query", "img/e t_5 gallery", "img/f t_7 gallery", "img/g t_5 query"),
+    ]
+    found = read_partition(write_list(tmp_path, lines))
+    assert found.labels("train") == [0, 1, 0]
+    assert (found.labels("gallery"), found.labels("query")) == ([0, 1], [1, 0])
+
+
+def test_every_malformed_line_is_known_and_the_first_five_are_spelled_out(tmp_path):
+    bad = [
+        "img/a id_1",
+        "img/a b.jpg id_1 train",
+        "img/c id_1 trian",
+        "/etc/passwd id_1 train",
+        "img/../../x id_1 train",
+        "img/W/A/id_1/00.jpg id_1 query",
+        "img/d id_1 Train",
+        "img/e\x07 id_1 train",
+    ]
+    lines = [LINES[0], *bad, *LINES[1:], "img/last"]
+    with pytest.raises(PartitionError) as caught:
+        read_partition(write_list(tmp_path, lines))
+    assert [fault.line for fault in caught.value.faults] == [4, 5, 6, 7, 8, 9, 10, 11, 27]
+    message = str(caught.value)
+    assert "9 malformed line(s)" in message and "and lines 9-11, 27" in message
+    assert "line 4: expected path, item and status, found 2 words: 'img/a id_1'" in message
+    assert "line 5: expected path, item and status, found 4 words" in message
+    assert "line 6: status 'trian', allowed: train, query, gallery; did you mean train?" in message
+    assert "line 8: 'img/../../x' is no path below" in message
+    assert "line 9" in caught.value.faults[5].reason or "line 3" in caught.value.faults[5].reason
+    assert "\n" not in message
+
+
+def test_a_duplicate_names_the_line_it_repeats(tmp_path):
+    with pytest.raises(PartitionError, match=r"line 19: 'img/W/A/id_1/01.jpg' stands in line 4"):
+        read_partition(write_list(tmp_path, [*LINES, "img/W/A/id_1/01.jpg id_1 gallery"]))
+
+
+def test_a_count_that_differs_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"line 1 says 17 pictures, 16 lines follow: .*cut off"):
+        read_partition(write_list(tmp_path, count=17))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"<!DOCTYPE html>\n<html>\n", "line 1: expected the number of pictures, found '<!DOCTYPE"),
+        (b"", "line 1: expected the number"),
+        (b"2\nimg/a id_1 train\nimg/b id_1 train\n", "line 2: expected image_name item_id"),
+        (b"2\n", "line 2: expected image_name item_id evaluation_status, found ''"),
+        (b"\xff\xfe1\x00", "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_list_is_refused(tmp_path, content, message):
+    path = write_list(tmp_path)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_partition(path)
+
+
+def test_a_missing_list_says_what_the_data_root_must_hold(tmp_path):
+    with pytest.raises(UserError, match=r"is missing: the data root must hold .*Img/img"):
+        open_split(tmp_path, "train")
+
+
+def test_queries_without_answer_and_trained_test_items_are_reported_and_kept(root, caplog):
+    write_list(root, [*LINES, "img/x id_9 query", "img/y id_1 gallery"])
+    found = read_partition(root / "Eval/list_eval_partition.txt")
+    lonely, seen = found.remarks()
+    assert "1 query item(s) have no gallery picture" in lonely and lonely.endswith("id_9")
+    assert "1 item(s) of the test are trained on" in seen and seen.endswith("id_1")
+    assert found.labels("query")[-1] not in found.labels("gallery")
+    open_split(root, "query", max_bad=0.5)
+    assert lonely in caplog.text
+    caplog.clear()
+    open_split(root, "train")
+    assert lonely not in caplog.text
+
+
+def test_an_empty_split_is_refused(tmp_path):
+    write_list(tmp_path, LINES[:8])
+    with pytest.raises(UserError, match="no line has the status query"):
+        open_split(tmp_path, "query")
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_pictures_of_every_kind_are_decoded_as_by_pillow(kind):
+    content = encoded(picture(), kind)
+    image = decode_rgb(content)
+    assert image.dtype == torch.uint8 and image.stride() == (1, 3 * 32, 3)
+    assert torch.equal(image, with_pillow(content))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("1", "PNG")],
+)
+def test_odd_colours_become_rgb_as_by_pillow(mode, kind):
+    content = encoded(picture().convert(mode), kind)
+    assert torch.equal(decode_rgb(content), with_pillow(content))
+
+
+def test_sixteen_bits_become_eight():
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    image = decode_rgb(encoded(Image.fromarray(levels * 257), "PNG"))
+    assert torch.equal(image, torch.from_numpy(levels.astype(np.uint8)).expand(3, 16, 16))
+
+
+def test_a_sideways_photograph_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera turned
+    upright = decode_rgb(encoded(picture(0, 16, 24), exif=exif))
+    assert upright.shape == (3, 24, 16)
+    assert torch.equal(upright, with_pillow(encoded(picture(0, 16, 24))).rot90(-1, (1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty"),
+        (bytes(500), "zeros alone"),
+        (b"<!DOCTYPE html><html></html>", "no picture: it begins with '<!DOCTYPE html>"),
+        (encoded(picture())[:300], "(?i)truncated|not processed"),
+        (encoded(picture())[:-20], "(?i)truncated|not processed"),
+        (encoded(picture(), "PNG")[:200], "."),
+        (b"\xff\xd8\xff", "."),
+        (b"version https://git-lfs.github.com/spec/v1\n", "begins with 'version https://git-"),
+    ],
+)
+def test_what_is_no_whole_picture_is_refused_in_one_line(content, reason):
+    with pytest.raises(ValueError, match=reason) as caught:
+        decode_rgb(content)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("side", [11_000, 20_000])
+def test_a_small_file_that_claims_to_be_enormous_is_refused(side):
+    bomb = encoded(Image.new("1", (side, side)), "PNG")
+    assert len(bomb) < 1 << 17
+    with pytest.raises(ValueError, match="more than 100,000,000 pixels"):
+        decode_rgb(bomb)
+
+
+# --- sizes and cuts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "tolerance"), [((512, 512), 0), ((128, 128), 0), ((448, 448), 2), ((72, 96), 1)]
+)
+def test_resized_pictures_are_pillows_within_a_grey_level(size, tolerance):
+    image = picture(1, 256, 256)
+    expected = image.resize(size[::-1], Image.Resampling.BILINEAR)
+    ours = resize(with_pillow(encoded(image, "PNG")), *size).permute(1, 2, 0).int()
+    difference = (ours - torch.from_numpy(np.array(expected)).int()).abs()
+    assert difference.max() <= tolerance
+    assert (difference > 1).float().mean() < 1e-4
+
+
+def test_the_test_pipeline_equals_torchvisions():
+    image = with_pillow(encoded(picture(2, 256, 200)))
+    steps = [
+        {"type": "LoadImageFromFile"},
+        {"type": "Resize", "scale": 512},
+        {"type": "CenterCrop", "crop_size": 448},
+        {"type": "PackInputs"},
+    ]
+    ours, flipped = build_pipeline(steps)(image)
+    reference = v2.Compose([v2.Resize((512, 512)), v2.CenterCrop(448)])(tv_tensors.Image(image))
+    assert not flipped and ours.shape == (3, 448, 448)
+    assert (ours.int() - reference.int()).abs().max() <= 1
+    batch = ours[None].contiguous(memory_format=torch.channels_last)
+    levels = v2.Normalize([m / 255 for m in MEAN], [s / 255 for s in STD])(ours / 255)
+    assert (Preprocess(MEAN, STD)(batch)[0] - levels).abs().max() < 1e-5
+
+
+def test_random_crops_cover_every_place_and_follow_the_seed():
+    pipeline = build_pipeline(TRAIN_STEPS)
+    columns = torch.arange(24, dtype=torch.uint8).expand(3, 24, 24)
+    found = set()
+    for seed in range(300):
+        seed_cpu(seed)
+        cut, flipped = pipeline(columns)
+        found.add((int(cut[0, 0, 0]), flipped))
+        seed_cpu(seed)
+        again = pipeline(columns)
+        assert torch.equal(cut, again[0]) and flipped == again[1]
+    assert found == {(left, flip) for left in range(5) for flip in (False, True)}
+
+
+def test_a_pair_is_width_height_to_resize_and_height_width_to_a_random_crop():
+    steps = [
+        {"type": "LoadImageFromFile"},
+        {"type": "Resize", "scale": (40, 30)},
+        {"type": "RandomCrop", "crop_size": [20, 35]},
+        {"type": "PackInputs"},
+    ]
+    pipeline = build_pipeline(steps)
+    assert (pipeline.height, pipeline.width) == (20, 35)
+    assert pipeline(torch.zeros((3, 64, 64), dtype=torch.uint8))[0].shape == (3, 20, 35)
+    steps[2] = {"type": "CenterCrop", "crop_size": (35, 20)}
+    assert build_pipeline(steps)(torch.zeros((3, 64, 64), dtype=torch.uint8))[0].shape[1:] == (
+        *(20, 35),
+    )
+
+
+@pytest.mark.parametrize(
+    ("step", "shape"),
+    [
+        ({"type": "ResizeEdge", "scale": 32}, (32, 64)),
+        ({"type": "ResizeEdge", "scale": 50, "edge": "long"}, (25, 50)),
+        ({"type": "ResizeEdge", "scale": 40, "edge": "height"}, (40, 80)),
+        ({"type": "ResizeEdge", "scale": 40, "edge": "width"}, (20, 40)),
+        ({"type": "Resize", "scale": (60, 60), "keep_ratio": True}, (30, 60)),
+        ({"type": "Resize", "scale": (20, 60), "keep_ratio": True}, (20, 40)),
+    ],
+)
+def test_resizing_by_an_edge_keeps_the_shape(step, shape):
+    entries = [TEST_STEPS[0], step, {"type": "CenterCrop", "crop_size": 20}, TEST_STEPS[3]]
+    resizing = build_pipeline(entries).steps[0]
+    assert resizing(torch.zeros((3, 50, 100), dtype=torch.uint8)).shape[1:] == shape
+
+
+@pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ([], "the first step must be"),
+        ("Resize", "expected a list"),
+        ([{"type": "Resize", "scale": 8}, TEST_STEPS[3]], "first step must be dict.type='LoadIm"),
+        (TEST_STEPS[:3], "the last step must be dict.type='PackInputs'"),
+        ([*TEST_STEPS[:2], {}, TEST_STEPS[3]], r"train\.2 is {}, expected dict"),
+        (
+            [TEST_STEPS[0], {"type": "ColorJitter"}, TEST_STEPS[3]],
+            r"train\.1: there is no step ColorJitter; allowed are LoadImageFromFile, Resize",
+        ),
+        (
+            [TEST_STEPS[0], {"type": "CentreCrop"}, TEST_STEPS[3]],
+            "did you mean CenterCrop",
+        ),
+        (
+            [TEST_STEPS[0], {"type": "Resize", "scales": 8}, TEST_STEPS[3]],
+            "Resize has no setting scales; allowed are scale.*did you mean scale",
+        ),
+        ([TEST_STEPS[0], {"type": "Resize"}, TEST_STEPS[3]], r"train\.1: Resize: .*scale"),
+        (
+            [TEST_STEPS[0], {"type": "Resize", "scale": 0}, TEST_STEPS[3]],
+            "scale is 0, expected a number of pixels",
+        ),
+        ([TEST_STEPS[0], {"type": "Resize", "scale": True}, TEST_STEPS[3]], "scale is True"),
+        (
+            [TEST_STEPS[0], {"type": "Resize", "scale": 8, "interpolation": "x"}, TEST_STEPS[3]],
+            "interpolation is 'x', allowed: bilinear, bicubic",
+        ),
+        ([*TRAIN_STEPS[:3], {"type": "RandomFlip", "prob": 2}, TEST_STEPS[3]], "prob is 2"),
+        ([*TRAIN_STEPS[:4], TRAIN_STEPS[3], TEST_STEPS[3]], "RandomFlip stands 2 times"),
+        (
+            [TEST_STEPS[0], {"type": "ResizeEdge", "scale": 8}, TEST_STEPS[3]],
+            "pictures of different sizes, .*CenterCrop",
+        ),
+        (
+            [*TEST_STEPS[:2], {"type": "CenterCrop", "crop_size": 30}, TEST_STEPS[3]],
+            "CenterCrop: 30 pixels cannot be cut out of 24",
+        ),
+        ([TEST_STEPS[0], *TEST_STEPS], "stand once, first and last"),
+    ],
+)
+def test_a_pipeline_that_cannot_be_is_refused_by_name(steps, message):
+    with pytest.raises(UserError, match=message) as caught:
+        build_pipeline(steps, "train")
+    assert "\n" not in str(caught.value)
+
+
+# --- the data set ---------------------------------------------------------------------------------
+
+
+def test_items_are_what_the_files_hold(root):
+    data = open_split(root, "gallery")
+    image, label, index, flipped = data[1]
+    name = data.names[1]
+    assert (label, index, flipped) == (0, 1, False) and data.items[1] == "id_3"
+    expected = Image.open(root / "Img" / name).resize((24, 24), Image.Resampling.BILINEAR)
+    expected = torch.from_numpy(np.array(expected)[2:22, 2:22]).permute(2, 0, 1)
+    assert (image.int() - expected.int()).abs().max() <= 1
+    assert len(data) == 4 and data[-1].position == 3
+    with pytest.raises(IndexError):
+        data[4]
+
+
+def test_training_labels_count_the_items(root):
+    data = open_split(root, "train")
+    assert data.num_classes == 2 and data.labels.tolist() == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("place", ["Img_highres/img", "Img_highres", "Img/img_highres"])
+def test_large_pictures_are_found_where_their_archive_unpacks(root, place):
+    (root / place).parent.mkdir(exist_ok=True)
+    (root / "Img" / "img").rename(root / place)
+    data = open_split(root, "train", data_prefix="Img_highres")
+    assert data[0].image.shape == (3, 20, 20) and data.left_out() == []
+
+
+def test_a_wrong_directory_of_pictures_is_refused_with_their_number(root):
+    with pytest.raises(UserError, match=r"8 of 8 train pictures cannot be read.*8 missing: .*, …"):
+        open_split(root, "train", data_prefix="Image")
+
+
+def test_missing_pictures_are_named_and_counted_up_to_the_share(root, caplog):
+    for name in ("00", "02"):
+        (root / f"Img/img/W/A/id_1/{name}.jpg").unlink()
+    data = open_split(root, "train", max_bad=0.25)
+    assert [path[-6:] for path in data.left_out()] == ["00.jpg", "02.jpg"]
+    assert caplog.text.count("(missing)") == 2
+    with pytest.raises(UserError, match=r"2 of 8 train pictures cannot be read, 1 may be; 2 miss"):
+        open_split(root, "train", max_bad=0.125)
+
+
+def damage(root, name, content):
+    (root / "Img/img/W" / name).write_bytes(content)
+
+
+def test_a_broken_training_picture_gives_way_to_another_of_its_item(root, caplog):
+    damage(root, "A/id_1/00.jpg", b"")
+    data = open_split(root, "train")
+    for _ in range(2):
+        image, label, index, _ = data[0]
+        assert (label, index) == (0, 1) and image.any()
+    assert caplog.text.count("left out") == 1 and "id_1/00.jpg (the file is empty)" in caplog.text
+    assert data.left_out() == [str(root / "Img/img/W/A/id_1/00.jpg")]
+
+
+def test_an_item_without_whole_pictures_gives_way_to_the_next(root):
+    for i in range(4):
+        damage(root, f"A/id_1/0{i}.jpg", b"<html>")
+    data = open_split(root, "train", max_bad=0.5)
+    assert (data[2].position, data[2].label) == (4, 1)
+
+
+def test_a_broken_test_picture_is_marked_and_nothing_stands_in(root):
+    damage(root, "A/id_3/01.jpg", b"<html>no</html>")
+    image, label, index, _ = open_split(root, "gallery")[0]
+    assert index == LEFT_OUT and label == 0 and not image.any() and image.shape == (3, 20, 20)
+
+
+def test_too_many_broken_pictures_end_the_run_and_name_the_last(root):
+    whole = encoded(picture())
+    for number, content in enumerate((b"", b"<html>", whole[:200])):
+        damage(root, f"A/id_1/0{number}.jpg", content)
+    data = open_split(root, "train", max_bad=0.25)
+    with pytest.raises(UserError, match=r"3 of 8 train pictures .*2 may be; the last one: .*02"):
+        data[0]
+
+
+def test_a_picture_smaller_than_its_cut_is_named(root):
+    steps = [TEST_STEPS[0], {"type": "CenterCrop", "crop_size": 40}, TEST_STEPS[3]]
+    data = InShop(root, "query", build_pipeline(steps))
+    with pytest.raises(UserError, match=r"id_3/00.jpg: the picture, 32 × 32, is smaller than the"):
+        data[0]
+
+
+def test_a_config_opens_its_data_set(root):
+    settings = {"type": "InShop", "data_root": "unused", "split": "query", "pipeline": TEST_STEPS}
+    assert len(open_inshop(settings, root, "val_dataloader.dataset")) == 4
+    for change, message in (
+        ({"type": "CUB"}, r"val\.type is 'CUB', allowed: InShop"),
+        ({"slpit": "query"}, "val has no setting slpit.*did you mean split"),
+        ({"split": "test"}, "split is 'test', allowed: train, query, gallery"),
+        ({"split": 3}, r"val\.split is 3, expected text"),
+        ({"pipeline": None}, r"val\.pipeline is None, expected a list"),
+    ):
+        with pytest.raises(UserError, match=message):
+            open_inshop(settings | change, root, "val")
+    with pytest.raises(UserError, match="val is None, expected dict"):
+        open_inshop(None, root, "val")
+
+
+# --- batches --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_batches_do_not_depend_on_the_number_of_workers(root):
+    data = open_split(root, "train")
+    runs = []
+    for workers in (0, 2):
+        random.seed(workers)
+        loader = make_loader(data, 4, WORLD, seed=3, workers=workers, collate=collate)
+        runs.append(list(loader))
+    for ours, theirs in zip(*runs, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    other = list(make_loader(data, 4, WORLD, seed=4, workers=0, collate=collate))
+    assert not torch.equal(other[0].images, runs[0][0].images)
+
+
+@pytest.mark.slow
+def test_the_dataset_knows_what_its_workers_left_out(root):
+    damage(root, "A/id_3/01.jpg", b"")
+    data = open_split(root, "gallery")
+    loader = make_eval_loader(data, 2, WORLD, workers=1, collate=collate)
+    indices = torch.cat([batch.indices for batch in loader])
+    assert indices.tolist() == [LEFT_OUT, 1, 2, 3]
+    assert data.left_out() == [str(root / "Img/img/W/A/id_3/01.jpg")]
+
+
+def test_a_batch_keeps_the_colours_of_a_pixel_together(root):
+    data = open_split(root, "train")
+    garments = [data[i] for i in range(4)]
+    batch = collate(garments)
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(batch.images, torch.stack([garment.image for garment in garments]))
+    assert batch.labels.tolist() == [0] * 4 and batch.indices.tolist() == [0, 1, 2, 3]
+    assert batch.flipped.dtype == torch.bool
+
+
+def test_preprocessing_mirrors_the_chosen_and_normalises_all():
+    images = torch.randint(0, 256, (3, 3, 5, 7), dtype=torch.uint8)
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    expected = (images.double() - mean) / std
+    for layout in (torch.contiguous_format, torch.channels_last):
+        ours = Preprocess(MEAN, STD)(
+            images.contiguous(memory_format=layout), torch.tensor([False, True, False])
+        )
+        assert ours.dtype == torch.float32
+        assert ours.is_contiguous(memory_format=torch.channels_last)
+        assert (ours[[0, 2]] - expected[[0, 2]]).abs().max() < 1e-6
+        assert (ours[1] - expected[1].flip(2)).abs().max() < 1e-6
+    upside_down = Preprocess(MEAN, STD, "vertical")(images, torch.tensor([True, True, True]))
+    assert (upside_down - expected.flip(2)).abs().max() < 1e-6
+    before = images.clone()
+    assert (Preprocess(MEAN, STD)(images) - expected).abs().max() < 1e-6
+    assert torch.equal(images, before)
+
+
+@pytest.mark.parametrize("direction", ["horizontal", "vertical"])
+def test_a_gpu_gets_the_same_batch_at_once_as_the_cpu_one_by_one(direction):
+    preprocess = Preprocess(MEAN, STD, direction)
+    levels = torch.randint(0, 256, (4, 5, 7, 3), dtype=torch.uint8)
+    for flipped in (None, torch.tensor([True, False, False, True])):
+        at_once, one_by_one = preprocess._all_at_once, preprocess._one_by_one
+        assert torch.equal(at_once(levels, flipped), one_by_one(levels, flipped))
+
+
+def test_preprocessing_takes_uint8_pictures_alone():
+    for wrong in (torch.zeros(1, 3, 4, 4), torch.zeros(3, 4, 4, dtype=torch.uint8)):
+        with pytest.raises(ValueError, match="expected uint8 images"):
+            Preprocess(MEAN, STD)(wrong)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"to_rgb": False}, "to_rgb is False: pictures are RGB"),
+        ({"mean": [1, 2]}, r"mean is \[1, 2\], expected three numbers"),
+        ({"std": [1, 0, 1]}, "expected three numbers above 0"),
+        ({"std": None}, "std is None"),
+        ({"maen": 1}, "no setting maen.*did you mean mean"),
+    ],
+)
+def test_a_data_preprocessor_that_cannot_be_is_refused(change, message):
+    settings = {"num_classes": 3997, "mean": MEAN, "std": STD, "to_rgb": True}
+    assert open_preprocess(settings).mean.tolist() == pytest.approx(MEAN)
+    with pytest.raises(UserError, match=message):
+        open_preprocess(settings | change)
