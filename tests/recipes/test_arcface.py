@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from arcface import demo
+from arcface import demo, evaluation, learner
 from arcface.run_scripts import run_arcface
 from shared.files import read_json_lines
 from tests.arcface_nano import EPOCHS, SCRIPT, STEPS_AN_EPOCH, build_inshop, write_config
@@ -124,6 +124,24 @@ def test_the_learning_rate_follows_the_schedule_and_the_total_batch(flags, tmp_p
     rows = list(read_json_lines(tmp_path / "work" / "metrics.jsonl"))
     expected = [0.02 * 6 / 12 * factor for factor in [1.0] * 4 + [0.75] * 4]  # cosine over 3 epochs
     assert [row["lr"] for row in rows] == pytest.approx(expected, rel=1e-6)
+
+
+def test_statistics_are_averaged_over_ranks_before_each_validation(flags, monkeypatch):
+    calls = []
+    average, evaluate = learner.RankBuffers.average, evaluation.evaluate
+
+    def averaged(self):
+        calls.append("average")
+        average(self)
+
+    def evaluated(*args, **kwargs):
+        calls.append("validate")
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(learner.RankBuffers, "average", averaged)
+    monkeypatch.setattr(evaluation, "evaluate", evaluated)
+    assert train(*flags, "--cfg-options", "train_cfg.max_epochs=2").code == 0
+    assert calls == ["validate", "average", "validate", "average", "validate"]
 
 
 HEADS = {
