@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
-from shared.launch import launch, world_size
+from shared.launch import launch_alone
 
 if TYPE_CHECKING:
     from arcface.run_settings import Settings
@@ -59,8 +59,6 @@ class Config:
 def main(argv: list[str] | None = None) -> int:
     """Check the input, then evaluate; the exit code."""
     cfg = parse(Config, argv, __doc__)
-    if world_size() > 1:
-        raise UserError("evaluate.py works in one process: leave out --nproc and torchrun")
     if cfg.tool.demo and "checkpoint" not in cfg.tool.typed:
         cfg = replace(cfg, checkpoint=DEMO_CHECKPOINT)
     checkpoint = _file(cfg)
@@ -125,10 +123,5 @@ def _evaluate(cfg: Config, checkpoint: Path, settings: "Settings", out: Path) ->
     return 0
 
 
-def one_process(argv: list[str], visible: int) -> int:
-    """One, however many GPUs are visible."""
-    return 1
-
-
 if __name__ == "__main__":
-    sys.exit(launch(main, one_process))
+    sys.exit(launch_alone(main))

@@ -4,14 +4,14 @@ _base_ = "./resnet50-arcface_8xb32_inshop.py"
 data_root = "demo/data/inshop"
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=88),
+    dict(type="Resize", scale=96),
     dict(type="RandomCrop", crop_size=64),
     dict(type="RandomFlip", prob=0.5, direction="horizontal"),
     dict(type="PackInputs"),
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=88),
+    dict(type="Resize", scale=96),
     dict(type="CenterCrop", crop_size=64),
     dict(type="PackInputs"),
 ]
@@ -32,7 +32,7 @@ model = dict(
         dict(type="ResNet", depth=18, init_cfg=None),
         dict(type="GlobalAveragePooling"),
     ],
-    head=dict(num_classes=120, in_channels=512, scale=16.0, margins=0.2),
+    head=dict(num_classes=120, in_channels=512, scale=16.0, margins=0.3),
     prototype=test_data,
 )
 
