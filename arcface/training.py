@@ -70,7 +70,8 @@ def train(job: Job) -> int:
         recipe.lr_for(total_batch),
         sum(p.numel() for part in (learner.encoder, learner.head) for p in part.parameters()) / 1e6,
     )
-    plan = Plan("arcface", recipe.epochs * data.steps_per_epoch, total_batch)
+    steps = recipe.epochs * data.steps_per_epoch
+    plan = Plan("arcface", steps, total_batch, lines=False)  # the lines are log_lines.py's
     with Run(job.stored, world, job.run_dir, plan) as run:
         code = _loop(job, world, run, learner, data, test)
     distributed.cleanup(world)

@@ -18,11 +18,14 @@ class Progress:
     Times come from the monotonic clock: a changed wall clock moves no estimate.
     """
 
-    def __init__(self, total_steps: int, start_step: int, samples_per_step: int = 0) -> None:
+    def __init__(
+        self, total_steps: int, start_step: int, samples_per_step: int = 0, *, lines: bool = True
+    ) -> None:
+        """Without `lines` there is the bar alone."""
         self.total_steps, self._start_step = total_steps, start_step
         self._samples_per_step = samples_per_step
         self._began = self._line_at = time.monotonic()
-        self._first = True
+        self._first, self._lines = True, lines
         self._bar = _open_bar(total_steps, start_step)
 
     def speed(self, step: int) -> float:
@@ -40,7 +43,7 @@ class Progress:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix(values, refresh=False)
             return
-        if (
+        if self._lines and (
             self._first
             or time.monotonic() - self._line_at >= _EVERY_SECONDS
             or step == self.total_steps

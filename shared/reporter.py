@@ -21,6 +21,7 @@ class Plan:
     samples_per_step: int = 0  # over all processes, for the throughput
     tensorboard: Path | None = None  # default: tensorboard/ in the run directory
     last: str = "last.pt"  # name of the checkpoint that a resume continues from
+    lines: bool = True  # progress lines in logs; False where the recipe writes its own
 
 
 class Reporter:
@@ -30,7 +31,9 @@ class Reporter:
         board = plan.tensorboard or run_dir / "tensorboard"
         self._plan = plan
         self._metrics = Metrics(run_dir / "metrics.jsonl", board, start)
-        self._progress = Progress(plan.total_steps, start.step, plan.samples_per_step)
+        self._progress = Progress(
+            plan.total_steps, start.step, plan.samples_per_step, lines=plan.lines
+        )
         self._status = status.Status(
             run_dir,
             recipe=plan.recipe,

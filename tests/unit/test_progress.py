@@ -74,6 +74,17 @@ def test_lines_come_at_the_first_step_every_ten_seconds_and_at_the_last(
     assert steps == [f"step={step}" for step in (1, 11, 21, 31, 41, 50)]
 
 
+def test_a_recipe_with_lines_of_its_own_gets_none_from_here(
+    clocks: Clocks, lines: pytest.LogCaptureFixture
+) -> None:
+    shown = Progress(3, 0, lines=False)
+    for step in (1, 2, 3):
+        clocks.monotonic += 60.0
+        shown.show(step, 0, {"loss": 1.0})
+    assert lines.messages == []
+    assert shown.eta_s(3) == 0.0
+
+
 def test_files_get_no_bar_and_no_control_characters(
     capsys: pytest.CaptureFixture[str], lines: pytest.LogCaptureFixture
 ) -> None:
