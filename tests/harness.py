@@ -163,6 +163,7 @@ def run_here(main: Callable[[list[str]], int], args: Sequence[object]) -> Outcom
         mock.patch.object(sys, "argv", [str(PROBE), *map(str, args)]),
         mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
         mock.patch.object(outcomes, "_run_dir", None),
+        mock.patch.object(launching, "_planned_world_size", 1),  # an earlier launch's stays behind
         contextlib.redirect_stdout(stream),
         contextlib.redirect_stderr(stream),
     ):

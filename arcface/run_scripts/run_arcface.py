@@ -174,7 +174,7 @@ def _check_data(settings: "Settings") -> None:
         root = settings.roots[loader.name]
         path = root / str(loader.dataset.get("ann_file", LIST))
         read[path] = read.get(path) or read_partition(path)
-        read[path].split(str(loader.dataset.get("split")))
+        read[path].split(str(loader.dataset.get("split", "train")))
 
 
 def _plan(settings: "Settings", run_dir: Path) -> str:
