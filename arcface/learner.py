@@ -152,7 +152,8 @@ class RankBuffers:
 
     def __init__(self, module: nn.Module, world: World) -> None:
         self._buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
-        self._world, self._rows = world, self._own()[None].cpu()
+        self._world = world
+        self._rows = self._own()[None].cpu()
 
     def average(self) -> None:
         """Give every rank the mean over the ranks."""

@@ -93,6 +93,14 @@ def test_a_step_whose_gradients_are_not_finite_moves_nothing(options):
     assert all(p.grad is None for p in after)
 
 
+def test_an_encoder_without_batch_norm_has_no_statistics_to_keep():
+    buffers = RankBuffers(torch.nn.Linear(2, 2), World())
+    buffers.average()
+    buffers.collect()
+    assert buffers.state_dict()["rows"].shape == (1, 0)
+    buffers.load_state_dict(buffers.state_dict())
+
+
 def test_rank_buffers_of_another_number_of_ranks_are_averaged():
     encoder = make_encoder(make_recipe())
     buffers = RankBuffers(encoder, World())
