@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from arcface.decoding import decode_rgb
 from arcface.partition import Picture, read_partition
 from arcface.pipeline import Pipeline, build_pipeline
 from shared.errors import UserError, did_you_mean, one_line
+from shared.images import decode_rgb
 
 LIST = "Eval/list_eval_partition.txt"
 LEFT_OUT = -1  # position of an item whose picture could not be read

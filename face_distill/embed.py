@@ -87,7 +87,8 @@ class Tally:
 
     def take(self, batch: list[tuple[str, Face | Unreadable]]) -> list[np.ndarray]:
         """The readable faces of a batch, (3, 112, 112) each; notes all of it."""
-        from face_distill.image_folder import Face, printable
+        from face_distill.image_folder import Face
+        from shared.images import printable
 
         pixels = []
         for name, face in batch:
@@ -107,12 +108,13 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Config, argv, __doc__)
     if cfg.tool.demo:
         cfg = _with_demo(cfg)
-    from face_distill import image_folder, run_settings
+    from face_distill import run_settings
+    from shared.images import SUFFIXES, find_images
 
     assert cfg.folder is not None
-    images = image_folder.find_images(cfg.folder)
+    images = find_images(cfg.folder)
     if not images:
-        kinds = " ".join(sorted(image_folder.SUFFIXES))
+        kinds = " ".join(sorted(SUFFIXES))
         raise UserError(f"{cfg.folder} holds no images ({kinds}): give the folder with the faces")
     checkpoint = run_settings.checkpoint_at(cfg.checkpoint)
     tower = run_settings.tower_of(checkpoint, cfg.blip_path, BLIP_PATH)
@@ -210,7 +212,7 @@ def _refuse_when_most_are_unreadable(cfg: Config, tally: Tally, total: int) -> N
 
 
 def _description(cfg: Config, tally: Tally, checkpoint: Path, width: int) -> dict[str, Any]:
-    from face_distill.image_folder import printable
+    from shared.images import printable
 
     return {
         "schema": 1,

@@ -123,8 +123,8 @@ def _make_directory(out: Path) -> None:
 def _evaluate(cfg: Config, files: list[Path]) -> int:
     from face_distill import evaluation, evaluation_report
     from face_distill.evaluation import STUDENT, TEACHER, UNTRAINED
-    from face_distill.image_folder import printable
     from shared.device import resolve
+    from shared.images import printable
 
     assert cfg.blip_path and cfg.out
     # What can be refused comes first, the long work of the student's tower last.

@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from face_distill import roc, trained, verification
-from face_distill.image_folder import printable
 from face_distill.verification import Accuracy, Pairs
 from shared.errors import UserError, one_line
+from shared.images import printable
 
 FOLDS = 10
 UNTRAINED, STUDENT, TEACHER = "untrained student", "student", "teacher"  # the order of the table

@@ -6,7 +6,6 @@ Broken files come back as the reason why they cannot be used; nothing here raise
 from __future__ import annotations
 
 import contextlib
-import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,9 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from shared.errors import UserError, one_line
+from shared.errors import one_line
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 SIZE = 112  # pixels a side of an aligned crop, as in face_distill.FaceDataset
 MAX_PIXELS = 89_000_000  # Pillow's own border between a photograph and a decompression bomb
 _FORMATS = ("JPEG", "PNG", "BMP", "WEBP")
@@ -43,55 +41,6 @@ class Unreadable:
 
 class _UnusableError(Exception):
     """An image that is refused; the message is the reason."""
-
-
-def find_images(root: Path) -> list[str]:
-    """The image files below `root`, any depth: their relative paths with /, sorted as text.
-
-    Hidden files and folders are left out. Links to folders elsewhere are followed, each folder
-    once; links to what lies below or above `root` are not: they would give images twice, or never
-    end. Raises UserError when `root` or a folder below it is missing or cannot be read.
-    """
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder: give the folder that holds the face images")
-    top = root.resolve()
-    found: list[str] = []
-    seen: set[Path] = set()
-    todo = deque([root])
-    while todo:
-        folder = todo.popleft()
-        if folder.resolve() in seen:
-            continue
-        seen.add(folder.resolve())
-        for entry in _entries(folder):
-            if entry.is_dir():
-                todo.extend([] if _leads_back(entry, top) else [entry])
-            elif entry.suffix.lower() in SUFFIXES:
-                found.append(entry.relative_to(root).as_posix())
-    return sorted(found)
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except OSError as error:
-        raise UserError(f"{folder} cannot be read: {error.strerror}") from None
-
-
-def _leads_back(entry: Path, top: Path) -> bool:
-    """Whether `entry` is a link to a folder below `top`, to `top` or to one above it."""
-    if not entry.is_symlink():
-        return False
-    target = entry.resolve()
-    return target.is_relative_to(top) or top.is_relative_to(target)
-
-
-def printable(name: str) -> str:
-    """`name` for logs and JSON: bytes that are no UTF-8 and line breaks as escapes."""
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
-    return "".join(
-        char if char.isprintable() else char.encode("unicode_escape").decode() for char in text
-    )
 
 
 def read_face(path: Path) -> Face | Unreadable:

@@ -27,10 +27,10 @@ from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
 from arcface.batches import Preprocess, collate
-from arcface.decoding import decode_rgb
 from arcface.demo_garments import draw_garment, draw_shot, style_of
 from arcface.inshop import InShop
 from arcface.pipeline import build_pipeline
+from shared.images import decode_rgb
 from tests.benchmarks.measure import compare, conclude, in_turn
 
 BATCH = 32

@@ -13,9 +13,8 @@ from PIL import Image
 
 from face_distill import image_folder
 from face_distill.FaceDataset import decode
-from face_distill.image_folder import Face, Unreadable, find_images, in_batches, read_face
+from face_distill.image_folder import Face, Unreadable, in_batches, read_face
 from face_distill.npy_stream import write_rows
-from shared.errors import UserError
 
 
 def levels(*shape: int, seed: int = 0) -> np.ndarray:
@@ -33,45 +32,6 @@ def reason_of(path: Path) -> str:
     found = read_face(path)
     assert isinstance(found, Unreadable)
     return found.reason
-
-
-# --- which files ----------------------------------------------------------------------------------
-
-
-def test_images_are_found_at_any_depth_and_sorted_by_their_relative_path(tmp_path):
-    names = ["b/a b.JPG", "b/张三/01.jpeg", "a.png", "b.webp", "a-1/x.bmp", "a/x.bmp"]
-    for name in [*names, "notes.txt", "b/._a.jpg", ".cache/y.jpg"]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    assert find_images(tmp_path) == sorted(names)
-
-
-def test_links_that_lead_back_are_left_out_and_links_elsewhere_are_followed_once(tmp_path):
-    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
-    for folder in (root / "people", elsewhere):
-        folder.mkdir(parents=True)
-        (folder / "x.jpg").touch()
-    (root / "loop").symlink_to(root)
-    (root / "up").symlink_to(tmp_path)
-    (root / "again").symlink_to(root / "people")
-    (root / "more").symlink_to(elsewhere)
-    (elsewhere / "more").symlink_to(elsewhere)
-    (elsewhere / "back").symlink_to(root)
-    assert find_images(root) == ["more/x.jpg", "people/x.jpg"]
-
-
-def test_a_file_or_nothing_in_place_of_a_folder_is_refused(tmp_path):
-    (tmp_path / "a.jpg").touch()
-    for wrong in (tmp_path / "a.jpg", tmp_path / "none"):
-        with pytest.raises(UserError, match="is not a folder"):
-            find_images(wrong)
-
-
-def test_names_that_are_no_text_can_be_shown(tmp_path):
-    (tmp_path / os.fsdecode(b"\xff\n.jpg")).touch()
-    (name,) = find_images(tmp_path)
-    assert image_folder.printable(name) == "\\xff\\n.jpg"
-    assert image_folder.printable("张 三/a.jpg") == "张 三/a.jpg"
 
 
 # --- what they hold -------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from arcface.batches import Preprocess, collate, open_preprocess
-from arcface.decoding import decode_rgb
 from arcface.inshop import LEFT_OUT, InShop, open_inshop
 from arcface.partition import PartitionError, read_partition
 from arcface.pipeline import build_pipeline, resize
@@ -188,67 +187,6 @@ def test_an_empty_split_is_refused(tmp_path):
     write_list(tmp_path, LINES[:8])
     with pytest.raises(UserError, match="no line has the status query"):
         open_split(tmp_path, "query")
-
-
-# --- decoding -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
-def test_pictures_of_every_kind_are_decoded_as_by_pillow(kind):
-    content = encoded(picture(), kind)
-    image = decode_rgb(content)
-    assert image.dtype == torch.uint8 and image.stride() == (1, 3 * 32, 3)
-    assert torch.equal(image, with_pillow(content))
-
-
-@pytest.mark.parametrize(
-    ("mode", "kind"),
-    [("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("1", "PNG")],
-)
-def test_odd_colours_become_rgb_as_by_pillow(mode, kind):
-    content = encoded(picture().convert(mode), kind)
-    assert torch.equal(decode_rgb(content), with_pillow(content))
-
-
-def test_sixteen_bits_become_eight():
-    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    image = decode_rgb(encoded(Image.fromarray(levels * 257), "PNG"))
-    assert torch.equal(image, torch.from_numpy(levels.astype(np.uint8)).expand(3, 16, 16))
-
-
-def test_a_sideways_photograph_is_turned_upright():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # taken with the camera turned
-    upright = decode_rgb(encoded(picture(0, 16, 24), exif=exif))
-    assert upright.shape == (3, 24, 16)
-    assert torch.equal(upright, with_pillow(encoded(picture(0, 16, 24))).rot90(-1, (1, 2)))
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"", "the file is empty"),
-        (bytes(500), "zeros alone"),
-        (b"<!DOCTYPE html><html></html>", "no picture: it begins with '<!DOCTYPE html>"),
-        (encoded(picture())[:300], "(?i)truncated|not processed"),
-        (encoded(picture())[:-20], "(?i)truncated|not processed"),
-        (encoded(picture(), "PNG")[:200], "."),
-        (b"\xff\xd8\xff", "."),
-        (b"version https://git-lfs.github.com/spec/v1\n", "begins with 'version https://git-"),
-    ],
-)
-def test_what_is_no_whole_picture_is_refused_in_one_line(content, reason):
-    with pytest.raises(ValueError, match=reason) as caught:
-        decode_rgb(content)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("side", [11_000, 20_000])
-def test_a_small_file_that_claims_to_be_enormous_is_refused(side):
-    bomb = encoded(Image.new("1", (side, side)), "PNG")
-    assert len(bomb) < 1 << 17
-    with pytest.raises(ValueError, match="more than 100,000,000 pixels"):
-        decode_rgb(bomb)
 
 
 # --- sizes and cuts -------------------------------------------------------------------------------

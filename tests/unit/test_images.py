@@ -1,0 +1,174 @@
+"""Pictures decoded as by Pillow, refused with a reason; those of a folder; what is skipped."""
+
+import io
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shared.errors import UserError
+from shared.images import Skipped, decode_rgb, find_images, printable, problem, read_rgb
+
+
+def picture(seed=0, height=32, width=32):
+    """A smooth random picture with some grain, as photographs are."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), float)
+    return Image.fromarray((smooth + rng.normal(0, 5, smooth.shape)).clip(0, 255).astype(np.uint8))
+
+
+def encoded(image, kind="JPEG", **settings):
+    stream = io.BytesIO()
+    image.save(stream, kind, **settings)
+    return stream.getvalue()
+
+
+def with_pillow(content):
+    pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+
+
+# --- which files ----------------------------------------------------------------------------------
+
+
+def test_images_are_found_at_any_depth_and_sorted_by_their_relative_path(tmp_path):
+    names = ["b/a b.JPG", "b/张三/01.jpeg", "a.png", "b.webp", "a-1/x.bmp", "a/x.bmp"]
+    for name in [*names, "notes.txt", "b/._a.jpg", ".cache/y.jpg"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_images(tmp_path) == sorted(names)
+
+
+def test_links_that_lead_back_are_left_out_and_links_elsewhere_are_followed_once(tmp_path):
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root / "people", elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "x.jpg").touch()
+    (root / "loop").symlink_to(root)
+    (root / "up").symlink_to(tmp_path)
+    (root / "again").symlink_to(root / "people")
+    (root / "more").symlink_to(elsewhere)
+    (elsewhere / "more").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root)
+    assert find_images(root) == ["more/x.jpg", "people/x.jpg"]
+
+
+def test_a_file_or_nothing_in_place_of_a_folder_is_refused(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    for wrong in (tmp_path / "a.jpg", tmp_path / "none"):
+        with pytest.raises(UserError, match="is not a folder"):
+            find_images(wrong)
+
+
+def test_names_that_are_no_text_can_be_shown(tmp_path):
+    (tmp_path / os.fsdecode(b"\xff\n.jpg")).touch()
+    (name,) = find_images(tmp_path)
+    assert printable(name) == "\\xff\\n.jpg"
+    assert printable("张 三/a.jpg") == "张 三/a.jpg"
+
+
+# --- decoding -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_pictures_of_every_kind_are_decoded_as_by_pillow(kind):
+    content = encoded(picture(), kind)
+    image = decode_rgb(content)
+    assert image.dtype == torch.uint8 and image.stride() == (1, 3 * 32, 3)
+    assert torch.equal(image, with_pillow(content))
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"),
+    [("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("1", "PNG")],
+)
+def test_odd_colours_become_rgb_as_by_pillow(mode, kind):
+    content = encoded(picture().convert(mode), kind)
+    assert torch.equal(decode_rgb(content), with_pillow(content))
+
+
+def test_sixteen_bits_become_eight():
+    levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    image = decode_rgb(encoded(Image.fromarray(levels * 257), "PNG"))
+    assert torch.equal(image, torch.from_numpy(levels.astype(np.uint8)).expand(3, 16, 16))
+
+
+def test_a_sideways_photograph_is_turned_upright():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # taken with the camera turned
+    upright = decode_rgb(encoded(picture(0, 16, 24), exif=exif))
+    assert upright.shape == (3, 24, 16)
+    assert torch.equal(upright, with_pillow(encoded(picture(0, 16, 24))).rot90(-1, (1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "the file is empty"),
+        (bytes(500), "zeros alone"),
+        (b"<!DOCTYPE html><html></html>", "no picture: it begins with '<!DOCTYPE html>"),
+        (encoded(picture())[:300], "(?i)truncated|not processed"),
+        (encoded(picture())[:-20], "(?i)truncated|not processed"),
+        (encoded(picture(), "PNG")[:200], "."),
+        (b"\xff\xd8\xff", "."),
+        (b"version https://git-lfs.github.com/spec/v1\n", "begins with 'version https://git-"),
+    ],
+)
+def test_what_is_no_whole_picture_is_refused_in_one_line(content, reason):
+    with pytest.raises(ValueError, match=reason) as caught:
+        decode_rgb(content)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("side", [11_000, 20_000])
+def test_a_small_file_that_claims_to_be_enormous_is_refused(side):
+    bomb = encoded(Image.new("1", (side, side)), "PNG")
+    assert len(bomb) < 1 << 17
+    with pytest.raises(ValueError, match="more than 100,000,000 pixels"):
+        decode_rgb(bomb)
+
+
+# --- files and what is left out -------------------------------------------------------------------
+
+
+def test_a_file_gives_the_picture_of_its_bytes(tmp_path):
+    path = tmp_path / "图 1.jpg"
+    path.write_bytes(encoded(picture()))
+    assert torch.equal(read_rgb(path), decode_rgb(path.read_bytes()))
+    assert problem(path) is None
+
+
+def test_files_that_give_no_picture_say_why(tmp_path):
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert problem(tmp_path / "empty.jpg") == "the file is empty"
+    assert problem(tmp_path / "link.jpg") == "a link that leads nowhere"
+    assert problem(tmp_path / "pipe.jpg") == "no plain file"
+    assert problem(tmp_path / "none.jpg") == "missing"
+    with pytest.raises(ValueError, match="missing"):
+        read_rgb(tmp_path / "none.jpg")
+
+
+def test_what_is_skipped_is_named_once_and_counted_by_reason(caplog):
+    skipped = Skipped()
+    for name, reason in [("a", "missing"), ("b", "empty"), ("c", "missing"), ("a", "empty")]:
+        skipped.add(name, reason)
+    assert skipped.count == 3 and skipped.reasons == {"missing": 2, "empty": 1}
+    assert caplog.messages == [
+        "left out: a (missing)",
+        "left out: b (empty)",
+        "left out: c (missing)",
+    ]
+
+
+def test_too_many_skipped_are_refused_with_the_first_as_example():
+    skipped = Skipped("clips")
+    skipped.add("a.wav", "missing")
+    skipped.refuse_above(0.5, 2)
+    skipped.add("b.wav", "empty")
+    with pytest.raises(UserError, match=r"2 of 3 clips .* at most 50% .*a\.wav \(missing\)"):
+        skipped.refuse_above(0.5, 3)
