@@ -23,8 +23,9 @@ from shared.progress import clock
 
 log = logging.getLogger(__name__)
 
-_BUSY = (408, 425, 429, 500, 502, 503, 504)
-_TRANSPORT = (TimeoutError, httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
+# statuses and errors after which another try may help
+BUSY = (408, 425, 429, 500, 502, 503, 504)
+LOST = (TimeoutError, httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
 _MAX_REDIRECTS = 10
 _LONGEST_PAUSE = 16.0
 
@@ -100,8 +101,8 @@ class Line:
                 f"{what} cannot be fetched while HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: "
                 "unset it, or put the files there by hand"
             ) from None
-        except _TRANSPORT as error:
-            raise TransientError(_host_of(error) or host, _why_lost(error)) from None
+        except LOST as error:
+            raise TransientError(_host_of(error) or host, why_lost(error)) from None
         except HfHubHTTPError as error:
             self._answered.add(host)
             raise refusal(error.response, what) from None
@@ -137,8 +138,8 @@ class Line:
         """The bytes of the answer as they arrive. Raises TransientError when they cease."""
         try:
             yield from response.iter_bytes()
-        except _TRANSPORT as error:
-            raise TransientError(response.url.host, _why_lost(error)) from None
+        except LOST as error:
+            raise TransientError(response.url.host, why_lost(error)) from None
 
     def _time_left(self, host: str) -> float:
         """Seconds until an answer has to begin: of one request, or in all before the first."""
@@ -177,8 +178,8 @@ class Line:
 def refusal(response: httpx.Response, what: str) -> Exception:
     """The error that an answer other than `what` means: to be tried again, or final."""
     status, host = response.status_code, response.url.host
-    if status in _BUSY:
-        return TransientError(host, f"answered {status}", _retry_after(response))
+    if status in BUSY:
+        return TransientError(host, f"answered {status}", retry_after(response))
     if status == 404:
         return UserError(f"{what} is not at {host} (404): check the repository and the revision")
     if status in (401, 403):
@@ -208,7 +209,7 @@ def _within(seconds: float, call: Callable[[], T]) -> T:
     return future.result(seconds)
 
 
-def _retry_after(response: httpx.Response) -> float | None:
+def retry_after(response: httpx.Response) -> float | None:
     """Seconds of the Retry-After header, which holds a number or a date."""
     text = response.headers.get("Retry-After", "")
     if text.isdecimal():
@@ -219,7 +220,8 @@ def _retry_after(response: httpx.Response) -> float | None:
         return None
 
 
-def _why_lost(error: Exception) -> str:
+def why_lost(error: Exception) -> str:
+    """What became of the connection, in a few words."""
     if isinstance(error, TimeoutError | httpx.TimeoutException):
         return "no answer in time"
     kind = "no connection" if isinstance(error, httpx.ConnectError) else "connection lost"

@@ -345,8 +345,8 @@ def test_a_server_that_asks_for_too_long_is_named_with_its_time(hub):
 def test_retry_after_may_be_a_date():
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
     Answer = namedtuple("Answer", "headers")
-    assert 25 < transport._retry_after(Answer({"Retry-After": date})) <= 30
-    assert transport._retry_after(Answer({"Retry-After": "soon"})) is None
+    assert 25 < transport.retry_after(Answer({"Retry-After": date})) <= 30
+    assert transport.retry_after(Answer({"Retry-After": "soon"})) is None
 
 
 def test_a_server_that_stays_busy_is_given_up_in_one_line(hub):
