@@ -15,7 +15,6 @@ from arcface.epoch_files import EpochFiles, Record
 from arcface.evaluation import Split
 from arcface.learner import Learner, class_margins
 from arcface.log_lines import TrainLines, in_percent, val_line
-from arcface.memory import keep_freed_memory
 from arcface.recipe import Recipe
 from arcface.run_settings import RunSettings, Settings
 from arcface.splits import TrainingData
@@ -24,6 +23,7 @@ from shared import distributed, seed
 from shared.checkpoint import Parts, Position
 from shared.distributed import World
 from shared.errors import UserError
+from shared.memory import keep_freed_memory
 from shared.precision import Amp
 from shared.reporter import Plan
 from shared.retrieval import MAP_AT, RECALL_AT
