@@ -8,10 +8,8 @@ missing, 130 interrupted and saved, 143 stopped and saved. Standard library only
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -25,11 +23,11 @@ from shared.device import check_mask, present_gpus, visible_gpus
 from shared.errors import (
     DONE,
     FAILED,
-    USER_ERROR,
     UserError,
     one_line,
 )
 from shared.outcome import Failure
+from shared.prctl import die_with_parent
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +158,8 @@ def _work(main: Main, argv: list[str]) -> NoReturn:
     """One process of several: `main`, and word of how it ended for the process that started it."""
     rank = int(os.environ["RANK"])
     ours = outcome.NOTES in os.environ
-    _die_with_parent()
+    launcher = os.environ.get(outcome.LAUNCHER_PID)
+    die_with_parent(int(launcher) if launcher else None)  # by SIGTERM: save and leave
     logs.setup(rank)
     _settle_for_cpu()
     if ours:
@@ -199,15 +198,3 @@ def _guard(main: Main, argv: list[str], rank: int) -> int | Failure:
         return Failure(rank, FAILED, "error", str(left.code), at=time.time())
     except BaseException as error:
         return outcome.failure_of(error, rank)
-
-
-def _die_with_parent() -> None:
-    """Have the kernel send SIGTERM (save and leave) when the launcher dies, however it dies."""
-    set_death_signal = 1  # PR_SET_PDEATHSIG of linux/prctl.h
-    try:
-        ctypes.CDLL(None).prctl(set_death_signal, int(signal.SIGTERM), 0, 0, 0)
-    except (OSError, AttributeError):
-        return  # not Linux
-    expected = os.environ.get(outcome.LAUNCHER_PID)
-    if expected and os.getppid() != int(expected):  # it died before the line above
-        os._exit(USER_ERROR)

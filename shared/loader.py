@@ -9,7 +9,6 @@ that dies of SIGTERM takes the emergency checkpoint with it; and they die with t
 
 from __future__ import annotations
 
-import ctypes
 import multiprocessing
 import os
 import random
@@ -23,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from shared.distributed import World
 from shared.errors import UserError
+from shared.prctl import die_with_parent
 from shared.sampling import TrainBatches, eval_indices
 from shared.seed import derive, seed_cpu
 
@@ -132,13 +132,9 @@ def _settle_worker(_worker: int) -> None:
     """Leave the process group that torchrun and Ctrl-C signal; die when the parent does."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        ctypes.CDLL(None).prctl(1, int(signal.SIGKILL), 0, 0, 0)  # PR_SET_PDEATHSIG
-    except (OSError, AttributeError):
-        return  # not Linux: torch's own watchdog ends the worker within seconds
     parent = multiprocessing.parent_process()
-    if parent and os.getppid() != parent.pid:  # it died before the line above
-        os._exit(1)
+    # elsewhere than on Linux torch's own watchdog ends the worker within seconds
+    die_with_parent(parent.pid if parent else None, signal.SIGKILL)
 
 
 def _length(dataset: Dataset[Any]) -> int:

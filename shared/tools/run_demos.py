@@ -7,11 +7,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import signal
-import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +16,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
+from shared.child import Child
 from shared.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, did_you_mean
 from shared.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -86,57 +83,6 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     if child.stopped_by:
         return INTERRUPTED if child.stopped_by == signal.SIGINT else 128 + child.stopped_by
     return DONE if all(outcome.ended_well for outcome in outcomes) else FAILED
-
-
-class Child:
-    """The running demo, in a process group of its own.
-
-    A signal to this program reaches it exactly once: Ctrl-C at a terminal would otherwise come
-    twice, from the terminal and from here, and the second one ends a run without saving.
-    """
-
-    def __init__(self) -> None:
-        self.stopped_by = 0
-        self._process: subprocess.Popen[bytes] | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> Child:
-        for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup's stays as it is
-                self._before[number] = signal.signal(number, self._pass_on)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def run(self, command: list[str]) -> int:
-        """Run `command`, its output passed through to the end; its exit code, as a shell has it."""
-        ours, its = os.pipe()
-        self._process = subprocess.Popen(command, stdout=its, stderr=its, process_group=0)
-        os.close(its)
-        if self.stopped_by:  # the signal came while the process was being made
-            self._process.send_signal(self.stopped_by)
-        # the pipe ends after the script's own tee, so the table cannot overtake the last lines
-        reader = threading.Thread(target=_pass_through, args=(ours,), daemon=True)
-        reader.start()
-        code = self._process.wait()
-        reader.join(timeout=5)
-        self._process = None
-        return code if code >= 0 else 128 - code
-
-    def _pass_on(self, number: int, _: object) -> None:
-        self.stopped_by = number
-        if self._process:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
-
-
-def _pass_through(descriptor: int) -> None:
-    while chunk := os.read(descriptor, 65536):
-        with contextlib.suppress(OSError):  # our own stdout may be gone; the run goes on
-            os.write(1, chunk)
-    os.close(descriptor)
 
 
 def run_demo(name: str, root: Path, child: Child) -> Outcome:

@@ -46,7 +46,7 @@ def pretend(directory: Path, name: str, status: dict, code: int = 0) -> None:
 def site(house):
     """A house with demo.sh, a set-up that has nothing to do, and a pretended face_distill."""
     house.take("demo.sh", "shared/__init__.py", "shared/errors.py", "shared/files.py")
-    house.take("shared/tools/run_demos.py")
+    house.take("shared/child.py", "shared/prctl.py", "shared/tools/run_demos.py")
     house.write("setup.sh", "#!/bin/sh\necho set up\n")
     house.python(".venv/bin/python", "root")
     outputs = [str(house.root / "face_distill/demo/runs/checkpoints/best.pth"), "/elsewhere/x"]

@@ -17,7 +17,7 @@ RECIPES = [
     if (ROOT / name).is_dir()
 ]
 ROOMS = ["shared", *RECIPES]
-LIGHT = {f"shared.{name}" for name in ("launch", "outcome", "config", "errors", "files")}
+LIGHT = {f"shared.{name}" for name in ("launch", "outcome", "config", "errors", "files", "child")}
 FOREIGN_TO_SHARED = {"transformers", "peft", "swift", "open_clip"}
 # Who in shared may talk to the process and its user, beside the entry scripts and shared/tools.
 OWNERS = {
@@ -26,7 +26,10 @@ OWNERS = {
         *("shared.launch", "shared.outcome", "shared.supervisor", "shared.signals"),
         *("shared.distributed", "shared.run_directory"),
     },
-    "processes": {"shared.loader"},  # its workers look at the process that forked them
+    "processes": {
+        "shared.child",
+        "shared.loader",  # its workers look at the process that forked them
+    },
     "print": set[str](),
 }
 BOOTSTRAP = re.compile(

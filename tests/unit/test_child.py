@@ -1,0 +1,128 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from shared.child import Child
+from tests.harness import start, wait_until
+
+pytestmark = pytest.mark.serial
+
+HEARS = """
+import signal, sys, time
+heard = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda number, _: heard.append(int(number)))
+print("at work", flush=True)
+while not heard:
+    time.sleep(0.01)
+time.sleep(0.3)
+print("heard", heard, flush=True)
+sys.exit(7)
+"""
+RUNS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from shared.child import Child
+with Child() as child:
+    code = getattr(child, sys.argv[2])([sys.executable, "-c", sys.argv[3]])
+print("code", code, "stopped by", child.stopped_by, flush=True)
+"""
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(text: str) -> list[str]:
+    return [sys.executable, "-c", text]
+
+
+@pytest.mark.parametrize(("ends", "code"), [("sys.exit(5)", 5), ("os.kill(os.getpid(), 9)", 137)])
+def test_the_exit_code_is_what_a_shell_would_say(ends, code):
+    with Child() as child:
+        assert child.run(python(f"import os, sys; {ends}")) == code
+        assert child.run_attached(python(f"import os, sys; {ends}")) == code
+
+
+def test_output_comes_through_to_the_last_grandchilds_word(capfd):
+    late = "import subprocess, sys; subprocess.Popen([sys.executable, '-c', sys.argv[1]])"
+    word = "import time; time.sleep(0.3); print('last word')"
+    with Child() as child:
+        child.run([*python(late), word])
+    assert capfd.readouterr().out == "last word\n"
+
+
+def test_the_environment_can_be_given(capfd, monkeypatch):
+    monkeypatch.setenv("OURS", "1")
+    show = python("import os; print(os.environ.get('OURS'), os.environ.get('ITS'))")
+    with Child() as child:
+        child.run(show)
+        child.run(show, env={"ITS": "2"})
+        child.run_attached(show, env={"ITS": "3"})
+    assert capfd.readouterr().out.split() == ["1", "None", "None", "2", "None", "3"]
+
+
+def test_a_program_that_is_not_there_is_an_error_and_the_next_one_runs():
+    with Child() as child:
+        with pytest.raises(FileNotFoundError):
+            child.run(["/no/such/program"])
+        assert child.run(python("")) == 0
+
+
+@pytest.mark.parametrize("way", ["run", "run_attached"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("group", [False, True])
+def test_a_signal_reaches_the_child_once(way, number, group):
+    with start(["-c", RUNS, ROOT, way, HEARS]) as running:
+        running.wait_for_text("at work")
+        running.signal(number, group=group)
+        outcome = running.finish()
+    assert f"heard [{int(number)}]\ncode 7 stopped by {int(number)}" in outcome.text
+
+
+def test_the_child_does_not_outlive_us_when_we_are_killed():
+    with start(["-c", RUNS, ROOT, "run_attached", HEARS]) as running:
+        running.wait_for_text("at work")
+        running.signal(signal.SIGKILL)
+        wait_until(lambda: "heard [15]" in running.text, "the child's own end")
+        assert running.leaves_nothing()
+
+
+def test_the_handlers_of_before_are_put_back_and_an_ignored_signal_stays_ignored():
+    before = signal.getsignal(signal.SIGTERM), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Child():
+            assert signal.getsignal(signal.SIGTERM) != before[0]
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) == before[0]
+    finally:
+        signal.signal(signal.SIGHUP, before[1])
+
+
+def test_a_child_that_starts_after_the_stop_is_told_at_once():
+    with Child() as child:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert child.stopped_by == signal.SIGTERM
+        assert child.run(python("import time; time.sleep(60)")) == 143
+
+
+def test_ticks_come_while_the_child_runs_and_it_shares_what_is_kept(tmp_path):
+    ticks: list[float] = []
+    handle = os.open(tmp_path / "kept", os.O_RDWR | os.O_CREAT)
+    text = f"import os, time; time.sleep(1.5); os.write({handle}, b'shared')"
+    with Child() as child:
+        code = child.run_attached(
+            python(text), tick=lambda: ticks.append(time.monotonic()), keep=[handle]
+        )
+    os.close(handle)
+    assert (code, len(ticks)) == (0, 1)
+    assert (tmp_path / "kept").read_text() == "shared"
+
+
+def test_the_child_hears_signals_though_ours_were_held_back_while_it_started():
+    show = "import signal; print(signal.pthread_sigmask(signal.SIG_BLOCK, []))"
+    alone = subprocess.run(python(show), capture_output=True, text=True, check=True).stdout
+    with start(["-c", RUNS, ROOT, "run", show]) as running:
+        assert running.finish().text.startswith(alone)
