@@ -1,0 +1,153 @@
+"""LoRA adapters on LLaVA-NeXT: made, saved as peft does, and loaded whole or not at all.
+
+Adapters written under older transformers have other names for the same modules; they are read too:
+    4.4x    vision_tower.vision_model.encoder…  multi_modal_projector…  language_model.model…
+    4.5x    model.vision_tower.vision_model.encoder…  model.multi_modal_projector…
+    5.x     model.vision_tower.encoder…  model.multi_modal_projector…  model.language_model…
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from shared import weights
+from shared.errors import UserError, one_line
+from shared.files import read_json
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftModel
+
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+_OLDEST_TOPS = ("vision_tower.", "multi_modal_projector.", "language_model.model.")
+_IN_MODEL = re.compile(r"\.(lora_[AB])\.default\.")
+
+
+def add_adapter(
+    model: nn.Module, targets: str, *, r: int = 8, alpha: int = 32, dropout: float = 0.1
+) -> PeftModel:
+    """`model` with fresh, trainable LoRA on every Linear whose full name the regex matches.
+
+    The adapter is float32 whatever the base's dtype; its first output is zero.
+    """
+    from peft import LoraConfig
+
+    settings = LoraConfig(
+        r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    return _wrap(model, settings)
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The LoRA parameters under the names they have in adapter files."""
+    found = ((name, p) for name, p in model.named_parameters() if _IN_MODEL.search(name))
+    return {_IN_MODEL.sub(r".\1.", name): parameter for name, parameter in found}
+
+
+def save_adapter(model: PeftModel, processor: Any, directory: Path) -> None:
+    """Write adapter_model.safetensors, adapter_config.json, README.md and the processor's files.
+
+    Each file is put in place in one step: a reader, or a kill, finds the old adapter or the new.
+    """
+    making = directory.with_name(f".{directory.name}.saving")
+    shutil.rmtree(making, ignore_errors=True)  # of a run that was killed while it saved
+    model.save_pretrained(str(making), save_embedding_layers=False)
+    processor.save_pretrained(str(making))
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in sorted(making.iterdir(), key=lambda path: path.name == WEIGHTS):
+        path.replace(directory / path.name)  # the weights last
+    making.rmdir()
+
+
+def load_adapter(model: nn.Module, directory: Path, *, trainable: bool = False) -> PeftModel:
+    """`model` with the adapter of `directory` on it, frozen unless `trainable`.
+
+    Raises UserError when a file is missing or damaged, and when the weights there are not exactly
+    those that its adapter_config.json asks for in this model.
+    """
+    settings = _settings(directory)
+    state = {modern_name(name): tensor for name, tensor in _weights(directory).items()}
+    wrapped = _wrap(model, settings)
+    own = adapter_parameters(wrapped)
+    _check_names(own, state, directory)
+    for name, parameter in own.items():
+        parameter.data.copy_(state[name])
+        parameter.requires_grad_(trainable)
+    return wrapped.eval()
+
+
+def modern_name(name: str) -> str:
+    """The name in transformers 5 of a parameter or module of an adapter of any version."""
+    prefix = "base_model.model." if name.startswith("base_model.model.") else ""
+    name = name.removeprefix(prefix)
+    if name.startswith(_OLDEST_TOPS):
+        name = "model." + name.replace("language_model.model.", "language_model.", 1)
+    return prefix + name.replace("vision_tower.vision_model.", "vision_tower.", 1)
+
+
+def _wrap(model: nn.Module, settings: LoraConfig) -> PeftModel:
+    from peft import get_peft_model
+
+    try:
+        return get_peft_model(model, settings)  # type: ignore[arg-type, return-value]
+    except ValueError as error:  # no module of this name
+        raise UserError(f"the adapter does not fit this model: {one_line(error)}") from None
+
+
+def _settings(directory: Path) -> LoraConfig:
+    from peft import LoraConfig
+
+    path = directory / SETTINGS
+    if not path.is_file():
+        raise UserError(f"{path} is missing: {directory} is no adapter; train stage 1 first")
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("peft_type") != "LORA":
+        raise UserError(f"{path} does not describe a LoRA adapter")
+    targets = content.get("target_modules")
+    if isinstance(targets, list):
+        targets = sorted(modern_name(str(target)) for target in targets)
+    if not targets:
+        raise UserError(f"{path} names no target_modules")
+    return LoraConfig(
+        r=content["r"],
+        lora_alpha=content["lora_alpha"],
+        lora_dropout=content.get("lora_dropout", 0.0),
+        target_modules=targets,
+        exclude_modules=content.get("exclude_modules"),
+        use_rslora=bool(content.get("use_rslora")),
+        task_type=content.get("task_type"),
+    )
+
+
+def _weights(directory: Path) -> dict[str, Tensor]:
+    old = directory / "adapter_model.bin"
+    path = directory / WEIGHTS
+    return weights.read(old if old.is_file() and not path.exists() else path)
+
+
+def _check_names(own: dict[str, nn.Parameter], state: dict[str, Tensor], directory: Path) -> None:
+    """Raise UserError unless names and shapes are the same in model and file."""
+    shapes = {
+        f"{name} {tuple(state[name].shape)} → {tuple(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if state[name].shape != own[name].shape
+    }
+    kinds = {
+        "missing": own.keys() - state.keys(),
+        "unexpected": state.keys() - own.keys(),
+        "of another shape": shapes,
+    }
+    wrong = [
+        f"{len(names)} {kind} ({', '.join(sorted(names)[:2])}{', …' if len(names) > 2 else ''})"
+        for kind, names in kinds.items()
+        if names
+    ]
+    if wrong:
+        raise UserError(
+            f"{directory} does not fit this model: {'; '.join(wrong)}; use the base model it was "
+            "trained on, or train it again"
+        )

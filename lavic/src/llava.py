@@ -1,0 +1,216 @@
+"""LLaVA-NeXT as both stages use it: five item tokens whose embeddings are a picture's CLS vectors.
+
+    model, processor = load_base("llava-hf/llava-v1.6-mistral-7b-hf", device, torch.bfloat16)
+    item_ids = add_item_tokens(model, processor.tokenizer)
+    views = picture_views(processor, read_rgb(path))            # (V, 3, S, S), V real views
+    vectors = cls_vectors(model, views)                         # (V, D)
+    embeds = place_vectors(embeds, filled_slots(ids, item_ids, [len(views)]), vectors)
+
+`model` may be the base or a PeftModel around it. Adapters are made, saved and loaded by
+adapters.py. V views of all pictures together, S the tower's input size, D the language model's
+width, B rows of L tokens.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from shared import weights
+from shared.errors import UserError, one_line
+
+if TYPE_CHECKING:
+    from transformers import LlavaNextForConditionalGeneration
+
+log = logging.getLogger(__name__)
+
+MOST_VIEWS = 5  # of one picture: the whole and up to four tiles
+ITEM_TOKENS = [f"<ItemImageEmb{number}>" for number in range(1, MOST_VIEWS + 1)]
+# Every Linear of the vision tower and the projector, and nothing else; for peft, a full match.
+VISION_TARGETS = (
+    r"model\.(vision_tower\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
+    r"|multi_modal_projector\.linear_[12])"
+)
+
+
+def load_base(
+    path_or_id: str | Path, device: torch.device, dtype: torch.dtype
+) -> tuple[LlavaNextForConditionalGeneration, Any]:
+    """The model, frozen, in eval and on `device`, and its processor.
+
+    path_or_id: a directory that exists, else a model id of the Hub; what is not in the cache is
+    fetched from there, and a log line says so first.
+    Raises UserError for a directory that is no whole LLaVA-NeXT checkpoint, and for an id that
+    cannot be fetched.
+    """
+    import transformers
+    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
+
+    if not sys.stderr.isatty():
+        transformers.logging.disable_progress_bar()
+    source = str(path_or_id)
+    _check_directory(Path(source)) if Path(source).is_dir() else _announce_download(source)
+    try:
+        loaded: Any = LlavaNextForConditionalGeneration.from_pretrained(
+            source, dtype=dtype, device_map={"": device}, output_loading_info=True
+        )
+        processor = AutoProcessor.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source} cannot be loaded: {one_line(error)}") from None
+    model, report = loaded
+    lacking = sorted(report["missing_keys"])
+    if lacking:
+        raise UserError(
+            f"{source} lacks {len(lacking)} weights of a LLaVA-NeXT ({', '.join(lacking[:3])}): "
+            "check that it is the right checkpoint, or fetch it again"
+        )
+    return model.requires_grad_(False).eval(), processor
+
+
+def add_item_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
+    """Make the five ITEM_TOKENS known to tokenizer and embeddings; their ids, five in a row.
+
+    Other special tokens, <image> among them, stay what they are. The embedding grows when it lacks
+    rows for them and never shrinks: the real checkpoint has more rows than its tokenizer has words.
+    """
+    tokenizer.add_tokens(ITEM_TOKENS, special_tokens=True)
+    embeddings = core_of(model).get_input_embeddings()
+    if len(tokenizer) > embeddings.weight.shape[0]:
+        _plain(model).resize_token_embeddings(len(tokenizer))
+        _plain(model).requires_grad_(False)
+    ids = tokenizer.convert_tokens_to_ids(ITEM_TOKENS)
+    if ids != list(range(ids[0], ids[0] + MOST_VIEWS)):
+        raise UserError(f"the tokenizer holds {ITEM_TOKENS[0]} … at {ids}, not five ids in a row")
+    return ids
+
+
+def core_of(model: nn.Module) -> Any:
+    """The LlavaNextModel: vision_tower, multi_modal_projector, language_model."""
+    return _plain(model).model
+
+
+def head_of(model: nn.Module) -> nn.Module:
+    """The layer from the language model's hidden states to logits."""
+    return _plain(model).lm_head
+
+
+def picture_views(processor: Any, picture: Tensor) -> Tensor:
+    """A picture's views for the tower, (V, 3, S, S) float32: the whole, then its 2 to 4 tiles.
+
+    picture: RGB, uint8 (3, H, W). Only views that show something: the zeros with which the image
+    processor fills up a batch of pictures never come into being. Raises UserError for a processor
+    whose grids give more than five views.
+    """
+    made = processor.image_processor(
+        picture, return_tensors="pt", input_data_format="channels_first"
+    )
+    views = made["pixel_values"][0]
+    if len(views) > MOST_VIEWS:
+        raise UserError(
+            f"the image processor's grids give {len(views)} views of a picture, {MOST_VIEWS} item "
+            "tokens are there for them: use a checkpoint with grids of at most four tiles"
+        )
+    return views
+
+
+def cls_vectors(model: nn.Module, views: Tensor) -> Tensor:
+    """What stands at the item tokens: (V, D), the projected CLS vector of each view.
+
+    views: (V, 3, S, S). The vector is that of the tower's last layer, without its final norm. In
+    that layer only the CLS row is computed: one query over the keys and values of all tokens.
+    """
+    core = core_of(model)
+    tower = core.vision_tower
+    hidden = tower.pre_layrnorm(tower.embeddings(views.to(tower.embeddings.patch_embedding.weight)))
+    for layer in tower.encoder.layers[:-1]:
+        hidden = layer(hidden, None)
+    return core.multi_modal_projector(_cls_of_last_layer(tower.encoder.layers[-1], hidden))
+
+
+def filled_slots(ids: Tensor, item_ids: list[int], views: Tensor | list[int]) -> Tensor:
+    """Where a vector belongs: (B, L) bool, true at a picture's item token k when it has a view k.
+
+    ids: (B, L), where each picture's tokens begin with the first item token. views: how many views
+    each picture has, in the order in which the pictures occur, row after row. With five tokens and
+    three views the last two tokens stay unfilled: they keep their own embeddings.
+    """
+    number = ids - item_ids[0]  # of the item token among the five; anything else lies outside
+    is_item = (number >= 0) & (number < len(item_ids))
+    picture = (number == 0).flatten().cumsum(0).view_as(ids) - 1
+    counts = torch.as_tensor(views, device=ids.device)
+    return is_item & (number < counts[picture.clamp(min=0)])
+
+
+def place_vectors(embeds: Tensor, filled: Tensor, vectors: Tensor) -> Tensor:
+    """`embeds` (B, L, D) with `vectors` (V, D) at the V places where `filled` (B, L) is true.
+
+    The vectors follow the order of the places, row after row. Differentiable in both; the dtype is
+    that of `embeds`.
+    """
+    return embeds.masked_scatter(filled.unsqueeze(-1), vectors.to(embeds.dtype))
+
+
+def _cls_of_last_layer(layer: Any, hidden: Tensor) -> Tensor:
+    """The first row of what `layer` makes of `hidden` (V, T, W): (V, W)."""
+    attention = layer.self_attn
+    normed, cls = layer.layer_norm1(hidden), hidden[:, :1]
+    query, key, value = (
+        projection(rows).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
+        for projection, rows in (
+            (attention.q_proj, normed[:, :1]),
+            (attention.k_proj, normed),
+            (attention.v_proj, normed),
+        )
+    )
+    mixed = nn.functional.scaled_dot_product_attention(query, key, value, scale=attention.scale)
+    cls = cls + attention.out_proj(mixed.transpose(1, 2).flatten(2))
+    return (cls + layer.mlp(layer.layer_norm2(cls)))[:, 0]
+
+
+def _plain(model: nn.Module) -> Any:
+    """The model inside a PeftModel, its adapters still in place; any other model as it is."""
+    inner = getattr(model, "get_base_model", None)
+    return inner() if inner else model
+
+
+def _check_directory(directory: Path) -> None:
+    """Raise UserError, naming the file, when a part of the checkpoint is missing or damaged."""
+    from transformers import AutoConfig
+
+    for name in ("config.json", "tokenizer_config.json"):
+        if not (directory / name).is_file():
+            raise UserError(
+                f"{directory / name} is missing: copy the whole checkpoint, or type --model_name "
+                "with the Hub's id to have it fetched"
+            )
+    weights.read(directory)  # mapped, not read: it knows pointers, pages and files that are cut off
+    try:
+        kind = AutoConfig.from_pretrained(directory).model_type
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory / 'config.json'}: {one_line(error)}") from None
+    if kind != "llava_next":
+        raise UserError(f"{directory} holds a {kind} model, expected llava_next (LLaVA-v1.6)")
+
+
+def _announce_download(model_id: str) -> None:
+    """Say that `model_id` will be fetched, unless the cache has it."""
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    if isinstance(try_to_load_from_cache(model_id, "config.json"), str):
+        return
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(
+            f"{model_id} is no directory here and not in the cache {constants.HF_HUB_CACHE}, and "
+            "HF_HUB_OFFLINE forbids to fetch it: unset it, or give --model_name a local path"
+        )
+    log.info(
+        "%s is fetched from %s into %s (LLaVA-v1.6-Mistral-7B: 15 GB)",
+        model_id,
+        constants.ENDPOINT,
+        constants.HF_HUB_CACHE,
+    )
