@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError, one_line
+from lavic.src.json_lines import read_objects
+from shared.errors import UserError
 
 NO_TITLE = "No Title"
 _OF_ITEM, _OF_LINE = "image_descriptions_llava_cleaned", "image_description_llava_cleaned"
@@ -85,44 +86,26 @@ def read_titles(path: Path) -> dict[str, str]:
     """
     if _schema(path) == ".json":
         return {item: _title(meta) for item, meta in _items(path)}
-    rows = ((_text(path, number, row, "image_name"), row) for number, row in json_lines(path))
+    rows = ((_text(path, number, row, "image_name"), row) for number, row in read_objects(path))
     return {
         Path(name).stem.rpartition("_")[0] or Path(name).stem: _title(row) for name, row in rows
     }
 
 
-def json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, object) of a JSON-lines file; blank lines are passed over.
-
-    Raises UserError with file and line for anything else.
-    """
-    for number, line in enumerate(_content(path).split("\n"), 1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise UserError(f"{path}, line {number}: not JSON ({one_line(error)})") from None
-            if not isinstance(row, dict):
-                raise UserError(
-                    f"{path}, line {number}: a {type(row).__name__}, expected an object in braces"
-                )
-            yield number, row
-
-
 def _described(path: Path) -> Iterator[tuple[str, str, str]]:
     """(title, picture's name, description) in the file's order."""
     if _schema(path) == ".jsonl":
-        for number, row in json_lines(path):
+        for number, row in read_objects(path):
             name = _text(path, number, row, "image_name")
             yield _title(row), name, _text(path, number, row, _OF_LINE)
         return
     for item, meta in _items(path):
         texts = meta.get(_OF_ITEM) or {}
         if not isinstance(texts, dict):
-            raise UserError(f"{path}, item {item}: {_OF_ITEM} must map pictures to texts")
+            raise UserError(f"{path} item {item}: {_OF_ITEM} must map pictures to texts")
         for name, text in texts.items():
             if not isinstance(text, str):
-                raise UserError(f"{path}, item {item}: the description of {name} is no text")
+                raise UserError(f"{path} item {item}: the description of {name} is no text")
             yield _title(meta), name, text
 
 
@@ -132,7 +115,7 @@ def _items(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         content = json.loads(_content(path))
     except json.JSONDecodeError as error:
         raise UserError(
-            f"{path}, line {error.lineno}: not JSON ({error.msg}, column {error.colno})"
+            f"{path} line {error.lineno} is no JSON ({error.msg} at column {error.colno})"
         ) from None
     if not isinstance(content, dict):
         raise UserError(
@@ -141,7 +124,7 @@ def _items(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         )
     for item, meta in content.items():
         if not isinstance(meta, dict):
-            raise UserError(f"{path}, item {item}: a {type(meta).__name__}, expected a dictionary")
+            raise UserError(f"{path} item {item}: a {type(meta).__name__}, expected a dictionary")
         yield item, meta
 
 
@@ -182,7 +165,7 @@ def _text(path: Path, number: int, row: dict[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str):
         have = ", ".join(row) or "none"
-        raise UserError(f"{path}, line {number}: no text under {key!r} (keys there: {have})")
+        raise UserError(f"{path} line {number}: no text under {key!r} (keys there: {have})")
     return value
 
 
