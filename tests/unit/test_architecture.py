@@ -17,7 +17,10 @@ RECIPES = [
     if (ROOT / name).is_dir()
 ]
 ROOMS = ["shared", *RECIPES]
-LIGHT = {f"shared.{name}" for name in ("launch", "outcome", "config", "errors", "files", "child")}
+LIGHT = {
+    f"shared.{name}"
+    for name in ("launch", "outcome", "config", "errors", "files", "child", "stages")
+}
 FOREIGN_TO_SHARED = {"transformers", "peft", "swift", "open_clip"}
 # Who in shared may talk to the process and its user, beside the entry scripts and shared/tools.
 OWNERS = {
@@ -35,6 +38,11 @@ OWNERS = {
 BOOTSTRAP = re.compile(
     r"sys\.path\.insert\(0, str\(Path\(__file__\)\.resolve\(\)\.parents\[(\d)\]\)\)"
     r"  # repository root, for shared"
+)
+# Second line of multimodal's entry scripts: its datasets.py must not hide Hugging Face's package.
+OWN_DIRECTORY_LAST = (
+    "sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))"
+    "  # datasets.py last"
 )
 TOP_LEVEL = {
     *("README.md", "README.zh-CN.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
@@ -255,10 +263,21 @@ def test_entry_scripts_reach_shared_by_the_one_bootstrap_line():
     for path in entry_scripts():
         lines = (ROOT / path).read_text(encoding="utf-8").splitlines()
         lines = [line for line in lines if line.startswith("sys.path")]
-        assert len(lines) == 1, f"{path}: {lines}"
+        more = [OWN_DIRECTORY_LAST] if path.parts[0] == "multimodal" else []
+        assert lines[1:] == more, f"{path}: {lines}"
         match = BOOTSTRAP.fullmatch(lines[0])
         assert match, f"{path}: {lines[0]}"
         assert int(match[1]) == len(path.parts) - 1, f"{path}: {lines[0]}"
+
+
+def test_nothing_takes_multimodals_data_sets_by_the_name_of_hugging_faces():
+    guilty = {
+        (str(path), name)
+        for path in sources("multimodal")
+        for name in all_imports(path)
+        if room_of(name) == "datasets"
+    }
+    assert not guilty
 
 
 def test_entry_scripts_answer_help_without_heavy_imports():
