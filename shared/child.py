@@ -33,7 +33,7 @@ class Child:
 
     def __init__(self) -> None:
         self.stopped_by = 0
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[Any] | None = None
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> Child:
@@ -85,10 +85,9 @@ class Child:
         signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             stopped_before = self.stopped_by
-            process: subprocess.Popen[bytes] = subprocess.Popen(
+            process = subprocess.Popen(
                 [os.fspath(word) for word in command],
                 env=None if env is None else dict(env),
-                text=False,
                 process_group=0,
                 preexec_fn=lambda: _settle(us),
                 **options,

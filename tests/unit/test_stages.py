@@ -1,0 +1,286 @@
+import json
+import logging
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared.config import parse
+from shared.errors import MissingToolError, UserError
+from shared.stages import Stage, StageOptions, command_stage, run_stages
+from tests.harness import ROOT, start
+
+ALL = StageOptions()
+
+
+class Chain:
+    """Three stages that note when they run and end with the codes in `codes`."""
+
+    def __init__(self, base: Path) -> None:
+        self.state, self.ran = base / "state", list[str]()
+        self.codes: dict[str, int] = {}
+        self.inputs: dict[str, dict[str, object]] = {}
+        self.outputs = {name: (base / f"{name}.out",) for name in "abc"}
+        self.optional = set[str]()
+
+    def stage(self, name: str) -> Stage:
+        def run() -> int:
+            self.ran.append(name)
+            for path in self.outputs[name]:
+                path.write_text(name)
+            return self.codes.get(name, 0)
+
+        inputs = self.inputs.get(name, {})
+        return Stage(name, run, inputs, self.outputs[name], name in self.optional)
+
+    def __call__(self, options: StageOptions = ALL) -> tuple[int, str]:
+        """The exit code of one call, and the stages that ran in it."""
+        self.ran.clear()
+        code = run_stages([self.stage(name) for name in "abc"], options, self.state)
+        return code, "".join(self.ran)
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Chain:
+    return Chain(tmp_path)
+
+
+def table(text: str) -> dict[str, list[str]]:
+    """{stage: the rest of its row} of the table in the log."""
+    rows = text[text.rindex("stage  ") :].splitlines()[2:]
+    return {row.split()[0]: row.split()[1:] for row in rows if row[:1] in "abc"}
+
+
+def test_stages_run_in_order_and_only_once(chain):
+    assert chain() == (0, "abc")
+    assert chain() == (0, "")
+
+
+def test_the_first_failure_ends_the_chain_and_the_next_call_goes_on_there(chain, caplog):
+    caplog.set_level(logging.INFO)
+    chain.codes["b"] = 7
+    assert chain() == (7, "ab")
+    rows = table(caplog.text)
+    assert (rows["a"][0], rows["b"][0], rows["c"]) == ("done", "failed", ["not", "run", "-", "-"])
+    assert (rows["a"][-1], rows["b"][-1]) == ("0", "7")
+    assert "failed: stage b; the same command goes on there (exit 7)" in caplog.text
+    chain.codes.clear()
+    caplog.clear()
+    assert chain() == (0, "bc")
+    assert "stage a: done before" in caplog.text
+    assert table(caplog.text)["a"][:2] == ["already", "done"]
+
+
+@pytest.mark.parametrize("code", [2, 3, 130, 143])
+def test_the_exit_code_is_the_failing_stages_own(chain, code):
+    chain.codes["a"] = code
+    assert chain() == (code, "a")
+
+
+def test_a_changed_input_runs_its_stage_again_and_says_what_changed(chain, caplog, tmp_path):
+    caplog.set_level(logging.INFO)
+    weights = tmp_path / "weights"
+    weights.write_text("one")
+    chain.inputs = {"b": {"lr": 1, "weights": weights}}
+    chain()
+    assert chain() == (0, "")
+    chain.inputs["b"]["lr"] = 2
+    assert chain() == (0, "b")
+    assert "stage b: runs again: lr: 1 → 2" in caplog.text
+    weights.write_text("other")
+    assert chain() == (0, "b")
+    assert "bytes → " in caplog.text
+    assert chain() == (0, "")
+
+
+def test_a_missing_output_runs_its_stage_again(chain, caplog):
+    caplog.set_level(logging.INFO)
+    chain()
+    chain.outputs["c"][0].unlink()
+    assert chain() == (0, "c")
+    assert "c.out is missing" in caplog.text
+
+
+def test_a_stage_that_leaves_no_output_has_failed(chain, tmp_path):
+    stage = Stage("a", lambda: 0, outputs=(tmp_path / "nothing",))
+    assert run_stages([stage], ALL, chain.state) == 1
+    assert not (chain.state / "a.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "ran"), [("--from b", "bc"), ("--only b", "b"), ("--force", "abc"), ("", "")]
+)
+def test_the_flags_choose_the_stages(chain, line, ran):
+    chain()
+    assert chain(parse(StageOptions, line.split())) == (0, ran)
+
+
+@pytest.mark.parametrize("flag", ["--from", "--only"])
+def test_an_unknown_stage_is_refused_with_the_nearest(chain, tmp_path, flag):
+    stages = [Stage("train", lambda: 0), Stage("evaluate", lambda: 0)]
+    with pytest.raises(UserError, match=f"{flag} trian.*did you mean train.*train, evaluate"):
+        run_stages(stages, parse(StageOptions, [flag, "trian"]), chain.state)
+    assert not chain.state.exists()
+    with pytest.raises(UserError, match="exclude each other"):
+        run_stages(stages, parse(StageOptions, ["--from", "train", "--only", "train"]), tmp_path)
+
+
+def test_an_optional_failure_lets_the_later_stages_run_and_keeps_its_code(chain, caplog):
+    caplog.set_level(logging.INFO)
+    chain.optional, chain.codes = {"a"}, {"a": 3}
+    assert chain() == (3, "abc")
+    assert table(caplog.text)["a"][0] == "failed"
+    assert "stage a; the same command" in caplog.text
+    chain.codes = {"a": 3, "c": 4}  # c has its marker
+    assert chain() == (3, "a")
+    chain.outputs["c"][0].unlink()
+    assert chain() == (4, "ac")
+
+
+def test_a_failed_stage_run_again_has_no_marker_of_before(chain):
+    chain()
+    chain.codes["b"] = 1
+    assert chain(StageOptions(from_stage="b")) == (1, "b")
+    chain.codes.clear()
+    assert chain() == (0, "b")  # c was not touched
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (UserError("no such thing"), 2, "error: no such thing"),
+        (MissingToolError("no tool"), 3, "error: no tool"),
+        (ValueError("broken"), 1, "ValueError: broken"),
+        (SystemExit(4), 4, ""),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_what_a_stage_raises_becomes_its_code(chain, capsys, error, code, said):
+    def run() -> int:
+        raise error
+
+    assert run_stages([Stage("a", run)], ALL, chain.state) == code
+    assert said in capsys.readouterr().err
+
+
+def test_the_marker_tells_inputs_time_and_code(chain):
+    chain.inputs["a"] = {"path": Path("/no/where"), "sizes": (1, 2)}
+    chain()
+    marker = json.loads((chain.state / "a.json").read_text())
+    assert marker["inputs"] == {"path": "/no/where", "sizes": [1, 2]}
+    assert (marker["exit_code"], marker["finished_at"][-1]) == (0, "Z")
+    assert marker["seconds"] >= 0
+
+
+def test_a_torn_marker_counts_as_none(chain):
+    chain()
+    (chain.state / "b.json").write_text('{"inp')
+    assert chain() == (0, "b")
+
+
+@pytest.mark.parametrize("name", ["", "a b", "../a", "-a"])
+def test_a_stages_name_is_fit_for_a_file(name):
+    with pytest.raises(ValueError, match="stage"):
+        Stage(name, lambda: 0)
+
+
+def test_two_stages_of_one_name_are_refused(chain):
+    with pytest.raises(ValueError, match="same name"):
+        run_stages([Stage("a", lambda: 0)] * 2, ALL, chain.state)
+
+
+def test_a_chain_at_work_is_not_started_a_second_time(chain):
+    def inner() -> int:
+        with pytest.raises(UserError, match="at work in another process"):
+            run_stages([Stage("b", lambda: 0)], ALL, chain.state)
+        return 0
+
+    assert run_stages([Stage("a", inner)], ALL, chain.state) == 0
+
+
+def test_a_command_is_run_with_its_environment_and_is_one_of_its_inputs(tmp_path, capfd):
+    def run(text: str, **env: str) -> int:
+        command = [sys.executable, "-c", text]
+        return run_stages([command_stage("a", command, env=env)], ALL, tmp_path)
+
+    assert run("import os; print('got', os.environ['X'])", X="it's") == 0
+    assert "got it's" in capfd.readouterr().out
+    assert run("import os; print('got', os.environ['X'])", X="it's") == 0
+    assert "got" not in capfd.readouterr().out
+    assert run("import sys; sys.exit(9)") == 9
+
+
+def test_a_command_that_is_not_there_is_exit_code_3(tmp_path, capfd):
+    stages = [command_stage("a", ["/no/such/program"])]
+    assert run_stages(stages, ALL, tmp_path) == 3
+    assert "/no/such/program does not start" in capfd.readouterr().err
+
+
+CHAIN = """
+import logging, os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from shared.stages import Stage, StageOptions, command_stage, run_stages
+logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
+def wait():
+    print("at work", flush=True)
+    time.sleep(1.0)
+    return 0
+second = {
+    "function": lambda: Stage("b", wait),
+    "command": lambda: command_stage("b", [sys.executable, "-c", sys.argv[4]]),
+}[sys.argv[3]]()
+stages = [Stage("a", lambda: 0), second, Stage("c", lambda: print("c ran") or 0)]
+sys.exit(run_stages(stages, StageOptions(), Path(sys.argv[2])))
+"""
+SAVES = """
+import signal, sys, time
+def leave(number, _):
+    print("saved", flush=True); sys.exit({code})
+signal.signal(signal.SIGTERM, leave); signal.signal(signal.SIGINT, leave)
+print("at work", flush=True); time.sleep(60)
+"""
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_stop_lets_the_command_save_and_ends_the_chain(tmp_path, number, code):
+    with start(
+        ["-c", CHAIN, ROOT, tmp_path, "command", SAVES.format(code="128 + number")]
+    ) as running:
+        running.wait_for_text("\nat work")
+        running.signal(number, group=True)
+        outcome = running.finish()
+    assert outcome.code == code
+    assert "saved" in outcome.text
+    assert "c ran" not in outcome.text
+    rows = table(outcome.text)
+    assert (rows["a"][0], rows["b"][0], rows["b"][-1]) == ("done", "stopped", str(code))
+    assert not (tmp_path / "b.json").exists()
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("kind", ["command", "function"])
+def test_a_stage_that_is_done_in_spite_of_the_stop_counts_as_done(tmp_path, kind):
+    with start(["-c", CHAIN, ROOT, tmp_path, kind, SAVES.format(code=0)]) as running:
+        running.wait_for_text("\nat work")
+        running.signal(signal.SIGTERM)
+        outcome = running.finish()
+    assert outcome.code == 143
+    assert "c ran" not in outcome.text
+    assert table(outcome.text)["b"][0] == "done"
+    assert (tmp_path / "b.json").exists()
+
+
+@pytest.mark.serial
+def test_a_second_signal_ends_a_stage_at_once(tmp_path):
+    text = CHAIN.replace("time.sleep(1.0)", "time.sleep(0.7); print('half'); time.sleep(60)")
+    with start(["-c", text, ROOT, tmp_path, "function", ""], PYTHONUNBUFFERED="1") as running:
+        running.wait_for_text("\nat work")
+        running.signal(signal.SIGINT)
+        running.wait_for_text("half")
+        running.signal(signal.SIGINT)
+        outcome = running.finish(timeout=20)
+    assert outcome.code == 130
+    assert table(outcome.text)["b"][0] == "stopped"
