@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 MOST_PIXELS = 100_000_000  # a small file may claim any size; decoding it would fill the memory
+_PNG = b"\x89PNG\r\n\x1a\n"  # byte 24 of such a file tells the bits of a channel
 _LARGE_JPEG = 1 << 19  # bytes; below it a JPEG cannot claim too much
 
 
@@ -38,12 +39,16 @@ def decode_rgb(content: bytes) -> Tensor:
     """The picture in `content` as RGB, uint8 (3, H, W), turned upright by its EXIF note.
 
     The colours of a pixel lie side by side in memory (channels last), as `resize` likes them.
-    JPEG, PNG, GIF (first frame) and WebP go through torchvision, the rest through Pillow; both give
-    the same grey levels. Raises ValueError, with the reason, when nothing can be decoded.
+    JPEG, GIF (first frame) and WebP go through torchvision, the rest through Pillow; both give the
+    same grey levels. Raises ValueError, with the reason, when nothing can be decoded.
     """
     is_jpeg = content[:2] == b"\xff\xd8"
     if not is_jpeg or len(content) > _LARGE_JPEG:
         _check_header(content)
+    if content.startswith(_PNG):
+        # a damaged PNG makes torchvision 0.29 end the process (SIGSEGV): Pillow looks first
+        image = _decode_with_pillow(content)
+        return _interleaved(_decode_quickly(content, is_jpeg) if content[24] == 16 else image)
     try:
         image = _decode_quickly(content, is_jpeg)
     except RuntimeError:

@@ -153,6 +153,18 @@ def test_files_that_give_no_picture_say_why(tmp_path):
         read_rgb(tmp_path / "none.jpg")
 
 
+def test_damage_anywhere_in_a_png_is_a_reason_and_never_the_end_of_the_process():
+    whole = encoded(picture(), "PNG")
+    rng = np.random.default_rng(0)
+    for position in rng.integers(33, len(whole) - 40, 60):  # in the pixels
+        flipped = bytearray(whole)
+        flipped[position] ^= 1 << int(rng.integers(8))
+        with pytest.raises(ValueError, match=r"."):
+            decode_rgb(bytes(flipped))
+        with pytest.raises(ValueError, match=r"."):
+            decode_rgb(whole[:position])
+
+
 def test_what_is_skipped_is_named_once_and_counted_by_reason(caplog):
     skipped = Skipped()
     for name, reason in [("a", "missing"), ("b", "empty"), ("c", "missing"), ("a", "empty")]:
