@@ -78,7 +78,7 @@ class HubServer:
     _faults: dict[str, list[_Fault]] = field(default_factory=dict)
 
     def __enter__(self) -> HubServer:
-        handler = type("Handler", (_Handler,), {"hub": self})
+        handler = type("Handler", (self.handler(),), {"hub": self})
         self._server = _Server(("127.0.0.1", 0), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
         self._thread.start()
@@ -93,6 +93,10 @@ class HubServer:
         self._server.shutdown()
         self._server.server_close()  # waits for no thread that hangs on purpose: they are daemons
         self._thread.join()
+
+    def handler(self) -> type[_Handler]:
+        """What answers requests."""
+        return _Handler
 
     @property
     def port(self) -> int:
