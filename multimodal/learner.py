@@ -1,0 +1,140 @@
+"""What learns: the model, a head for the keywords of sounds, and the tasks that each stage sets.
+
+A task names the modalities that a batch brings, whether they are to find each other, and which
+labels they are to predict from the fused features. A learner's outputs for a task are those that
+its loss uses, and no others: DDP waits for the gradient of everything it finds behind them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from multimodal import losses
+from multimodal.grad_cache import Outputs
+from multimodal.model import MODALITIES, MultimodalModel
+from shared.distributed import World
+
+INPUTS = {
+    "image": ("images",),
+    "text": ("input_ids", "attention_mask"),
+    "audio": ("audio", "audio_mask"),
+}
+Batch = dict[str, Tensor]
+Target = Literal["classes", "keywords"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one kind of batch is for."""
+
+    name: str  # in charts and reports
+    modalities: tuple[str, ...]  # one, or two in the order of a name in PAIRS
+    contrasts: bool  # the two modalities of a pair find each other
+    target: Target | None = None  # labels to predict
+
+    @property
+    def pair(self) -> str:
+        """Whose temperature it uses."""
+        return "_".join(self.modalities)
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """How losses are taken."""
+
+    kind: Literal["infonce", "sigmoid"] = "infonce"
+    local: bool = False
+    label_weight: float = 1.0  # of the labels' loss beside a contrastive one
+
+
+class Learner(nn.Module):
+    """The model and what training needs beside it."""
+
+    def __init__(self, model: MultimodalModel, num_keywords: int, kind: str = "infonce") -> None:
+        super().__init__()
+        self.model = model
+        self.kind = kind
+        width = model.classifier.in_features
+        self.keyword_head = nn.Linear(width, num_keywords) if num_keywords else nn.Identity()
+        if kind == "sigmoid":  # where the sigmoid loss begins: most pairs are none
+            for scale in model.logit_scale.values():
+                nn.init.constant_(scale, math.log(10.0))
+            for bias in model.logit_bias.values():
+                nn.init.constant_(bias, -10.0)
+
+    def forward(self, batch: Batch, task: Task) -> Outputs:
+        """The outputs that `task`'s loss uses: features, scale, bias, logits, keywords."""
+        inputs = {name: batch[name] for one in task.modalities for name in INPUTS[one]}
+        if task.target:
+            found = self.model(**inputs, modality_mask=batch.get("modality_mask"))
+        else:
+            found = self._features(inputs, task)
+        outputs: Outputs = {}
+        if task.contrasts:
+            names = [f"{one}_features" for one in task.modalities]
+            outputs |= {name: found[name] for name in names}
+            outputs["scale"] = self.model.logit_scale[task.pair].exp()
+            if self.kind == "sigmoid":
+                outputs["bias"] = self.model.logit_bias[task.pair] * 1.0
+        if task.target == "classes":
+            outputs["logits"] = found["logits"]
+        elif task.target == "keywords":
+            outputs["keywords"] = self.keyword_head(found["fused_features"])
+        return outputs
+
+    def _features(self, inputs: Batch, task: Task) -> Outputs:
+        """The towers alone."""
+        features = {}
+        for one in task.modalities:
+            tower = getattr(self.model, one)
+            features[f"{one}_features"] = tower(*(inputs[name] for name in INPUTS[one])).features
+        return features
+
+
+def loss_of(
+    task: Task, outputs: Outputs, labels: Tensor | None, options: LossOptions, world: World
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch's outputs, and its parts by name."""
+    parts: dict[str, Tensor] = {}
+    if task.contrasts:
+        one, other = (outputs[f"{name}_features"] for name in task.modalities)
+        if options.kind == "sigmoid":
+            parts["contrast"] = losses.sigmoid(one, other, outputs["scale"], outputs["bias"], world)
+        else:
+            parts["contrast"] = losses.info_nce(
+                one, other, outputs["scale"], world, local=options.local
+            )
+    if task.target and labels is not None:
+        logits = outputs["logits" if task.target == "classes" else "keywords"]
+        parts[task.target] = losses.multi_label(logits, labels)
+    weights = {"contrast": 1.0}
+    weighted = [
+        value * weights.get(name, options.label_weight if task.contrasts else 1.0)
+        for name, value in parts.items()
+    ]
+    return torch.stack(weighted).sum(), {name: part.detach() for name, part in parts.items()}
+
+
+def modality_dropout(
+    task: Task, rows: int, world: World, generator: torch.Generator, share: float
+) -> Tensor:
+    """(rows, 3) bool: the modalities that each sample of this process shows to the fusion.
+
+    Of `share` of the samples one of the two is left out, either with the same chance. Drawn for all
+    processes at once, so that the global batch is the same whoever holds which part.
+    """
+    shown = torch.tensor([name in task.modalities for name in MODALITIES])
+    drawn = torch.rand(world.size * rows, 2, generator=generator)
+    own = drawn[world.rank * rows : (world.rank + 1) * rows]
+    mask = shown.repeat(rows, 1)
+    if len(task.modalities) == 2:
+        columns = torch.tensor([MODALITIES.index(name) for name in task.modalities])
+        leaves = own[:, 0] < share
+        which = columns[(own[:, 1] < 0.5).long()]
+        mask[leaves.nonzero().flatten(), which[leaves]] = False
+    return mask

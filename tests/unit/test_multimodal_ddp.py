@@ -1,0 +1,125 @@
+"""Two processes give the gradients of one on the same global batch, whatever modality it brings.
+
+The file is also the program of each process: `python test_multimodal_ddp.py RANK STORE REPORT`.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
+
+from multimodal import grad_cache  # noqa: E402
+from multimodal.learner import LossOptions, Task, loss_of  # noqa: E402
+from shared.distributed import World  # noqa: E402
+from shared.precision import Amp  # noqa: E402
+from tests import multimodal_nano as nano  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+WORLD, ROWS = 2, 8
+# One after another through one DDP module: each batch lacks a modality, and the next another one.
+SERIES = (
+    Task("coco", ("image",), False, "classes"),
+    Task("coco", nano.IMAGE_TEXT, True),
+    Task("audiocaps", nano.AUDIO_TEXT, True),
+    Task("clotho", nano.AUDIO_TEXT, True, "keywords"),
+    Task("voxceleb", nano.IMAGE_AUDIO, True),
+    Task("coco", nano.IMAGE_TEXT, True, "classes"),
+)
+CASES = {
+    "one chunk": (4, LossOptions()),
+    "two chunks": (2, LossOptions()),
+    "two chunks, local loss": (2, LossOptions(local=True)),
+    "two chunks, sigmoid": (2, LossOptions("sigmoid")),
+}
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
+    """The largest relative error of the gradients by case and task, from two processes."""
+    directory = tmp_path_factory.mktemp("ddp")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    paths = [str(directory / "store"), str(directory / "report.json")]
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(rank), *paths], env=environment)
+        for rank in range(WORLD)
+    ]
+    try:
+        assert [process.wait(timeout=100) for process in processes] == [0] * WORLD
+    finally:
+        for process in processes:
+            process.kill()
+    return json.loads((directory / "report.json").read_text())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_give_the_gradients_of_one_on_the_whole_batch(report, case):
+    errors = report[case]
+    assert len(errors) == len(SERIES)
+    assert max(errors) < 1e-10, errors
+
+
+def test_ddp_without_its_search_for_unused_parameters_would_fail(report):
+    assert "finished reduction" in report["plain DDP"]
+
+
+def gradients_of(
+    module: torch.nn.Module, plain: torch.nn.Module, world: World, case: str, task: Task
+) -> dict[str, torch.Tensor]:
+    """The gradients that one step with this process's rows leaves."""
+    size, options = CASES[case]
+    batch = nano.double(nano.inputs(ROWS))
+    own = nano.rows_of(
+        batch, world.rank * ROWS // world.size, (world.rank + 1) * ROWS // world.size
+    )
+    labels = own.pop("labels")
+    rows = ROWS // world.size
+    chunks = [(nano.rows_of(own, i, i + size), task) for i in range(0, rows, size)]
+    plain.zero_grad(set_to_none=True)
+    grad_cache.backward(
+        module,
+        chunks,
+        lambda found: loss_of(task, found, labels, options, world)[0],
+        Amp("off", torch.device("cpu")),
+    )
+    return nano.gradients(plain)
+
+
+def work(rank: int, store: str, path: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=WORLD)
+    world, found = World(rank=rank, size=WORLD), dict[str, Any]()
+    for case, (_, options) in CASES.items():
+        learner = nano.learner(options.kind)
+        wrapped = DistributedDataParallel(learner, find_unused_parameters=True)
+        alone = nano.learner(options.kind)
+        found[case] = [
+            nano.largest_error(
+                gradients_of(wrapped, learner, world, case, task),
+                gradients_of(alone, alone, World(), case, task),
+            )
+            for task in SERIES
+        ]
+    learner = nano.learner()
+    wrapped = DistributedDataParallel(learner)
+    try:
+        for task in SERIES[:2]:
+            gradients_of(wrapped, learner, world, "one chunk", task)
+    except RuntimeError as error:
+        found["plain DDP"] = str(error)
+    if rank == 0:
+        Path(path).write_text(json.dumps(found))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    work(int(sys.argv[1]), sys.argv[2], sys.argv[3])

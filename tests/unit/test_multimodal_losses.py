@@ -1,0 +1,112 @@
+"""Losses of multimodal/ against a hand calculation and open_clip's own."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from multimodal import losses
+from multimodal.learner import LossOptions, Task, loss_of, modality_dropout
+from shared.distributed import World
+
+ALONE = World()
+
+
+def pairs(rows: int = 5, width: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    one, other = (torch.randn(rows, width, generator=generator).double() for _ in range(2))
+    return functional.normalize(one, dim=1), functional.normalize(other, dim=1)
+
+
+def test_info_nce_by_hand():
+    """Two orthogonal pairs at scale 1: each row has e against e + 1."""
+    one = torch.eye(2, dtype=torch.float64)
+    expected = -math.log(math.e / (math.e + 1))
+    for local in (False, True):
+        value = losses.info_nce(one, one, torch.tensor(1.0), ALONE, local=local)
+        assert value.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_info_nce_at_chance_is_the_logarithm_of_the_batch():
+    same = functional.normalize(torch.ones(8, 4), dim=1)
+    assert losses.info_nce(same, same, torch.tensor(14.0), ALONE).item() == pytest.approx(
+        math.log(8), rel=1e-6
+    )
+
+
+@pytest.mark.slow
+def test_both_losses_are_open_clips():
+    from open_clip.loss import ClipLoss, SigLipLoss
+
+    one, other = pairs()
+    scale, bias = torch.tensor(12.5).double(), torch.tensor(-7.0).double()
+    expected = ClipLoss()(one, other, scale)
+    assert losses.info_nce(one, other, scale, ALONE).item() == pytest.approx(expected.item())
+    expected = SigLipLoss()(one, other, scale, bias)
+    assert losses.sigmoid(one, other, scale, bias, ALONE).item() == pytest.approx(expected.item())
+
+
+def test_the_sigmoid_loss_by_hand():
+    one = torch.eye(2, dtype=torch.float64)
+    value = losses.sigmoid(one, one, torch.tensor(2.0), torch.tensor(-1.0), ALONE)
+    partner, stranger = math.log1p(math.exp(-(2 - 1))), math.log1p(math.exp(-1))
+    assert value.item() == pytest.approx(partner + stranger, rel=1e-7)
+
+
+def test_the_multi_label_loss_by_hand():
+    logits, labels = torch.tensor([[0.0, 2.0]]), torch.tensor([[True, False]])
+    expected = (math.log(2) + math.log1p(math.exp(2.0))) / 2
+    assert losses.multi_label(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.multi_label(logits.bfloat16(), labels).dtype == torch.float32
+
+
+def test_a_task_with_labels_adds_their_loss_with_its_weight():
+    one, other = pairs()
+    task = Task("coco", ("image", "text"), True, "classes")
+    outputs = {
+        "image_features": one,
+        "text_features": other,
+        "scale": torch.tensor(10.0),
+        "logits": torch.zeros(5, 3),
+    }
+    labels = torch.zeros(5, 3)
+    total, parts = loss_of(task, outputs, labels, LossOptions(label_weight=0.5), ALONE)
+    contrast = losses.info_nce(one, other, torch.tensor(10.0), ALONE).item()
+    assert parts["contrast"].item() == pytest.approx(contrast)
+    assert parts["classes"].item() == pytest.approx(math.log(2))
+    assert total.item() == pytest.approx(contrast + 0.5 * math.log(2), rel=1e-6)
+
+
+def test_labels_alone_have_their_full_weight():
+    task = Task("coco", ("image",), False, "classes")
+    outputs, labels = {"logits": torch.zeros(5, 3)}, torch.zeros(5, 3)
+    total, _ = loss_of(task, outputs, labels, LossOptions(label_weight=0.1), ALONE)
+    assert total.item() == pytest.approx(math.log(2))
+
+
+def masks(world: World, rows: int, share: float, seed: int = 0) -> torch.Tensor:
+    task = Task("clotho", ("audio", "text"), True, "keywords")
+    return modality_dropout(task, rows, world, torch.Generator().manual_seed(seed), share)
+
+
+def test_modality_dropout_leaves_one_of_the_two_and_never_none():
+    mask = masks(ALONE, 4000, 0.3)
+    assert not mask[:, 0].any()
+    assert mask.any(dim=1).all()
+    both = mask[:, 1:].all(dim=1).double().mean().item()
+    assert both == pytest.approx(0.7, abs=0.03)
+    assert mask[:, 1].double().mean().item() == pytest.approx(0.85, abs=0.03)
+    assert masks(ALONE, 100, 0.0)[:, 1:].all()
+
+
+def test_two_processes_draw_the_halves_of_what_one_draws():
+    whole = masks(ALONE, 8, 0.5)
+    halves = [masks(World(rank=rank, size=2), 4, 0.5) for rank in range(2)]
+    assert torch.equal(torch.cat(halves), whole)
+
+
+def test_one_modality_is_never_dropped():
+    task = Task("coco", ("image",), False, "classes")
+    mask = modality_dropout(task, 50, ALONE, torch.Generator().manual_seed(0), 0.9)
+    assert mask.tolist() == [[True, False, False]] * 50
