@@ -43,8 +43,16 @@ figure {{ margin: 1rem 0; }} figcaption {{ opacity: .75; }}
 svg {{ max-width: 45rem; }} img {{ max-width: 100%; vertical-align: middle; }}
 .wide {{ overflow-x: auto; }} table {{ border-collapse: collapse; }}
 th, td {{ border-bottom: 1px solid #8886; padding: .25rem .75rem .25rem 0; text-align: left; }}
-td {{ font-variant-numeric: tabular-nums; }} td.number {{ text-align: right; }}
-p, td, th {{ overflow-wrap: anywhere; }} td, th {{ min-width: 4em; }}
+td {{ font-variant-numeric: tabular-nums; }} td.number {{ text-align: right; white-space: nowrap; }}
+body {{ overflow-wrap: anywhere; }} td, th {{ min-width: 4em; }}
+td:first-child {{ min-width: 7em; }}
+.columns {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr));
+  gap: 0 1.5rem; }}
+.banner {{ border-left: .4rem solid #888; padding: .3rem .8rem; font-size: 1.15rem; }}
+.banner.good {{ border-color: #1e8a4c; }} .banner.bad {{ border-color: #c43c3c; }}
+.banner.open {{ border-color: #c8640a; }}
+pre {{ overflow-x: auto; font-size: .8rem; padding: .5rem; border: 1px solid #8886; }}
+summary {{ cursor: pointer; padding: .3rem 0; }}
 @media (prefers-color-scheme: dark) {{ body {{ background: {DARK_BACKGROUND}; color: #e4e6ea; }} }}
 """
 
@@ -60,19 +68,19 @@ class Page:
 
     def __init__(self, title: str, language: str = "en") -> None:
         """Begin with the title, which is also the heading; language: a tag such as en, zh-CN."""
-        self._title, self._language = _text(title), _text(language)
+        self._title, self._language = escaped(title), escaped(language)
         self._parts: list[str] = []
 
     def section(self, heading: str) -> None:
         """Begin a new section."""
-        self._parts.append(f"<h2>{_text(heading)}</h2>")
+        self._parts.append(f"<h2>{escaped(heading)}</h2>")
 
     def add(self, content: str, caption: str = "") -> None:
         """Add a paragraph of text or, of Markup, a figure with an optional caption."""
         if not isinstance(content, Markup):
-            self._parts.append(f"<p>{_text(content)}</p>")
+            self._parts.append(f"<p>{escaped(content)}</p>")
             return
-        below = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
+        below = f"<figcaption>{escaped(caption)}</figcaption>" if caption else ""
         self._parts.append(f"<figure>{content}{below}</figure>")
 
     def render(self) -> str:
@@ -108,7 +116,33 @@ def thumbnail(image: bytes, alt: str, width: int | None = None) -> Markup:
         raise ValueError(f"a thumbnail must be a JPEG or PNG, these bytes begin {image[:8]!r}")
     size = f' width="{width}"' if width else ""
     data = base64.b64encode(image).decode()
-    return Markup(f'<img src="data:{kind};base64,{data}" alt="{_text(alt)}"{size}>')
+    return Markup(f'<img src="data:{kind};base64,{data}" alt="{escaped(alt)}"{size}>')
+
+
+def drawing(svg: bytes, alt: str) -> Markup:
+    """An SVG file as a picture: as such it runs no script and fetches nothing."""
+    data = base64.b64encode(svg).decode()
+    return Markup(f'<img src="data:image/svg+xml;base64,{data}" alt="{escaped(alt)}">')
+
+
+def banner(text: str, kind: str) -> Markup:
+    """A line that stands out; kind: good, bad or open."""
+    return Markup(f'<p class="banner {escaped(kind)}">{escaped(text)}</p>')
+
+
+def folded(summary: str, content: Markup) -> Markup:
+    """What is shown when its summary is clicked; no script is needed for that."""
+    return Markup(f"<details><summary>{escaped(summary)}</summary>{content}</details>")
+
+
+def columns(contents: Iterable[Markup]) -> Markup:
+    """Contents beside each other where the screen is wide enough, else below each other."""
+    return Markup(f'<div class="columns">{"".join(f"<div>{c}</div>" for c in contents)}</div>')
+
+
+def verbatim(lines: Iterable[str]) -> Markup:
+    """Lines as they stand, of a log for instance."""
+    return Markup(f"<pre>{escaped(chr(10).join(lines))}</pre>")
 
 
 @dataclass(frozen=True)
@@ -157,7 +191,7 @@ def line_chart(
     height = bottom + BOTTOM + _ROW * len(lines)
     return Markup(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="100%" '
-        f'role="img" aria-label="{_text(title or y_label)}" font-family="sans-serif" '
+        f'role="img" aria-label="{escaped(title or y_label)}" font-family="sans-serif" '
         f'font-size="13" style="color-scheme: light dark">\n' + "\n".join(parts) + "\n</svg>"
     )
 
@@ -229,7 +263,7 @@ def _pen(number: int) -> str:
 
 def _label(x: object, y: object, text: str, anchor: str = "start") -> str:
     place = f'x="{x}" y="{y}" text-anchor="{anchor}"'
-    return f'<text {place} dominant-baseline="middle" fill="currentColor">{_text(text)}</text>'
+    return f'<text {place} dominant-baseline="middle" fill="currentColor">{escaped(text)}</text>'
 
 
 def _cell(value: Any) -> str:
@@ -239,9 +273,9 @@ def _cell(value: Any) -> str:
 
 
 def _content(value: object) -> str:
-    return value if isinstance(value, Markup) else _text("–" if value is None else str(value))
+    return value if isinstance(value, Markup) else escaped("–" if value is None else str(value))
 
 
-def _text(text: str) -> str:
+def escaped(text: str) -> str:
     """Text for HTML and XML, attributes too."""
     return escape(_UNPRINTABLE.sub("\N{REPLACEMENT CHARACTER}", text))

@@ -1,0 +1,342 @@
+"""The report page: what it shows equals the files, whatever state those are in."""
+
+import json
+import math
+import os
+import random
+import socket
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from shared import report, run_record
+from shared.errors import UserError
+from shared.page import Page, line_chart, table, thumbnail
+from shared.safe_html import harmless
+from shared.tools import report as tool
+from tests.unit.test_page import PNG, Reader
+
+STATUS = {
+    "schema": 1,
+    "recipe": "probe",
+    "state": "done",
+    "exit_code": 0,
+    "reason": "40 steps",
+    "pid": 1,
+    "host": "elsewhere",
+    "world_size": 2,
+    "step": 40,
+    "total_steps": 40,
+    "epoch": 2,
+    "eta_s": 0.0,
+    "started_at": "2026-01-02T03:04:05Z",
+    "updated_at": "2026-01-02T04:06:08Z",
+    "last": {"loss": 0.25, "val/acc": None},
+    "best": {"loss": 0.125},
+    "result": {"name": "accuracy", "before": 0.1, "after": 0.7512345678, "higher_is_better": True},
+    "outputs": [],
+    "data": {"training images": 800, "skipped": {"truncated": 3}},
+}
+CONFIG = {
+    "settings": {"lr": 5e-4, "seed": 0, "amp": "off", "paths": ["a", "b"], "model": {"depth": 18}},
+    "defaults": {"lr": 1e-3, "model": {"depth": 50}},
+    "command": "python train.py --lr 5e-4",
+    "versions": {"python": "3.11.7", "torch": "2.15.0"},
+}
+
+
+class Tables(HTMLParser):
+    """The tables of a page as lists of rows of texts, under the heading before them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[list[list[str]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        if tag == "table":
+            self.found.append([])
+        elif tag == "tr":
+            self.found[-1].append([])
+        elif tag in ("td", "th"):
+            self.found[-1][-1].append("")
+        self._inside = tag in ("td", "th")
+
+    def handle_endtag(self, tag):
+        self._inside = False
+
+    def handle_data(self, data):
+        if getattr(self, "_inside", False):
+            self.found[-1][-1][-1] += data
+
+    def named(self, *headers: str) -> dict[str, list[str]]:
+        """The rows, by their first cell, of the table with these headers."""
+        rows = next(rows for rows in self.found if rows[0] == list(headers))
+        return {row[0]: row[1:] for row in rows[1:]}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "a run"
+    return make_run(directory)
+
+
+def make_run(directory: Path, **changes: object) -> Path:
+    directory.mkdir(parents=True)
+    (directory / "status.json").write_text(json.dumps(STATUS | changes))
+    (directory / "config.json").write_text(json.dumps(CONFIG))
+    rows = [{"step": s, "epoch": 0, "split": "train", "loss": 10.0 / s} for s in range(1, 41)]
+    rows += [{"step": s, "epoch": 0, "split": "val", "loss": 20.0 / s} for s in (20, 40)]
+    lines = [json.dumps(row) for row in rows]
+    (directory / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def page_of(run_dir: Path) -> str:
+    return report.write(run_dir).read_text(encoding="utf-8")
+
+
+def test_tables_equal_the_files(run_dir):
+    tables = Tables(page_of(run_dir))
+    assert tables.named("", "before", "after") == {
+        "accuracy (higher is better)": ["0.1", "0.751235"]
+    }
+    facts = tables.named("run", "")
+    for name in ("state", "exit_code", "step", "total_steps", "epoch", "started_at"):
+        assert facts[name] == [str(STATUS[name])]
+    assert facts["duration"] == ["1 h 02 min"]
+    assert facts["command"] == [CONFIG["command"]]
+    assert tables.named("", "last", "best") == {"loss": ["0.25", "0.125"], "val/acc": ["–", "–"]}
+    assert tables.named("", "count") == {"training images": ["800"], "skipped.truncated": ["3"]}
+    assert tables.named("differs from the defaults", "value", "default") == {
+        "lr": ["0.0005", "0.001"],
+        "model.depth": ["18", "50"],
+    }
+    assert tables.named("setting", "value") == {
+        "lr": ["0.0005"],
+        "seed": ["0"],
+        "amp": ["off"],
+        "paths": ['["a", "b"]'],
+        "model.depth": ["18"],
+    }
+    assert tables.named("", "") == {
+        "host": ["elsewhere"],
+        "processes": ["2"],
+        "python": ["3.11.7"],
+        "torch": ["2.15.0"],
+    }
+
+
+def test_a_page_fetches_nothing_and_runs_nothing(run_dir):
+    (run_dir / "pages").mkdir()
+    (run_dir / "pages" / "sheet.png").write_bytes(PNG)
+    hostile = "<h1>Sheet</h1><script>fetch('//evil')</script><img src='http://evil/x.png'>"
+    (run_dir / "pages" / "table.html").write_text(hostile)
+    read = Reader(page_of(run_dir))
+    assert not {"script", "iframe", "object", "form", "base", "a"} & {tag for tag, _ in read.tags}
+    for _, attributes in read.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href"):
+                assert (value or "").startswith("data:")
+            elif name != "xmlns":
+                assert "//" not in (value or "")
+
+
+def test_pictures_of_a_recipe_are_inside(run_dir):
+    pages = run_dir / "pages"
+    pages.mkdir()
+    (pages / "1_sheet.png").write_bytes(PNG)
+    (pages / "2_roc.svg").write_text(line_chart({"a": ([0, 1], [0, 1])}, x_label="x", y_label="y"))
+    sheet = Page("Contact sheet")
+    sheet.add(table(["query"], [[thumbnail(PNG, "a shirt")]]))
+    (pages / "3_sheet.html").write_text(sheet.render())
+    (run_dir / "out.jpg").write_bytes(b"no picture at all")
+    status = STATUS | {"outputs": [str(run_dir / "out.jpg"), "gone.png", str(run_dir / "last.pt")]}
+    (run_dir / "status.json").write_text(json.dumps(status))
+    page = page_of(run_dir)
+    assert [image["alt"] for image in Reader(page).named("img")] == ["1_sheet", "2_roc", "a shirt"]
+    assert "Contact sheet" in page
+    assert "Not shown: out.jpg: a thumbnail must be a JPEG or PNG" in page
+
+
+def test_train_and_val_stand_in_one_chart_linear_and_logarithmic(run_dir):
+    charts = Reader(page_of(run_dir)).named("svg")
+    assert [chart["aria-label"] for chart in charts] == ["loss", "loss, logarithmic"]
+    texts = Reader(page_of(run_dir)).texts["text"]
+    assert texts.count("train") == texts.count("val") == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "kind"),
+    [
+        ({}, "Finished: 40 steps", "good"),
+        (
+            {"state": "failed", "exit_code": 1, "reason": "rank 1: RuntimeError: x"},
+            "Failed (exit code 1): rank 1: RuntimeError: x",
+            "bad",
+        ),
+        (
+            {"state": "stopped", "exit_code": 143, "reason": "SIGTERM: saved at step 7"},
+            "Stopped (exit code 143): SIGTERM: saved at step 7",
+            "open",
+        ),
+        (
+            {"state": "running", "pid": os.getpid(), "host": socket.gethostname(), "eta_s": 200.0},
+            "Still running when this page was written: at step 40 of 40, about 3 min 20 s to go.",
+            "open",
+        ),
+        (
+            {"state": "running", "pid": 2**30, "host": socket.gethostname()},
+            f"Killed: process {2**30} is gone",
+            "bad",
+        ),
+        ({"state": "running"}, "Still running when this page was written", "open"),  # elsewhere
+        ({"state": ["?"], "reason": None}, "Nothing says how this run ended", "open"),
+    ],
+)
+def test_the_first_line_says_how_the_run_ended(tmp_path, changes, said, kind):
+    page = page_of(make_run(tmp_path / "run", **changes))
+    read = Reader(page)
+    assert said in "".join(read.texts["p"])
+    assert {"class": f"banner {kind}"} in read.named("p")
+
+
+def test_a_long_series_is_thinned_without_losing_its_extremes_ends_and_gaps():
+    values = [math.sin(step / 1000) for step in range(100_000)]
+    values[31_415], values[62_831], values[50_000] = 9.0, -9.0, math.nan
+    steps, kept = report.thinned([float(step) for step in range(100_000)], values)
+    assert len(steps) < 700
+    found = dict(zip(steps, kept, strict=True))
+    assert (found[31_415], found[62_831]) == (9.0, -9.0)
+    assert math.isnan(found[50_000])
+    assert {0, 99_999} <= found.keys()
+    assert steps == sorted(steps)
+
+
+def test_a_short_series_stays_as_it_is():
+    assert report.thinned([1.0, 2.0], [3.0, math.nan])[0] == [1.0, 2.0]
+
+
+def test_the_log_of_a_progress_bar_shows_what_was_left_standing(run_dir):
+    (run_dir / "train.log").write_bytes(b"begun\n\r10%\r55%\rdone <b>\nlast\n")
+    page = page_of(run_dir)
+    assert "begun\ndone &lt;b&gt;\nlast" in page
+
+
+def test_runs_stand_side_by_side(tmp_path):
+    one = make_run(tmp_path / "one" / "runs")
+    other = make_run(tmp_path / "two" / "runs", state="failed", result=None)
+    config = CONFIG | {"settings": CONFIG["settings"] | {"lr": 1.0}}
+    (other / "config.json").write_text(json.dumps(config))
+    out = tmp_path / "compare.html"
+    assert tool.main(["compare", str(one), str(other), "--out", str(out)]) == 0
+    page = out.read_text()
+    tables = Tables(page)
+    results = tables.named("", "one/runs", "two/runs")
+    assert results["ended"] == ["done", "failed"]
+    assert results["accuracy, after"] == ["0.751235", "–"]
+    assert tables.named("setting", "one/runs", "two/runs") == {"lr": ["0.0005", "1.0"]}
+    assert {"one/runs train", "two/runs train", "one/runs val"} <= set(Reader(page).texts["text"])
+
+
+def trash(generator: random.Random) -> bytes:
+    return generator.randbytes(generator.randrange(2000))
+
+
+BROKEN = {
+    "binary": lambda generator, content: trash(generator),
+    "cut": lambda generator, content: content[: generator.randrange(len(content))],
+    "nan": lambda generator, content: content.replace(b"0.25", b"NaN").replace(b"10.0", b"1e999"),
+    "nested": lambda generator, content: b"[" * 200_000,
+    "a list": lambda generator, content: b"[1, 2]\n",
+    "types": lambda generator, content: content.replace(b"{", b'{"step": [], "loss": {}, '),
+    "huge": lambda generator, content: content.replace(b"40", b"4" * 400),
+}
+
+
+@pytest.mark.parametrize("name", ["status.json", "config.json", "metrics.jsonl"])
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_broken_file_is_named_and_the_page_is_written(run_dir, name, kind):
+    generator = random.Random(f"{name} {kind}")
+    path = run_dir / name
+    path.write_bytes(BROKEN[kind](generator, path.read_bytes()))
+    page = page_of(run_dir)
+    Reader(page)
+    if kind in ("binary", "nested", "a list"):
+        assert f"Not shown: {name}" in page
+
+
+@pytest.mark.parametrize("name", ["status.json", "config.json", "metrics.jsonl"])
+def test_a_missing_file_is_named(run_dir, name):
+    (run_dir / name).unlink()
+    assert f"Not shown: {name} is missing." in page_of(run_dir)
+
+
+@pytest.mark.parametrize("words", [["nowhere"], ["compare", "one"], ["."]])
+def test_no_run_is_one_line_and_exit_2(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert tool.main(words) == 2
+    written = capsys.readouterr()
+    assert written.out == "" and written.err.startswith("error: ") and written.err.count("\n") == 1
+
+
+def test_the_same_run_twice_is_refused(run_dir):
+    with pytest.raises(UserError, match="twice"):
+        report.write_comparison([run_dir, run_dir], run_dir / "compare.html")
+
+
+def test_an_unwritable_page_is_one_line(run_dir, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        report.write(run_dir, tmp_path / "file" / "page.html")
+
+
+def test_a_day_of_steps_is_written_in_half_a_second(run_dir):
+    row = {"step": 1, "epoch": 0, "split": "train", "time": 1.0, "loss": 0.5, "lr": 1e-3}
+    with (run_dir / "metrics.jsonl").open("w") as lines:
+        for step in range(20_000):
+            lines.write(json.dumps(row | {"step": step, "loss": 1 / (step + 1)}) + "\n")
+    began = time.process_time()
+    page = page_of(run_dir)
+    assert time.process_time() - began < 1.5  # measured: 0.3 s; three times that under load
+    assert len(page) < 200_000
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ("<p onclick=x>a &amp; b</p>", "<p>a &amp; b</p>"),
+        ("<script>bad</script>good", "good"),
+        ("<style>p{}</style><p style='x'>good", "<p>good</p>"),
+        ("<a href='http://x'>name</a>", "name"),
+        ("<img src='http://x/y.png' alt=z>", '<img alt="z">'),
+        (
+            "<img src='data:image/png;base64,AAAA' alt=z>",
+            '<img src="data:image/png;base64,AAAA" alt="z">',
+        ),
+        ("<img src='data:image/svg+xml;base64,AAAA'>", "<img>"),
+        ("<svg viewBox='0 0 1 1'><path d='M0 0' fill='url(http://x)'/></svg>",
+         '<svg viewBox="0 0 1 1"><path d="M0 0"></path></svg>'),
+        ("<svg><title>t</title><script>bad</script></svg>", "<svg><title>t</title></svg>"),
+        ("<h1>t</h1></div></p>", "<h3>t</h3>"),
+        ("<table><tr><td>1", "<table><tr><td>1</td></tr></table>"),
+        ("<noscript><p title='</noscript><img src=x onerror=bad>'>", ""),
+        ("<scr<script>ipt>word</script>x", "ipt&gt;wordx"),
+    ],
+)  # fmt: skip
+def test_of_foreign_html_only_the_harmless_part_is_kept(given, kept):
+    assert kept in harmless(given)
+    for word in ("bad", "http", "onclick", "onerror", "<script", "style"):
+        assert word not in harmless(given)
+
+
+def test_deep_and_endless_html_ends():
+    assert harmless("<div>" * 100_000).count("<div>") == 200
+    assert harmless("<" * 100_000) is not None
+
+
+def test_flat_settings_have_dotted_names():
+    assert run_record.flat({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "a.c": {}, "d": [2]}
