@@ -1,0 +1,124 @@
+"""AudioCaps: ten seconds of a YouTube video with one caption, five in validation and test."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from multimodal import audio, samples
+from multimodal.samples import Counts, Sample, Sounds
+from multimodal.tables import read_table
+from shared.errors import UserError
+
+COLUMNS = ["audiocap_id", "youtube_id", "start_time", "caption"]
+_YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
+
+
+@dataclass
+class Clip:
+    """A clip of the list. key: <youtube id>_<start in seconds>, the name of its file."""
+
+    video: str
+    key: str
+    captions: list[str] = field(default_factory=list)
+
+
+class AudioCaps(Dataset[Sample]):
+    """Items are dicts: audio (T, 80), input_ids (77), attention_mask (77).
+
+    root: holds train.csv, val.csv and test.csv, and audio/<split>/<youtube id>_<start>.flac (or
+        wav, ogg, mp3). Clips that are listed and not there are counted: videos vanish.
+    train: random part of the sound and random caption; default: for the split train alone.
+    clip_seconds, eval_seconds, cache: see samples.Sounds. limit: so many clips, spread.
+    Also `counts`, and of an item `captions(index)`, `path(index)`, `group_of(index)`.
+    Raises UserError.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        split: Literal["train", "val", "test"],
+        *,
+        train: bool | None = None,
+        clip_seconds: float = 10.0,
+        eval_seconds: float = 30.0,
+        cache: Path | None = None,
+        limit: int | None = None,
+    ) -> None:
+        samples.checked_split(split)
+        self._is_train = split == "train" if train is None else train
+        self._sounds = Sounds(
+            train=self._is_train, clip_seconds=clip_seconds, eval_seconds=eval_seconds, cache=cache
+        )
+        files = _files(root, split)
+        listed = listed_clips(root / f"{split}.csv")
+        self._clips, skipped = samples.usable(
+            listed, lambda clip: files.get(clip.key), samples.sound_problem,
+            what="clips", where=root / f"{split}.csv",
+        )  # fmt: skip
+        self._files = files
+        self.counts = Counts(
+            "audiocaps", split, len(listed), len(self._clips),
+            sum(len(clip.captions) for clip in self._clips), skipped,
+        )  # fmt: skip
+        self._clips = samples.limited(self._clips, limit)
+        self._replacing = samples.Replacing("clips")
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __getitem__(self, index: int) -> Sample:
+        index = range(len(self))[index]
+        return self._replacing.load(index, len(self), self._load, "audiocaps")
+
+    def _load(self, index: int) -> Sample:
+        text = samples.text_of(samples.pick(self._clips[index].captions, self._is_train))
+        return {"audio": self.sound(index), **text}
+
+    def sound(self, index: int) -> Tensor:
+        """The sound alone, float32 (T, 80). Raises audio.AudioError, which names the file."""
+        return self._sounds.features(self.path(index))
+
+    def captions(self, index: int) -> list[str]:
+        """The item's captions: one of the split train, five of the others."""
+        return self._clips[index].captions
+
+    def path(self, index: int) -> Path:
+        """The item's file."""
+        return self._files[self._clips[index].key]
+
+    def group_of(self, index: int) -> str:
+        """The video: a batch must not hold two items of one group."""
+        return self._clips[index].video
+
+
+def listed_clips(path: Path) -> list[Clip]:
+    """The clips of a list in its order, with their captions. Raises UserError with the line."""
+    clips: dict[str, Clip] = {}
+    for line, row in read_table(path, "utf-8-sig", COLUMNS):
+        video, start = row["youtube_id"], row["start_time"]
+        if not _YOUTUBE_ID.fullmatch(video) or not start.isdecimal():
+            raise UserError(
+                f"{path}, line {line}: youtube_id {video!r} and start_time {start!r}, expected 11 "
+                "characters of A-Z a-z 0-9 _ - and a number of seconds"
+            )
+        caption = " ".join(row["caption"].split())
+        if not caption:
+            raise UserError(f"{path}, line {line}: the caption is empty")
+        clip = clips.setdefault(f"{video}_{start}", Clip(video, f"{video}_{start}"))
+        clip.captions.append(caption)
+    return list(clips.values())
+
+
+def _files(root: Path, split: str) -> dict[str, Path]:
+    """Key → file of the sounds of a split that are there."""
+    folders = (root / "audio" / split, root / split, root / "audio")
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
+        return {}
+    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in audio.SUFFIXES}

@@ -1,0 +1,142 @@
+"""Clotho v2.1: sounds of 15 to 30 seconds with five captions and keywords each."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from multimodal import samples
+from multimodal.samples import Counts, Sample, Sounds
+from multimodal.tables import read_table
+from shared.errors import UserError
+
+FOLDERS = {"train": "development", "val": "validation", "test": "evaluation"}
+
+
+@dataclass(frozen=True)
+class _Clip:
+    name: str  # the file's, the key of both lists
+    captions: list[str]
+    labels: list[int]
+
+
+class Clotho(Dataset[Sample]):
+    """Items are dicts: audio (T, 80), input_ids (77), attention_mask (77), labels (80).
+
+    root: holds clotho_captions_*.csv, clotho_metadata_*.csv and the folders development,
+        validation and evaluation, as the archives give them.
+    split: train is development, val validation, test evaluation.
+    train: random part of the sound and random caption; default: for the split train alone.
+    clip_seconds, eval_seconds, cache: see samples.Sounds. limit: so many clips, spread.
+    `labels` mark which of the 80 keywords most frequent in development the clip has; their names
+    are `label_names` (fewer in a small set, none without the metadata). Also `counts`, and of an
+    item `captions(index)`, `path(index)`, `group_of(index)`. Raises UserError.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        split: Literal["train", "val", "test"],
+        *,
+        train: bool | None = None,
+        clip_seconds: float = 10.0,
+        eval_seconds: float = 30.0,
+        cache: Path | None = None,
+        limit: int | None = None,
+    ) -> None:
+        folder = FOLDERS[samples.checked_split(split)]
+        self._is_train = split == "train" if train is None else train
+        self._sounds = Sounds(
+            train=self._is_train, clip_seconds=clip_seconds, eval_seconds=eval_seconds, cache=cache
+        )
+        self._folder = root / folder
+        self.label_names = _frequent_keywords(root / "clotho_metadata_development.csv")
+        listed = _clips(root, folder, self.label_names)
+        self._clips, skipped = samples.usable(
+            listed, lambda clip: self._folder / clip.name, samples.sound_problem,
+            what="clips", where=root / f"clotho_captions_{folder}.csv",
+        )  # fmt: skip
+        self.counts = Counts(
+            "clotho", folder, len(listed), len(self._clips),
+            sum(len(clip.captions) for clip in self._clips), skipped,
+        )  # fmt: skip
+        self._clips = samples.limited(self._clips, limit)
+        self._replacing = samples.Replacing("clips")
+
+    def __len__(self) -> int:
+        return len(self._clips)
+
+    def __getitem__(self, index: int) -> Sample:
+        index = range(len(self))[index]
+        return self._replacing.load(index, len(self), self._load, "clotho")
+
+    def _load(self, index: int) -> Sample:
+        clip = self._clips[index]
+        text = samples.text_of(samples.pick(clip.captions, self._is_train))
+        return {"audio": self.sound(index), **text, "labels": samples.multi_hot(clip.labels)}
+
+    def sound(self, index: int) -> Tensor:
+        """The sound alone, float32 (T, 80). Raises audio.AudioError, which names the file."""
+        return self._sounds.features(self.path(index))
+
+    def captions(self, index: int) -> list[str]:
+        """The item's five captions."""
+        return self._clips[index].captions
+
+    def path(self, index: int) -> Path:
+        """The item's file."""
+        return self._folder / self._clips[index].name
+
+    def group_of(self, index: int) -> str:
+        """The clip's file name: a batch must not hold two items of one group."""
+        return self._clips[index].name
+
+
+def _clips(root: Path, folder: str, keywords: tuple[str, ...]) -> list[_Clip]:
+    path = root / f"clotho_captions_{folder}.csv"
+    columns = [f"caption_{number}" for number in range(1, 6)]
+    rows = read_table(path, "utf-8-sig", ["file_name", *columns])
+    number_of = {word: number for number, word in enumerate(keywords)}
+    metadata = _keywords(root / f"clotho_metadata_{folder}.csv")
+    clips = []
+    for line, row in rows:
+        name = _checked_name(row["file_name"], path, line)
+        captions = [text for column in columns if (text := row[column].strip())]
+        if not captions:
+            raise UserError(f"{path}, line {line}: {name} has no caption")
+        labels = [number_of[word] for word in metadata.get(name, ()) if word in number_of]
+        clips.append(_Clip(name, captions, labels))
+    return clips
+
+
+def _keywords(path: Path) -> dict[str, list[str]]:
+    """File name → its keywords, in lower case; {} without the file. It is ISO-8859-1."""
+    if not path.is_file():
+        return {}
+    rows = read_table(path, "iso-8859-1", ["file_name", "keywords"])
+    return {
+        row["file_name"]: [w for w in map(_plain, row["keywords"].split(";")) if w]
+        for _, row in rows
+    }
+
+
+def _plain(word: str) -> str:
+    return " ".join(word.lower().split())
+
+
+def _frequent_keywords(path: Path) -> tuple[str, ...]:
+    """The keywords that most clips have, at most 80; of equally frequent ones the first in A-Z."""
+    counted = Counter(word for words in _keywords(path).values() for word in set(words))
+    ordered = sorted(counted, key=lambda word: (-counted[word], word))
+    return tuple(ordered[: samples.NUM_LABELS])
+
+
+def _checked_name(name: str, path: Path, line: int) -> str:
+    if not name or "/" in name or "\0" in name or name in (".", ".."):
+        raise UserError(f"{path}, line {line}: file_name {name!r} is no name of a file")
+    return name

@@ -1,0 +1,180 @@
+"""COCO's annotation files and Karpathy's lists: what they say of which picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TypeVar
+
+import msgspec
+
+from shared.errors import UserError, one_line
+
+YEARS = (2017, 2014)
+HALVES = ("train", "val")
+_HELD = ("val", "test")
+_BOM = b"\xef\xbb\xbf"
+
+T = TypeVar("T")
+
+
+@dataclass
+class Picture:
+    """A picture of COCO: where it lies, its captions, the numbers of its categories (0 to 79)."""
+
+    number: int
+    file: Path
+    half: str  # train2017, val2014 …
+    captions: list[str] = field(default_factory=list)
+    labels: set[int] = field(default_factory=set)
+
+
+class _Image(msgspec.Struct):
+    id: int
+    file_name: str
+
+
+class _Caption(msgspec.Struct):
+    image_id: int
+    caption: str
+
+
+class _Captions(msgspec.Struct):
+    images: list[_Image]
+    annotations: list[_Caption]
+
+
+class _Category(msgspec.Struct):
+    id: int
+    name: str
+
+
+class _Instance(msgspec.Struct):
+    image_id: int
+    category_id: int
+
+
+class _Instances(msgspec.Struct):
+    categories: list[_Category]
+    annotations: list[_Instance]
+
+
+class _Listed(msgspec.Struct):
+    """A picture of a Karpathy list, in any of the formats that are about."""
+
+    id: int | None = None
+    cocoid: int | None = None
+    image: str | None = None
+    file_name: str | None = None
+    split: str | None = None
+
+
+class _List(msgspec.Struct):
+    images: list[_Listed]
+
+
+def read(path: Path, kind: type[T]) -> T:
+    """The JSON file as `kind`; other fields are passed over unread.
+
+    Raises UserError that names the file and the place in it.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes().removeprefix(_BOM), type=kind)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+    except msgspec.DecodeError as error:
+        raise UserError(
+            f"{path} is not what COCO calls {path.name} ({one_line(error)}): fetch it again"
+        ) from None
+
+
+def find_year(root: Path) -> int:
+    """2017 or 2014, whichever annotations lie in `root`; 2017 where both do. Raises UserError."""
+    for year in YEARS:
+        if any((root / "annotations" / f"captions_{half}{year}.json").is_file() for half in HALVES):
+            return year
+    raise UserError(
+        f"{root} holds no annotations/captions_train2017.json or captions_train2014.json: "
+        "python download_datasets.py --datasets coco fetches COCO, or give --data-root"
+    )
+
+
+def pictures(root: Path, year: int) -> tuple[dict[int, Picture], tuple[str, ...]]:
+    """Every captioned picture by its number, and the 80 categories' names."""
+    found: dict[int, Picture] = {}
+    names: tuple[str, ...] = ()
+    for half in (f"{half}{year}" for half in HALVES):
+        captions = root / "annotations" / f"captions_{half}.json"
+        if captions.is_file():
+            found |= _captioned(captions, root, half)
+        instances = root / "annotations" / f"instances_{half}.json"
+        if instances.is_file():
+            names = _add_labels(instances, found)
+    return found, names
+
+
+def _captioned(path: Path, root: Path, half: str) -> dict[int, Picture]:
+    content = read(path, _Captions)
+    directory = next((d for d in (root / half, root / "images" / half) if d.is_dir()), root / half)
+    found: dict[int, Picture] = {}
+    for image in content.images:
+        if PurePosixPath(image.file_name).name != image.file_name:
+            raise UserError(f"{path}: file_name {image.file_name!r} leads out of {half}")
+        found[image.id] = Picture(image.id, directory / image.file_name, half)
+    for note in content.annotations:
+        if note.image_id in found and note.caption.strip():
+            found[note.image_id].captions.append(" ".join(note.caption.split()))
+    return {number: picture for number, picture in found.items() if picture.captions}
+
+
+def _add_labels(path: Path, found: dict[int, Picture]) -> tuple[str, ...]:
+    """Note which categories each picture shows; ids run from 1 to 90 with gaps, numbers do not."""
+    content = read(path, _Instances)
+    ordered = sorted(content.categories, key=lambda category: category.id)
+    number_of = {category.id: number for number, category in enumerate(ordered)}
+    for note in content.annotations:
+        if note.category_id not in number_of:
+            raise UserError(f"{path}: category_id {note.category_id} is not among the categories")
+        if note.image_id in found:
+            found[note.image_id].labels.add(number_of[note.category_id])
+    return tuple(category.name for category in ordered)
+
+
+def karpathy(root: Path) -> dict[str, set[int]] | None:
+    """The numbers of the pictures in Karpathy's val and test lists; None without the lists.
+
+    Read are coco_{val,test}_karpathy.json (COCO's format or a plain list), and dataset_coco.json.
+    """
+    folders = (root / "karpathy", root / "annotations", root)
+    whole = _first(folders, ("dataset_coco.json",))
+    if whole:
+        listed = read(whole, _List).images
+        return {split: {_number(i, whole) for i in listed if i.split == split} for split in _HELD}
+    lists = {
+        split: _first(folders, (f"coco_{split}_karpathy.json", f"coco_karpathy_{split}.json"))
+        for split in _HELD
+    }
+    if not all(lists.values()):
+        return None
+    return {split: _numbers(path) for split, path in lists.items() if path}
+
+
+def _first(folders: tuple[Path, ...], names: tuple[str, ...]) -> Path | None:
+    candidates = (folder / name for folder in folders for name in names)
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def _numbers(path: Path) -> set[int]:
+    content = read(path, _List | list[_Listed])  # type: ignore[arg-type]
+    listed = content.images if isinstance(content, _List) else content
+    return {_number(item, path) for item in listed}
+
+
+def _number(item: _Listed, path: Path) -> int:
+    """A picture's number: named, or the digits at the end of its file's name."""
+    if item.cocoid is not None or item.id is not None:
+        return item.cocoid if item.cocoid is not None else item.id  # type: ignore[return-value]
+    digits = PurePosixPath(item.image or item.file_name or "").stem.rpartition("_")[2]
+    if not digits.isdecimal():
+        raise UserError(f"{path}: a picture without a number; fetch the list again")
+    return int(digits)

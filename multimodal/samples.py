@@ -1,0 +1,207 @@
+"""What the data sets have in common: counts, replacement of bad files, sounds, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from multimodal import audio, tokens
+from shared.errors import UserError
+from shared.images import Skipped
+
+Sample = dict[str, Tensor]
+T = TypeVar("T")
+
+NUM_LABELS = 80  # width of `labels`
+SPLITS = ("train", "val", "test")
+MOST_MISSING = 0.5  # share of a split that may be missing: clips vanish from YouTube
+MOST_BAD = 0.05  # share of the files that are there which may be damaged
+_READERS = 8  # threads that look into files; they wait for the disk
+
+
+@dataclass(frozen=True)
+class Counts:
+    """How many items a split has: listed, found and usable, captions of these, and why not more.
+
+    split: the name of the split for people, as "Karpathy test".
+    """
+
+    data_set: str
+    split: str
+    expected: int
+    found: int
+    captions: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """One line for logs."""
+        why = "; ".join(f"{count} {reason}" for reason, count in self.skipped.items())
+        return f"{self.data_set} {self.split}: {self.found} of {self.expected}" + (
+            f" ({why})" if why else ""
+        )
+
+
+def usable(
+    items: Iterable[T],
+    path_of: Callable[[T], Path | None],
+    problem: Callable[[Path], str | None],
+    *,
+    what: str,
+    where: Path,
+) -> tuple[list[T], dict[str, int]]:
+    """The items whose files are there and readable, and how many are not, by reason.
+
+    path_of: the item's file, None where there is none. problem: why a file cannot be used.
+    Raises UserError when none is there, more than half are missing, or more than a twentieth of the
+    rest is damaged.
+    """
+    listed = list(items)
+    paths = [path_of(item) for item in listed]
+    with ThreadPoolExecutor(_READERS) as threads:
+        problems = list(
+            threads.map(lambda path: problem(path) if path and path.is_file() else "missing", paths)
+        )
+    good = [item for item, why in zip(listed, problems, strict=True) if why is None]
+    missing = problems.count("missing")
+    _refuse_missing(missing, len(listed), what, where)
+    bad = Skipped(what)
+    for path, why in zip(paths, problems, strict=True):
+        if why not in (None, "missing"):
+            bad.add(str(path), str(why))
+    bad.refuse_above(MOST_BAD, len(listed) - missing)
+    return good, ({"missing": missing} if missing else {}) | bad.reasons
+
+
+def _refuse_missing(missing: int, total: int, what: str, where: Path) -> None:
+    if missing > MOST_MISSING * total or not total:
+        raise UserError(
+            f"{missing} of {total} {what} listed in {where} are missing: download_datasets.py "
+            "fetches them, or give the directory that holds them by --data-root"
+        )
+
+
+class Replacing:
+    """Files that turn out damaged while training: named, counted, and another item in their place.
+
+    The place of a batch has to be filled, on every rank alike; `replaced` in the sample says that
+    it holds the next item. Counts are of this process; loader workers keep their own.
+    """
+
+    def __init__(self, what: str) -> None:
+        self.skipped = Skipped(what)
+
+    def load(self, index: int, total: int, load: Callable[[int], Sample], name: str) -> Sample:
+        """The sample of `index`, or of the next that gives one, with `replaced` added."""
+        for step in range(total):
+            try:
+                sample = load((index + step) % total)
+            except ValueError as error:
+                self.skipped.add(f"{name} {(index + step) % total}", str(error))
+                # the first few prove nothing of a small set
+                if self.skipped.count > 3:
+                    self.skipped.refuse_above(MOST_BAD, total)
+                continue
+            return sample | {"replaced": torch.tensor(step > 0)}
+        raise UserError(f"none of the {total} {name} files can be read: see the log")
+
+
+class Sounds:
+    """How clips become features (T, 80): a random part while training, else all that is heard.
+
+    clip_seconds: of the part; of a shorter clip all. eval_seconds: at most, from the beginning.
+    cache: directory for whole clips' features; the part is then cut from these.
+    """
+
+    def __init__(
+        self,
+        *,
+        train: bool,
+        clip_seconds: float = 10.0,
+        eval_seconds: float = 30.0,
+        cache: Path | None = None,
+    ) -> None:
+        if clip_seconds <= 0 or eval_seconds <= 0:
+            raise UserError(f"clips of {min(clip_seconds, eval_seconds)} seconds: give more than 0")
+        self._is_random, self._seconds = train, clip_seconds if train else eval_seconds
+        self._cache = audio.FeatureCache(cache) if cache else None
+
+    def features(self, path: Path) -> Tensor:
+        """Features of the clip, float32 (T, 80). Raises audio.AudioError."""
+        if self._cache is not None:
+            whole = self._cache.features(path)
+            wanted = round(self._seconds * audio.FRAMES_PER_SECOND)
+            start = int(self._start(len(whole) - wanted))
+            return whole[start : start + wanted]
+        start = self._start(audio.length_of(path) - self._seconds) if self._is_random else 0.0
+        return audio.log_mel(audio.read_waveform(path, start, self._seconds))
+
+    def _start(self, room: float) -> float:
+        return float(torch.rand(())) * room if self._is_random and room > 0 else 0.0
+
+
+def sound_problem(path: Path) -> str | None:
+    """Why the file gives no sound, or None; its header alone is read."""
+    try:
+        return None if audio.length_of(path) > 0 else "the file holds no sound"
+    except audio.AudioError as error:
+        return str(error).removeprefix(f"{path}: ")
+
+
+def pick(captions: Sequence[str], train: bool) -> str:
+    """One of an item's captions: a random one while training, else the first."""
+    number = int(torch.randint(len(captions), ())) if train and len(captions) > 1 else 0
+    return captions[number]
+
+
+def text_of(caption: str) -> Sample:
+    """`input_ids` (77) and `attention_mask` (77) of a caption."""
+    ids, mask = tokens.tokenise([caption])
+    return {"input_ids": ids[0], "attention_mask": mask[0]}
+
+
+def multi_hot(numbers: Iterable[int]) -> Tensor:
+    """float32 (80) with ones at `numbers`."""
+    row = torch.zeros(NUM_LABELS)
+    row[list(numbers)] = 1.0
+    return row
+
+
+def collate(samples: Sequence[Sample]) -> Sample:
+    """A batch: every entry stacked; `audio` filled up to the longest, with `audio_mask` (B, T).
+
+    The mask is true where a frame is sound.
+    """
+    batch = {
+        name: torch.stack([sample[name] for sample in samples])
+        for name in samples[0]
+        if name != "audio"
+    }
+    if "audio" in samples[0]:
+        clips = [sample["audio"] for sample in samples]
+        lengths = torch.tensor([len(clip) for clip in clips])
+        batch["audio"] = pad_sequence(clips, batch_first=True)
+        batch["audio_mask"] = torch.arange(int(lengths.max())) < lengths[:, None]
+    return batch
+
+
+def checked_split(split: str) -> str:
+    """`split`, one of train, val and test. Raises UserError for another."""
+    if split not in SPLITS:
+        raise UserError(f"split {split!r}: allowed are {', '.join(SPLITS)}")
+    return split
+
+
+def limited(items: list[T], limit: int | None) -> list[T]:
+    """`limit` items, spread over the list; None means all. Raises UserError below 1."""
+    if limit is None or limit >= len(items):
+        return items
+    if limit < 1:
+        raise UserError(f"limit {limit}: at least 1 item is needed")
+    return [items[place * len(items) // limit] for place in range(limit)]
