@@ -32,7 +32,7 @@ def backward(
 
     encode: called with a chunk's values, gives Outputs; under DDP the gradients are averaged once,
     with the last chunk. loss_of: a scalar from the Outputs of the whole batch; it sees detached
-    leaves when there are several chunks. fp16: the scaler's factor comes in once, through that loss.
+    leaves when there are several chunks. fp16: the scaler's factor comes in once, by that loss.
     """
     if len(chunks) == 1:
         with amp.autocast():

@@ -1,0 +1,154 @@
+"""A start from the weights of an open_clip file: the word table, and both towers where they fit.
+
+    report = load(model, path)      # what was loaded, what not, for the training's report
+
+Nothing is downloaded. The word table goes row by row, since the vocabulary is the same; for a
+narrower table its best approximation of that width is taken (truncated SVD). A tower is taken when
+its width, depth and patch are the model's.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from multimodal.model import MultimodalModel
+from shared import weights
+from shared.errors import UserError
+
+log = logging.getLogger(__name__)
+
+LEAST_SHARE = 0.9  # of a tower's values that a file must fill
+PLACES = ("*.pt", "*.safetensors", "*.bin", "*.pth")  # of `auto`, in <data root>/pretrained
+_WORDS = "token_embedding.weight"
+
+
+def find(choice: str, directory: Path) -> Path | None:
+    """The file that `choice` means: none, a path, or (auto) the one in `directory`, if any.
+
+    Raises UserError for a path that is not there, and when auto finds several.
+    """
+    if choice == "none":
+        return None
+    if choice != "auto":
+        path = Path(choice).expanduser().absolute()
+        if not path.exists():
+            raise UserError(
+                f"--pretrained {choice}: no such file; give an open_clip checkpoint, auto or none"
+            )
+        return path
+    found = sorted(path for pattern in PLACES for path in directory.glob(pattern))
+    if len(found) > 1:
+        raise UserError(
+            f"--pretrained auto: {directory} holds {len(found)} files "
+            f"({', '.join(path.name for path in found[:3])}); name one, or type none"
+        )
+    return found[0] if found else None
+
+
+def load(model: MultimodalModel, path: Path | None) -> dict[str, Any]:
+    """Fill what fits from the file; what was filled, for the report.
+
+    Without a file the word table stays random, with a warning.
+    Raises UserError for a file without open_clip's word table, and for a tower that fits in shape
+    and of which less than 90 % is there.
+    """
+    if path is None:
+        log.warning(
+            "the word table begins with random numbers: no open_clip file was given "
+            "(--pretrained PATH)"
+        )
+        return {"file": None, "words": "random", "warning": "the word table began as random"}
+    state = weights.strip_wrappers(weights.read(path))
+    report: dict[str, Any] = {"file": str(path), "words": _load_words(model, state, path)}
+    text = {
+        n: t for n, t in state.items() if not n.startswith(("visual.", "logit_")) and n != _WORDS
+    }
+    image = {n[7:]: t for n, t in state.items() if n.startswith("visual.")}
+    report["image"] = _load_tower("image", model.image, image, path)
+    report["text"] = _load_tower("text", model.text, text, path)
+    log.info(
+        "pretrained %s: words %s; image %s; text %s",
+        path.name,
+        *(_phrase(report[name]) for name in ("words", "image", "text")),
+    )
+    return report
+
+
+def _phrase(found: Any) -> str:
+    return found if isinstance(found, str) else f"{found['share']:.0%} of the tower"
+
+
+def _load_words(model: MultimodalModel, state: dict[str, Tensor], path: Path) -> str:
+    """Fill the word table; how, in words."""
+    own = model.text.token_embedding.weight
+    given = state.get(_WORDS)
+    if given is None or given.ndim != 2 or len(given) != len(own):
+        shape = "is missing" if given is None else f"is {tuple(given.shape)}"
+        raise UserError(
+            f"{path}: {_WORDS} {shape}, expected ({len(own)}, width): give a checkpoint of an "
+            "open_clip model with its own tokenizer (ViT-S-16, ViT-B-16 …)"
+        )
+    given = given.float()
+    if given.shape[1] == own.shape[1]:
+        _copy(own, given)
+        return "copied"
+    if given.shape[1] < own.shape[1]:
+        raise UserError(
+            f"{path}: {_WORDS} is {given.shape[1]} wide, the model's is {own.shape[1]}: give a "
+            "larger checkpoint, choose a smaller --model-size, or type --pretrained none"
+        )
+    reduced, directions, kept = truncated(given, own.shape[1])
+    _copy(own, reduced)
+    widen = model.text.widen
+    if isinstance(widen, nn.Linear) and widen.out_features == given.shape[1]:
+        _copy(widen.weight, directions)  # back into the file's own coordinates
+    return f"reduced from {given.shape[1]} to {own.shape[1]} dimensions, {kept:.0%} of the variance"
+
+
+def truncated(table: Tensor, width: int) -> tuple[Tensor, Tensor, float]:
+    """The rows (V, D) in their `width` best directions (V, width); these (D, width); what is kept.
+
+    The last is the share of the squares. `reduced @ directions.T` is the nearest table of that rank
+    (Eckart and Young 1936).
+    """
+    # of D × D, not V × D: the directions are the same
+    values, vectors = torch.linalg.eigh(table.double().T @ table.double())
+    best = vectors[:, -width:].flip(1)
+    kept = float(values[-width:].sum() / values.sum())
+    return (table.double() @ best).to(table.dtype), best.to(table.dtype), kept
+
+
+def _load_tower(name: str, tower: nn.Module, given: dict[str, Tensor], path: Path) -> Any:
+    """Fill a tower, or say why it does not fit."""
+    own = {n: t for n, t in tower.state_dict().items() if not n.startswith("token_embedding")}
+    body = {n: t for n, t in own.items() if n.startswith(("transformer.", "conv1."))}
+    deep = {n for n in given if n.startswith("transformer.")}
+    if not deep:
+        return "absent"
+    extra = sorted(deep - body.keys())
+    wrong = [n for n, t in body.items() if n in given and given[n].shape != t.shape]
+    if extra or wrong:
+        return f"not of this size ({wrong[0] if wrong else extra[0]})"
+    fitting = {n: t for n, t in given.items() if n in own and own[n].shape == t.shape}
+    total = sum(t.numel() for t in own.values())
+    share = sum(own[n].numel() for n in fitting) / total
+    missing = sorted(own.keys() - fitting.keys())
+    if share < LEAST_SHARE:
+        raise UserError(
+            f"{path}: only {share:.0%} of the {name} tower is in the file (missing: "
+            f"{', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}); at least "
+            f"{LEAST_SHARE:.0%} is needed: the file is cut or of another model"
+        )
+    tower.load_state_dict({n: t.to(own[n].dtype) for n, t in fitting.items()}, strict=False)
+    unexpected = sorted(given.keys() - own.keys())
+    return {"share": share, "loaded": len(fitting), "missing": missing, "unexpected": unexpected}
+
+
+@torch.no_grad()
+def _copy(parameter: Tensor, values: Tensor) -> None:
+    parameter.copy_(values)
