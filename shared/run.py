@@ -28,7 +28,7 @@ from typing import Any
 
 from torch import Tensor
 
-from shared import checkpoint, distributed, outcome, run_directory, seed, status
+from shared import checkpoint, distributed, lock, outcome, run_directory, seed, status
 from shared.checkpoint import Decision, Parts, Position
 from shared.config import HasRunOptions
 from shared.distributed import World
@@ -56,7 +56,7 @@ class Run:
         try:
             self._stop.install()
             if self._world.is_main:
-                self._lock = run_directory.take(self._dir)
+                self._lock = lock.take(self._dir)
                 self._decision = run_directory.begin(
                     self._dir, self._plan, self._config, self._world.size
                 )

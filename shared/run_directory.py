@@ -1,13 +1,11 @@
-"""Taking a run directory: one live run at a time, and what becomes of the run that was there."""
+"""What becomes of the run that a run directory holds, and the description of the new one."""
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shlex
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,51 +14,10 @@ import torch
 from shared import checkpoint
 from shared.checkpoint import Decision
 from shared.config import HasRunOptions, settings
-from shared.errors import UserError
-from shared.files import (
-    is_alive,
-    move_aside,
-    open_lock,
-    read_json,
-    remove_stale_temporaries,
-    write_json,
-)
+from shared.files import move_aside, write_json
 from shared.reporter import Plan
 
 log = logging.getLogger(__name__)
-
-_DYING = 2.0  # seconds that workers, which share the lock, may take to follow their process
-
-
-def take(run_dir: Path) -> int:
-    """Make `run_dir` this process's own, for as long as it lives; the lock's descriptor.
-
-    Removes what a killed process left half written. Raises UserError when a live run holds the
-    directory, or when it cannot be written.
-    """
-    handle = open_lock(run_dir)
-    holder = (read_json(run_dir / "status.json") or {}).get("pid")
-    if not _locked(handle, holder):
-        os.close(handle)
-        raise UserError(
-            f"{run_dir} is in use by a live run (pid {holder}); wait for it, stop it with "
-            f"kill -TERM {holder}, or give this run another --run-dir"
-        )
-    remove_stale_temporaries(run_dir)
-    return handle
-
-
-def _locked(handle: int, holder: int | None) -> bool:
-    """Whether the lock could be had; waits a moment for the workers of a holder that was killed."""
-    deadline = time.monotonic() + _DYING
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            if time.monotonic() > deadline or (holder and is_alive(holder)):
-                return False
-        time.sleep(0.05)
 
 
 def begin(run_dir: Path, plan: Plan, config: HasRunOptions, world_size: int) -> Decision:

@@ -13,7 +13,6 @@ inputs are the same and its outputs exist. Standard library only.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
@@ -39,6 +38,7 @@ from shared.errors import (
     one_line,
 )
 from shared.files import open_lock, read_json, write_json
+from shared.lock import try_to_lock
 from shared.progress import clock
 from shared.signals import StopRequest, exit_code_for, name_of
 
@@ -161,13 +161,11 @@ def _chosen(stages: Sequence[Stage], options: StageOptions) -> dict[str, bool | 
 def _only_one(state_dir: Path) -> Iterator[None]:
     handle = open_lock(state_dir)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not try_to_lock(handle):
             raise UserError(
                 f"these stages are at work in another process, which keeps {state_dir}; wait for "
                 "it, or stop it"
-            ) from None
+            )
         yield
     finally:
         os.close(handle)

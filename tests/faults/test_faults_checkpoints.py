@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared import checkpoint, files, run_directory
+from shared import checkpoint, files, lock
 from shared.errors import UserError
 from tests.faults import probe_recipe
 from tests.harness import (
@@ -68,7 +68,7 @@ def test_fault_11_half_written_files_of_dead_processes_are_removed(tmp_path):
     other = tmp_path / "notes.tmp"
     for path in (stale, alive, other):
         path.write_text("half")
-    os.close(run_directory.take(tmp_path))
+    os.close(lock.take(tmp_path))
     assert not stale.exists()
     assert alive.exists()
     assert other.exists()

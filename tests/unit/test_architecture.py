@@ -19,8 +19,8 @@ RECIPES = [
 ROOMS = ["shared", *RECIPES]
 LIGHT = {
     f"shared.{name}"
-    for name in ("launch", "outcome", "config", "errors", "files", "child", "stages")
-}
+    for name in ("launch", "outcome", "config", "errors", "files", "child", "stages", "foreign")
+} | {"shared.report"}
 FOREIGN_TO_SHARED = {"transformers", "peft", "swift", "open_clip"}
 # Who in shared may talk to the process and its user, beside the entry scripts and shared/tools.
 OWNERS = {

@@ -1,0 +1,128 @@
+"""The care that our own runs get, for a program that is not ours: lock, status, signals, exit code.
+
+A guard process (shared/guard.py) owns the program's processes, so that nothing of them is left
+however we end. Standard library only.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared import guard, lock, outcome
+from shared.child import Child
+from shared.config import option
+from shared.errors import DONE, FAILED, MISSING_TOOL, USER_ERROR, MissingToolError
+from shared.foreign_log import JsonLinesProgress
+from shared.prctl import adopt_orphans
+from shared.signals import exit_code_for, name_of
+from shared.status import Status
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[], dict[str, Any]]  # the changes for status.json since the last call
+
+
+@dataclass(frozen=True)
+class ForeignOptions:
+    """Flags for a foreign program's run, before the --."""
+
+    run_dir: Path | None = option(None, "where status, lock and metrics go", scope="free")
+    recipe: str = option("", "whose run this is, for status.json", scope="free")
+    total_steps: int = option(0, "steps in all, when the program's log does not say", scope="free")
+    shutdown_timeout: int = option(
+        120, "seconds to save and leave after SIGTERM before SIGKILL", scope="free"
+    )
+
+
+def run(
+    command: Sequence[str],
+    run_dir: Path,
+    options: ForeignOptions = ForeignOptions(),
+    *,
+    env: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Run a foreign program to its end; the exit code of the run.
+
+    0 done; 143 or 130 when it ended after a stop signal to us; 2 and 3 as the program left with
+    them; else 1. progress: what changes in status.json (default: read from logging.jsonl).
+    Raises UserError when the program is missing or a live run holds `run_dir`.
+    """
+    path = None if env is None else env.get("PATH")
+    if shutil.which(command[0], path=path) is None:
+        raise MissingToolError(f"{command[0]} is not a program on this machine's PATH: install it")
+    handle = lock.take(run_dir)
+    try:
+        adopt_orphans()
+        return _Foreign(command, run_dir, options, progress).run(env, handle)
+    finally:
+        os.close(handle)
+
+
+class _Foreign:
+    """One run of a foreign program."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        run_dir: Path,
+        options: ForeignOptions,
+        progress: Progress | None,
+    ) -> None:
+        self._command, self._timeout = list(command), options.shutdown_timeout
+        self._progress = progress or JsonLinesProgress(run_dir)
+        self._status = Status(
+            run_dir,
+            **{"recipe": options.recipe, "pid": os.getpid(), "command": shlex.join(command)},
+            **{"step": 0, "total_steps": options.total_steps or None, "epoch": 0, "eta_s": None},
+        )
+
+    def run(self, env: Mapping[str, str] | None, handle: int) -> int:
+        """Start the program under its guard and wait; the exit code of the run."""
+        keeper = [sys.executable, guard.__file__, str(os.getpid()), str(self._timeout)]
+        with Child() as child:  # to the end: the last words are not lost to a late signal
+            self._status.write()
+            # the guard shares the lock: no new run begins while it ends what a killed one has left
+            code = child.run_attached([*keeper, *self._command], env, self._tick, keep=[handle])
+            guard.end_children()  # none, but where the guard itself was killed
+            return self._conclude(code, child.stopped_by)
+
+    def _tick(self) -> None:
+        if self._status.is_due:
+            self._status.write(**self._progress())
+
+    def _conclude(self, left_with: int, stopped_by: int) -> int:
+        self._status.fields |= self._progress()
+        step, total = self._status.fields["step"], self._status.fields["total_steps"]
+        at = f"step {step} of {total}" if total else "a number of steps that it did not tell"
+        code, state, reason = DONE, "done", f"{step} steps" if step else "the program has ended"
+        if stopped_by and left_with == guard.KILLED:
+            code, state = FAILED, "failed"
+            reason = f"killed after {name_of(stopped_by)}, before it had ended by itself, at {at}"
+        elif stopped_by and not (left_with == DONE and step and step == total):
+            code, state = exit_code_for(stopped_by), "stopped"
+            reason = f"{name_of(stopped_by)}: the program has ended, at {at}"
+        elif left_with != DONE:
+            code, state = left_with if left_with in (USER_ERROR, MISSING_TOOL) else FAILED, "failed"
+            reason = f"{Path(self._command[0]).name} {_ending(left_with)}, at {at}"
+        self._status.write(state=state, exit_code=code, reason=reason)
+        outcome.closing_line(code, reason)
+        return code
+
+
+def _ending(code: int) -> str:
+    """What an exit code says, as a shell has it."""
+    names = {128 + number: number.name for number in signal.Signals}
+    if code not in names:
+        return f"left with exit code {code}"
+    why = " (by the kernel when RAM ran out, or by someone)" if code == guard.KILLED else ""
+    return f"was ended by {names[code]}{why}"
