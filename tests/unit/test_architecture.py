@@ -32,6 +32,7 @@ OWNERS = {
     "processes": {
         "shared.child",
         "shared.loader",  # its workers look at the process that forked them
+        "shared.tools.doctor_checks",  # whether torchaudio imports, whether torch sees the GPU
     },
     "print": set[str](),
 }
