@@ -62,11 +62,34 @@ class Patience:
 PATIENCE = Patience()
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What people can do about a server that does not give what it should."""
+
+    unreachable: str
+    elsewhere: str
+    not_found: str
+    not_allowed: str
+
+
+HUB_ADVICE = Advice(
+    unreachable="where it is blocked name a mirror, for example "
+    "HF_ENDPOINT=https://hf-mirror.com, or fetch the files by hand",
+    elsewhere="another endpoint (HF_ENDPOINT)",
+    not_found="check the repository and the revision",
+    not_allowed="check its name; if it is not public, accept its terms on its page and log in with "
+    "`hf auth login` or HF_TOKEN (only huggingface.co is given the token); a token that has "
+    "expired has to go",
+)
+
+
 class Line:
     """Requests with patience; knows which hosts have ever answered."""
 
-    def __init__(self, patience: Patience, headers: dict[str, str]) -> None:
-        self.patience = patience
+    def __init__(
+        self, patience: Patience, headers: dict[str, str], advice: Advice = HUB_ADVICE
+    ) -> None:
+        self.patience, self.advice = patience, advice
         # a compressed answer has no length to check and no offset to continue from
         self._headers = headers | {"Accept-Encoding": "identity"}
         self._first_asked: dict[str, float] = {}
@@ -105,11 +128,11 @@ class Line:
             raise TransientError(_host_of(error) or host, why_lost(error)) from None
         except HfHubHTTPError as error:
             self._answered.add(host)
-            raise refusal(error.response, what) from None
+            raise refusal(error.response, what, self.advice) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise DownloadError(
                 f"{_host_of(error) or host} cannot be used ({one_line(error)}): check the proxy "
-                "settings (HTTPS_PROXY) and the endpoint"
+                "settings (HTTPS_PROXY) and the address"
             ) from None
         self._answered.add(host)
         return result
@@ -131,7 +154,7 @@ class Line:
             response.close()
             request = response.next_request  # without the token where it leads to another host
         raise DownloadError(
-            f"{request.url.host} redirects {what} in a circle: try another endpoint"
+            f"{request.url.host} redirects {what} in a circle: try {self.advice.elsewhere}"
         )
 
     def body(self, response: httpx.Response) -> Iterator[bytes]:
@@ -163,32 +186,27 @@ class Line:
         if is_unknown and (is_last or self._time_left(error.host) <= pause):
             raise DownloadError(
                 f"{error.host} cannot be reached ({error.reason}): check the network and "
-                "HTTPS_PROXY; where it is blocked name a mirror, for example "
-                "HF_ENDPOINT=https://hf-mirror.com, or fetch the files by hand"
+                f"HTTPS_PROXY; {self.advice.unreachable}"
             )
         if is_last:
             raise DownloadError(
-                f"{error}, {failures} times in a row: try later or another endpoint "
-                "(HF_ENDPOINT); the same command continues where it stopped"
+                f"{error}, {failures} times in a row: try later or {self.advice.elsewhere}; the "
+                "same command continues where it stopped"
             )
         log.warning("%s; trying again in %.1f s", error, pause)
         time.sleep(pause)
 
 
-def refusal(response: httpx.Response, what: str) -> Exception:
+def refusal(response: httpx.Response, what: str, advice: Advice = HUB_ADVICE) -> Exception:
     """The error that an answer other than `what` means: to be tried again, or final."""
     status, host = response.status_code, response.url.host
     if status in BUSY:
         return TransientError(host, f"answered {status}", retry_after(response))
     if status == 404:
-        return UserError(f"{what} is not at {host} (404): check the repository and the revision")
+        return UserError(f"{what} is not at {host} (404): {advice.not_found}")
     if status in (401, 403):
-        return UserError(
-            f"{host} does not give {what} ({status}): check its name; if it is not public, accept "
-            "its terms on its page and log in with `hf auth login` or HF_TOKEN (only "
-            "huggingface.co is given the token); a token that has expired has to go"
-        )
-    return DownloadError(f"{host} answered {status} when asked for {what}: try another endpoint")
+        return UserError(f"{host} does not give {what} ({status}): {advice.not_allowed}")
+    return DownloadError(f"{host} answered {status} when asked for {what}: try {advice.elsewhere}")
 
 
 def _within(seconds: float, call: Callable[[], T]) -> T:
