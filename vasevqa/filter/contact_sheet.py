@@ -1,0 +1,56 @@
+"""Pictures on a page: small copies with a line below each, inside the page's one file."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+
+from torchvision.transforms.v2.functional import resize
+
+from shared import images
+from shared.page import Markup, line_chart, thumbnail
+
+SIDE = 128  # pixels, the longer side
+
+
+def small_copy(path: Path) -> bytes | None:
+    """A JPEG of at most SIDE x SIDE pixels, or None when the file gives no picture."""
+    from PIL import Image
+
+    try:
+        image = images.read_rgb(path)
+    except ValueError:
+        return None
+    height, width = image.shape[1:]
+    scale = SIDE / max(height, width)
+    small = resize(image, [max(1, round(height * scale)), max(1, round(width * scale))])
+    encoded = io.BytesIO()
+    Image.fromarray(small.permute(1, 2, 0).numpy()).save(encoded, "JPEG", quality=80)
+    return encoded.getvalue()
+
+
+def gallery(root: Path, captions: Iterable[tuple[str, str]]) -> Markup:
+    """A grid of (file below `root`, caption)."""
+    cells = []
+    for name, caption in captions:
+        content = small_copy(root / name)
+        shown = thumbnail(content, name, SIDE) if content else Markup("<p>(gone)</p>")
+        text = escape(images.printable(caption))
+        cells.append(
+            f'<figure style="display:inline-block;margin:.4rem;width:{SIDE}px;vertical-align:top">'
+            f'{shown}<figcaption style="font-size:12px">{text}</figcaption></figure>'
+        )
+    return Markup("".join(cells) or "<p>none</p>")
+
+
+def score_chart(histogram: Mapping[str, Sequence[float]], threshold: float) -> Markup:
+    """How many pictures have which score, with the threshold as an upright line."""
+    edges, counts = histogram["edges"], histogram["counts"]
+    xs = [edge for pair in pairwise(edges) for edge in pair]
+    ys = [float(count) for count in counts for _ in range(2)]
+    top = max([*counts, 1])
+    lines = {"pictures": (xs, ys), "threshold": ([threshold, threshold], [0.0, float(top)])}
+    return line_chart(lines, x_label="score", y_label="pictures", title="Scores")

@@ -1,0 +1,68 @@
+"""Where the demo of the filters lies, and the settings that suit it; built when first needed.
+
+vasevqa/demo/data/images, images2    pictures (vasevqa/demo_vases.py)
+vasevqa/demo/weights/clip            a tiny CLIP (demo_clip.py)
+vasevqa/demo/runs/filter/            what the four scripts make of them, one from another
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shared.errors import UserError
+from vasevqa import demo_vases
+
+ROOT = Path(__file__).resolve().parents[1] / "demo"
+DATA, CLIP, RUNS = ROOT / "data", ROOT / "weights" / "clip", ROOT / "runs" / "filter"
+SORTED, FILTERED = RUNS / "images3", RUNS / "filtered_vases"
+QUALITY = RUNS / "quality"
+BEST = "best_image_quality_model.pth"
+
+
+def for_model() -> dict[str, Any]:
+    """Settings of model.py: what suits 240 pictures and two CPU cores."""
+    pictures = demo_vases.build_images(DATA)
+    return {
+        "data_dir": pictures.labelled,
+        "output_dir": QUALITY,
+        "arch": "resnet10",
+        "width": 32,
+        "image_size": 64,
+        "batch_size": 32,
+        "num_epochs": 14,
+        "pretrained": "none",
+        "workers": 0,
+    }
+
+
+def for_classifier() -> dict[str, Any]:
+    """Settings of classifier.py."""
+    pictures = demo_vases.build_images(DATA)
+    model = _made(QUALITY / BEST, "python model.py --demo")
+    return {"source_dir": pictures.images, "target_dir": SORTED, "model_path": model, "workers": 0}
+
+
+def for_clipfilter1() -> dict[str, Any]:
+    """Settings of clipfilter1.py."""
+    return {"input_dir": _made(SORTED / "1", "python classifier.py --demo"), "keep": None,
+            "output_dir": FILTERED, **_clip()}  # fmt: skip
+
+
+def for_clipfilter2() -> dict[str, Any]:
+    """Settings of clipfilter2.py."""
+    accepted = _made(FILTERED / "accepted", "python clipfilter1.py --demo")
+    return {"input_dir": accepted, "output_dir": FILTERED, **_clip()}
+
+
+def _clip() -> dict[str, Any]:
+    from vasevqa.filter import demo_clip
+
+    folder = demo_clip.build(CLIP)
+    return {"model_cache_dir": folder, "cache_dir": ROOT / "runs" / "clip_cache", "workers": 0}
+
+
+def _made(path: Path, command: str) -> Path:
+    if not path.exists():
+        raise UserError(f"the demo has no {path.name} yet: type {command} first")
+    return path

@@ -1,0 +1,95 @@
+"""Files to where a decision puts them, by copying or linking; the folders equal the report after.
+
+Sources are read, never moved or changed. What lies in the folders and is in no report is moved
+aside, not deleted.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from vasevqa.filter.ledger import Ledger
+
+log = logging.getLogger(__name__)
+
+
+def place(
+    source: Path,
+    target: Path,
+    files: Iterable[tuple[str, str]],
+    folders: tuple[str, ...],
+    link: bool,
+) -> Iterator[str]:
+    """Bring each (name, folder) of `files` from `source` to target/folder/name; yields the names.
+
+    A file that an earlier decision put into another of the `folders` is moved from there.
+    """
+    for name, folder in files:
+        goal = target / folder / name
+        others = [target / other / name for other in folders if other != folder]
+        _bring(source / name, goal, others, link)
+        yield name
+
+
+def _bring(source: Path, goal: Path, others: list[Path], link: bool) -> None:
+    there = [other for other in others if os.path.lexists(other)]
+    if there and not os.path.lexists(goal) and _is_same(source, there[0], link):
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        there[0].replace(goal)
+    if not _is_same(source, goal, link):
+        goal.parent.mkdir(parents=True, exist_ok=True)
+        _put(source, goal, link)
+
+
+def _is_same(source: Path, goal: Path, link: bool) -> bool:
+    """Whether `goal` is what `_put` would make of `source`."""
+    if link:
+        return goal.is_symlink() and goal.readlink() == source.resolve()
+    if goal.is_symlink() or not goal.exists():
+        return False
+    ours, theirs = source.stat(), goal.stat()
+    return (ours.st_size, ours.st_mtime_ns) == (theirs.st_size, theirs.st_mtime_ns)
+
+
+def _put(source: Path, goal: Path, link: bool) -> None:
+    temporary = goal.with_name(f"{goal.name}.tmp.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    if link:
+        temporary.symlink_to(source.resolve())
+    else:
+        shutil.copy2(source, temporary)  # with its times: a later pass sees the same file
+    temporary.replace(goal)
+
+
+def move_strays(target: Path, folders: tuple[str, ...], ledger: Ledger, aside: Path) -> int:
+    """Move what lies in the folders and not where the ledger says into `aside`; how many."""
+    moved = 0
+    for folder in folders:
+        for path in _files_below(target / folder):
+            name = path.relative_to(target / folder).as_posix()
+            if ledger.place_of(name) == folder:
+                continue
+            goal = _free(aside / folder / name)
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(goal)
+            moved += 1
+    if moved:
+        log.info("%d file(s) that this run did not decide on are now in %s", moved, aside)
+    return moved
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    for base, _, names in os.walk(folder):
+        yield from (Path(base) / name for name in sorted(names))
+
+
+def _free(path: Path) -> Path:
+    number, free = 1, path
+    while os.path.lexists(free):
+        free = path.with_name(f"{path.name}.{number}")
+        number += 1
+    return free
