@@ -220,6 +220,16 @@ def snapshot(parts: Parts, position: Position, generators: list[dict[str, Any]])
     }
 
 
+def of_a_run(path: Path, state: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+    """Both as they are. Raises UserError for weights alone, from which no run can continue."""
+    if not {"position", "world_size", "parts", "generators"} <= state.keys():
+        raise UserError(
+            f"{path} holds weights and no state of a run (optimizer, position): give a checkpoint "
+            "that was saved while training, or --resume auto"
+        )
+    return path, state
+
+
 def check_world_size(path: Path, before: int, now: int, *, allowed: bool) -> None:
     """Raise UserError when another number of processes wrote the checkpoint, unless `allowed`."""
     if before == now:

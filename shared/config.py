@@ -202,9 +202,9 @@ def parse_known(config_class: type[C], argv: list[str]) -> C:
     _add_flags(parser, defaults)
     flags = vars(parser.parse_known_args(dashed(argv))[0])
     known, path = leaves(defaults), flags.get("config")
-    file = _load_file(path) if path and path.suffix != ".py" else {}  # .py: a recipe's own kind
+    file = load_file(path) if path and path.suffix != ".py" else {}  # .py: a recipe's own kind
     given = {
-        name: _checked(known[name], value, path)
+        name: checked(known[name], value, path)
         for name, value in ((n.replace("-", "_"), v) for n, v in file.items())
         if name in known
     }
@@ -361,19 +361,19 @@ def _read_file(defaults: Any, path: Path | None) -> dict[str, Any]:
     """The settings of a YAML or JSON file, checked like flags. Raises UserError."""
     known = leaves(defaults)
     given: dict[str, Any] = {}
-    for written, value in (_load_file(path) if path else {}).items():
+    for written, value in (load_file(path) if path else {}).items():
         name = written.replace("-", "_")
         if name not in known:
             near = did_you_mean(name, known)
             raise UserError(
                 f"{path}: unknown setting {written}{near or '; --help lists the names'}"
             )
-        given[name] = _checked(known[name], value, path)
+        given[name] = checked(known[name], value, path)
     return given
 
 
-def _load_file(path: Path) -> dict[str, Any]:
-    """The names and values of a YAML or JSON file. Raises UserError."""
+def load_file(path: Path) -> dict[str, Any]:
+    """The names and values of a YAML or JSON file, unchecked. Raises UserError."""
     import yaml
 
     try:
@@ -387,7 +387,7 @@ def _load_file(path: Path) -> dict[str, Any]:
     return {str(name): value for name, value in loaded.items()}
 
 
-def _checked(setting: Setting, value: Any, path: Path | None) -> Any:
+def checked(setting: Setting, value: Any, path: Path | None) -> Any:
     """`value` from a file as its setting's type; a wrong one is refused by name."""
     kind, name = _without_none(setting.kind), setting.field.name
     if value is None and kind is not setting.kind:
@@ -421,6 +421,13 @@ def _read_stored(defaults: Any, resume: str | None) -> dict[str, Any]:
             f"--resume {resume}: no such checkpoint; give a file, a run directory, auto or never"
         )
     directory = path if path.is_dir() else path.parent
+    above = directory.parent  # of a recipe that keeps checkpoints in a folder of the run's
+    if (
+        path.is_file()
+        and not (directory / "config.json").is_file()
+        and (above / "config.json").is_file()
+    ):
+        directory = above
     written = read_json(directory / "config.json")
     if not isinstance(written, dict) or not isinstance(written.get("settings"), dict):
         raise UserError(

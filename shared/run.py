@@ -178,7 +178,7 @@ class Run:
         if found is None:
             log.warning("no checkpoint in %s can be read: starting from the beginning", path.parent)
             return
-        path, state = found
+        path, state = checkpoint.of_a_run(*found)
         allowed = self._options.allow_reshard
         checkpoint.check_world_size(path, state["world_size"], self._world.size, allowed=allowed)
         checkpoint.load_parts(parts, state["parts"], path)

@@ -180,6 +180,13 @@ def test_a_damaged_checkpoint_named_explicitly_is_an_error_and_no_other_is_taken
         find(tmp_path / LAST, explicit=True)
 
 
+def test_a_file_of_weights_alone_is_no_checkpoint_of_a_run() -> None:
+    state = {"position": {}, "world_size": 1, "parts": {}, "generators": []}
+    assert checkpoint.of_a_run(Path("last.pt"), state) == (Path("last.pt"), state)
+    with pytest.raises(UserError, match=r"best\.pt holds weights and no state of a run"):
+        checkpoint.of_a_run(Path("best.pt"), {"model_state_dict": {}})
+
+
 def test_ten_checkpoints_are_tried_from_the_newest_on(tmp_path: Path) -> None:
     path = tmp_path / LAST
     save_steps(path, *range(1, 13), keep=12)

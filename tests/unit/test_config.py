@@ -363,6 +363,15 @@ def test_a_resumed_run_takes_what_was_not_typed_from_the_run_that_wrote_it(run_d
         assert not cfg.run.dry_run  # asked for anew each time
 
 
+def test_a_checkpoint_in_a_folder_of_the_run_directory_belongs_to_that_run(run_dir: Path) -> None:
+    inside = run_dir / "checkpoints" / "epoch_5.pt"
+    inside.parent.mkdir()
+    inside.touch()
+    cfg = read(f"--resume '{inside}'")
+    assert (cfg.batch_size, cfg.run.run_dir, cfg.run.resume) == (4, run_dir, str(inside))
+    assert "config.json is missing" in refusal(f"--resume '{inside.parent}'")
+
+
 def test_a_relative_path_to_resume_from_is_where_it_was_typed(
     run_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
