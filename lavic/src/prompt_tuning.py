@@ -1,0 +1,204 @@
+"""Stage 2: tune the language model to recommend from a conversation and ten candidates' pictures.
+
+python prompt_tuning.py --model_dir ./out_distilled/vision_lora_adapter_best
+python prompt_tuning.py --model_dir … --category amazon_home --candidate_type candidates_gpt_large
+torchrun --nproc_per_node=4 prompt_tuning.py --model_dir …    four GPUs, said explicitly
+python prompt_tuning.py --demo                                after ./run_training.sh --demo
+
+Writes trained_lora_adapter/, test_results_<candidates>.jsonl and results_summary.csv.
+"""
+
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
+
+from shared.config import RunOptions, option, parse
+from shared.errors import UserError
+from shared.files import open_lock, read_json
+from shared.launch import launch, world_size
+
+SRC = Path(__file__).resolve().parent
+DATA = SRC.parent / "data"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the prompt tuning."""
+
+    model_dir: Path | None = option(None, "stage 1's adapter directory; has to be given")
+    candidate_type: Literal["candidates_st", "candidates_gpt_large"] = option(
+        "candidates_st", "which list of ten candidates"
+    )
+    category: Literal["all_beauty", "amazon_fashion", "amazon_home"] = option(
+        "all_beauty", "whose conversations"
+    )
+    finetune_output_dir: Path = option(SRC / "out_finetuned", "where everything goes", scope="free")
+    max_length: int = option(2048, "tokens of a prompt with its answer")
+    batch_size: int = option(1, "conversations a process and forward pass")
+    num_workers: int = option(4, "loader workers a process", scope="free")
+    lr: float = option(5e-5, "AdamW's learning rate")
+    weight_decay: float = option(1e-5, "AdamW's weight decay")
+    num_epochs: int = option(1, "passes over the training conversations", scope="length")
+    item_meta_path: Path = option(
+        DATA / "item2meta_train.json", "the products' titles", scope="free"
+    )
+    image_dir: Path = option(DATA / "train_images", "pictures {id}_0.jpg", scope="free")
+    data_root: Path = option(DATA, "holds <category>/{train,valid,test}.jsonl", scope="free")
+    model_name: str | None = option(
+        None, "base model, Hub id or directory; default: the one the adapter was trained on"
+    )
+    slots: Literal["fixed5", "views"] = option(
+        "fixed5", "item tokens a picture: five, as published, or one a view"
+    )
+    grad_accum: int = option(1, "forward passes a step")
+    clip_norm: float = option(1.0, "largest norm of the gradients")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
+        "auto", "of the frozen weights; auto: half on a GPU, float32 on the CPU"
+    )
+    gradient_checkpointing: bool = option(True, "less memory for more time", scope="free")
+    eval_batch_size: int = option(4, "conversations a process in evaluation", scope="free")
+    evaluate_before: bool = option(True, "test the untrained model first", scope="free")
+    max_samples: str = option("all", "conversations of each file to use, from its first; or all")
+    cache: Path = option(SRC / "vector_cache", "keeps the pictures' vectors", scope="free")
+    run: RunOptions = field(default_factory=lambda: RunOptions(seed=42))
+
+    def __post_init__(self) -> None:
+        """Refuse what no run can use."""
+        for name in ("max_length", "batch_size", "lr", "num_epochs", "grad_accum", "clip_norm"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        if self.eval_batch_size < 1 or self.num_workers < 0 or self.weight_decay < 0:
+            raise ValueError(
+                "eval_batch_size must be 1 or more, num_workers, weight_decay 0 or more"
+            )
+        if self.max_samples != "all" and (
+            not self.max_samples.isdecimal() or int(self.max_samples) < 1
+        ):
+            raise ValueError(f"max_samples must be a number from 1, or all; got {self.max_samples}")
+
+    @property
+    def run_dir(self) -> Path:
+        """Where adapter, results, checkpoints and status go."""
+        return self.run.run_dir or self.finetune_output_dir
+
+    @property
+    def adapter(self) -> Path:
+        """Stage 1's adapter directory."""
+        assert self.model_dir
+        return self.model_dir
+
+    @property
+    def samples_a_step(self) -> int:
+        """Conversations of one process in an optimizer step."""
+        return self.batch_size * self.grad_accum
+
+    def conversations(self, split: str) -> Path:
+        """The file of train, valid or test."""
+        return self.data_root / self.category / f"{split}.jsonl"
+
+
+DEMO = {  # what suits 240 conversations and a model of 0.4 million parameters; typed flags win
+    "batch_size": 4,
+    "num_epochs": 4,
+    "lr": 2e-3,
+    "max_length": 1024,
+    "eval_batch_size": 10,
+    "num_workers": 0,
+    "gradient_checkpointing": False,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check the input, then train and test; the exit code."""
+    cfg = parse(Config, argv, __doc__)
+    if cfg.run.demo:
+        cfg = _with_demo(cfg)
+    _check_files(cfg)
+    cfg = replace(cfg, model_name=cfg.model_name or base_of(cfg.adapter))
+    if cfg.run.dry_run:
+        sys.stdout.write(_plan(cfg))
+        return 0
+    import os
+
+    os.close(open_lock(cfg.run_dir))  # better refused now than after the model was loaded
+    from lavic.src.recommend_training import train
+
+    return train(cfg)
+
+
+def _with_demo(cfg: Config) -> Config:
+    """`cfg` on the built-in data: its paths and sizes where none were typed."""
+    from lavic import demo
+
+    paths = demo.build(SRC.parent / "demo")
+    adapter = paths.distilled / "vision_lora_adapter_best"
+    if "model_dir" not in cfg.run.typed and not (adapter / "adapter_config.json").is_file():
+        raise UserError("the demo's stage 1 has not been trained: type ./run_training.sh --demo")
+    changes = DEMO | {
+        "model_dir": adapter,
+        "data_root": paths.data,
+        "item_meta_path": paths.train_data,
+        "image_dir": paths.train_images,
+        "finetune_output_dir": paths.finetuned,
+        "cache": paths.root / "runs" / "vector_cache",
+    }
+    return replace(cfg, **{n: value for n, value in changes.items() if n not in cfg.run.typed})
+
+
+def _check_files(cfg: Config) -> None:
+    """Refuse missing inputs in one line each, before anything slow is imported."""
+    if cfg.model_dir is None:
+        raise UserError(
+            "--model_dir is missing: give stage 1's adapter, for example "
+            "--model_dir ./out_distilled/vision_lora_adapter_best"
+        )
+    settings = read_json(cfg.model_dir / "adapter_config.json")
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{cfg.model_dir} is no adapter (adapter_config.json): train stage 1 first with "
+            "./run_training.sh, or give the right directory"
+        )
+    if "vision_tower" not in str(settings.get("target_modules")):
+        raise UserError(f"{cfg.model_dir} is no adapter of stage 1: it leaves the vision tower out")
+    for split in ("train", "valid", "test"):
+        path = cfg.conversations(split)
+        if not path.is_file():
+            raise UserError(
+                f"{path} is missing: put the conversations of {cfg.category} there, or type "
+                "--data-root"
+            )
+    if not cfg.item_meta_path.is_file():
+        raise UserError(f"{cfg.item_meta_path} is missing: type --item-meta-path")
+    if not cfg.image_dir.is_dir():
+        raise UserError(
+            f"{cfg.image_dir} is missing: fetch the pictures with python crawl_images.py, or type "
+            "--image-dir"
+        )
+
+
+def base_of(adapter: Path) -> str:
+    """The base model that an adapter names. Raises UserError when it names none that is there."""
+    settings = read_json(adapter / "adapter_config.json")
+    name = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{adapter} does not name its base model: type --model-name")
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise UserError(f"{adapter} was trained on {name}, which is gone: type --model-name")
+    return name
+
+
+def _plan(cfg: Config) -> str:
+    processes = world_size()
+    return (
+        f"{cfg.num_epochs} epochs over {cfg.conversations('train')} with {cfg.candidate_type}, "
+        f"{processes * cfg.samples_a_step} conversations a step = {processes} process(es) x "
+        f"{cfg.batch_size} x {cfg.grad_accum}; vision adapter {cfg.adapter} on {cfg.model_name}; "
+        f"results in {cfg.run_dir}\n"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(launch(main))

@@ -1,0 +1,110 @@
+"""How good recommendations are, and the files that say so. Standard library only."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lavic.src.conversations import Conversation
+from shared.files import write_text
+
+SUMMARY = "results_summary.csv"
+_COLUMNS = (
+    *("model_dir", "candidate_type", "lr", "weight_decay", "num_epochs"),
+    *("recall@1", "validity@1", "output_file"),  # up to here as documented
+    *("category", "hit_ratio@1", "recall_ceiling@1", "hit_ratio_ceiling@1", "hit_if_reachable"),
+    *("recall_before@1", "val_loss", "conversations", "gt_items", "without_picture", "seed"),
+)
+_WORD = re.compile(r"[^\s,;:.!?\"'()\[\]<>]+")
+_ID = re.compile(r"[A-Z0-9]{10}")
+
+
+def recommended_in(response: str, candidates: Sequence[str]) -> str:
+    """The first word of a response that is a candidate or has the form of an id; '' without one."""
+    for word in _WORD.findall(response):
+        if word in candidates or _ID.fullmatch(word):
+            return word
+    return ""
+
+
+def metrics_of(conversations: Sequence[Conversation], said: Sequence[str]) -> dict[str, float]:
+    """The figures of one recommended id ('' for none) a conversation; shares from 0 to 1.
+
+    recall@1             true ids that were recommended, of all true ids
+    hit_ratio@1          conversations with a true id recommended, of those that have one
+    validity@1           recommendations that are candidates, of all conversations
+    recall_ceiling@1, hit_ratio_ceiling@1    the same two for whoever recommends a true id wherever
+                         one is among the candidates
+    hit_if_reachable     conversations with a hit, of those where one was possible
+    """
+    pairs = list(zip(conversations, said, strict=True))
+    asked = sum(bool(talk.gt_items) for talk in conversations)
+    true_ids = sum(len(talk.gt_items) for talk in conversations)
+    hits = sum(item in talk.gt_items for talk, item in pairs)
+    reachable = sum(talk.reachable for talk in conversations)
+    valid = sum(item in talk.candidates for talk, item in pairs)
+    return {
+        "recall@1": _share(hits, true_ids),
+        "hit_ratio@1": _share(hits, asked),
+        "validity@1": _share(valid, len(pairs)),
+        "recall_ceiling@1": _share(reachable, true_ids),
+        "hit_ratio_ceiling@1": _share(reachable, asked),
+        "hit_if_reachable": _share(
+            sum(talk.reachable and item in talk.gt_items for talk, item in pairs), reachable
+        ),
+    }
+
+
+def counts_of(conversations: Sequence[Conversation]) -> dict[str, int]:
+    """How much the figures stand on."""
+    return {
+        "conversations": len(conversations),
+        "gt_items": sum(len(talk.gt_items) for talk in conversations),
+        "reachable": sum(talk.reachable for talk in conversations),
+    }
+
+
+def write_answers(
+    path: Path,
+    candidate_type: str,
+    conversations: Sequence[Conversation],
+    responses: Sequence[str],
+    said: Sequence[str],
+) -> None:
+    """The test conversations, each as it stands in its file, with recommended_… and response_…,
+    the dots being the candidates' type: recommended_st for candidates_st.
+    """
+    kind = candidate_type.removeprefix("candidates_")
+    lines = []
+    for talk, response, item in zip(conversations, responses, said, strict=True):
+        row = talk.row | {f"recommended_{kind}": item, f"response_{kind}": response}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_text(path, "".join(lines))
+
+
+def read_summary(directory: Path) -> list[dict[str, Any]]:
+    """The rows of a directory's results_summary.csv; [] without one."""
+    path = directory / SUMMARY
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", errors="replace", newline="") as lines:
+        return list(csv.DictReader(lines))
+
+
+def write_summary(directory: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    """Write the rows as results_summary.csv: a line a run, the documented columns first."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, _COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(directory / SUMMARY, text.getvalue())
+    return directory / SUMMARY
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
