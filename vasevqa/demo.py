@@ -1,0 +1,193 @@
+"""The built-in demo of the model half: questions about drawn vases, and a tiny Qwen2.5-VL.
+
+    <root>/data/video_training_dataset.json, grpo_video_dataset.json, questions.json
+    <root>/data/vases/<UUID>_<view>_ac001001.jpg
+    <root>/weights/tiny-qwen2.5-vl/          a checkpoint in the real layout
+    <root>/runs/                             what training writes
+
+No vase of questions.json is trained on. Generator and seed stay as they are: training is tuned to
+the data, never the data to the training.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.files import read_json, write_atomic, write_json
+
+log = logging.getLogger(__name__)
+
+VERSION = 1  # of what is drawn, written and taught; another number rebuilds
+NUM_TRAIN, NUM_GRPO, NUM_TEST = 150, 16, 40  # vases
+NUM_PICTURED = 500  # vases that the tiny model has seen before, described and never asked about
+SIZE = 112  # pixels a side: sixteen tokens
+_TRAIN, _GRPO, _TEST, _PICTURED = range(4)  # one stream of vases each
+_PROMPT = Path(__file__).resolve().parent / "model" / "prompt.txt"
+
+
+@dataclass(frozen=True)
+class DemoPaths:
+    """Where a finished demo lies."""
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        """The questions and their pictures."""
+        return self.root / "data"
+
+    @property
+    def train(self) -> Path:
+        """Rows for SFT."""
+        return self.data / "video_training_dataset.json"
+
+    @property
+    def grpo(self) -> Path:
+        """Rows for GRPO."""
+        return self.data / "grpo_video_dataset.json"
+
+    @property
+    def questions(self) -> Path:
+        """Rows to evaluate with, about vases that nothing was trained on."""
+        return self.data / "questions.json"
+
+    @property
+    def model(self) -> Path:
+        """The tiny Qwen2.5-VL."""
+        return self.root / "weights" / "tiny-qwen2.5-vl"
+
+    @property
+    def runs(self) -> Path:
+        """What training writes."""
+        return self.root / "runs"
+
+    @property
+    def merged(self) -> Path:
+        """What merging writes."""
+        return self.runs / "checkpoint-merged"
+
+
+def build(root: Path, seed: int = 0) -> DemoPaths:
+    """The demo below `root`, made now unless it is there, of this version and seed."""
+    paths = DemoPaths(Path(root))
+    done, marker = {"version": VERSION, "seed": seed}, paths.data / "questions_done.json"
+    if read_json(marker) == done and (paths.model / "model.safetensors").is_file():
+        return paths
+    marker.unlink(missing_ok=True)
+    paths.data.mkdir(parents=True, exist_ok=True)
+    log.info("making the demo in %s: vases, questions, a tiny Qwen2.5-VL", paths.root)
+    _write_rows(paths, seed)
+    _write_model(paths.model, seed)
+    write_json(marker, done)
+    return paths
+
+
+def flags(script: str, paths: DemoPaths) -> list[str]:
+    """What `./sft.sh --demo` and `./grpo.sh --demo` type for the user."""
+    small = {
+        "dataloader_num_workers": 0,
+        "dataset_num_proc": 1,
+        "torch_dtype": "float32",
+        "max_length": 512,
+        "split_dataset_ratio": 0,
+        "gradient_accumulation_steps": 1,
+        "logging_steps": 5,
+        "save_steps": 1000,
+        "gradient_checkpointing": "false",
+    }
+    own: dict[str, Any] = {
+        "sft": {
+            "model": paths.model,
+            "dataset": paths.train,
+            "output_dir": paths.runs / "7B",
+            "num_train_epochs": 3,
+            "per_device_train_batch_size": 16,
+            "learning_rate": 5e-3,
+            "use_logits_to_keep": "true",
+        },
+        "grpo": {
+            "model": paths.merged,
+            "dataset": paths.grpo,
+            "output_dir": paths.runs / "GRPO",
+            "per_device_train_batch_size": 16,
+            "num_generations": 8,
+            "max_completion_length": 12,
+            "max_steps": 8,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+        },
+    }[script]
+    return [word for name, value in {**small, **own}.items() for word in (f"--{name}", str(value))]
+
+
+def texts() -> list[str]:
+    """What the tiny model's tokenizer learns its words from."""
+    from vasevqa import demo_questions as questions
+    from vasevqa.demo_vases import make_vases
+
+    asked = [text for forms in questions.QUESTIONS.values() for text in forms]
+    vases = make_vases(300, seed=0)
+    answers = [answer for vase in vases for answer in vase.attributes.values()]
+    described = [questions.caption(vase) for vase in vases]
+    frame = "system user assistant You are a helpful assistant. <think></think><answer></answer>"
+    prompt = _PROMPT.read_text(encoding="utf-8")
+    return [*asked * 3, *answers, *described, questions.DESCRIBE, frame, prompt] * 2
+
+
+def _write_rows(paths: DemoPaths, seed: int) -> None:
+    from vasevqa.demo_questions import make_rows, with_solutions
+
+    pictures = paths.data / "vases"
+    shutil.rmtree(pictures, ignore_errors=True)
+    pictures.mkdir()
+    for path, stream, count in (
+        (paths.train, _TRAIN, NUM_TRAIN),
+        (paths.grpo, _GRPO, NUM_GRPO),
+        (paths.questions, _TEST, NUM_TEST),
+    ):
+        vases = _vases(count, stream, seed)
+        rows = list(make_rows(vases, Path(pictures.name), seed=stream + 10 * seed))
+        _draw(rows, vases, paths.data)
+        write_json(path, with_solutions(rows) if stream == _GRPO else rows, durable=False)
+
+
+def _draw(rows: Sequence[dict[str, Any]], vases: Sequence[Any], directory: Path) -> None:
+    from vasevqa.demo_vases import VIEWS, render, to_jpeg
+
+    wanted = {name for row in rows for name in row["images"]}
+    for vase in vases:
+        for view in VIEWS:
+            path = Path("vases") / vase.file_name(view)
+            if str(path) in wanted:
+                content = to_jpeg(render(vase, view, size=SIZE))
+                write_atomic(directory / path, _writer(content), durable=False)
+
+
+def _writer(content: bytes) -> Any:
+    return lambda stream: (stream.write(content), None)[1]
+
+
+def _write_model(directory: Path, seed: int) -> None:
+    from vasevqa import demo_qwen
+    from vasevqa.demo_questions import caption
+    from vasevqa.demo_vases import VIEWS, render
+
+    rng = random.Random(f"views {seed}")
+    vases = _vases(NUM_PICTURED, _PICTURED, seed)
+    pictures = [render(vase, rng.choice(VIEWS), size=SIZE) for vase in vases]
+    model, processor = demo_qwen.build(directory, texts(), seed)
+    loss = demo_qwen.teach(model, processor, pictures, [caption(v) for v in vases], seed)
+    log.info("the tiny model describes vases, loss %.2f", loss)
+    model.save_pretrained(directory)
+
+
+def _vases(count: int, stream: int, seed: int) -> list[Any]:
+    from vasevqa.demo_vases import make_vases
+
+    return make_vases(count, seed=10 * seed + stream + 1000)

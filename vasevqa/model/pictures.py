@@ -1,0 +1,75 @@
+"""Whether training's pictures can be decoded: a sample at once, all of them beside each other.
+
+Pillow decodes, as swift does: there a picture that fails is replaced by another row, and training
+goes on. Results are kept, by path, size and time of change.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from shared.errors import one_line
+from shared.files import read_json, write_json
+
+SAMPLE = 64
+MOST_PIXELS = 178_956_970  # Pillow's limit, above which it takes a picture for a bomb
+_BLOCK = 256
+
+Report = Callable[[int, int], None]  # of how many so far, and in all
+
+
+def problem(path: Path) -> str | None:
+    """Why the picture cannot be decoded, or None."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return one_line(error)
+    return None
+
+
+def sample(paths: Sequence[Path], seed: int = 0) -> list[Path]:
+    """64 of the paths, the same ones every time; all of them when there are no more."""
+    chosen = random.Random(seed).sample(range(len(paths)), min(SAMPLE, len(paths)))
+    return [paths[index] for index in sorted(chosen)]
+
+
+def check(paths: Iterable[Path], workers: int = 8) -> dict[Path, str]:
+    """{path: reason} of the pictures that cannot be decoded."""
+    with ThreadPoolExecutor(workers) as pool:  # Pillow decodes outside Python's lock
+        paths = list(paths)
+        found = zip(paths, pool.map(problem, paths), strict=True)
+        return {path: reason for path, reason in found if reason}
+
+
+def check_all(paths: Sequence[Path], memory: Path, report: Report) -> dict[Path, str]:
+    """{path: reason} over all pictures; those that `memory` knows unchanged are not read again.
+
+    report: called after every block with the number checked and the number to check.
+    """
+    known: dict[str, Any] = read_json(memory) or {}
+    stamps = {path: _stamp(path) for path in paths}
+    todo = [path for path in paths if known.get(str(path), [None])[0] != stamps[path]]
+    for start in range(0, len(todo), _BLOCK):
+        block = todo[start : start + _BLOCK]
+        bad = check(block)
+        known |= {str(path): [stamps[path], bad.get(path)] for path in block}
+        report(start + len(block), len(todo))
+    if todo:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        write_json(memory, known, durable=False)
+    return {path: known[str(path)][1] for path in paths if known[str(path)][1]}
+
+
+def _stamp(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]

@@ -1,0 +1,135 @@
+"""Supervised fine-tuning and GRPO with ms-swift: what ./sft.sh and ./grpo.sh start.
+
+    ./sft.sh [--flag value …]      LoRA on a vision-language model; ./grpo.sh the reinforcement
+    ./sft.sh --demo                the built-in demo, in vasevqa/demo
+    ./sft.sh --dry-run             check everything, print the swift command, stop
+    ./sft.sh --estimate            memory of the run, and stop
+    ./sft.sh --resume never        start anew; default: continue an interrupted run
+
+Every other flag is ms-swift's (`swift sft --help`, `swift rlhf --help`) and wins over the one in
+the script; those of older releases, as --train_type, keep working. --no-image-check decodes 64
+pictures and not all of them.
+"""
+
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
+
+from shared import logs
+from shared.errors import DONE, USER_ERROR
+from shared.files import open_lock
+from shared.launch import launch_alone
+
+if TYPE_CHECKING:
+    from vasevqa.model.plan import Plan
+    from vasevqa.model.preflight import Findings
+
+HERE = Path(__file__).resolve().parent
+
+
+def main(argv: list[str]) -> int:
+    """Check, then become the supervised swift run; the exit code when something keeps it from it.
+
+    argv: sft or grpo, the script's own flags, `---`, what the user typed.
+    """
+    script, *words = argv
+    end = words.index("---")
+    documented, typed = words[:end], words[end + 1 :]
+    if {"-h", "--help"} & set(typed):
+        sys.stdout.write(__doc__ or "")
+        return DONE
+    plan = _plan(script, documented, typed)
+    if "estimate" in plan.own:
+        from vasevqa.model import memory_plan
+
+        sys.stdout.write(memory_plan.text(plan) + "\n")
+        return DONE
+    if "print_config" in plan.own:
+        sys.stdout.write(json.dumps(plan.flags, indent=2, ensure_ascii=False) + "\n")
+        return DONE
+    return _check_and_run(plan)
+
+
+def _plan(script: str, documented: list[str], typed: list[str]) -> "Plan":
+    from shared.device import check_mask, present_gpus, visible_gpus
+    from vasevqa.model import plan as planning
+
+    check_mask(os.environ, present_gpus())
+    here = Path.cwd()
+    plan = planning.make(script, documented, typed, here, HERE)
+    if "demo" in plan.own:
+        from vasevqa import demo
+
+        typed = [*demo.flags(script, demo.build(HERE.parent / "demo")), *typed]
+        plan = planning.make(script, documented, typed, here, HERE)
+    return planning.for_this_machine(plan, visible_gpus(os.environ, present_gpus()), os.environ)
+
+
+def _check_and_run(plan: "Plan") -> int:
+    from vasevqa.model import plan as planning
+    from vasevqa.model import preflight
+
+    for note in plan.notes:
+        preflight.log.info(note)
+    found = preflight.check(plan, _roots())
+    if not found.problems and plan.wants_all_pictures:
+        memory = plan.output_dir.parent / preflight.MEMORY
+        found.problems = preflight.check_pictures(found.files, memory)
+    for problem in found.problems:
+        logs.say(f"error: {problem}")
+    if found.problems:
+        return USER_ERROR
+    steps = planning.num_steps(plan, found.num_rows)
+    preflight.log.info(
+        "%d rows; %s optimizer steps; %d process(es); checkpoints in %s",
+        found.num_rows, steps, plan.world_size, plan.output_dir,
+    )  # fmt: skip
+    return _run(plan, found, steps)
+
+
+def _run(plan: "Plan", found: "Findings", steps: int) -> int:
+    from vasevqa.model import runs, training_files
+
+    if "dry_run" in plan.own:
+        sys.stdout.write(f"swift {shlex.join(plan.command)}\n")
+        return DONE
+    runs.refuse_live(plan.output_dir)
+    os.close(open_lock(plan.output_dir))
+    continued = runs.begin(plan)
+    runs.describe(plan)
+    ready, root = training_files.given_to_swift(continued, found.files)
+    variables = {"ROOT_IMAGE_DIR": str(root)} if root else {}
+    return _supervise(ready, steps, {**_surroundings(ready), **variables})
+
+
+def _surroundings(plan: "Plan") -> dict[str, str]:
+    """Variables that the user left open."""
+    wanted = {"TOKENIZERS_PARALLELISM": "false"}
+    if "use_cpu" in plan.flags:
+        # several OpenMP threads a process were measured slower than one; deepspeed would warn
+        wanted |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def _supervise(plan: "Plan", steps: int, variables: dict[str, str]) -> int:
+    """Run swift with the care our own runs get: lock, status, signals, exit code."""
+    from shared import foreign
+
+    sys.stdout.write(f"swift {shlex.join(plan.command)}\n")
+    command = [sys.executable, str(HERE / "swift_command.py"), *plan.command]
+    options = foreign.ForeignOptions(recipe="vasevqa", total_steps=steps)
+    return foreign.run(command, plan.output_dir, options, env={**os.environ, **variables})
+
+
+def _roots() -> list[Path]:
+    given = os.environ.get("ROOT_IMAGE_DIR")
+    return [*([Path(given).absolute()] if given else []), Path.cwd(), HERE]
+
+
+if __name__ == "__main__":
+    sys.exit(launch_alone(main))
