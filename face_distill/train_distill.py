@@ -77,6 +77,7 @@ class Config:
     log_dir: Path | None = option(
         None, "TensorBoard; default logs/adapter_face_distill", scope="free"
     )
+    estimate: bool = option(False, "print how much memory a process needs, stop", scope="free")
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
@@ -134,14 +135,22 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.demo:
         cfg = _with_demo(cfg)
     _check_batch_size(cfg.batch_size, world_size())
+    if cfg.estimate:
+        from face_distill import memory
+
+        print(memory.text(cfg, world_size()))
+        return 0
     _check_files(cfg)
     if cfg.run.dry_run:
         print(_plan(cfg))
         return 0
     os.close(open_lock(cfg.run_dir))  # better refused now than after the tower was loaded
+    from face_distill import memory
     from face_distill.training import train
+    from shared.estimate import explained_out_of_memory
 
-    return train(cfg)
+    with explained_out_of_memory(lambda: memory.text(cfg, world_size(), failed=True)):
+        return train(cfg)
 
 
 def _with_demo(cfg: Config) -> Config:

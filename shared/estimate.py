@@ -11,17 +11,24 @@ A model on the meta device has shapes and types, and no memory. 1 GB is 10^9 byt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
 GB = 10**9
 # What a process on a GPU holds before its first tensor: context, kernels, libraries' workspaces.
 CUDA_CONTEXT = 600_000_000
+_WORTH = 5_000_000  # bytes that advice has to save
 
 
 def on_meta(build: Callable[[], M]) -> M:
@@ -59,6 +66,76 @@ def adamw_bytes(parameters: Iterable[Tensor]) -> int:
     return 2 * gradient_bytes(parameters)
 
 
+def saved_bytes(module: nn.Module, forward: Callable[[], Any]) -> int:
+    """Bytes that `forward` keeps for the backward pass, beside the parameters of `module`.
+
+    Exact for what runs on the meta device as it would elsewhere; attention counts as the fused
+    kernels keep it: queries, keys, values, output and one number a row.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in module.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    fused = "torch.nn.functional.scaled_dot_product_attention"
+    with saved_tensors_hooks(keep, lambda tensor: tensor), mock.patch(fused, _fused_attention):
+        result = forward()  # alive until all is counted
+    total = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+    del result
+    return total
+
+
+def saved_bytes_in_half(
+    build: Callable[[], M], forward: Callable[[M], Any], dtype: torch.dtype
+) -> int:
+    """The same under autocast to `dtype`: with the half copies of weights that autocast keeps.
+
+    forward: of what `build` makes, on inputs that it makes on the CPU. Neither takes memory.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # slow to import, rarely needed
+
+    module = on_meta(build)
+    # tensors without memory that autocast takes for the CPU's
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        module = module.to_empty(device="cpu")
+        with torch.autocast("cpu", dtype=dtype):
+            return saved_bytes(module, lambda: forward(module))
+
+
+class _FusedAttention(torch.autograd.Function):
+    """What a fused attention keeps; its values are of no interest."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out = query.new_empty(*query.shape[:-1], value.shape[-1])
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1]).float())
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        raise NotImplementedError("it stands for its memory alone")
+
+
+def _fused_attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+    return _FusedAttention.apply(query, key, value)  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def explained_out_of_memory(reckon: Callable[[], str]) -> Iterator[None]:
+    """Log the plan and advice that `reckon` gives when the block ends for want of memory."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+            try:
+                log.error("out of memory; what --estimate says of this run:\n%s", reckon())
+            except Exception as problem:  # the first error is the one that counts
+                log.warning("no memory plan: %s", problem)
+        raise
+
+
 def device_memory() -> list[tuple[str, int]]:
     """Name and bytes of each visible GPU; empty without any."""
     properties = [
@@ -83,10 +160,21 @@ class MemoryPlan:
         """Add a row: what takes the memory, its bytes, and how they were reckoned."""
         self.rows.append((what, num_bytes, how))
 
+    def advised(self, alternatives: Mapping[str, MemoryPlan]) -> list[str]:
+        """The three settings that save most, with what they save.
+
+        alternatives: the plan under each setting, as the user would type it.
+        """
+        saved = {setting: self.total - other.total for setting, other in alternatives.items()}
+        best = sorted(saved, key=lambda setting: -saved[setting])[:3]
+        return [
+            f"{name} (saves {_gigabytes(saved[name])})" for name in best if saved[name] >= _WORTH
+        ]
+
     def text(self, devices: Sequence[tuple[str, int]] = (), advice: Sequence[str] = ()) -> str:
         """The table, then whether it fits on each of `devices` (as `device_memory` gives them).
 
-        advice: settings that save most, the best first; said when something does not fit.
+        advice: settings that save most, the best first; said unless it fits on every GPU here.
         """
         rows = [(what, _gigabytes(size), how) for what, size, how in self.rows]
         rows.append(("in all", _gigabytes(self.total), "of each device"))
@@ -96,7 +184,7 @@ class MemoryPlan:
         lines += [self._verdict(name, size) for name, size in devices]
         if not devices:
             lines.append("no GPU is visible here: the figures are for one that has the memory")
-        if advice and any(size < self.total for _, size in devices):
+        if advice and not (devices and all(size >= self.total for _, size in devices)):
             lines.append("what helps most: " + "; ".join(advice))
         return "\n".join(lines)
 

@@ -72,6 +72,7 @@ class Config:
     persistent_workers: bool = option(
         True, "accepted; loader workers start with each epoch", scope="free"
     )
+    estimate: bool = option(False, "print how much memory a process needs, stop", scope="free")
     run: RunOptions = field(default_factory=lambda: RunOptions(resume="never"))
 
 
@@ -79,6 +80,9 @@ def main(argv: list[str] | None = None) -> int:
     """Check the input, then train; the exit code."""
     cfg = parse(Config, argv, __doc__)
     _check_launcher(cfg)
+    if cfg.estimate:
+        sys.stdout.write(_estimate(cfg) + "\n")
+        return 0
     from arcface import run_settings
 
     if cfg.run.demo:
@@ -96,9 +100,25 @@ def main(argv: list[str] | None = None) -> int:
         for change in run_settings.changes(run_dir, settings.configuration):
             log.info("not as in the run there: %s", change)
     os.close(open_lock(run_dir))  # better refused now than after torch was loaded
+    from arcface import memory
     from arcface.training import Job, train
+    from shared.estimate import explained_out_of_memory
 
-    return train(Job(settings, stored, run_dir, cfg.validate))
+    def reckon() -> str:
+        return memory.text(settings.recipe, stored.run.amp, world_size(), Path.cwd(), failed=True)
+
+    with explained_out_of_memory(reckon):
+        return train(Job(settings, stored, run_dir, cfg.validate))
+
+
+def _estimate(cfg: Config) -> str:
+    """How much memory the configured training takes; its data need not be there."""
+    from arcface import memory
+
+    config = cfg.config or (DEMO_CONFIG if cfg.run.demo else CONFIG)
+    recipe = memory.recipe_of(config, cfg.cfg_options, Path.cwd())
+    amp = cfg.run.amp if "amp" in cfg.run.typed else recipe.amp or cfg.run.amp
+    return memory.text(recipe, amp, world_size(), Path.cwd())
 
 
 def _check_launcher(cfg: Config) -> None:
