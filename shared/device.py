@@ -7,6 +7,8 @@ launcher can count GPUs before it.
 from __future__ import annotations
 
 import logging
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,3 +104,15 @@ def driver_version() -> str:
     except OSError:
         return "not loaded"
     return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
+
+
+def memory_in_use() -> int | None:
+    """Bytes that this process has taken of its GPU at the most, or holds of RAM without one."""
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_available() and torch.cuda.is_initialized():
+        return torch.cuda.max_memory_reserved()
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return None  # not Linux
+    return pages * os.sysconf("SC_PAGE_SIZE")

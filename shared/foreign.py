@@ -82,7 +82,8 @@ class _Foreign:
         self._progress = progress or JsonLinesProgress(run_dir)
         self._status = Status(
             run_dir,
-            **{"recipe": options.recipe, "pid": os.getpid(), "command": shlex.join(command)},
+            **{"recipe": options.recipe, "pid": os.getpid(), "log": outcome.log_file()},
+            **{"command": shlex.join(command)},
             **{"step": 0, "total_steps": options.total_steps or None, "epoch": 0, "eta_s": None},
         )
 

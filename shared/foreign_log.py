@@ -68,7 +68,7 @@ class JsonLinesProgress:
         if not (step.isdigit() and total.isdigit()):
             return {}
         values = numbers(line)
-        epoch = int(values.pop("epoch", 0) or 0)
+        epoch = max(0, math.ceil(values.pop("epoch", 0) or 0) - 1)  # theirs counts what is behind
         left = (int(total) - int(step)) * (values.get("seconds_per_step") or math.nan)
         self._record(int(step), epoch, values)
         self._last |= values

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 NOTES = "TOOLKIT_LAUNCH_NOTES"  # the variable with the directory's name
 LAUNCHER_PID = "TOOLKIT_LAUNCHER_PID"
+LOG = "TOOLKIT_LOG"  # the file that a recipe's script sends all output to
 _PEER_LOST = re.compile(
     r"closed by peer|connection reset|broken pipe|read error|remote process exited", re.I
 )
@@ -76,6 +77,17 @@ def run_dir() -> Path | None:
 def launcher_pid() -> int:
     """The process to signal in order to stop the run: the launcher, or this process."""
     return int(os.environ.get(LAUNCHER_PID, os.getpid()))
+
+
+def log_file() -> str | None:
+    """The file that holds this run's output: the script's, or where stdout was sent to."""
+    if LOG in os.environ:
+        return os.environ[LOG]
+    try:
+        target = os.readlink("/proc/self/fd/1")  # noqa: PTH115, a Path would lose " (deleted)"
+    except OSError:
+        return None
+    return target if Path(target).is_file() else None
 
 
 def closing_line(code: int, reason: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from shared import outcome, status
 from shared.checkpoint import Position
+from shared.device import memory_in_use
 from shared.metrics import Metrics
 from shared.progress import Progress
 
@@ -40,6 +41,7 @@ class Reporter:
             pid=outcome.launcher_pid(),
             world_size=world_size,
             total_steps=plan.total_steps,
+            log=outcome.log_file(),
         )
         self.write_status(start)
 
@@ -63,7 +65,8 @@ class Reporter:
     def write_status(self, position: Position, **changes: Any) -> None:
         """Write the status now, with `changes` to its fields."""
         eta = self._progress.eta_s(position.step)
-        self._status.write(**asdict(position), eta_s=eta, **changes)
+        place = {**asdict(position), "eta_s": eta, "memory_bytes": memory_in_use()}
+        self._status.write(**place, **changes)
 
     def close(self) -> None:
         """Flush and close."""

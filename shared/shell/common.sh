@@ -58,6 +58,9 @@ start_log() {
     file=$name.$((++number)).log
   done
   ln -sfn -- "$file" "$directory/latest.log" 2>/dev/null
+  echo "$$" >"$directory/run.pid" # exec keeps it: the process to signal
+  [[ $directory == /* ]] || directory=$PWD/$directory
+  export TOOLKIT_LOG=$directory/$file # for status.json, and for whoever watches the run
   send_output_to "$directory/$file"
 }
 

@@ -156,6 +156,22 @@ def test_output_goes_to_the_terminal_and_to_a_log_that_begins_with_the_command(r
     assert os.readlink(recipe.logs / "latest.log") == the_log(recipe).name  # noqa: PTH115
 
 
+def test_the_process_and_its_log_can_be_found_by_whoever_watches(recipe):
+    job = "import os, sys\nprint(os.getpid(), os.environ['TOOLKIT_LOG'], sep='\\n')\n"
+    recipe.write("demo/job.py", job)
+    lines = recipe.run(recipe.script).stdout.splitlines()
+    assert (recipe.logs / "run.pid").read_text() == lines[-2] + "\n"
+    assert lines[-1] == str(the_log(recipe))
+
+
+def test_a_log_directory_of_ones_own_is_named_in_full(recipe):
+    recipe.write("demo/job.py", "import os\nprint(os.environ['TOOLKIT_LOG'])\n")
+    recipe.write("demo/go.sh", recipe.script.read_text().replace('"$recipe/logs"', "logs"))
+    lines = recipe.run(recipe.script, cwd=recipe.bin.parent).stdout.splitlines()
+    (log,) = (recipe.bin.parent / "logs").glob("training_*.log")
+    assert lines[-1] == str(log)
+
+
 def test_errors_are_in_the_log_too(recipe):
     recipe.write("demo/job.py", "import sys\nsys.exit('what went wrong')\n")
     result = recipe.run(recipe.script)

@@ -19,7 +19,17 @@ RECIPES = [
 ROOMS = ["shared", *RECIPES]
 LIGHT = {
     f"shared.{name}"
-    for name in ("launch", "outcome", "config", "errors", "files", "child", "stages", "foreign")
+    for name in (
+        "launch",
+        "outcome",
+        "config",
+        "errors",
+        "files",
+        "child",
+        "stages",
+        "foreign",
+        "run_text",
+    )
 } | {"shared.report"}
 FOREIGN_TO_SHARED = {"transformers", "peft", "swift", "open_clip"}
 # Who in shared may talk to the process and its user, beside the entry scripts and shared/tools.

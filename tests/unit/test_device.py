@@ -123,3 +123,10 @@ def test_a_gpu_number_beyond_the_last_names_the_allowed_ones(
 def test_cpu_is_the_cpu_whatever_the_mask_says(two_gpus: list[torch.device]) -> None:
     assert resolve("cpu", 0, {"CUDA_VISIBLE_DEVICES": "7"}) == torch.device("cpu")
     assert two_gpus == []
+
+
+def test_memory_in_use_without_a_gpu_is_the_ram_that_the_process_holds() -> None:
+    before = device.memory_in_use() or 0
+    kept = torch.ones(16 << 20)  # 64 MiB
+    grown = (device.memory_in_use() or 0) - before
+    assert abs(grown - kept.nbytes) < 8 << 20

@@ -1,0 +1,292 @@
+"""Watch a run, or stop it: reads status.json, metrics.jsonl and the log; the run does not notice.
+
+    python shared/tools/monitor.py                     the newest run: live on a terminal, else once
+    python shared/tools/monitor.py --recipe lavic      that recipe's newest run
+    python shared/tools/monitor.py RUN_DIR --json      one JSON object
+    python shared/tools/monitor.py --stop              let it save and leave
+    python shared/tools/monitor.py --list              every run of this repository
+
+Ctrl-C ends the watching alone. Exit codes: 0 done, stopped or running, 1 failed or stale, 2 no run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
+
+from shared import lock, logs, run_text
+from shared.config import option, parse
+from shared.errors import DONE, FAILED, USER_ERROR, UserError, did_you_mean
+from shared.run_view import RUNNING, STALE, STARTING, View, is_that_process, log_lines, view
+
+ROOT = Path(__file__).resolve().parents[2]
+# where each recipe's documented runs, and those that were moved aside, keep their status
+RUNS = {
+    "face_distill": ("checkpoints*",),
+    "lavic": ("src/out_*",),
+    "vasevqa": ("output/*", "model/output/*", "filter", "filter/*", "filter/*/.clipfilter*"),
+    "multimodal": ("outputs*", "outputs*/*"),
+    "arcface": ("work_dirs*/*",),
+}
+OF_DEMOS = ("demo/runs/*", "demo/runs/*/*")
+LOGS = ("logs", "demo/runs/logs", "model/logs", "filter/logs")
+LIVE, ENDED = (RUNNING, STARTING), ("done", "failed", "stopped")
+PATIENCE = 150.0  # seconds that --stop waits: the launcher kills after 120
+MENU = """1 live log   2 summary   3 GPUs   4 warnings and errors   5 recent losses   6 quit"""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to watch, and how."""
+
+    run_dir: Path | None = option(None, "the run's directory; may be typed without the flag")
+    recipe: str | None = option(None, f"that recipe's newest run: {', '.join(RUNS)}")
+    follow: bool = option(False, "go on until the run ends; on a terminal the default")
+    once: bool = option(False, "show the present state and leave; elsewhere the default")
+    json: bool = option(False, "one JSON object (with --follow a line each time)")
+    stop: bool = option(False, "let the run save and leave, and wait for it")
+    list: bool = option(False, "every run of this repository, or of --recipe")
+    menu: bool = option(False, "choose from a menu, read from stdin")
+    every: float = option(2.0, "seconds between two looks")
+
+    def __post_init__(self) -> None:
+        if self.recipe is not None and self.recipe not in RUNS:
+            near = did_you_mean(self.recipe, RUNS)
+            raise ValueError(f"--recipe {self.recipe}: unknown{near} (known: {', '.join(RUNS)})")
+        if self.follow and self.once:
+            raise ValueError("--follow and --once exclude each other: give one of them")
+        if self.every <= 0:
+            raise ValueError(f"--every must be above 0 seconds, got {self.every}")
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    """Do what the flags ask for; the exit code."""
+    logs.open_streams()
+    try:
+        cfg = parse(Config, _named(sys.argv[1:] if argv is None else argv), __doc__)
+        if cfg.list:
+            return show_list(cfg, root)
+        if cfg.menu:
+            return show_menu(cfg, root)
+        if cfg.stop:
+            return stop(find(cfg, root))
+        is_live = cfg.follow or not (cfg.once or cfg.json or not sys.stdout.isatty())
+        return follow(cfg, root) if is_live else show(cfg, find(cfg, root))
+    except UserError as error:
+        logs.say(f"error: {error}")
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("\nthe run is left as it was", flush=True)
+        return DONE
+    except BrokenPipeError:  # as after `| head`; nothing more may be written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return DONE
+
+
+def _named(argv: list[str]) -> list[str]:
+    """`argv` with --run-dir before a directory that stands for itself."""
+    takes_value = ("--run-dir", "--run_dir", "--recipe", "--every")
+    named: list[str] = []
+    for at, word in enumerate(argv):
+        if not word.startswith("-") and (at == 0 or argv[at - 1] not in takes_value):
+            named.append("--run-dir")
+        named.append(word)
+    return named
+
+
+# which run
+
+
+def find(cfg: Config, root: Path) -> View:
+    """The run that is asked for: named, else a live one, else the newest. Raises UserError."""
+    if cfg.run_dir:
+        if not cfg.run_dir.is_dir():
+            raise UserError(f"{cfg.run_dir} is no directory; --list shows the runs")
+        if not (cfg.run_dir / "status.json").exists() and not lock.is_held(cfg.run_dir):
+            raise UserError(f"{cfg.run_dir} holds no run: status.json is missing; see --list")
+        return seen(cfg.run_dir)
+    recipes = [cfg.recipe] if cfg.recipe else list(RUNS)
+    newest = [view(path) for path in run_directories(recipes, root)[:5]]
+    live = [found for found in newest if found.state in LIVE]
+    begun = live or beginning(recipes, root, newest) or newest
+    if not begun:
+        whose = f"of {cfg.recipe} " if cfg.recipe else ""
+        raise UserError(f"no run {whose}is to be found below {root}; name its directory")
+    return replace(begun[0], gpus=gpus())
+
+
+def run_directories(recipes: list[str], root: Path) -> list[Path]:
+    """The directories with a status.json, the one that was written last first."""
+    patterns = [(root / recipe, glob) for recipe in recipes for glob in (*RUNS[recipe], *OF_DEMOS)]
+    found = {path for base, glob in patterns for path in base.glob(f"{glob}/status.json")}
+    ordered = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return [path.parent for path in ordered]
+
+
+def beginning(recipes: list[str], root: Path, known: list[View]) -> list[View]:
+    """Runs that a recipe's script has started and that have no status yet: models are loading."""
+    found = []
+    for path in (root / recipe / place / "run.pid" for recipe in recipes for place in LOGS):
+        with contextlib.suppress(OSError, ValueError):
+            pid, written = int(path.read_text()), path.stat().st_mtime
+            moment = datetime.fromtimestamp(written, UTC).isoformat()
+            if is_that_process(pid, moment) and pid not in [other.pid for other in known]:
+                log = str((path.parent / "latest.log").resolve())
+                recipe = path.relative_to(root).parts[0]
+                note = "the run has no status yet: models and data are being loaded"
+                found.append(View(str(path.parent), STARTING, note, recipe, pid=pid, log=log))
+    return found
+
+
+def seen(run_dir: Path) -> View:
+    """The run in `run_dir`, with the machine's GPUs."""
+    return replace(view(run_dir), gpus=gpus())
+
+
+def gpus() -> list[dict[str, float]]:
+    """Index, use in percent, used and total bytes of every GPU; [] without nvidia-smi."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    asked = "--query-gpu=index,utilization.gpu,memory.used,memory.total"
+    command = [program, asked, "--format=csv,noheader,nounits"]
+    found = []
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        for line in result.stdout.splitlines():
+            with contextlib.suppress(ValueError):  # some cards tell no use
+                index, percent, used, total = (float(word) for word in line.split(","))
+                sizes = {"used_bytes": used * 2**20, "total_bytes": total * 2**20}
+                found.append({"index": index, "percent": percent, **sizes})
+    return found
+
+
+# what is shown
+
+
+def show(cfg: Config, run: View) -> int:
+    """Print one view; the exit code that it stands for."""
+    if cfg.json:
+        indent = None if cfg.follow else 2
+        print(json.dumps(asdict(run), indent=indent, ensure_ascii=False), flush=True)
+    elif cfg.follow and not sys.stdout.isatty():
+        print(f"{datetime.now():%Y-%m-%d %H:%M:%S} | {run_text.short(run)}", flush=True)
+    else:
+        print(run_text.block(run, shutil.get_terminal_size().columns), flush=True)
+    return FAILED if run.state in (STALE, "failed") else DONE
+
+
+def follow(cfg: Config, root: Path) -> int:
+    """Show the run again and again until it ends; its exit code."""
+    clear = sys.stdout.isatty() and not cfg.json
+    run = find(cfg, root)
+    while True:
+        if clear:
+            print("\x1b[H\x1b[2J", end="")
+        code = show(cfg, run)
+        if run.state not in LIVE:
+            return code
+        if clear:
+            print("\nCtrl-C leaves; the run goes on", flush=True)
+        time.sleep(cfg.every)
+        run = seen(Path(run.run_dir)) if run.state == RUNNING else find(cfg, root)
+
+
+def show_list(cfg: Config, root: Path) -> int:
+    """Print all runs, newest first."""
+    recipes = [cfg.recipe] if cfg.recipe else list(RUNS)
+    views = [view(path) for path in run_directories(recipes, root)]
+    views = beginning(recipes, root, views) + views
+    if cfg.json:
+        print(json.dumps([asdict(run) for run in views], indent=2, ensure_ascii=False))
+    else:
+        print(run_text.table(views, root) if views else f"no runs below {root}")
+    return DONE if views else USER_ERROR
+
+
+# the menu of old
+
+
+def show_menu(cfg: Config, root: Path) -> int:
+    """Read choices from stdin until 6 or the end; the exit code."""
+    while True:
+        print(MENU, flush=True)
+        choice = sys.stdin.readline().strip()
+        if choice in ("", "6", "q"):
+            return DONE
+        try:
+            answer(choice, cfg, find(cfg, root))
+        except UserError as error:
+            logs.say(f"error: {error}")
+
+
+def answer(choice: str, cfg: Config, run: View) -> None:
+    """What a number of the menu shows."""
+    if choice == "1":
+        tail(run, cfg.every)
+    elif choice == "2":
+        show(cfg, run)
+    elif choice == "3":
+        print("\n".join(run_text.gpu_texts(run)) or "no GPU, or no nvidia-smi")
+    elif choice == "4":
+        print("\n".join(run.warnings) or "no warnings and no errors")
+    elif choice == "5":
+        print("\n".join(f"step {step}  loss {loss:.6g}" for step, loss in run.recent_losses) or "-")
+    else:
+        print(f"no such entry: {choice}")
+
+
+def tail(run: View, every: float) -> None:
+    """The last lines of the log, and on a terminal what is added until Ctrl-C."""
+    print("\n".join(log_lines(run.log, 20)) or "this run has no log file that is known")
+    if not (run.log and sys.stdin.isatty() and sys.stdout.isatty()):
+        return
+    with (
+        contextlib.suppress(KeyboardInterrupt, OSError),
+        Path(run.log).open(errors="replace") as log,
+    ):
+        log.seek(0, os.SEEK_END)
+        while True:
+            print(log.read(), end="", flush=True)
+            time.sleep(min(every, 0.5))
+
+
+# stopping
+
+
+def stop(run: View) -> int:
+    """Send SIGTERM to the run's launcher and wait until it has saved and left; the exit code."""
+    if run.host not in (None, os.uname().nodename):
+        raise UserError(f"the run is on {run.host}: stop it there with kill -TERM {run.pid}")
+    if run.state in ENDED or not is_that_process(run.pid, run.started_at):
+        raise UserError(f"nothing to stop: {run_text.short(run)}")
+    pid = run.pid or 0
+    os.kill(pid, signal.SIGTERM)
+    print(f"SIGTERM to process {pid}: it saves and leaves", flush=True)
+    deadline = time.monotonic() + PATIENCE
+    while is_that_process(pid, run.started_at):
+        if time.monotonic() > deadline:
+            print(f"process {pid} has not ended in {PATIENCE:.0f} s", file=sys.stderr)
+            return FAILED
+        time.sleep(0.1)
+    ended = view(Path(run.run_dir))
+    if run.step is None:
+        print(f"process {pid} has ended before its first step; its log: {run.log}")
+        return DONE
+    print(f"{run_text.headline(ended)}: {ended.reason or ended.note}")
+    return DONE if ended.state in ("done", "stopped") else FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""The monitor beside real runs: watched, finished, failed, stopped by it, killed; under nohup."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pty
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared.config import ProcessOptions
+from shared.tools import monitor
+from tests.harness import (
+    PROBE,
+    ROOT,
+    Outcome,
+    Running,
+    environment,
+    losses,
+    start,
+    status_of,
+    wait_for_step,
+    wait_until,
+)
+
+pytestmark = [pytest.mark.serial, pytest.mark.slow]
+MONITOR = ROOT / "shared" / "tools" / "monitor.py"
+
+
+def watch(*words: object) -> Outcome:
+    with start([MONITOR, *words]) as watching:
+        return watching.finish(timeout=60)
+
+
+def seen(run_dir: Path) -> dict[str, Any]:
+    return json.loads(watch(run_dir, "--json").text)
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """The probe behind a script like the recipes'."""
+    path = tmp_path / "train.sh"
+    path.write_text(
+        f'#!/usr/bin/env bash\nsource "{ROOT}/shared/shell/common.sh"\n'
+        f'PYTHON_FOUND="{sys.executable}"\nstart_log "{tmp_path}/logs" training\n'
+        f'run_python "{PROBE}" "$@"\n'
+    )
+    return path
+
+
+def test_a_run_under_nohup_is_watched_to_its_end(tmp_path, script):
+    run_dir = tmp_path / "run"
+    args = ["bash", script, "--step-ms", 60, "--run-dir", run_dir]
+    with start(args, program=["nohup"]) as running:
+        wait_for_step(run_dir, 3, running)
+        with start([MONITOR, run_dir, "--follow", "--every", 0.2]) as watching:
+            running.signal(signal.SIGHUP, group=True)  # the terminal is closed
+            wait_until(lambda: seen(run_dir)["step"], "a step in status.json", running=running)
+            view = seen(run_dir)
+            assert (view["state"], view["recipe"], view["pid"]) == ("running", "probe", running.pid)
+            assert view["total_steps"] == 48
+            assert view["memory_bytes"] > 50 << 20  # torch alone is more
+            assert view["grad_norm"] > 0
+            assert view["loss"] == pytest.approx(
+                losses(run_dir)[view["recent_losses"][-1][0]], rel=1
+            )
+            assert Path(view["log"]).read_text().startswith("20")
+            assert watch(run_dir).text.startswith("probe: RUNNING\n")
+            assert running.finish().code == 0
+            followed = watching.finish(timeout=20)
+    assert followed.code == 0
+    assert "probe: RUNNING  step" in followed.text
+    assert followed.last_line.partition(" | ")[2].startswith("probe: DONE  step 48/48 (100.0 %)")
+    view = seen(run_dir)
+    assert (view["state"], view["exit_code"], view["eta_s"], view["epoch"]) == ("done", 0, None, 3)
+    assert view["loss"] == losses(run_dir)[48]
+
+
+def test_ctrl_c_ends_the_watching_and_not_the_run(tmp_path):
+    run_dir = tmp_path / "run"
+    with start([PROBE, "--step-ms", 100, "--run-dir", run_dir]) as running:
+        wait_for_step(run_dir, 2, running)
+        with start([MONITOR, run_dir, "--follow", "--every", 0.2]) as watching:
+            watching.wait_for_text("RUNNING")
+            watching.signal(signal.SIGINT)
+            left = watching.finish(timeout=10)
+        assert (left.code, left.last_line) == (0, "the run is left as it was")
+        reached = max(losses(run_dir))
+        wait_for_step(run_dir, reached + 2, running)
+        running.kill()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_stop_lets_the_run_save_and_tells_how_it_ended(tmp_path, ranks):
+    run_dir = tmp_path / "run"
+    args = ["--step-ms", 100, "--nproc", ranks, "--run-dir", run_dir]
+    with start([PROBE, *args]) as running:
+        wait_for_step(run_dir, 3, running)
+        stopped = watch(run_dir, "--stop")
+        assert running.finish().code == 143
+    assert stopped.code == 0
+    assert stopped.text.splitlines()[0] == f"SIGTERM to process {running.pid}: it saves and leaves"
+    assert stopped.last_line.startswith("probe: STOPPED: SIGTERM: saved at step")
+    assert (run_dir / "last.pt").exists()
+    again = watch(run_dir, "--stop")
+    assert (again.code, again.text.count("\n")) == (2, 1)
+    assert "nothing to stop: probe: STOPPED" in again.text
+    assert watch(run_dir).code == 0
+
+
+def test_a_run_that_breaks_is_failed_with_its_last_errors(tmp_path, script):
+    run_dir = tmp_path / "run"
+    with start([script, "--fault", "raise@5", "--run-dir", run_dir], program=["bash"]) as running:
+        assert running.finish().code == 1
+    text = watch(run_dir)
+    assert text.code == 1
+    assert text.text.startswith("probe: FAILED (exit 1)\n")
+    assert "ERROR: failed: ValueError: broken on purpose" in text.text
+
+
+def test_a_run_that_was_killed_is_stale_and_cannot_be_stopped(tmp_path):
+    run_dir = tmp_path / "run"
+    with start([PROBE, "--step-ms", 100, "--run-dir", run_dir]) as running:
+        wait_for_step(run_dir, 3, running)
+        running.signal(signal.SIGKILL)
+        running.finish()
+    found = watch(run_dir)
+    assert (found.code, found.text.splitlines()[0]) == (1, "probe: STALE")
+    assert f"process {running.pid} is gone" in found.text
+    assert watch(run_dir, "--stop").code == 2
+    assert status_of(run_dir)["state"] == "running"  # looking changes nothing
+
+
+def test_a_live_terminal_is_redrawn_until_the_run_ends(tmp_path):
+    run_dir = tmp_path / "run"
+    with start([PROBE, "--step-ms", 60, "--run-dir", run_dir]) as running:
+        wait_for_step(run_dir, 2, running)
+        ours, theirs = pty.openpty()
+        command = [sys.executable, str(MONITOR), str(run_dir), "--every", "0.2"]
+        streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+        with Running(command, environment(), **streams) as watching:
+            os.close(theirs)
+            text = read_to_the_end(ours)
+            assert watching.finish(timeout=10).code == 0
+        assert running.finish().code == 0
+    assert text.count("\x1b[H\x1b[2J") > 2
+    assert "Ctrl-C leaves; the run goes on" in text
+    assert text.rindex("probe: DONE") > text.rindex("probe: RUNNING")
+
+
+def read_to_the_end(terminal: int) -> str:
+    """What is written to a terminal until its last writer has left."""
+    chunks = []
+    with contextlib.suppress(OSError):  # EIO: nobody is left
+        while chunk := os.read(terminal, 65536):
+            chunks.append(chunk)
+    os.close(terminal)
+    return b"".join(chunks).decode()
+
+
+def test_the_stop_waits_longer_than_the_launcher():
+    assert ProcessOptions().shutdown_timeout < monitor.PATIENCE

@@ -1,0 +1,232 @@
+import fcntl
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from shared import run_view
+from shared.run_view import is_that_process, log_lines, view, warnings_of
+
+
+def write(run_dir: Path, age: float = 0.0, **fields: Any) -> Path:
+    """A status.json as a running run has it, `age` seconds old, with changes."""
+    stamp = lambda seconds: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))  # noqa: E731
+    status = {
+        **{"schema": 1, "recipe": "probe", "state": "running", "exit_code": None, "reason": None},
+        **{"pid": os.getpid(), "host": socket.gethostname(), "world_size": 2, "step": 30},
+        **{"total_steps": 120, "epoch": 1, "eta_s": 90.0, "last": {}, "best": {}, "outputs": []},
+        **{"started_at": stamp(time.time() - age), "updated_at": stamp(time.time() - age)},
+        **{"memory_bytes": 7 << 20, "log": None},
+    }
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "status.json").write_text(json.dumps(status | fields))
+    return run_dir
+
+
+def log(run_dir: Path, *rows: dict[str, Any]) -> None:
+    with (run_dir / "metrics.jsonl").open("a") as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def train(step: int, **values: Any) -> dict[str, Any]:
+    return {"step": step, "epoch": 0, "split": "train", "time": float(step), **values}
+
+
+@pytest.fixture
+def gone() -> int:
+    """The id of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+# the state
+
+
+def test_a_live_run_with_a_fresh_status_is_running(tmp_path):
+    seen = view(write(tmp_path))
+    assert (seen.state, seen.note, seen.percent, seen.epoch) == ("running", "", 25.0, 2)
+    assert (seen.world_size, seen.memory_bytes, seen.pid) == (2, 7 << 20, os.getpid())
+    assert seen.disk_free_bytes
+
+
+@pytest.mark.parametrize(
+    ("state", "code"), [("done", 0), ("stopped", 143), ("failed", 1), ("failed", 2)]
+)
+def test_an_ended_run_is_what_its_status_says(tmp_path, gone, state, code):
+    seen = view(write(tmp_path, 9999, state=state, exit_code=code, reason="so", pid=gone))
+    assert (seen.state, seen.exit_code, seen.reason, seen.eta_s) == (state, code, "so", None)
+
+
+def test_a_run_whose_process_is_gone_is_stale(tmp_path, gone):
+    seen = view(write(tmp_path, pid=gone))
+    assert seen.state == "stale"
+    assert f"process {gone} is gone" in seen.note
+
+
+def test_a_run_whose_number_was_given_out_again_is_stale(tmp_path):
+    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 86400))
+    # our own process is younger than that run
+    assert view(write(tmp_path, started_at=started)).state == "stale"
+
+
+@pytest.mark.parametrize(
+    ("age", "steps_per_s", "state"),
+    [(500, 10.0, "running"), (700, 10.0, "stale"), (700, 0.02, "running"), (1100, 0.02, "stale")],
+)
+def test_silence_counts_by_the_time_of_a_step(tmp_path, monkeypatch, age, steps_per_s, state):
+    monkeypatch.setattr(run_view, "is_that_process", lambda *_: True)
+    log(tmp_path, train(1, loss=1.0, steps_per_s=steps_per_s))
+    seen = view(write(tmp_path, age))
+    assert seen.state == state
+    assert ("no sign of life" in seen.note) == (state == "stale")
+
+
+@pytest.mark.parametrize(("age", "state"), [(0, "running"), (700, "stale")])
+def test_another_hosts_process_is_not_looked_for_and_that_is_said(tmp_path, gone, age, state):
+    seen = view(write(tmp_path, age, host="elsewhere", pid=gone))
+    assert seen.state == state
+    assert "on elsewhere, whose processes cannot be seen from here" in seen.note
+
+
+def test_a_held_directory_whose_run_is_over_has_one_that_starts(tmp_path, gone):
+    write(tmp_path, 100, state="done", pid=gone)
+    with (tmp_path / "run.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert view(tmp_path).state == "starting"
+    assert view(tmp_path).state == "done"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+def test_a_status_that_cannot_be_read_is_stale(tmp_path, text):
+    (tmp_path / "status.json").write_text(text)
+    assert view(tmp_path).state == "stale"
+
+
+def test_the_time_left_runs_on_between_heartbeats(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_view, "is_that_process", lambda *_: True)
+    assert view(write(tmp_path, 40)).eta_s == pytest.approx(50, abs=2)
+    assert view(write(tmp_path, 100)).eta_s == 0.0
+    assert view(write(tmp_path, eta_s=None)).eta_s is None
+
+
+def test_a_process_is_the_runs_when_it_lives_and_is_as_old(gone):
+    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    assert is_that_process(os.getpid(), now)
+    assert not is_that_process(os.getpid(), "2001-01-01T00:00:00Z")
+    assert not is_that_process(gone, now)
+    assert not is_that_process(None, now)
+
+
+# the numbers
+
+
+def test_training_numbers_are_the_newest_ones(tmp_path):
+    write(tmp_path, last={"skipped": 3})
+    log(tmp_path, train(1, loss=4.0, lr=1.0), train(2, loss=2.0, lr=0.5, grad_norm=7.0))
+    with (tmp_path / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 3, "split": "train", "los')  # the writer was killed
+    seen = view(tmp_path)
+    assert (seen.loss, seen.lr, seen.grad_norm, seen.skipped) == (2.0, 0.5, 7.0, 3)
+    assert seen.recent_losses == [(1, 4.0), (2, 2.0)]
+    # weights 0.9 and 1, normed
+    assert seen.loss_smoothed == pytest.approx((0.9 * 4.0 + 2.0) / 1.9)
+
+
+@pytest.mark.parametrize(("tag", "rate"), [("Loss/Total", "LR"), ("train_loss", "learning_rate")])
+def test_a_recipes_own_names_of_loss_and_rate_are_known(tmp_path, tag, rate):
+    write(tmp_path)
+    log(tmp_path, train(1, **{tag: 4.0, rate: 0.1, "samples_per_s": 8.0, "steps_per_s": 2.0}))
+    seen = view(tmp_path)
+    assert (seen.loss, seen.lr, seen.samples_per_s, seen.steps_per_s) == (4.0, 0.1, 8.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "name", "best"),
+    [
+        ({"val_perplexity": [3, 1, 2], "val_loss": [5, 6, 7]}, "val_loss", 5),
+        ({"Recall@1": [50.0, 70.0, 60.0]}, "Recall@1", 70.0),
+        ({"word_error": [0.5, 0.2, 0.3]}, "word_error", 0.2),
+    ],
+)
+def test_the_best_validation_and_its_epoch(tmp_path, values, name, best):
+    write(tmp_path)
+    for epoch in range(3):
+        row = {tag: numbers[epoch] for tag, numbers in values.items()}
+        log(tmp_path, {"step": 10 * epoch + 10, "epoch": epoch, "split": "val", "time": 1.0, **row})
+    at = values[name].index(best)
+    seen = view(tmp_path)
+    assert seen.best == {"name": name, "value": best, "epoch": at + 1, "step": 10 * at + 10}
+    assert seen.validation == {tag: numbers[-1] for tag, numbers in values.items()}
+
+
+def test_what_is_null_is_no_loss(tmp_path):
+    write(tmp_path)
+    log(tmp_path, train(1, loss=None), {"step": 1, "epoch": 0, "split": "val", "loss": None})
+    seen = view(tmp_path)
+    assert (seen.loss, seen.loss_smoothed, seen.curve, seen.best) == (None, None, [], None)
+
+
+def test_a_run_without_metrics_has_a_view(tmp_path):
+    seen = view(write(tmp_path))
+    assert (seen.loss, seen.best, seen.curve) == (None, None, [])
+
+
+def test_a_long_runs_file_is_thinned_out_and_read_quickly(tmp_path):
+    write(tmp_path)
+    log(tmp_path, *(train(step, loss=math.exp(-step / 5e4)) for step in range(100_000)))
+    began = time.process_time()
+    seen = view(tmp_path)
+    assert time.process_time() - began < 1.0
+    assert 600 <= len(seen.curve) <= 1300
+    assert seen.curve[0] == 1.0
+    assert [step for step, _ in seen.recent_losses] == list(range(99_980, 100_000))
+
+
+# the log
+
+
+def test_warnings_are_the_last_five_lines_that_warn(tmp_path):
+    path = tmp_path / "a.log"
+    lines = [f"2026 | WARNING: number {at}" for at in range(4)]
+    path.write_text(
+        "\n".join([*lines, "2026 | all is well", "ValueError: x", "2026 | ERROR: y", ""])
+    )
+    assert warnings_of(str(path)) == [*lines[1:], "ValueError: x", "2026 | ERROR: y"]
+    assert warnings_of(None) == warnings_of(str(tmp_path / "no.log")) == []
+
+
+def test_of_a_progress_bar_the_last_state_is_a_line(tmp_path):
+    path = tmp_path / "a.log"
+    path.write_bytes(b" 1%|\r 2%|\r 3%|\x1b[A\r\n\xff\xfe next \x1b[1mbold\x1b[0m\r\n\n")
+    assert log_lines(str(path)) == [" 3%|", "\ufffd\ufffd next bold"]
+    assert log_lines(str(path), 1) == ["\ufffd\ufffd next bold"]
+
+
+def test_of_a_huge_log_the_end_alone_is_read(tmp_path):
+    path = tmp_path / "a.log"
+    with path.open("wb") as stream:
+        stream.seek(1 << 33)  # eight gigabytes of nothing
+        stream.write(b"\nERROR: the end\n")
+    assert warnings_of(str(path)) == ["ERROR: the end"]
+
+
+def test_looking_writes_nothing(tmp_path):
+    write(tmp_path)
+    (tmp_path / "run.lock").touch()
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    view(tmp_path)
+    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
+
+
+def test_a_view_needs_no_torch():
+    code = "import sys, shared.run_view, shared.run_text; sys.exit('torch' in sys.modules)"
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
