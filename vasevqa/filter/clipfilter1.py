@@ -116,7 +116,7 @@ def _with_demo(cfg: Config) -> Config:
     """`cfg` on the pictures that classifier.py --demo kept, with the demo's CLIP."""
     from vasevqa.filter import demo
 
-    changes = demo.for_clipfilter1()
+    changes = demo.for_clipfilter1(cfg.tool.typed)
     return replace(cfg, **{k: v for k, v in changes.items() if k not in cfg.tool.typed})
 
 

@@ -105,7 +105,7 @@ def _with_demo(cfg: Config) -> Config:
     """`cfg` on the pictures that clipfilter1.py --demo accepted, with the demo's CLIP."""
     from vasevqa.filter import demo
 
-    changes = demo.for_clipfilter2()
+    changes = demo.for_clipfilter2(cfg.tool.typed)
     return replace(cfg, **{k: v for k, v in changes.items() if k not in cfg.tool.typed})
 
 

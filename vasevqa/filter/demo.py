@@ -7,6 +7,7 @@ vasevqa/demo/runs/filter/            what the four scripts make of them, one fro
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -27,31 +28,36 @@ def for_model() -> dict[str, Any]:
         "data_dir": pictures.labelled,
         "output_dir": QUALITY,
         "arch": "resnet10",
-        "width": 32,
         "image_size": 64,
         "batch_size": 32,
-        "num_epochs": 14,
+        "num_epochs": 10,
         "pretrained": "none",
         "workers": 0,
     }
 
 
-def for_classifier() -> dict[str, Any]:
-    """Settings of classifier.py."""
+def for_classifier(typed: Collection[str] = ()) -> dict[str, Any]:
+    """Settings of classifier.py, whose model may be typed."""
     pictures = demo_vases.build_images(DATA)
-    model = _made(QUALITY / BEST, "python model.py --demo")
+    model = QUALITY / BEST
+    if "model_path" not in typed:
+        _made(model, "python model.py --demo")
     return {"source_dir": pictures.images, "target_dir": SORTED, "model_path": model, "workers": 0}
 
 
-def for_clipfilter1() -> dict[str, Any]:
-    """Settings of clipfilter1.py."""
-    return {"input_dir": _made(SORTED / "1", "python classifier.py --demo"), "keep": None,
-            "output_dir": FILTERED, **_clip()}  # fmt: skip
+def for_clipfilter1(typed: Collection[str] = ()) -> dict[str, Any]:
+    """Settings of clipfilter1.py, whose pictures may be typed."""
+    good = SORTED / "1"
+    if "input_dir" not in typed:
+        _made(good, "python classifier.py --demo")
+    return {"input_dir": good, "output_dir": FILTERED, **_clip()}
 
 
-def for_clipfilter2() -> dict[str, Any]:
-    """Settings of clipfilter2.py."""
-    accepted = _made(FILTERED / "accepted", "python clipfilter1.py --demo")
+def for_clipfilter2(typed: Collection[str] = ()) -> dict[str, Any]:
+    """Settings of clipfilter2.py, whose pictures may be typed."""
+    accepted = FILTERED / "accepted"
+    if "input_dir" not in typed:
+        _made(accepted, "python clipfilter1.py --demo")
     return {"input_dir": accepted, "output_dir": FILTERED, **_clip()}
 
 
@@ -62,7 +68,6 @@ def _clip() -> dict[str, Any]:
     return {"model_cache_dir": folder, "cache_dir": ROOT / "runs" / "clip_cache", "workers": 0}
 
 
-def _made(path: Path, command: str) -> Path:
+def _made(path: Path, command: str) -> None:
     if not path.exists():
         raise UserError(f"the demo has no {path.name} yet: type {command} first")
-    return path

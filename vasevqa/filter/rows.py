@@ -116,6 +116,12 @@ class Parts:
         return path.open("a", encoding="utf-8")
 
 
+def file_identity(path: Path) -> str:
+    """Changes with the content of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()[:24]
+
+
 def line_of(row: Row) -> str:
     """A row as its line."""
     return json.dumps(row, ensure_ascii=False) + "\n"

@@ -1,0 +1,201 @@
+"""The training of model.py: what it is built from, and its loop."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from shared import checkpoint, distributed, seed
+from shared.distributed import World
+from shared.early_stopping import EarlyStopping
+from shared.images import Skipped
+from shared.loader import make_eval_loader, make_loader
+from shared.metrics import Mean
+from shared.precision import Amp
+from shared.reporter import Plan
+from shared.run import Run
+from shared.sampling import steps_per_epoch
+from vasevqa.filter import quality_data, quality_net
+from vasevqa.filter.quality_data import Splits
+from vasevqa.filter.quality_measure import Measured, measure
+from vasevqa.filter.quality_net import ImageQualityNet
+from vasevqa.filter.quality_results import History, conclude
+
+if TYPE_CHECKING:
+    from vasevqa.filter.model import Config
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: Config, device: str, weight_places: Sequence[Path]) -> int:
+    """Train; the exit code. weight_places: folders that may hold weights of ImageNet."""
+    world = distributed.setup(device, cfg.run.timeout)
+    seed.seed_all(cfg.run.seed)
+    found = quality_data.find_labelled(cfg.data_dir)
+    good, skipped = quality_data.leave_out_unreadable(
+        cfg.data_dir, found, world, workers=cfg.workers, allowed=cfg.max_unreadable
+    )
+    splits = quality_data.split(good, cfg.split_seed)
+    batch = _batch_size(cfg, len(splits.train), world)
+    net = ImageQualityNet(arch=cfg.arch)
+    _start(cfg, net, weight_places)
+    steps = steps_per_epoch(len(splits.train), batch, world.size)
+    log.info("%d + %d pictures to train with, %d steps an epoch, %d pictures a step = %d "
+             "process(es) x %d", *splits.counts, steps, batch * world.size, world.size,
+             batch)  # fmt: skip
+    plan = Plan("vasevqa/filter", cfg.num_epochs * steps, batch * world.size)
+    with Run(cfg, world, cfg.run_dir, plan) as run:
+        code = _loop(cfg, world, run, net.to(world.device), (splits, batch, skipped))
+    distributed.cleanup(world)
+    return code
+
+
+def _loop(
+    cfg: Config,
+    world: World,
+    run: Run,
+    net: ImageQualityNet,
+    data: tuple[Splits, int, Skipped],
+) -> int:
+    splits, batch, skipped = data
+    pictures = quality_data.training_pictures(cfg.data_dir, splits, cfg.image_size)
+    wrapped = distributed.wrap(net, world)
+    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=cfg.num_epochs)
+    criterion = nn.CrossEntropyLoss(weight=splits.class_weights.to(world.device))
+    amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
+    stopping = EarlyStopping(cfg.patience or sys.maxsize)
+    mean_loss, history = Mean(world.device), History()
+    parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "amp": amp}
+    parts |= {"stopping": stopping, "mean_loss": mean_loss, "history": history}
+    position = run.restore(parts)
+    if position.step == 0:
+        history.before = measure(net, _fixed(cfg, splits.test, world), world).accuracy
+        _move_best_aside(cfg, world)
+    while position.epoch < cfg.num_epochs and not stopping.should_stop:
+        net.train()
+        for images, labels in make_loader(
+            pictures, batch, world, seed=cfg.run.seed, workers=cfg.workers,
+            epoch=position.epoch, offset=position.batch,
+        ):  # fmt: skip
+            with amp.autocast():
+                logits = wrapped(images.to(world.device, non_blocking=True))
+                loss = criterion(logits, labels.to(world.device))
+            amp.backward(loss)
+            amp.step(optimizer, net.parameters())
+            mean_loss.add(loss, len(labels))
+            position.advance()
+            run.log({"loss": loss, "lr": schedule.get_last_lr()[0]})
+            stop = run.should_stop()
+            if stop or position.step % cfg.run.save_every == 0:
+                # rank 0's state is saved for all: let each hold an equal share of the sums
+                mean_loss.sums = distributed.mean(mean_loss.sums, world)
+                run.save(parts)
+            if stop:
+                return run.finish()
+        measured = measure(net, _fixed(cfg, splits.val, world), world, criterion)
+        improved = stopping.update(1 - measured.accuracy)
+        _report(cfg, run, history, measured, mean_loss, world, float(schedule.get_last_lr()[0]))
+        if improved:
+            _save_best(cfg, world, net, optimizer, position.epoch, measured.accuracy)
+        schedule.step()
+        mean_loss.reset()
+        position.next_epoch()
+        run.save(parts)
+    tested = _test_best(cfg, splits, world)
+    return run.finish(**conclude(cfg, world, history, tested, (splits, skipped)))
+
+
+def _test_best(cfg: Config, splits: Splits, world: World) -> Measured:
+    """The saved model on pictures that nothing was chosen by."""
+    best, _ = quality_net.load_trained(cfg.best, world.device)
+    return measure(best, _fixed(cfg, splits.test, world), world)
+
+
+def _fixed(
+    cfg: Config, items: list[quality_data.Labelled], world: World
+) -> DataLoader[tuple[torch.Tensor, int]]:
+    """This rank's share of a split to measure on."""
+    size = max(1, cfg.batch_size // world.size)
+    pictures = quality_data.fixed_pictures(cfg.data_dir, items, cfg.image_size)
+    workers = cfg.workers if len(items) > size else 0
+    return make_eval_loader(pictures, size, world, workers=workers)
+
+
+def _batch_size(cfg: Config, num_training: int, world: World) -> int:
+    """Pictures a process and step; less than asked for when the training split is smaller."""
+    wanted = cfg.batch_size // world.size
+    batch = min(wanted, num_training // world.size)
+    if 0 < batch < wanted:
+        log.info("batch size %d instead of %d: there are %d pictures to train with",
+                 batch * world.size, cfg.batch_size, num_training)  # fmt: skip
+    return max(batch, 1)
+
+
+def _start(cfg: Config, net: ImageQualityNet, places: Sequence[Path]) -> None:
+    """Fill the net with weights from here, or say that it starts at random."""
+    path = Path(cfg.pretrained)
+    if cfg.pretrained == "auto":
+        found = quality_net.find_weights(cfg.arch, places)
+        if found is None:
+            log.warning(
+                "starting from random weights: no %s*.pth of ImageNet in %s; put torchvision's "
+                "file there or type --pretrained PATH (--pretrained none to mean this)",
+                cfg.arch, ", ".join(map(str, places)),
+            )  # fmt: skip
+            return
+        path = found
+    if cfg.pretrained == "none":
+        log.info("starting from random weights, as asked")
+        return
+    quality_net.start_from(net, path)
+
+
+def _move_best_aside(cfg: Config, world: World) -> None:
+    """Give the best model of an earlier run another name: this run will write its own."""
+    if world.is_main and cfg.best.exists():
+        number = 1
+        while (aside := checkpoint.previous(cfg.best, number)).exists():
+            number += 1
+        cfg.best.rename(aside)
+        log.info("the model of an earlier run is now %s", aside)
+
+
+def _save_best(
+    cfg: Config, world: World, net: nn.Module, optimizer: torch.optim.Optimizer, epoch: int,
+    accuracy: float,
+) -> None:  # fmt: skip
+    """Write what classifier.py loads."""
+    if world.is_main:
+        state = {
+            "epoch": epoch,
+            "model_state_dict": net.state_dict(),
+            "optimizer_state_dict": optimizer.state_dict(),
+            "val_acc": accuracy,
+            "arch": cfg.arch,
+            "image_size": cfg.image_size,
+        }
+        cfg.output_dir.mkdir(parents=True, exist_ok=True)
+        checkpoint.save(cfg.best, state, keep=1)
+    distributed.barrier(world)
+
+
+def _report(
+    cfg: Config, run: Run, history: History, measured: Measured, mean_loss: Mean, world: World,
+    lr: float,
+) -> None:  # fmt: skip
+    """Note the epoch in the history, the metrics and the log."""
+    train_loss = mean_loss.of(distributed.total(mean_loss.sums, world))
+    history.add(train_loss, measured, lr)
+    run.log({"val/loss": measured.loss, "val/accuracy": measured.accuracy}, split="val")
+    run.log({"val/accuracy": max(history.columns["val_acc"])}, split="best")
+    log.info("epoch %d/%d | loss %.4f | validation loss %.4f, accuracy %.4f | best %.4f",
+             run.position.epoch + 1, cfg.num_epochs, train_loss, measured.loss, measured.accuracy,
+             max(history.columns["val_acc"]))  # fmt: skip
