@@ -19,10 +19,10 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from huggingface_hub import HfApi, ModelInfo, hf_hub_url
+from huggingface_hub import DatasetInfo, HfApi, ModelInfo, hf_hub_url
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import build_hf_headers
 
@@ -33,6 +33,8 @@ from shared.transport import PATIENCE, DownloadError, Line, Patience
 log = logging.getLogger(__name__)
 
 OFFICIAL_ENDPOINT = "https://huggingface.co"
+
+Kind = Literal["model", "dataset"]
 
 _INDEX, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -71,6 +73,7 @@ class HubRepository:
     endpoint: str
     files: dict[str, RemoteFile]
     line: Line
+    kind: Kind = "model"
 
     @classmethod
     def open(
@@ -81,11 +84,12 @@ class HubRepository:
         endpoint: str = OFFICIAL_ENDPOINT,
         send_token: bool = True,
         patience: Patience | None = None,
+        kind: Kind = "model",
     ) -> HubRepository:
         """The repository as it is at `revision` (a commit, branch or tag).
 
-        endpoint: the Hub or a mirror of it. send_token: whether huggingface.co is given the user's
-        token (HF_TOKEN or login); a mirror never is.
+        endpoint: the Hub or a mirror of it. kind: of the repository. send_token: whether
+        huggingface.co is given the user's token (HF_TOKEN or login); a mirror never is.
         Raises UserError for what is not there, not allowed or not understood, and when
         HF_HUB_OFFLINE is set; DownloadError when the endpoint cannot be reached.
         """
@@ -93,7 +97,7 @@ class HubRepository:
         token = None if send_token and endpoint == OFFICIAL_ENDPOINT else False
         line = Line(patience or PATIENCE, build_hf_headers(token=token))
         try:
-            info = _listing(line, HfApi(endpoint=endpoint, token=token), repo_id, revision)
+            info = _listing(line, HfApi(endpoint=endpoint, token=token), repo_id, revision, kind)
             files = {file.name: file for file in map(_remote_file, info.siblings or [])}
         except HFValidationError as error:
             raise UserError(f"repository {repo_id!r} is no owner/name: {one_line(error)}") from None
@@ -108,7 +112,7 @@ class HubRepository:
                 f"{_host(endpoint)} gives commit {info.sha} in place of {revision}: it is out of "
                 "step with the Hub; use another endpoint"
             )
-        return cls(repo_id, info.sha or revision, endpoint, files, line)
+        return cls(repo_id, info.sha or revision, endpoint, files, line, kind)
 
     def weight_files(self, prefix: str) -> list[str]:
         """The safetensors files with the weights whose names start with `prefix`.
@@ -168,7 +172,13 @@ class HubRepository:
 
     def _url(self, file: RemoteFile) -> str:
         # the commit, so that all files are of one version even when a branch moves
-        return hf_hub_url(self.repo_id, file.name, revision=self.commit, endpoint=self.endpoint)
+        return hf_hub_url(
+            self.repo_id,
+            file.name,
+            repo_type=self.kind,
+            revision=self.commit,
+            endpoint=self.endpoint,
+        )
 
     def _shards(self, prefix: str) -> list[str]:
         try:
@@ -189,12 +199,15 @@ class HubRepository:
 # --- answers --------------------------------------------------------------------------------------
 
 
-def _listing(line: Line, api: HfApi, repo_id: str, revision: str) -> ModelInfo:
+def _listing(
+    line: Line, api: HfApi, repo_id: str, revision: str, kind: Kind
+) -> ModelInfo | DatasetInfo:
     """What the Hub says about the repository: its commit and its files with their checksums."""
 
-    def call() -> ModelInfo:
+    def call() -> ModelInfo | DatasetInfo:
         seconds = line.patience.silence
-        return api.model_info(repo_id, revision=revision, files_metadata=True, timeout=seconds)
+        ask = api.model_info if kind == "model" else api.dataset_info
+        return ask(repo_id, revision=revision, files_metadata=True, timeout=seconds)
 
     what = f"{repo_id} at revision {revision}"
     return line.persist(lambda: line.ask(_host(api.endpoint), call, what))

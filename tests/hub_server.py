@@ -214,15 +214,16 @@ class _Handler(BaseHTTPRequestHandler):
         hub = self.hub
         if hub.token and request.headers.get("authorization") != f"Bearer {hub.token}":
             return "", Answer(401, {"X-Error-Code": "GatedRepo"}, b"")
-        if re.fullmatch(f"/api/models/{REPO_ID}/revision/(main|{COMMIT})", request.path):
+        if re.fullmatch(f"/api/(models|datasets)/{REPO_ID}/revision/(main|{COMMIT})", request.path):
             body = json.dumps(hub.listing()).encode()
             return "api", Answer(200, {"Content-Type": "application/json"}, body)
-        if request.path.startswith("/api/models/"):
+        if request.path.startswith("/api/"):
             wrong = "RevisionNotFound" if REPO_ID in request.path else "RepoNotFound"
             return "", Answer(404, {"X-Error-Code": wrong}, b"")
+        path = request.path.removeprefix("/datasets")
         for start in (f"/{REPO_ID}/resolve/{COMMIT}/", f"/{REPO_ID}/resolve/main/", "/cdn/"):
-            name = request.path.removeprefix(start)
-            if request.path.startswith(start) and name in hub.files:
+            name = path.removeprefix(start)
+            if path.startswith(start) and name in hub.files:
                 return self._file(request, name, start)
         return "", Answer(404, {"X-Error-Code": "EntryNotFound"}, b"")
 
