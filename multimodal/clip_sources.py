@@ -1,0 +1,204 @@
+"""AudioCaps' sounds out of a directory, a repository of the Hub, or YouTube."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+from multimodal import audio, clip_ledger
+from multimodal.clip_ledger import Ledger, Wanted
+from shared.errors import UserError, one_line
+from shared.fetch import part_of
+from shared.transport import DownloadError
+from shared.unpack import Run, unpack
+
+log = logging.getLogger(__name__)
+
+MOST_BLOCKS = 10  # in a row, until YouTube is left alone
+_SECONDS, _RATE = "10", "32000"
+# <video>, Y<video>, <video>_<start>, <video>_<start>.000_<end>.000: names that are about
+_NAME = re.compile(
+    r"Y?(?P<video>[A-Za-z0-9_-]{11})(?:_(?P<start>\d+)(?:\.\d+)?(?:_\d+(?:\.\d+)?)?)?"
+)
+_BLOCKED = re.compile(r"not a bot|HTTP Error 429|rate.limit", re.IGNORECASE)
+_GONE = re.compile(
+    r"unavailable|private video|removed|terminated|not available|copyright|members.only|"
+    r"inappropriate|confirm your age|does not exist",
+    re.IGNORECASE,
+)
+
+Finished = tuple[int, str, str]  # exit code, standard output, standard error
+Ask = Callable[[Sequence[str]], Finished]
+
+
+def from_directory(root: Path, directory: Path, source: str) -> None:
+    """Link (or copy) the clips' sounds found below `directory` into the data set.
+
+    Raises UserError when it holds none of them.
+    """
+    if not directory.is_dir():
+        raise UserError(f"--audiocaps-source {source}: {directory} is no directory")
+    wanted = clip_ledger.missing(root)
+    found = _index(directory)
+    ledger, count = Ledger(root), 0
+    alone = _only_clip_of_its_video(wanted)
+    for item in wanted:
+        path = found.get((item.clip.video, item.start))
+        if path is None and item.clip.key in alone:
+            path = found.get((item.clip.video, None))
+        if path is not None:
+            _put(path, item.target.with_name(item.target.name + path.suffix.lower()))
+            ledger.add(item, clip_ledger.OK, "", source)
+            count += 1
+    if wanted and not count:
+        raise UserError(
+            f"--audiocaps-source {source}: none of the {len(wanted)} missing clips is below "
+            f"{directory}; names are <youtube id>_<start>.flac (or wav, ogg, mp3)"
+        )
+    log.info("audiocaps: %d clips out of %s", count, directory)
+
+
+def _index(directory: Path) -> dict[tuple[str, str | None], Path]:
+    """(video, start or None) → file of every sound whose name says what it is."""
+    found: dict[tuple[str, str | None], Path] = {}
+    for folder, _, names in os.walk(directory):
+        for name in sorted(names):
+            path = Path(folder) / name
+            match = _NAME.fullmatch(path.stem)
+            if match and path.suffix.lower() in audio.SUFFIXES:
+                start = match["start"]
+                found[match["video"], start and str(int(start))] = path
+    return found
+
+
+def _only_clip_of_its_video(wanted: Iterable[Wanted]) -> set[str]:
+    """Keys of the clips whose video gives no other: a name without the start will do for them."""
+    keys: dict[str, set[str]] = defaultdict(set)
+    for item in wanted:
+        keys[item.clip.video].add(item.clip.key)
+    return {next(iter(group)) for group in keys.values() if len(group) == 1}
+
+
+def _put(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except FileExistsError:
+        return
+    except OSError:  # another disk, or one without links
+        part = part_of(target)
+        shutil.copyfile(source, part)
+        part.replace(target)
+
+
+def from_hub(root: Path, repo_id: str, endpoint: str, run: Run | None) -> None:
+    """Fetch a data set repository's sounds, plain or in archives, and take the clips from them.
+
+    Raises UserError for a repository that holds neither, and what fetching raises.
+    """
+    from shared.download import HubRepository
+
+    repository = HubRepository.open(repo_id, "main", endpoint=endpoint, kind="dataset")
+    names = sorted(repository.files)
+    sounds = [name for name in names if Path(name).suffix.lower() in audio.SUFFIXES]
+    wanted = {item.clip.video for item in clip_ledger.missing(root)}
+    sounds = [
+        name
+        for name in sounds
+        if (match := _NAME.fullmatch(Path(name).stem)) and match["video"] in wanted
+    ]
+    archives = [name for name in names if name.endswith((".zip", ".tar", ".tar.gz", ".tgz", ".7z"))]
+    if not sounds and not archives:
+        kinds = sorted({Path(name).suffix for name in names})
+        raise UserError(
+            f"--audiocaps-source hf:{repo_id} holds no sounds named <youtube id>_<start> and no "
+            f"zip, tar or 7z archives, only {', '.join(kinds)}: unpack them yourself and give "
+            "local:DIRECTORY"
+        )
+    directory = root / "downloads" / repo_id.replace("/", "--")
+    repository.fetch(repository.plan(sounds or archives, directory))
+    for name in archives if not sounds else ():
+        unpack([directory / name], directory / "unpacked", run)
+    from_directory(root, directory, f"hf:{repo_id}")
+
+
+@dataclass(frozen=True)
+class YouTube:
+    """How to ask YouTube. ask: runs a program. tools: where yt-dlp and ffmpeg are."""
+
+    ask: Ask
+    yt_dlp: str
+    ffmpeg: str
+    cookies: Path | None = None
+    workers: int = 4
+
+    def fetch(self, root: Path) -> None:
+        """Fetch the missing clips, several at once; videos that are gone are not asked for again.
+
+        Raises DownloadError when YouTube refuses ten in a row.
+        """
+        ledger = Ledger(root)
+        wanted = [item for item in clip_ledger.missing(root) if not ledger.is_gone(item.clip)]
+        log.info("audiocaps: %d clips to fetch from YouTube", len(wanted))
+        blocks = 0
+        with ThreadPoolExecutor(self.workers) as threads:
+            try:
+                for item, status, reason in self._results(threads, wanted):
+                    ledger.add(item, status, reason, "youtube")
+                    blocks = blocks + 1 if status == clip_ledger.BLOCKED else 0
+                    if blocks >= MOST_BLOCKS:
+                        raise DownloadError(
+                            f"YouTube refused {blocks} clips in a row ({reason}): give --cookies "
+                            "FILE of a browser that is logged in, wait some hours, or use "
+                            "--audiocaps-source hf:REPO; the same command continues"
+                        )
+            finally:
+                threads.shutdown(wait=True, cancel_futures=True)
+
+    def _results(
+        self, threads: ThreadPoolExecutor, wanted: Sequence[Wanted]
+    ) -> Iterable[tuple[Wanted, str, str]]:
+        """What became of each clip; only a few are asked for ahead, so that stopping is quick."""
+        step = 4 * self.workers
+        for start in range(0, len(wanted), step):
+            group = {
+                threads.submit(self._clip, item): item for item in wanted[start : start + step]
+            }
+            for future in as_completed(group):
+                yield (group[future], *future.result())
+
+    def _clip(self, item: Wanted) -> tuple[str, str]:
+        """Fetch one clip: (status, reason)."""
+        address = f"https://www.youtube.com/watch?v={item.clip.video}"
+        cookies = ["--cookies", str(self.cookies)] if self.cookies else []
+        options = ["--no-playlist", "--socket-timeout", "20", "-f", "bestaudio", *cookies]
+        code, out, error = self.ask([self.yt_dlp, *options, "-g", address])
+        if code or not out.strip():
+            reason = one_line(ValueError(error))[-300:] or f"yt-dlp ended with {code}"
+            return _status_of(error), reason
+        target = item.target.with_name(item.target.name + ".flac")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = part_of(target)
+        # -ss before -i: ffmpeg asks the server for the place, in place of decoding up to it
+        place = ["-ss", item.start, "-t", _SECONDS, "-i", out.split()[0]]
+        sound = ["-vn", "-ac", "1", "-ar", _RATE, "-f", "flac", "-y", str(part)]
+        code, _, error = self.ask([self.ffmpeg, "-nostdin", "-loglevel", "error", *place, *sound])
+        if code or not part.is_file() or not part.stat().st_size:
+            part.unlink(missing_ok=True)
+            reason = one_line(ValueError(error))[-300:] or f"ffmpeg ended with {code}"
+            return clip_ledger.FAILED, reason
+        part.replace(target)
+        return clip_ledger.OK, ""
+
+
+def _status_of(error: str) -> str:
+    if _BLOCKED.search(error):
+        return clip_ledger.BLOCKED
+    return clip_ledger.UNAVAILABLE if _GONE.search(error) else clip_ledger.FAILED

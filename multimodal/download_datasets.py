@@ -1,0 +1,242 @@
+"""Fetch the data sets: COCO, Clotho, AudioCaps, VoxCeleb.
+
+python download_datasets.py --datasets coco                     one of them
+python download_datasets.py --datasets coco clotho audiocaps    several
+python download_datasets.py --datasets all                      all four
+python download_datasets.py --datasets coco --dry-run           what it takes: bytes and disk
+python download_datasets.py --datasets all --skip-existing      pass over files of the right size
+python download_datasets.py --datasets audiocaps --audiocaps-source local:/disk/audiocaps
+VOXCELEB_KEY=… python download_datasets.py --datasets voxceleb  with the key that they gave you
+
+After an interruption the same command continues. Every file is checked against its checksum where
+there is one. One data set's failure does not stop the others; the exit code tells.
+"""
+
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
+sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
+
+from shared.config import option, parse
+from shared.errors import DONE, INTERRUPTED, MissingToolError, UserError, did_you_mean, one_line
+from shared.launch import launch_alone
+
+if TYPE_CHECKING:
+    from multimodal.clip_sources import YouTube
+    from multimodal.getting import Options
+    from multimodal.sources import DataSet
+
+RECIPE = Path(__file__).resolve().parent
+DATA_ROOT = RECIPE / "data"
+_LONGEST_CALL = 180.0  # seconds for a program's one clip
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the download."""
+
+    datasets: tuple[str, ...] = option(
+        ("coco", "clotho", "audiocaps"), "coco clotho audiocaps voxceleb coco2014, or all"
+    )
+    data_root: Path = option(DATA_ROOT, "where the data sets go, each in its own directory")
+    skip_existing: bool = option(False, "pass over files of the right size, checksum or not")
+    verify: bool = option(False, "compute the checksums of all archives that are there again")
+    delete_archives: bool = option(False, "delete an archive when it is unpacked")
+    audiocaps_source: str = option(
+        "youtube", "AudioCaps' sounds: youtube, hf:OWNER/NAME or local:DIRECTORY"
+    )
+    cookies: Path | None = option(None, "cookies.txt of a browser that YouTube knows")
+    max_workers: int = option(4, "clips fetched from YouTube at once")
+    mirror: str | None = option(None, "address of a directory with all files, in place of theirs")
+    demo: bool = option(False, "make the built-in demo data, in multimodal/demo; fetch nothing")
+    config: Path | None = option(None, "YAML or JSON file of these settings")
+    dry_run: bool = option(False, "say what is there and what it takes, fetch nothing")
+    print_config: bool = option(False, "print the settings as JSON, stop")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        if self.max_workers < 1:
+            raise ValueError(f"max_workers must be at least 1, got {self.max_workers}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a data set."""
+
+    name: str
+    code: int
+    text: str
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Fetch the data sets one after another; the exit code of the first that failed."""
+    cfg = parse(Config, argv, __doc__)
+    chosen = _chosen(cfg.datasets)
+    _check_source(cfg)
+    if cfg.demo:
+        return _make_demo(cfg)
+    from multimodal import getting
+    from multimodal.sources import DATA_SETS
+
+    data_sets = [DATA_SETS[name] for name in chosen]
+    if cfg.mirror:
+        data_sets = [getting.pointed_at(item, cfg.mirror) for item in data_sets]
+    options = _options(cfg)
+    needs = [getting.need_of(item, _root(cfg, item), options) for item in data_sets]
+    for item, need in zip(data_sets, needs, strict=True):
+        print(f"{item.name:<10} {need.fetch:>15,} bytes to fetch {need.disk:>16,} bytes of disk")
+    if cfg.dry_run:
+        return DONE
+    getting.check_space(needs, cfg.data_root)
+    outcomes = [_try(lambda item=item: _get(cfg, item, options), item.name) for item in data_sets]
+    return _conclude(outcomes)
+
+
+def _chosen(names: tuple[str, ...]) -> tuple[str, ...]:
+    from multimodal.sources import ALL, DATA_SETS
+
+    for name in names:
+        if name not in (*DATA_SETS, "all"):
+            near = did_you_mean(name, (*DATA_SETS, "all"))
+            raise UserError(f"--datasets {name}: allowed are {', '.join(DATA_SETS)} and all{near}")
+    return tuple(dict.fromkeys(one for name in names for one in (ALL if name == "all" else [name])))
+
+
+def _check_source(cfg: Config) -> None:
+    kind, colon, rest = cfg.audiocaps_source.partition(":")
+    if (kind, colon) == ("youtube", "") or (kind in ("hf", "local") and rest):
+        return
+    raise UserError(
+        f"--audiocaps-source {cfg.audiocaps_source}: allowed are youtube, hf:OWNER/NAME and "
+        "local:DIRECTORY"
+    )
+
+
+def _make_demo(cfg: Config) -> int:
+    from multimodal import demo
+
+    if cfg.dry_run:
+        print(f"demo data would be made in {RECIPE / 'demo'}")
+        return DONE
+    print(f"{demo.build(RECIPE / 'demo').data_root} holds coco, clotho, audiocaps, voxceleb")
+    return DONE
+
+
+def _options(cfg: Config) -> "Options":
+    from multimodal.getting import Options
+
+    key = os.environ.get("VOXCELEB_KEY") or None
+    return Options(cfg.skip_existing, cfg.verify, cfg.delete_archives, _run, key)
+
+
+def _root(cfg: Config, data_set: "DataSet") -> Path:
+    """A data set's directory; the two years of COCO share theirs."""
+    return cfg.data_root / data_set.name.removesuffix("2014")
+
+
+def _get(cfg: Config, data_set: "DataSet", options: "Options") -> str:
+    """Get one data set; what there is to say of it."""
+    from multimodal import getting
+
+    root = _root(cfg, data_set)
+    if data_set.needs_key and not options.key and not cfg.mirror:
+        return _by_hand(data_set, root)
+    getting.get(data_set, root, options)
+    return _get_clips(cfg, root) if data_set.clips else "complete"
+
+
+def _by_hand(data_set: "DataSet", root: Path) -> str:
+    from multimodal import getting
+    from multimodal.sources import VOXCELEB_BY_HAND
+
+    if any(getting.is_unpacked(archive, root) for archive in data_set.archives):
+        return "there, put by hand"
+    print(VOXCELEB_BY_HAND.replace("{root}", str(root)))
+    raise MissingToolError("VOXCELEB_KEY is not set: see the two ways above")
+
+
+def _get_clips(cfg: Config, root: Path) -> str:
+    """Get AudioCaps' sounds from where --audiocaps-source says; how many are there."""
+    from multimodal import clip_ledger, clip_sources
+
+    kind, _, rest = cfg.audiocaps_source.partition(":")
+    try:
+        if not clip_ledger.missing(root):
+            pass
+        elif kind == "local":
+            directory = Path(rest).expanduser().absolute()
+            clip_sources.from_directory(root, directory, cfg.audiocaps_source)
+        elif kind == "hf":
+            endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
+            clip_sources.from_hub(root, rest, endpoint, _run)
+        else:
+            _youtube(cfg).fetch(root)
+    finally:
+        log.info("audiocaps: %s", clip_ledger.summary(root))
+    return clip_ledger.summary(root)
+
+
+def _youtube(cfg: Config) -> "YouTube":
+    from multimodal import clip_sources
+
+    tools = {name: shutil.which(name) for name in ("yt-dlp", "ffmpeg")}
+    lacking = [name for name, path in tools.items() if path is None]
+    if lacking:
+        raise MissingToolError(
+            f"AudioCaps from YouTube needs {' and '.join(lacking)}: pip install yt-dlp, install "
+            "ffmpeg, or give --audiocaps-source hf:OWNER/NAME or local:DIRECTORY"
+        )
+    if cfg.cookies and not cfg.cookies.is_file():
+        raise UserError(f"--cookies {cfg.cookies}: no such file")
+    return clip_sources.YouTube(
+        _ask, tools["yt-dlp"] or "", tools["ffmpeg"] or "", cfg.cookies, cfg.max_workers
+    )
+
+
+def _run(command: Sequence[str]) -> int:
+    return subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode
+
+
+def _ask(command: Sequence[str]) -> tuple[int, str, str]:
+    """Exit code and output of a program; 124 when it took too long."""
+    try:
+        ended = subprocess.run(
+            command, check=False, capture_output=True, stdin=subprocess.DEVNULL,
+            timeout=_LONGEST_CALL, encoding="utf-8", errors="replace",
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return 124, "", f"no end after {_LONGEST_CALL:.0f} s"
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+def _try(work: Callable[[], str], name: str) -> Outcome:
+    """Do the work; a failure is noted, so that the next data set gets its turn."""
+    try:
+        return Outcome(name, DONE, work())
+    except UserError as error:
+        if error.exit_code == INTERRUPTED:
+            raise
+        log.error("%s: %s", name, one_line(error))
+        return Outcome(name, error.exit_code, one_line(error))
+
+
+def _conclude(outcomes: list[Outcome]) -> int:
+    """Print what became of each; the exit code: of the first failure, a missing step last."""
+    for outcome in outcomes:
+        print(f"{outcome.name:<10} {'failed: ' if outcome.code else ''}{outcome.text}")
+    failed = sorted(outcome.code for outcome in outcomes if outcome.code)
+    return failed[0] if failed else DONE
+
+
+if __name__ == "__main__":
+    sys.exit(launch_alone(main))

@@ -1,0 +1,191 @@
+"""Getting a data set: what is there, what it takes, its files and archives, one after another."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from multimodal.sources import DOWNLOADS, Archive, DataSet, Source
+from shared.errors import UserError
+from shared.fetch import (
+    WEB_ADVICE,
+    DownloadInterrupted,
+    Notes,
+    amount,
+    fetch_all,
+    is_there,
+    part_of,
+    size_of,
+)
+from shared.transport import PATIENCE, DownloadError, Line
+from shared.unpack import Run, unpack
+
+log = logging.getLogger(__name__)
+
+_UNKNOWN_SIZE = 1_500_000_000  # of an archive whose size nobody publishes, for the disk check
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to get data sets. run: starts a program (for 7z). key: for addresses that ask for one."""
+
+    skip_existing: bool = False
+    verify: bool = False
+    delete_archives: bool = False
+    run: Run | None = None
+    key: str | None = None
+
+
+@dataclass(frozen=True)
+class Need:
+    """What getting a data set takes: bytes to fetch, and bytes on the disk in all."""
+
+    fetch: int
+    disk: int
+
+
+def need_of(data_set: DataSet, root: Path, options: Options) -> Need:
+    """What is still to be fetched and written for the data set."""
+    missing = [source for source in data_set.files if not (root / source.file.name).is_file()]
+    fetch = sum(_left(source, root) for source in missing)
+    disk = fetch
+    for archive in data_set.archives:
+        if not is_unpacked(archive, root):
+            parts = sum(_left(part, root) for part in archive.parts)
+            fetch, disk = fetch + parts, disk + parts + archive.unpacked
+    clips = max(0, data_set.clips - _count(root / "audio", deep=True)) * data_set.clip_bytes
+    return Need(fetch + clips, disk + clips)
+
+
+def check_space(needs: Sequence[Need], data_root: Path) -> None:
+    """Raise UserError when the disk of `data_root` has less than all that is needed."""
+    directory = next(path for path in (data_root, *data_root.parents) if path.is_dir())
+    needed, free = sum(need.disk for need in needs), shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(
+            f"--data-root {data_root}: {amount(needed)} are needed for archives and what they hold "
+            f"and {amount(free)} are free: name fewer --datasets or another disk"
+        )
+
+
+def get(data_set: DataSet, root: Path, options: Options) -> None:
+    """Fetch the files and archives of a data set and unpack these.
+
+    Raises UserError, DownloadError, MissingToolError; what came until then is kept.
+    """
+    line = Line(PATIENCE, {}, WEB_ADVICE)
+    _fetch(line, data_set.files, root, options)
+    for archive in data_set.archives:
+        if is_unpacked(archive, root) and not (options.verify and _are_there(archive, root)):
+            log.info("%s: %s is there", data_set.name, ", ".join(archive.holds))
+            continue
+        _fetch(line, archive.parts, root, options)
+        if not is_unpacked(archive, root):
+            _unpack(data_set, archive, root, options)
+        if options.delete_archives:
+            _delete(archive, root)
+
+
+def is_unpacked(archive: Archive, root: Path) -> bool:
+    """Whether what the archive holds is there, counted."""
+    return all(_count(root / path) >= count for path, count in archive.holds.items())
+
+
+def _are_there(archive: Archive, root: Path) -> bool:
+    return all((root / part.folder / part.file.name).is_file() for part in archive.parts)
+
+
+def _fetch(line: Line, sources: Sequence[Source], root: Path, options: Options) -> None:
+    """Fetch what is missing, each file from the first of its addresses that gives it."""
+    for source in sources:
+        directory = root / source.folder
+        if options.skip_existing and _has_size(source, directory):
+            continue
+        notes = Notes(directory)
+        if is_there(source.file, directory, notes, read_again=options.verify):
+            notes.save()
+            continue
+        log.info("%s: fetching", directory / source.file.name)
+        _fetch_from_first(line, source, directory, options)
+
+
+def _fetch_from_first(line: Line, source: Source, directory: Path, options: Options) -> None:
+    urls = list(_urls(source, options))
+    for url in urls:
+        try:
+            fetch_all(line, directory, [source.file], url_of=lambda _, url=url: url)
+            return
+        except UserError as error:
+            if url == urls[-1] or isinstance(error, DownloadInterrupted):
+                raise
+            log.warning("%s; trying the next address", error)
+
+
+def _urls(source: Source, options: Options) -> Iterator[str]:
+    for url in (source.file.url, *source.mirrors):
+        yield url.replace("{key}", options.key or "")
+
+
+def _has_size(source: Source, directory: Path) -> bool:
+    path = directory / source.file.name
+    return path.is_file() and source.file.size in (None, path.stat().st_size)
+
+
+def _unpack(data_set: DataSet, archive: Archive, root: Path, options: Options) -> None:
+    paths = [root / part.folder / part.file.name for part in archive.parts]
+    log.info("%s: unpacking %s", data_set.name, paths[0].name)
+    count = unpack(paths, root, options.run)
+    if not is_unpacked(archive, root):
+        found = {path: _count(root / path) for path in archive.holds}
+        raise DownloadError(
+            f"{paths[0]} held {count} files, but not what it should: found {found}, expected "
+            f"{archive.holds}; --verify checks the archive again"
+        )
+
+
+def _delete(archive: Archive, root: Path) -> None:
+    for part in archive.parts:
+        path = root / part.folder / part.file.name
+        if path.is_file():
+            log.info("deleting %s (--delete-archives)", path)
+            path.unlink()
+
+
+def _left(source: Source, root: Path) -> int:
+    """Bytes of a file that are still to be fetched."""
+    path = root / source.folder / source.file.name
+    if _has_size(source, path.parent):
+        return 0
+    size = source.file.size
+    if size is None:
+        size = _UNKNOWN_SIZE if source.folder == DOWNLOADS else 1_000_000
+    return max(0, size - size_of(part_of(path)))
+
+
+def _count(path: Path, *, deep: bool = False) -> int:
+    """Files and folders in a folder, 1 for a file, 0 where there is nothing."""
+    if path.is_file():
+        return 1
+    if not path.is_dir():
+        return 0
+    if deep:
+        return sum(len(files) for _, _, files in os.walk(path))
+    with os.scandir(path) as entries:
+        return sum(1 for entry in entries if not entry.name.startswith("."))
+
+
+def pointed_at(data_set: DataSet, base: str) -> DataSet:
+    """The data set with every address at `base`/<file name>: a mirror of one's own."""
+
+    def moved(source: Source) -> Source:
+        url = f"{base.rstrip('/')}/{source.file.name}"
+        return replace(source, file=replace(source.file, url=url), mirrors=())
+
+    archives = tuple(
+        replace(archive, parts=tuple(map(moved, archive.parts))) for archive in data_set.archives
+    )
+    return replace(data_set, files=tuple(map(moved, data_set.files)), archives=archives)

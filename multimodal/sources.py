@@ -1,0 +1,212 @@
+"""Where the data sets come from: every address, size and checksum in one table.
+
+COCO's addresses are plain http (the certificate of https://images.cocodataset.org does not fit its
+name); the second address of a file is tried when the first fails, and the checksum tells in either
+case. Where nobody publishes a size or checksum, None and '' stand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from shared.fetch import WebFile
+
+_COCO = "http://images.cocodataset.org"
+_COCO_S3 = "https://s3.amazonaws.com/images.cocodataset.org"
+_KARPATHY = "https://github.com/mehdidc/retrieval_annotations/releases/download/1.0.0"
+_CLOTHO = "https://zenodo.org/records/4783391/files"  # v2.1; record 3490684 is v1
+_AUDIOCAPS = "https://raw.githubusercontent.com/cdjkim/audiocaps/master/dataset"
+_VOXCELEB = "https://cn01.mmai.io/download/voxceleb?key={key}&file="
+
+DOWNLOADS = "downloads"  # below a data set's directory, where archives lie
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file and where it is to be had. folder: where it goes, below the data set's directory."""
+
+    file: WebFile
+    folder: str = ""
+    mirrors: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive, in one part or several.
+
+    holds: paths below the data set's directory → how many files or folders they hold at least, when
+    all was unpacked. unpacked: bytes that takes, about.
+    """
+
+    parts: tuple[Source, ...]
+    holds: dict[str, int]
+    unpacked: int
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set: plain files, archives in the order in which they are wanted."""
+
+    name: str
+    files: tuple[Source, ...] = ()
+    archives: tuple[Archive, ...] = ()
+    clips: int = 0  # sounds that come one by one
+    clip_bytes: int = 0
+    needs_key: bool = False
+    notes: tuple[str, ...] = field(default=())
+
+
+def _coco(name: str, where: str, size: int, md5: str, holds: dict[str, int], out: int) -> Archive:
+    path = f"{where}/{name}"
+    file = WebFile(name, size, f"md5:{md5}", f"{_COCO}/{path}")
+    return Archive((Source(file, DOWNLOADS, (f"{_COCO_S3}/{path}",)),), holds, out)
+
+
+def _notes_of(year: int) -> dict[str, int]:
+    names = (f"{kind}_{half}{year}" for kind in ("captions", "instances") for half in _HALVES)
+    return {f"annotations/{name}.json": 1 for name in names}
+
+
+_HALVES = ("train", "val")
+
+COCO = DataSet(
+    "coco",
+    files=tuple(
+        Source(WebFile(name, None, "", f"{_KARPATHY}/{name}"), "karpathy")
+        for name in ("coco_val_karpathy.json", "coco_test_karpathy.json")
+    ),
+    archives=(
+        _coco(
+            "annotations_trainval2017.zip", "annotations", 252_907_541,
+            "f4bbac642086de4f52a3fdda2de5fa2c", _notes_of(2017), 1_100_000_000,
+        ),
+        _coco(
+            "val2017.zip", "zips", 815_585_330,
+            "442b8da7639aecaf257c1dceb8ba8c80", {"val2017": 5_000}, 830_000_000,
+        ),
+        _coco(
+            "train2017.zip", "zips", 19_336_861_798,
+            "cced6f7f71b7629ddf16f17bbcfab6b2", {"train2017": 118_287}, 19_500_000_000,
+        ),
+    ),
+)  # fmt: skip
+
+COCO_2014 = DataSet(
+    "coco2014",
+    files=COCO.files,
+    archives=(
+        _coco(
+            "annotations_trainval2014.zip", "annotations", 252_872_794,
+            "0a379cfc70b0e71301e0f377548639bd", _notes_of(2014), 1_100_000_000,
+        ),
+        _coco(
+            "val2014.zip", "zips", 6_645_013_297,
+            "a3d79f5ed8d289b7a7554ce06a5782b3", {"val2014": 40_504}, 6_700_000_000,
+        ),
+        _coco(
+            "train2014.zip", "zips", 13_510_573_713,
+            "0da8c0bd3d6becc4dcb32757491aca88", {"train2014": 82_783}, 13_600_000_000,
+        ),
+    ),
+)  # fmt: skip
+
+
+def _clotho_table(kind: str, split: str, size: int | None, md5: str) -> Source:
+    name = f"clotho_{kind}_{split}.csv"
+    return Source(WebFile(name, size, f"md5:{md5}", f"{_CLOTHO}/{name}?download=1"))
+
+
+def _clotho_sounds(split: str, size: int | None, md5: str, count: int, out: int) -> Archive:
+    name = f"clotho_audio_{split}.7z"
+    file = WebFile(name, size, f"md5:{md5}", f"{_CLOTHO}/{name}?download=1")
+    return Archive((Source(file, DOWNLOADS),), {split: count}, out)
+
+
+CLOTHO = DataSet(
+    "clotho",
+    files=(
+        _clotho_table("captions", "development", 1_336_762, "d4090b39ce9f2491908eebf4d5b09bae"),
+        _clotho_table("captions", "validation", 367_649, "5879e023032b22a2c930aaa0528bead4"),
+        _clotho_table("captions", "evaluation", None, "1b16b9e57cf7bdb7f13a13802aeb57e2"),
+        _clotho_table("metadata", "development", None, "170d20935ecfdf161ce1bb154118cda5"),
+        _clotho_table("metadata", "validation", None, "2e010427c56b1ce6008b0f03f41048ce"),
+        _clotho_table("metadata", "evaluation", None, "13946f054d4e1bf48079813aac61bf77"),
+    ),
+    archives=(
+        _clotho_sounds(
+            "validation", 1_260_701_425, "7dba730be08bada48bd15dc4e668df59", 1_045, 2_000_000_000
+        ),
+        _clotho_sounds(
+            "evaluation", None, "4569624ccadf96223f19cb59fe4f849f", 1_045, 2_000_000_000
+        ),
+        _clotho_sounds(
+            "development", 4_541_582_263, "c8b05bc7acdb13895bb3c6a29608667e", 3_839, 7_100_000_000
+        ),
+    ),
+)
+
+AUDIOCAPS = DataSet(
+    "audiocaps",
+    files=tuple(
+        Source(WebFile(f"{split}.csv", None, "", f"{_AUDIOCAPS}/{split}.csv"))
+        for split in ("train", "val", "test")
+    ),
+    clips=49_838 + 495 + 975,
+    clip_bytes=920_000,  # ten seconds of flac, 32 kHz
+)
+
+
+def _voxceleb(name: str, sha256: str) -> Source:
+    return Source(WebFile(name, None, f"sha256:{sha256}", _VOXCELEB + name), DOWNLOADS)
+
+
+VOXCELEB = DataSet(
+    "voxceleb",
+    archives=(
+        Archive(
+            (
+                _voxceleb(
+                    "vox1_test_wav.zip",
+                    "8de57f347fe22b2c24526e9f444f689ecf5096fc2a92018cf420ff6b5b15eaea",
+                ),
+            ),
+            {"wav/id10270": 1, "wav/id10309": 1},
+            1_100_000_000,
+        ),
+        Archive(
+            (
+                _voxceleb(
+                    "vox1_dev_wav_partaa",
+                    "21ec6ca843659ebc2fdbe04b530baa4f191ad4b0971912672d92c158f32226a0",
+                ),
+                _voxceleb(
+                    "vox1_dev_wav_partab",
+                    "311d21e0c8cbf33573a4fce6c80e5a279d80736274b381c394319fc557159a04",
+                ),
+                _voxceleb(
+                    "vox1_dev_wav_partac",
+                    "92b64465f2b2a3dc0e4196ae8dd6828cbe9ddd1f089419a11e4cbfe2e1750df0",
+                ),
+                _voxceleb(
+                    "vox1_dev_wav_partad",
+                    "00e6190c770b27f27d2a3dd26ee15596b17066b715ac111906861a7d09a211a5",
+                ),
+            ),
+            {"wav": 1_211, "wav/id10001": 1},
+            39_000_000_000,
+        ),
+    ),
+    needs_key=True,
+)
+
+DATA_SETS = {item.name: item for item in (COCO, CLOTHO, AUDIOCAPS, VOXCELEB, COCO_2014)}
+ALL = ("coco", "clotho", "audiocaps", "voxceleb")
+KARPATHY_PICTURES = 5_000  # in each of the two lists
+
+VOXCELEB_BY_HAND = """VoxCeleb is given to those who ask for it. Two ways:
+  1. Ask for a key at https://cn01.mmai.io/keyreq/voxceleb and type
+     VOXCELEB_KEY=your-key python download_datasets.py --datasets voxceleb
+  2. Put the files there yourself, as VoxCeleb1's archives hold them:
+     {root}/wav/id10001/<video>/00001.wav
+     {root}/faces/id10001/<video>/*.jpg   frames, for pairs of faces and voices (optional)
+     m4a of VoxCeleb2: ffmpeg -i IN.m4a -ac 1 -vn -acodec pcm_s16le -ar 16000 OUT.wav"""

@@ -1,0 +1,431 @@
+"""download_datasets.py against a server of small archives in the real layouts."""
+
+import hashlib
+import io
+import json
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import textwrap
+import time
+import zipfile
+from collections import namedtuple
+from dataclasses import replace
+
+import pytest
+
+from multimodal import demo, download_datasets, getting, sources
+from multimodal.datasets import AudioCaps, Clotho, Coco, VoxCeleb
+from multimodal.sources import DOWNLOADS, Archive, DataSet, Source
+from shared.errors import UserError
+from shared.fetch import WebFile
+from shared.transport import Patience
+from tests import hub_server
+from tests.harness import ROOT, wait_until
+from tests.hub_server import REPO_ID, HubServer
+
+QUICK = Patience(contact=2.0, connect=1.0, silence=0.5, tries=2, pause=0.01, longest_wait=1.5)
+LARGE = (".zip", ".csv", ".json", ".flac", "partaa", "partab", ".tar")
+
+
+def zipped(root, *folders):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for folder in folders:
+            for path in sorted((root / folder).rglob("*")):
+                if path.is_file():
+                    archive.write(path, path.relative_to(root))
+    return content.getvalue()
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    return demo.build(tmp_path_factory.mktemp("demo"))
+
+
+@pytest.fixture(scope="session")
+def files(made):
+    """What the server has: the demo's data sets packed as the real ones are."""
+    coco, clotho, caps = made.coco, made.clotho, made.audiocaps
+    packed = {
+        "annotations_trainval2017.zip": zipped(coco, "annotations"),
+        "val2017.zip": zipped(coco, "val2017"),
+        "train2017.zip": zipped(coco, "train2017"),
+    }
+    packed |= {path.name: path.read_bytes() for path in (coco / "karpathy").iterdir()}
+    packed |= {path.name: path.read_bytes() for path in clotho.glob("*.csv")}
+    # a zip under the archive's name: how 7z is unpacked is tested in tests/unit/test_unpack.py
+    packed |= {f"clotho_audio_{s}.7z": zipped(clotho, s) for s in ("development", "validation")}
+    packed["clotho_audio_evaluation.7z"] = zipped(clotho, "evaluation")
+    packed |= {path.name: path.read_bytes() for path in caps.glob("*.csv")}
+    voices = zipped(made.voxceleb, "wav")
+    half = len(voices) // 2
+    packed |= {"vox_partaa": voices[:half], "vox_partab": voices[half:]}
+    return packed
+
+
+def archive_of(files, names, holds):
+    parts = []
+    for name in names:
+        digest = hashlib.md5(files[name], usedforsecurity=False).hexdigest()
+        file = WebFile(name, len(files[name]), f"md5:{digest}", f"http://nowhere.invalid/{name}")
+        parts.append(Source(file, DOWNLOADS))
+    return Archive(tuple(parts), holds, 1000)
+
+
+@pytest.fixture
+def table(files, monkeypatch):
+    """The table with the demo's archives in the places of the real ones."""
+    notes = {"annotations/captions_train2017.json": 1}
+    data_sets = {
+        "coco": replace(
+            sources.COCO,
+            archives=(
+                archive_of(files, ["annotations_trainval2017.zip"], notes),
+                archive_of(files, ["val2017.zip"], {"val2017": 54}),
+                archive_of(files, ["train2017.zip"], {"train2017": 726}),
+            ),
+        ),
+        "clotho": DataSet(
+            "clotho",
+            tuple(
+                replace(s, file=replace(s.file, size=None, checksum=""))
+                for s in sources.CLOTHO.files
+            ),
+            tuple(
+                archive_of(files, [f"clotho_audio_{split}.7z"], {split: count})
+                for split, count in (("validation", 30), ("evaluation", 60), ("development", 200))
+            ),
+        ),
+        "audiocaps": replace(sources.AUDIOCAPS, clips=0 + 220, clip_bytes=1),
+        "voxceleb": DataSet(
+            "voxceleb",
+            archives=(archive_of(files, ["vox_partaa", "vox_partab"], {"wav": 22}),),
+            needs_key=True,
+        ),
+    }
+    monkeypatch.setattr(sources, "DATA_SETS", data_sets)
+    monkeypatch.setattr(getting, "PATIENCE", QUICK)
+    return data_sets
+
+
+@pytest.fixture(autouse=True)
+def _neutral(monkeypatch):
+    hub_server.forget_the_users_settings(monkeypatch)
+    monkeypatch.delenv("VOXCELEB_KEY", raising=False)
+
+
+@pytest.fixture
+def server(files, table):
+    with HubServer(dict(files), large=LARGE) as hub:
+        yield hub
+
+
+def download(server, root, *flags):
+    flags = ["--mirror", f"{server.url}/cdn", "--data-root", str(root), *map(str, flags)]
+    return download_datasets.main(flags)
+
+
+def test_coco_arrives_as_the_reader_wants_it(server, tmp_path, made):
+    assert download(server, tmp_path, "--datasets", "coco") == 0
+    for split in ("train", "val", "test"):
+        ours, theirs = Coco(tmp_path / "coco", split), Coco(made.coco, split)
+        assert ours.counts == theirs.counts and ours.counts.split == f"Karpathy {split}"
+    assert (tmp_path / "coco/downloads/val2017.zip").is_file()
+
+
+def test_second_call_asks_for_nothing(server, tmp_path):
+    download(server, tmp_path, "--datasets", "coco")
+    server.heal()
+    assert download(server, tmp_path, "--datasets", "coco") == 0
+    assert server.requests == []
+
+
+def test_clotho_and_voxceleb_in_parts(server, tmp_path, made):
+    assert download(server, tmp_path, "--datasets", "clotho", "voxceleb") == 0
+    assert Clotho(tmp_path / "clotho", "train").counts == Clotho(made.clotho, "train").counts
+    assert VoxCeleb(tmp_path / "voxceleb", "test").counts.found == 24
+
+
+def test_archives_are_deleted_when_asked_and_not_fetched_again(server, tmp_path):
+    assert download(server, tmp_path, "--datasets", "coco", "--delete-archives") == 0
+    assert not list((tmp_path / "coco/downloads").glob("*.zip"))
+    server.heal()
+    assert download(server, tmp_path, "--datasets", "coco", "--verify") == 0
+    assert not [request for request in server.requests if request.path.endswith(".zip")]
+
+
+def test_verify_finds_a_damaged_archive_and_fetches_it_again(server, tmp_path, files):
+    download(server, tmp_path, "--datasets", "coco")
+    archive = tmp_path / "coco/downloads/val2017.zip"
+    damaged = bytearray(files["val2017.zip"])
+    damaged[100] ^= 1
+    archive.write_bytes(damaged)
+    server.heal()
+    assert download(server, tmp_path, "--datasets", "coco", "--verify") == 0
+    assert archive.read_bytes() == files["val2017.zip"]
+    assert server.asked("train2017.zip") == []
+
+
+def test_skip_existing_asks_for_sizes_alone(server, tmp_path, files, monkeypatch):
+    downloads = tmp_path / "coco/downloads"
+    downloads.mkdir(parents=True)
+    for name in ("annotations_trainval2017.zip", "val2017.zip", "train2017.zip"):
+        (downloads / name).write_bytes(files[name])
+    monkeypatch.setattr("shared.fetch.checksum_of", lambda *_: pytest.fail("read"))
+    assert download(server, tmp_path, "--datasets", "coco", "--skip-existing") == 0
+    assert server.asked("train2017.zip") == []
+
+
+def test_archives_that_somebody_put_there_are_checked_and_used(server, tmp_path, files):
+    downloads = tmp_path / "coco/downloads"
+    downloads.mkdir(parents=True)
+    (downloads / "train2017.zip").write_bytes(files["train2017.zip"])
+    assert download(server, tmp_path, "--datasets", "coco") == 0
+    assert server.asked("train2017.zip") == []
+
+
+def test_what_was_unpacked_by_hand_needs_no_archive(server, tmp_path, made):
+    shutil.copytree(made.coco / "train2017", tmp_path / "coco/train2017")
+    assert download(server, tmp_path, "--datasets", "coco") == 0
+    assert server.asked("train2017.zip") == []
+
+
+def test_one_failure_stops_no_other_and_the_exit_code_tells(server, tmp_path, capsys):
+    server.misbehave("val2017.zip", hub_server.corrupted, times=9, late=False)
+    assert download(server, tmp_path, "--datasets", "coco", "clotho") == 1
+    assert Clotho(tmp_path / "clotho", "val").counts.found == 30
+    assert "coco       failed: val2017.zip came from 127.0.0.1" in capsys.readouterr().out
+
+
+def test_second_address_is_tried_when_the_first_fails(server, tmp_path, table, files, monkeypatch):
+    archive = table["coco"].archives[1]
+    part = archive.parts[0]
+    base = f"{server.url}/cdn"
+    part = replace(
+        part,
+        file=replace(part.file, url=f"{base}/nothing.zip"),
+        mirrors=(f"{base}/val2017.zip",),
+    )
+    only = replace(table["coco"], files=(), archives=(replace(archive, parts=(part,)),))
+    monkeypatch.setitem(sources.DATA_SETS, "coco", only)
+    flags = ["--datasets", "coco", "--data-root", str(tmp_path)]
+    assert download_datasets.main(flags) == 0
+    assert len(list((tmp_path / "coco/val2017").iterdir())) == 54
+
+
+def test_disk_is_looked_at_before_anything_is_fetched(server, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
+    with pytest.raises(UserError, match=r"are needed for archives .* and 1 kB are free"):
+        download(server, tmp_path, "--datasets", "coco")
+    assert server.requests == []
+
+
+def test_dry_run_says_what_it_takes_and_asks_nobody(server, tmp_path, capsys):
+    assert download(server, tmp_path, "--datasets", "all", "--dry-run") == 0
+    assert server.requests == [] and not list(tmp_path.iterdir())
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["coco", "clotho", "audiocaps", "voxceleb"]
+
+
+def test_the_real_tables_need_of_the_disk(tmp_path, monkeypatch):
+    """COCO: 20.4 GB of archives and about as much unpacked."""
+    need = getting.need_of(sources.COCO, tmp_path, getting.Options())
+    assert need.fetch == 252_907_541 + 815_585_330 + 19_336_861_798 + 2_000_000
+    assert 40e9 < need.disk < 45e9
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--datasets", "cocoo"], r"cocoo: allowed are coco, .* did you mean coco\?"),
+        (["--datasets", "coco", "--audiocaps-source", "hf:"], "allowed are youtube, hf:"),
+        (["--datasets", "coco", "--max-workers", "0"], "max_workers must be at least 1"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message):
+    with pytest.raises(UserError, match=message):
+        download_datasets.main(flags)
+
+
+def test_voxceleb_without_a_key_prints_the_layout_and_is_a_missing_step(tmp_path, capsys, table):
+    flags = ["--datasets", "voxceleb", "--data-root", str(tmp_path)]
+    assert download_datasets.main(flags) == 3
+    assert f"{tmp_path}/voxceleb/wav/id10001/<video>/00001.wav" in capsys.readouterr().out
+
+
+def test_voxcelebs_key_goes_into_the_address_and_into_no_message(
+    server, tmp_path, table, monkeypatch, capsys, caplog
+):
+    monkeypatch.setenv("VOXCELEB_KEY", "secret-key")
+    keyed = getting.pointed_at(table["voxceleb"], f"{server.url}/cdn/x?key={{key}}&file=")
+    monkeypatch.setitem(sources.DATA_SETS, "voxceleb", keyed)
+    flags = ["--datasets", "voxceleb", "--data-root", str(tmp_path)]
+    assert download_datasets.main(flags) == 2  # the server knows no /cdn/x
+    assert "key=secret-key" in server.requests[0].query
+    out = capsys.readouterr()
+    assert "secret" not in out.out + out.err + caplog.text
+
+
+# --- AudioCaps ------------------------------------------------------------------------------------
+
+
+def ledger(root):
+    lines = (root / "audiocaps/clips.jsonl").read_text().splitlines()
+    return {row["key"]: row["status"] for row in map(json.loads, lines)}
+
+
+def test_audiocaps_out_of_a_directory(server, tmp_path, made, capsys):
+    source = f"local:{made.audiocaps}"
+    assert download(server, tmp_path, "--datasets", "audiocaps", "--audiocaps-source", source) == 0
+    ours = AudioCaps(tmp_path / "audiocaps", "test")
+    assert ours.counts == AudioCaps(made.audiocaps, "test").counts
+    assert set(ledger(tmp_path).values()) == {"ok"} and len(ledger(tmp_path)) == 211
+    assert "48 of 50 test; not there: 9 not tried" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["Y{video}", "{video}_{start}.000_{end}.000"])
+def test_audiocaps_under_the_names_of_others(server, tmp_path, made, form):
+    (tmp_path / "other").mkdir()
+    for path in (made.audiocaps / "audio/test").iterdir():
+        video, start = path.stem[:11], path.stem[12:]
+        name = form.format(video=video, start=start, end=int(start) + 10)
+        shutil.copy(path, tmp_path / f"other/{name}.flac")
+    flags = ["--datasets", "audiocaps", "--audiocaps-source", f"local:{tmp_path / 'other'}"]
+    assert download(server, tmp_path, *flags) == 0
+    assert len(list((tmp_path / "audiocaps/audio/test").iterdir())) == 48
+
+
+def test_audiocaps_directory_without_a_clip_is_said(server, tmp_path):
+    flags = ["--datasets", "audiocaps", "--audiocaps-source", f"local:{tmp_path}"]
+    assert download(server, tmp_path, *flags) == 2
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_audiocaps_out_of_a_repository_of_the_hub(server, tmp_path, made, monkeypatch, packed):
+    sounds = sorted((made.audiocaps / "audio/val").iterdir())
+    if packed:
+        content = io.BytesIO()
+        with tarfile.open(fileobj=content, mode="w") as archive:
+            for path in sounds:
+                archive.add(path, f"val/{path.name}")
+        server.files["val.tar"] = content.getvalue()
+    else:
+        server.files |= {f"data/{path.name}": path.read_bytes() for path in sounds}
+    for name in ("val2017.zip", *(name for name in server.files if name.endswith(".zip"))):
+        server.files.pop(name, None)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    flags = ["--datasets", "audiocaps", "--audiocaps-source", f"hf:{REPO_ID}"]
+    assert download(server, tmp_path, *flags) == 0
+    assert len(list((tmp_path / "audiocaps/audio/val").iterdir())) == 19
+
+
+def programs(directory, monkeypatch, yt_dlp):
+    """Stand-ins of yt-dlp and ffmpeg on PATH; the latter copies a sound to its last argument."""
+    directory.mkdir()
+    for name, code in (("yt-dlp", yt_dlp), ("ffmpeg", FFMPEG)):
+        path = directory / name
+        path.write_text("#!/bin/sh\n" + textwrap.dedent(code))
+        path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
+
+
+FFMPEG = """
+    for word; do last=$word; done
+    case "$*" in *-ss*-i\\ http*) printf fLaC > "$last";; *) exit 1;; esac
+"""
+YT_DLP = """
+    for word; do last=$word; done
+    echo "$*" >> "$(dirname "$0")/asked"
+    case $last in
+      *v=[a-m]*) echo "ERROR: [youtube] Video unavailable" >&2; exit 1;;
+      *) echo "https://media.invalid/sound";;
+    esac
+"""
+
+
+def test_audiocaps_from_youtube_keeps_a_ledger_of_every_clip(server, tmp_path, monkeypatch):
+    programs(tmp_path / "bin", monkeypatch, YT_DLP)
+    cookies = tmp_path / "cookies.txt"
+    cookies.touch()
+    flags = ["--datasets", "audiocaps", "--cookies", cookies]
+    assert download(server, tmp_path, *flags) == 0
+    found = ledger(tmp_path)
+    gone = {key for key in found if "a" <= key[0] <= "m"}
+    assert len(found) == 220 and gone
+    assert {key for key, status in found.items() if status == "unavailable"} == gone
+    assert {key for key, status in found.items() if status == "ok"} == found.keys() - gone
+    asked = (tmp_path / "bin/asked").read_text().splitlines()
+    assert len(asked) == 220 and f"--cookies {cookies}" in asked[0]
+    assert download(server, tmp_path, *flags) == 0  # those that are gone are not asked for again
+    assert len((tmp_path / "bin/asked").read_text().splitlines()) == 220
+
+
+def test_audiocaps_from_youtube_stops_when_it_is_taken_for_a_robot(server, tmp_path, monkeypatch):
+    said = "ERROR: [youtube] x: Sign in to confirm you're not a bot. Use --cookies"
+    programs(tmp_path / "bin", monkeypatch, f'echo "{said}" >&2; exit 1')
+    assert download(server, tmp_path, "--datasets", "audiocaps", "--max-workers", 2) == 1
+    assert 10 <= len(ledger(tmp_path)) < 30
+    assert set(ledger(tmp_path).values()) == {"blocked"}
+
+
+def test_audiocaps_from_youtube_needs_its_programs(server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert download(server, tmp_path, "--datasets", "audiocaps") == 3
+    assert "needs yt-dlp and ffmpeg: pip install yt-dlp" in capsys.readouterr().out
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_fault_33_a_killed_download_is_continued(server, tmp_path, files):
+    """SIGKILL in the middle of an archive; the next call asks for the rest of it."""
+    name = "clotho_audio_development.7z"
+    server.misbehave(name, hub_server.slow(2_000_000), times=1)
+    server.large = (*server.large, ".7z")
+    script = f"""
+        import sys, hashlib
+        sys.path.insert(0, {str(ROOT)!r})
+        from multimodal import download_datasets, sources
+        from multimodal.sources import Archive, DataSet, Source
+        from shared.fetch import WebFile
+        file = WebFile({name!r}, {len(files[name])}, "md5:{md5(files[name])}", "")
+        archive = Archive((Source(file, "downloads"),), {{"development": 200}}, 1)
+        sources.DATA_SETS["clotho"] = DataSet("clotho", archives=(archive,))
+        sys.exit(download_datasets.main(sys.argv[1:]))
+    """
+    flags = ["--datasets", "clotho", "--data-root", str(tmp_path), "--mirror", f"{server.url}/cdn"]
+    command = [sys.executable, "-c", textwrap.dedent(script), *flags]
+    part = tmp_path / f"clotho/downloads/{name}.part"
+    first = subprocess.Popen(command)
+    wait_until(lambda: part.exists() and part.stat().st_size > 500_000, "half a megabyte")
+    first.kill()
+    first.wait()
+    size = part.stat().st_size
+    assert size < len(files[name])
+    assert subprocess.run(command, check=False).returncode == 0
+    assert server.asked(name) == [None, f"bytes={size}-"]
+    assert len(list((tmp_path / "clotho/development").iterdir())) == 200
+
+
+def md5(content):
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
+def test_demo_is_made_and_nothing_fetched(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(download_datasets, "RECIPE", tmp_path)
+    assert download_datasets.main(["--demo"]) == 0
+    assert (tmp_path / "demo/data/coco/annotations").is_dir()
+
+
+def test_fault_48_without_a_network_it_ends_soon(tmp_path, table, capsys):
+    began = time.monotonic()
+    flags = ["--datasets", "coco", "--data-root", str(tmp_path), "--mirror", "http://127.0.0.1:9"]
+    assert download_datasets.main(flags) == 1
+    assert time.monotonic() - began < 15
+    assert "127.0.0.1 cannot be reached" in capsys.readouterr().out
