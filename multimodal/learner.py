@@ -23,6 +23,7 @@ INPUTS = {
     "image": ("images",),
     "text": ("input_ids", "attention_mask"),
     "audio": ("audio", "audio_mask"),
+    "audio_2": ("audio_2", "audio_mask_2"),  # another sound of the same voice
 }
 Batch = dict[str, Tensor]
 Target = Literal["classes", "keywords"]
@@ -40,7 +41,7 @@ class Task:
     @property
     def pair(self) -> str:
         """Whose temperature it uses."""
-        return "_".join(self.modalities)
+        return "_".join(_tower(name) for name in self.modalities)
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,10 @@ class LossOptions:
     kind: Literal["infonce", "sigmoid"] = "infonce"
     local: bool = False
     label_weight: float = 1.0  # of the labels' loss beside a contrastive one
+
+
+def _tower(view: str) -> str:
+    return view.removesuffix("_2")
 
 
 class Learner(nn.Module):
@@ -91,7 +96,7 @@ class Learner(nn.Module):
         """The towers alone."""
         features = {}
         for one in task.modalities:
-            tower = getattr(self.model, one)
+            tower = getattr(self.model, _tower(one))
             features[f"{one}_features"] = tower(*(inputs[name] for name in INPUTS[one])).features
         return features
 

@@ -22,7 +22,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 MODALITIES = ("image", "text", "audio")
-PAIRS = ("image_text", "audio_text", "image_audio")  # each with a temperature of its own
+# Each with a temperature of its own; the last are two sounds of one voice.
+PAIRS = ("image_text", "audio_text", "image_audio", "audio_audio")
 ATTENTIONS = ("sdpa", "chunked", "math")
 VOCABULARY, CONTEXT = 49408, 77  # of open_clip's SimpleTokenizer
 MEL_BINS = 80
