@@ -139,7 +139,7 @@ def _check(cfg: Config) -> None:
 
 
 def _is_terminal() -> bool:
-    return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    return sys.stdin is not None and sys.stdin.isatty()
 
 
 def _ask_for_device(chosen: str) -> str:
