@@ -115,6 +115,8 @@ class _Foreign:
         elif left_with != DONE:
             code, state = left_with if left_with in (USER_ERROR, MISSING_TOOL) else FAILED, "failed"
             reason = f"{Path(self._command[0]).name} {_ending(left_with)}, at {at}"
+        if state == "done" and step:
+            self._status.fields["epoch"] += 1  # as in our own runs: the epochs that are behind
         self._status.write(state=state, exit_code=code, reason=reason)
         outcome.closing_line(code, reason)
         return code

@@ -94,7 +94,7 @@ def view(run_dir: Path) -> View:
         eta_s=eta,
         heartbeat_s=age,
         outputs=status.get("outputs") or [],
-        disk_free_bytes=shutil.disk_usage(run_dir).free,
+        disk_free_bytes=_free(run_dir),
         warnings=warnings_of(status.get("log")),
         **_numbers(rows, status.get("last") or {}),
     )
@@ -247,6 +247,12 @@ def _best(judged: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _free(directory: Path) -> int | None:
+    with contextlib.suppress(OSError):
+        return shutil.disk_usage(directory).free
+    return None
 
 
 def _age(status: dict[str, Any]) -> float | None:

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parents[2]
 RUNS = {
     "face_distill": ("checkpoints*",),
     "lavic": ("src/out_*",),
-    "vasevqa": ("output/*", "model/output/*", "filter", "filter/*", "filter/*/.clipfilter*"),
+    "vasevqa": ("model/output*/*", "filter/*", "filter/*/.*"),
     "multimodal": ("outputs*", "outputs*/*"),
     "arcface": ("work_dirs*/*",),
 }

@@ -80,7 +80,7 @@ def guard_of(running: Running) -> int:
 
 
 def test_a_program_that_ends_well_is_done(tmp_path):
-    line = {"loss": 0.5, "global_step/max_steps": "6/6"}
+    line = {"loss": 0.5, "epoch": 3.0, "global_step/max_steps": "6/6"}
     text = f"import pathlib; pathlib.Path(r'{tmp_path}', 'v0').mkdir();" + (
         f"pathlib.Path(r'{tmp_path}', 'v0', 'logging.jsonl').write_text('{json.dumps(line)}\\n')"
     )
@@ -91,7 +91,7 @@ def test_a_program_that_ends_well_is_done(tmp_path):
     status = status_of(tmp_path)
     assert (status["state"], status["exit_code"], status["recipe"]) == ("done", 0, "vasevqa")
     assert (status["step"], status["total_steps"], status["last"]) == (6, 6, {"loss": 0.5})
-    assert status["pid"] == running.pid
+    assert (status["pid"], status["epoch"]) == (running.pid, 3)
     assert '"loss": 0.5' in (tmp_path / "metrics.jsonl").read_text()
 
 

@@ -49,6 +49,13 @@ def test_a_line_becomes_status_and_metrics(tmp_path):
     assert progress() == {}
 
 
+@pytest.mark.parametrize(("behind", "epoch"), [(0.0, 0), (0.5, 0), (1.0, 0), (1.25, 1), (3.0, 2)])
+def test_the_epoch_is_the_one_at_work_from_0(tmp_path, behind, epoch):
+    progress = JsonLinesProgress(tmp_path)
+    write(tmp_path / "logging.jsonl", TRAIN | {"epoch": behind})
+    assert progress()["epoch"] == epoch
+
+
 def test_validation_is_a_split_of_its_own_and_the_last_values_add_up(tmp_path):
     progress = JsonLinesProgress(tmp_path)
     write(tmp_path / "logging.jsonl", TRAIN, EVAL, END)

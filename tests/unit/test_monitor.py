@@ -117,6 +117,20 @@ def test_the_list_has_every_run_the_newest_first(house, capsys):
     assert len(json.loads(run(capsys, house, "--list", "--json")[1])) == 3
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("face_distill/checkpoints", "face_distill/checkpoints.1", "lavic/src/out_finetuned"),
+        *("vasevqa/model/output/7B", "vasevqa/model/output/GRPO", "vasevqa/filter/.quality_model"),
+        *("vasevqa/filter/filtered_vases/.clipfilter2", "multimodal/outputs"),
+        *("arcface/work_dirs/resnet50", "multimodal/demo/runs/outputs", "lavic/demo/runs/a/b"),
+    ],
+)
+def test_every_documented_run_directory_is_found(tmp_path, capsys, place):
+    write(tmp_path / place)
+    assert place in run(capsys, tmp_path, "--list", "--recipe", place.partition("/")[0])[1]
+
+
 def test_a_script_that_still_loads_its_models_is_seen_by_its_pid_file(house, capsys):
     logs = house / "lavic" / "logs"
     logs.mkdir()

@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader
 from shared.errors import USER_ERROR, UserError
 from shared.outcome import failure_of
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
