@@ -82,6 +82,8 @@ def view(run_dir: Path) -> View:
     age, epoch = _age(status), status.get("epoch")
     step, total, eta = (status.get(name) for name in ("step", "total_steps", "eta_s"))
     known = {name: status.get(name) for name in _COPIED}
+    if known["memory_bytes"] is None:
+        known["memory_bytes"] = rows.last.get("memory_bytes")  # a foreign program tells it there
     if eta is not None:
         eta = max(0.0, eta - (age or 0.0)) if state == RUNNING else None
     return View(

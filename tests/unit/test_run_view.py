@@ -174,6 +174,12 @@ def test_what_is_null_is_no_loss(tmp_path):
     assert (seen.loss, seen.loss_smoothed, seen.curve, seen.best) == (None, None, [], None)
 
 
+def test_the_memory_of_a_foreign_program_stands_in_its_metrics(tmp_path):
+    write(tmp_path, memory_bytes=None)
+    log(tmp_path, train(1, loss=1.0, memory_bytes=3 << 30))
+    assert view(tmp_path).memory_bytes == 3 << 30
+
+
 def test_a_run_without_metrics_has_a_view(tmp_path):
     seen = view(write(tmp_path))
     assert (seen.loss, seen.best, seen.curve) == (None, None, [])
