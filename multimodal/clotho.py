@@ -78,7 +78,7 @@ class Clotho(Dataset[Sample]):
     def _load(self, index: int) -> Sample:
         clip = self._clips[index]
         text = samples.text_of(samples.pick(clip.captions, self._is_train))
-        return {"audio": self.sound(index), **text, "labels": samples.multi_hot(clip.labels)}
+        return {"audio": self.sound(index), **text, "labels": self.labels(index)}
 
     def sound(self, index: int) -> Tensor:
         """The sound alone, float32 (T, 80). Raises audio.AudioError, which names the file."""
@@ -87,6 +87,10 @@ class Clotho(Dataset[Sample]):
     def captions(self, index: int) -> list[str]:
         """The item's five captions."""
         return self._clips[index].captions
+
+    def labels(self, index: int) -> Tensor:
+        """float32 (80): ones at the item's labels."""
+        return samples.multi_hot(self._clips[index].labels)
 
     def path(self, index: int) -> Path:
         """The item's file."""

@@ -67,7 +67,7 @@ class Coco(Dataset[Sample]):
     def _load(self, index: int) -> Sample:
         item = self._pictures[index]
         text = samples.text_of(samples.pick(item.captions, self._is_train))
-        return {"images": self.image(index), **text, "labels": samples.multi_hot(item.labels)}
+        return {"images": self.image(index), **text, "labels": self.labels(index)}
 
     def image(self, index: int) -> Tensor:
         """The picture alone, float32 (3, S, S). Raises ValueError, which names the file."""
@@ -80,6 +80,10 @@ class Coco(Dataset[Sample]):
     def captions(self, index: int) -> list[str]:
         """The item's captions, the first five."""
         return self._pictures[index].captions[:CAPTIONS]
+
+    def labels(self, index: int) -> Tensor:
+        """float32 (80): ones at the item's labels."""
+        return samples.multi_hot(self._pictures[index].labels)
 
     def path(self, index: int) -> Path:
         """The item's file."""

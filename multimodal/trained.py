@@ -1,0 +1,218 @@
+"""A trained model out of outputs/checkpoints, and the features it gives for many files."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from multimodal import tokens
+from multimodal.model import MultimodalModel, create_model
+from multimodal.samples import collate
+from shared import weights
+from shared.distributed import World
+from shared.errors import UserError
+from shared.images import Skipped
+from shared.loader import make_eval_loader
+from shared.precision import Amp
+
+log = logging.getLogger(__name__)
+
+_EVERY_SECONDS = 10.0  # between lines of progress
+_TEXTS = 256  # captions at once
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model with what its checkpoint says of it, ready to be asked.
+
+    keywords: what the outputs of keyword_head mean; both empty where none were learnt.
+    """
+
+    model: MultimodalModel
+    path: Path
+    settings: dict[str, Any]
+    stage: str
+    keywords: list[str]
+    keyword_head: nn.Linear | None
+
+
+def checkpoint_at(path: Path) -> Path:
+    """The file that --checkpoint means: of an output directory the best model, else the final one.
+
+    Raises UserError when there is none.
+    """
+    if path.is_file():
+        return path
+    names = ("best_model.pt", "final_model.pt")
+    places = [folder / name for folder in (path, path / "checkpoints") for name in names]
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(
+            f"--checkpoint {path}: no such file, and no checkpoints/best_model.pt below it; train "
+            "one by python run_training.py"
+        )
+    return found
+
+
+def open_trained(path: Path, device: torch.device) -> Trained:
+    """The model of a best_model.pt, final_model.pt or checkpoint_epoch_N.pt.
+
+    Raises UserError for a file that is damaged, partial or of another program.
+    """
+    state = weights.read(path)  # names what is wrong with a file that is no checkpoint
+    about = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    if not isinstance(about.get("model"), dict) or "model_state_dict" not in about:
+        raise UserError(f"{path} was not written by run_training.py: give one of its checkpoints")
+    model = create_model(**about["model"])
+    weights.load_strict(model, state, source=path)
+    head = _keyword_head(about.get("keyword_head") or {})
+    return Trained(
+        model.to(device).eval(), path, dict(about.get("settings") or {}),
+        str(about.get("stage") or "unknown"), list(about.get("keywords") or []),
+        head.to(device).eval() if head else None,
+    )  # fmt: skip
+
+
+def _keyword_head(state: dict[str, Tensor]) -> nn.Linear | None:
+    if not state:
+        return None
+    head = nn.Linear(state["weight"].shape[1], state["weight"].shape[0])
+    weights.load_strict(head, state)
+    return head
+
+
+@dataclass
+class Features:
+    """What a modality's files gave. rows: (N, D) unit norm. kept: which of the files they are.
+
+    logits: (N, C) of the model for pictures, of the keyword head for sounds, where asked for.
+    """
+
+    rows: Tensor
+    kept: list[int]
+    logits: Tensor | None
+    skipped: Skipped = field(default_factory=Skipped)
+
+
+class Embedder:
+    """Asks a model for features, batch after batch."""
+
+    def __init__(
+        self, trained: Trained, device: torch.device, amp: str, batch_size: int, workers: int
+    ) -> None:
+        self.trained, self._world = trained, World(device=device)
+        self._amp = Amp(amp, self._world.device)
+        self._batch_size, self._workers = batch_size, workers
+
+    @torch.no_grad()
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """(N, D) of captions, on the CPU."""
+        rows = []
+        for start in range(0, len(texts), _TEXTS):
+            ids, mask = tokens.tokenise(texts[start : start + _TEXTS])
+            used = int(mask.sum(1).max())  # the rest is padding
+            device = self._world.device
+            with self._amp.autocast():
+                found = self.trained.model.encode_text(
+                    ids[:, :used].to(device), mask[:, :used].to(device)
+                )
+            rows.append(found.float().cpu())
+        return torch.cat(rows)
+
+    def images(self, load: Callable[[int], Tensor], total: int, *, logits: bool) -> Features:
+        """Features of pictures; load(i) gives (3, S, S) or raises ValueError."""
+
+        def ask(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+            if not logits:
+                return self.trained.model.encode_image(batch["images"]), None
+            found = self.trained.model(images=batch["images"])
+            return found["image_features"], found["logits"]
+
+        return self._all("images", load, total, ask)
+
+    def sounds(self, load: Callable[[int], Tensor], total: int, *, logits: bool) -> Features:
+        """Features of sounds; load(i) gives (T, 80) or raises ValueError."""
+        head = self.trained.keyword_head if logits else None
+
+        def ask(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+            found = self.trained.model.encode_audio(batch["audio"], batch["audio_mask"])
+            return found, None if head is None else head(found.to(head.weight.dtype))
+
+        return self._all("audio", load, total, ask)
+
+    @torch.no_grad()
+    def _all(
+        self,
+        name: str,
+        load: Callable[[int], Tensor],
+        total: int,
+        ask: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor | None]],
+    ) -> Features:
+        loader = make_eval_loader(
+            _Loads(name, load, total), self._batch_size, self._world,
+            workers=self._workers, collate=_collate,
+        )  # fmt: skip
+        found = Features(torch.empty(0), [], None, Skipped("files"))
+        rows, logits = list[Tensor](), list[Tensor]()
+        for kept, batch, problems in _with_progress(loader, name, total):
+            for index, reason in problems:
+                found.skipped.add(str(index), reason)
+            if not kept:
+                continue
+            moved = {key: value.to(self._world.device) for key, value in batch.items()}
+            with self._amp.autocast():
+                features, scores = ask(moved)
+            rows.append(features.float().cpu())
+            if scores is not None:
+                logits.append(scores.float().cpu())
+            found.kept += kept
+        if not rows:
+            raise UserError(f"none of the {total} files can be read: see the log")
+        found.skipped.refuse_above(0.5, total)
+        found.rows, found.logits = torch.cat(rows), torch.cat(logits) if logits else None
+        return found
+
+
+class _Loads(Dataset[Any]):
+    """(index, tensor) of every file, or (index, why not)."""
+
+    def __init__(self, name: str, load: Callable[[int], Tensor], total: int) -> None:
+        self._name, self._load, self._total = name, load, total
+
+    def __len__(self) -> int:
+        return self._total
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Tensor] | str]:
+        try:
+            return index, {self._name: self._load(index)}
+        except ValueError as error:
+            return index, str(error)
+
+
+def _collate(
+    items: list[tuple[int, dict[str, Tensor] | str]],
+) -> tuple[list[int], dict[str, Tensor], list[tuple[int, str]]]:
+    good = [(index, item) for index, item in items if not isinstance(item, str)]
+    bad = [(index, item) for index, item in items if isinstance(item, str)]
+    batch = collate([item for _, item in good]) if good else {}
+    return [index for index, _ in good], batch, bad
+
+
+def _with_progress(batches: Any, name: str, total: int) -> Iterator[Any]:
+    """The batches; a line now and then says how far they are."""
+    began = shown = time.monotonic()
+    done = 0
+    for batch in batches:
+        yield batch
+        done += len(batch[0]) + len(batch[2])
+        if time.monotonic() - shown >= _EVERY_SECONDS:
+            shown = time.monotonic()
+            log.info("%s: %d of %d, %.4g a second", name, done, total, done / (shown - began))
