@@ -117,7 +117,9 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.demo:
         cfg = _with_demo(cfg)
     _check_files(cfg)
-    cfg = replace(cfg, model_name=cfg.model_name or base_of(cfg.adapter))
+    base = cfg.model_name or base_of(cfg.adapter)
+    _check_base(base, cfg.adapter)
+    cfg = replace(cfg, model_name=base)
     if cfg.run.dry_run:
         sys.stdout.write(_plan(cfg))
         return 0
@@ -180,14 +182,22 @@ def _check_files(cfg: Config) -> None:
 
 
 def base_of(adapter: Path) -> str:
-    """The base model that an adapter names. Raises UserError when it names none that is there."""
+    """The base model that an adapter names. Raises UserError when it names none."""
     settings = read_json(adapter / "adapter_config.json")
     name = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
     if not isinstance(name, str) or not name:
         raise UserError(f"{adapter} does not name its base model: type --model-name")
-    if Path(name).is_absolute() and not Path(name).is_dir():
-        raise UserError(f"{adapter} was trained on {name}, which is gone: type --model-name")
     return name
+
+
+def _check_base(name: str, adapter: Path) -> None:
+    """Refuse a path that leads nowhere; the Hub's ids, owner/name, are for the Hub to judge."""
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") != 1
+    if is_path and not Path(name).is_dir():
+        raise UserError(
+            f"the base model {name} is not there ({adapter} was trained on {base_of(adapter)}): "
+            "type --model-name with its directory, or with its id on the Hub"
+        )
 
 
 def _plan(cfg: Config) -> str:

@@ -1,0 +1,263 @@
+"""Stage 2 of lavic through prompt_tuning.py, on a nano model and a few conversations."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lavic.src import prompt_tuning
+from shared.files import read_json, read_json_lines
+from tests.harness import ROOT, run_here, start, status_of, wait_until
+from tests.lavic_talks import nano
+
+SCRIPT = ROOT / "lavic" / "src" / "prompt_tuning.py"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Vectors of all pictures, computed by the first test that needs them."""
+    return tmp_path_factory.mktemp("vectors")
+
+
+@pytest.fixture
+def flags(tmp_path, cache):
+    return nano().flags(tmp_path / "out", cache)
+
+
+def rows(run_dir: Path, split: str) -> list[dict[str, float]]:
+    return [r for r in read_json_lines(run_dir / "metrics.jsonl") if r["split"] == split]
+
+
+def train_losses(run_dir: Path) -> dict[int, float]:
+    found = {row["step"]: row["train_loss"] for row in rows(run_dir, "train")}
+    assert len(found) == len(rows(run_dir, "train"))
+    return found
+
+
+def adapter_of(run_dir: Path):
+    return load_file(run_dir / "trained_lora_adapter" / "adapter_model.safetensors")
+
+
+def test_a_run_leaves_the_documented_files_and_says_what_it_reached(flags, tmp_path):
+    outcome = run_here(prompt_tuning.main, [*flags, "--candidate_type", "candidates_gpt_large"])
+    run_dir = tmp_path / "out"
+    assert outcome.code == 0, outcome.text
+    names = {path.name for path in (run_dir / "trained_lora_adapter").iterdir()}
+    assert {
+        "adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json",
+        "recommender.json", "vision_lora_adapter",
+    } <= names  # fmt: skip
+    status = status_of(run_dir)
+    assert status["state"] == "done" and status["total_steps"] == len(train_losses(run_dir))
+    assert status["result"]["name"] == "Recall@1"
+    assert status["result"]["before"] is not None
+    first, *_ = read_json_lines(nano().talks("test"))
+    answers = list(read_json_lines(run_dir / "test_results_candidates_gpt_large.jsonl"))
+    assert len(answers) == 7
+    assert {"recommended_gpt_large", "response_gpt_large", *first} == set(answers[0])
+    assert answers[0]["context"] == first["context"]
+    text = (run_dir / "results_summary.csv").read_text()
+    (row,) = csv.DictReader(text.splitlines())
+    assert row["candidate_type"] == "candidates_gpt_large" and row["num_epochs"] == "3"
+    assert float(row["recall@1"]) == status["result"]["after"]
+    assert float(row["recall@1"]) <= float(row["recall_ceiling@1"]) <= 1
+    assert row["without_picture"] == "2" and "2 of 24 candidates" in outcome.text
+    assert outcome.text.count("Recall@1") == 2  # before and after
+
+
+def test_the_validation_loss_is_a_number_and_falls(flags, tmp_path):
+    assert run_here(prompt_tuning.main, [*flags, "--num_epochs", 6]).code == 0
+    losses = [row["val_loss"] for row in rows(tmp_path / "out", "val")]
+    assert len(losses) == 6 and min(losses[1:]) < losses[0] - 0.2
+
+
+def test_the_adapter_kept_is_that_of_the_lowest_validation_loss(flags, tmp_path, monkeypatch):
+    """Validation losses are set by hand: the second epoch's is the lowest."""
+
+    def run(name: str, *losses: float):
+        found = iter(losses)
+        monkeypatch.setattr(
+            "lavic.src.recommend_training.validation_loss", lambda *_: (next(found), 1.0)
+        )
+        options = [*flags, "--num_epochs", len(losses), "--finetune_output_dir", tmp_path / name]
+        outcome = run_here(prompt_tuning.main, [*options, "--no-evaluate-before"])
+        assert outcome.code == 0, outcome.text
+        answers = list(read_json_lines(tmp_path / name / "test_results_candidates_st.jsonl"))
+        return outcome.text, adapter_of(tmp_path / name), answers
+
+    text, kept, answers = run("three", 2.0, 1.0, float("nan"))
+    _, second, answers_of_two = run("two", 2.0, 1.0)
+    assert "after epoch 2: Recall@1" in text
+    assert all((kept[name] == second[name]).all() for name in kept)
+    assert answers == answers_of_two  # it is that one which is tested
+
+
+def test_accumulation_takes_the_steps_of_whole_batches(flags, tmp_path):
+    for size, times in ((4, 1), (2, 2)):
+        extra = ["--batch_size", size, "--grad-accum", times, "--num_epochs", 1, "--lr", 1e-12]
+        options = [*flags, *extra, "--no-evaluate-before", "--finetune_output_dir"]
+        assert run_here(prompt_tuning.main, [*options, tmp_path / f"{size}x{times}"]).code == 0
+    whole, parts = (train_losses(tmp_path / name) for name in ("4x1", "2x2"))
+    assert whole.keys() == parts.keys() and len(whole) > 2
+    # the adapter still is without effect: so dropout is too, and the losses are exact
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_two_processes_take_the_same_conversations_and_answer_all_of_them(flags, tmp_path):
+    for processes, size in ((1, 4), (2, 2)):
+        run_dir = tmp_path / str(processes)
+        extra = ["--nproc", processes, "--batch_size", size, "--finetune_output_dir", run_dir]
+        with start([SCRIPT, *flags, *extra, "--num_epochs", 1, "--lr", 1e-12]) as running:
+            assert running.finish().code == 0, running.text
+    one, two = (tmp_path / name for name in ("1", "2"))
+    # the adapter still is without effect: so dropout is too, and the losses are exact
+    assert train_losses(two) == pytest.approx(train_losses(one), rel=1e-5)
+    assert rows(two, "val")[0]["val_loss"] == pytest.approx(
+        rows(one, "val")[0]["val_loss"], rel=1e-6
+    )
+    answers = [list(read_json_lines(d / "test_results_candidates_st.jsonl")) for d in (one, two)]
+    assert answers[0] == answers[1] and len(answers[0]) == 7
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(flags, tmp_path):
+    options = [*flags, "--num_workers", 2, "--num_epochs", 5, "--no-evaluate-before"]
+    whole = [*options, "--finetune_output_dir", tmp_path / "whole"]
+    assert run_here(prompt_tuning.main, whole).code == 0
+    run_dir = tmp_path / "out"
+    with start([SCRIPT, *options]) as running:
+        wait_until(lambda: len(train_losses(run_dir)) >= 6, "step 6", running=running)
+        running.signal(signal.SIGTERM)
+        assert running.finish().code == 143, running.text
+        assert running.leaves_nothing()
+    status = status_of(run_dir)
+    assert status["state"] == "stopped" and 6 <= status["step"] < status["total_steps"]
+    resumed = run_here(prompt_tuning.main, options)
+    assert resumed.code == 0 and "continuing from" in resumed.text
+    assert train_losses(run_dir) == train_losses(tmp_path / "whole")
+    assert rows(run_dir, "val")[-1]["val_loss"] == rows(tmp_path / "whole", "val")[-1]["val_loss"]
+    ours, theirs = adapter_of(run_dir), adapter_of(tmp_path / "whole")
+    assert all((ours[name] == theirs[name]).all() for name in theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, tmp_path):
+    options = [*flags, "--save-every", 2, "--num_epochs", 5]
+    whole = [*options, "--finetune_output_dir", tmp_path / "whole"]
+    assert run_here(prompt_tuning.main, whole).code == 0
+    run_dir = tmp_path / "out"
+    with start([SCRIPT, *options]) as running:
+        wait_until(lambda: len(train_losses(run_dir)) >= 7, "step 7", running=running)
+        running.signal(signal.SIGKILL)
+        running.finish()
+        assert running.leaves_nothing()
+    resumed = run_here(prompt_tuning.main, options)
+    assert resumed.code == 0 and "continuing from" in resumed.text
+    assert train_losses(run_dir) == train_losses(tmp_path / "whole")
+    results = [status_of(d)["result"] for d in (run_dir, tmp_path / "whole")]
+    assert results[0] == results[1] and results[0]["before"] is not None
+
+
+def test_a_stop_in_the_test_at_the_end_keeps_the_training(flags, tmp_path, monkeypatch):
+    options = [*flags, "--no-evaluate-before"]
+    monkeypatch.setattr("lavic.src.recommend_training.answer", lambda *_: None)
+    run_here(prompt_tuning.main, options)  # as when the signal comes during the test
+    steps = train_losses(tmp_path / "out")
+    monkeypatch.undo()
+    (tmp_path / "out" / "status.json").write_text(
+        json.dumps(status_of(tmp_path / "out") | {"state": "stopped", "exit_code": 143})
+    )
+    resumed = run_here(prompt_tuning.main, options)
+    assert resumed.code == 0 and "continuing from" in resumed.text
+    assert train_losses(tmp_path / "out") == steps
+    assert status_of(tmp_path / "out")["result"]["after"] is not None
+
+
+def test_the_summary_keeps_the_lines_of_earlier_runs(flags, tmp_path):
+    quick = [*flags, "--num_epochs", 1, "--no-evaluate-before"]
+    assert run_here(prompt_tuning.main, quick).code == 0
+    assert run_here(prompt_tuning.main, [*quick, "--lr", 0.001]).code == 0
+    text = (tmp_path / "out" / "results_summary.csv").read_text()
+    assert [row["lr"] for row in csv.DictReader(text.splitlines())] == ["0.01", "0.001"]
+    assert (tmp_path / "out.1" / "trained_lora_adapter").is_dir()
+
+
+def test_limits_and_dry_runs(flags, tmp_path):
+    outcome = run_here(prompt_tuning.main, [*flags, "--dry-run"])
+    assert outcome.code == 0 and "3 epochs over" in outcome.text
+    assert not (tmp_path / "out").exists()
+    few = [*flags, "--max_samples", 5, "--num_epochs", 1, "--no-evaluate-before"]
+    assert run_here(prompt_tuning.main, few).code == 0
+    answers = tmp_path / "out" / "test_results_candidates_st.jsonl"
+    assert len(list(read_json_lines(answers))) == 5
+
+
+def broken(tmp_path: Path, name: str, content: str) -> Path:
+    """The nano's data with one file replaced."""
+    import shutil
+
+    root = tmp_path / "data"
+    shutil.copytree(nano().root / "data", root)
+    (root / name).write_text(content)
+    return root
+
+
+MISTAKES = {
+    "no adapter typed": (["--model-dir", ""], "is no adapter"),
+    "an adapter that is not there": (["--model_dir", "/nowhere"], "/nowhere is no adapter"),
+    "an unknown category": (["--category", "all_buety"], "invalid choice"),
+    "an unknown kind of candidates": (["--candidate_type", "st"], "invalid choice"),
+    "a category without files": (
+        ["--category", "amazon_home"],
+        "amazon_home/train.jsonl is missing",
+    ),
+    "no titles": (["--item_meta_path", "/nowhere.json"], "/nowhere.json is missing"),
+    "no pictures": (["--image_dir", "/nowhere"], "/nowhere is missing: fetch the pictures"),
+    "a base model that is gone": (["--model-name", "/nowhere"], "/nowhere"),
+    "prompts that cannot fit": (["--max_length", 40], "--max-length 40 is too short"),
+    "a batch larger than the data": (["--batch_size", 64], "too few for one step"),
+    "no batch": (["--batch_size", 0], "batch_size must be above 0"),
+    "a share of the samples": (["--max_samples", "half"], "max_samples must be a number"),
+    "a misspelt flag": (["--canidate_type", "x"], "did you mean --candidate-type?"),
+    "fp16 on the CPU": (["--amp", "fp16"], "--amp fp16 needs a GPU"),
+}
+
+
+@pytest.mark.parametrize(("extra", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_mistake_is_named_in_one_line(extra, message, flags):
+    outcome = run_here(prompt_tuning.main, [*flags, *extra])
+    assert outcome.code == 2, outcome.text
+    assert message in outcome.last_line and outcome.last_line.startswith("error: ")
+    assert "Traceback" not in outcome.text
+
+
+def test_the_adapter_has_to_be_given_and_has_to_be_one_of_stage_1(flags, tmp_path):
+    outcome = run_here(prompt_tuning.main, ["--category", "all_beauty"])
+    assert outcome.code == 2 and "--model_dir is missing" in outcome.last_line
+    other = tmp_path / "adapter"
+    other.mkdir()
+    settings = read_json(nano().adapter / "adapter_config.json")
+    settings["target_modules"] = r"model\.language_model\.layers.*"
+    (other / "adapter_config.json").write_text(json.dumps(settings))
+    outcome = run_here(prompt_tuning.main, [*flags, "--model_dir", other])
+    assert outcome.code == 2 and "is no adapter of stage 1" in outcome.last_line
+
+
+def test_a_bad_line_of_the_conversations_is_named_before_the_model_is_loaded(
+    flags, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(
+        "lavic.src.recommend_setup.load_base", lambda *_: pytest.fail("the model was loaded")
+    )
+    root = broken(tmp_path, "all_beauty/valid.jsonl", '{"context": "a"}\n')
+    outcome = run_here(prompt_tuning.main, [*flags, "--data-root", root])
+    assert outcome.code == 2 and "valid.jsonl line 1: no list of ids" in outcome.last_line
