@@ -1,0 +1,210 @@
+"""Features of your own pictures, sounds and texts by a trained model, and zero-shot labels.
+
+python embed.py --images photos/ --texts captions.txt --audio sounds/   images.npy, texts.npy …
+python embed.py --images photos/ --labels labels.txt                    and zero_shot.json
+python embed.py --images a.jpg b.png --checkpoint outputs/checkpoints/final_model.pt --out found
+python embed.py --images photos/ --demo                                 with the demo's model
+
+Row i of a .npy (N, D), float32 and of unit length, belongs to name i of embeddings.json, so that
+a product of two files compares everything with everything. Texts and labels stand one on a line.
+"""
+
+import logging
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
+sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
+
+from shared.config import ToolOptions, option, parse
+from shared.errors import UserError
+from shared.files import write_atomic, write_json
+from shared.launch import launch_alone
+
+if TYPE_CHECKING:
+    from multimodal.trained import Embedder, Features
+
+RECIPE = Path(__file__).resolve().parent
+OUTPUTS = RECIPE / "outputs"
+OUT = RECIPE / "embeddings"
+SOUNDS = frozenset({".wav", ".flac", ".ogg", ".mp3"})
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the embedding."""
+
+    images: tuple[str, ...] = option((), "picture files, or folders of them")
+    audio: tuple[str, ...] = option((), "sound files (wav, flac, ogg, mp3), or folders of them")
+    texts: Path | None = option(None, "text file, a caption on each line")
+    labels: Path | None = option(None, "text file, a label on each line: tell which fits best")
+    template: str = option("a picture of {}", "what a label is put into, for pictures")
+    audio_template: str = option("the sound of {}", "the same for sounds")
+    checkpoint: Path = option(OUTPUTS, "a checkpoint, or a run's output directory (its best model)")
+    out: Path = option(OUT, "directory for the results")
+    batch_size: int = option(64, "pictures or sounds at a time")
+    workers: int = option(4, "processes that read files; 0: none but this")
+    max_seconds: float = option(30.0, "of a sound that are heard, from its beginning")
+    tool: ToolOptions = field(default_factory=ToolOptions)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        for name in ("batch_size", "max_seconds"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("template", "audio_template"):
+            if "{}" not in getattr(self, name):
+                raise ValueError(f"{name} {getattr(self, name)!r} needs {{}} for the label")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is to be embedded."""
+
+    images: list[Path]
+    audio: list[Path]
+    texts: list[str]
+    labels: list[str]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check the input, then embed; the exit code."""
+    cfg = parse(Config, argv, __doc__)
+    if cfg.tool.demo:
+        cfg = _with_demo(cfg)
+    from multimodal.trained import checkpoint_at
+    from shared.images import SUFFIXES
+
+    inputs = Inputs(
+        _files(cfg.images, SUFFIXES, "images"), _files(cfg.audio, SOUNDS, "audio"),
+        _lines(cfg.texts, "texts"), _lines(cfg.labels, "labels"),
+    )  # fmt: skip
+    if not (inputs.images or inputs.audio or inputs.texts):
+        raise UserError("nothing to embed: give --images, --audio or --texts")
+    checkpoint = checkpoint_at(cfg.checkpoint)
+    log.info(
+        "%d pictures, %d sounds, %d texts by %s",
+        len(inputs.images), len(inputs.audio), len(inputs.texts), checkpoint,
+    )  # fmt: skip
+    if cfg.tool.dry_run:
+        return 0
+    try:
+        cfg.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {cfg.out} cannot be made: {error.strerror}") from None
+    return _embed(cfg, inputs, checkpoint)
+
+
+def _with_demo(cfg: Config) -> Config:
+    demo = RECIPE / "demo"
+    changes = {
+        "checkpoint": demo / "runs" / "outputs",
+        "out": demo / "embeddings",
+        "workers": 0,
+    }
+    return replace(cfg, **{n: v for n, v in changes.items() if n not in cfg.tool.typed})
+
+
+def _files(given: tuple[str, ...], suffixes: frozenset[str], flag: str) -> list[Path]:
+    """The files that were named, and those in the folders that were named, in order."""
+    from shared.images import find_images
+
+    found: list[Path] = []
+    for text in given:
+        path = Path(text).expanduser().absolute()
+        if path.is_dir():
+            below = [path / name for name in find_images(path, suffixes)]
+            if not below:
+                kinds = " ".join(sorted(suffixes))
+                raise UserError(f"--{flag} {text}: the folder holds none of {kinds}")
+            found += below
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"--{flag} {text}: no such file or folder")
+    return found
+
+
+def _lines(path: Path | None, flag: str) -> list[str]:
+    """The lines of a text file that are not empty."""
+    if path is None:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--{flag} {path} cannot be read as UTF-8 text: {error}") from None
+    found = [" ".join(line.split()) for line in lines if line.strip()]
+    if not found:
+        raise UserError(f"--{flag} {path} holds no text")
+    return found
+
+
+def _embed(cfg: Config, inputs: Inputs, checkpoint: Path) -> int:
+    from multimodal import pictures
+    from multimodal.samples import Sounds
+    from multimodal.trained import Embedder, open_trained
+    from shared.device import resolve
+
+    device = resolve(cfg.tool.device, 0, os.environ)
+    trained = open_trained(checkpoint, device)
+    embed = Embedder(trained, device, cfg.tool.amp, cfg.batch_size, cfg.workers)
+    size, hear = trained.model.image_size, Sounds(train=False, eval_seconds=cfg.max_seconds)
+    names: dict[str, Any] = {"checkpoint": str(checkpoint), "skipped": {}}
+    zero_shot: dict[str, Any] = {}
+    for kind, files, ask, load, template in (
+        ("images", inputs.images, embed.images, lambda p: pictures.read(p, size), cfg.template),
+        ("audio", inputs.audio, embed.sounds, hear.features, cfg.audio_template),
+    ):
+        if not files:
+            continue
+        found = ask(lambda i, files=files, load=load: load(files[i]), len(files), logits=False)
+        names[kind] = [str(files[index]) for index in found.kept]
+        names["skipped"] |= {str(files[int(i)]): why for i, why in found.skipped.names.items()}
+        _save(cfg.out / f"{kind}.npy", found.rows)
+        if inputs.labels:
+            fits = _fits(embed, found, inputs.labels, template, kind)
+            zero_shot |= dict(zip(names[kind], fits, strict=True))
+    if inputs.texts:
+        names["texts"] = inputs.texts
+        _save(cfg.out / "texts.npy", embed.texts(inputs.texts))
+    write_json(cfg.out / "embeddings.json", names)
+    if zero_shot:
+        write_json(cfg.out / "zero_shot.json", zero_shot)
+        _show(zero_shot)
+    log.info("results are in %s", cfg.out)
+    return 0
+
+
+def _fits(
+    embed: "Embedder", found: "Features", labels: list[str], template: str, kind: str
+) -> list[dict[str, float]]:
+    """For every file the labels with their probabilities, the best first."""
+    texts = embed.texts([template.replace("{}", label) for label in labels])
+    pair = {"images": "image_text", "audio": "audio_text"}[kind]
+    scale = embed.trained.model.logit_scale[pair].exp().item()
+    shares = (scale * found.rows @ texts.T).softmax(dim=1)
+    return [
+        {labels[i]: round(float(row[i]), 6) for i in row.argsort(descending=True).tolist()}
+        for row in shares
+    ]
+
+
+def _show(zero_shot: dict[str, dict[str, float]]) -> None:
+    for name, shares in zero_shot.items():
+        label, share = next(iter(shares.items()))
+        sys.stdout.write(f"{name}: {label} ({share:.0%})\n")
+
+
+def _save(path: Path, rows: Any) -> None:
+    import numpy as np
+
+    write_atomic(path, lambda stream: np.save(stream, rows.numpy(), allow_pickle=False))
+
+
+if __name__ == "__main__":
+    sys.exit(launch_alone(main))

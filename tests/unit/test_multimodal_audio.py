@@ -1,0 +1,165 @@
+"""Sound files as features: equal to Whisper's extractor, in every format, broken files named."""
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from multimodal import audio
+from multimodal.audio import AudioError, FeatureCache, log_mel, read_waveform
+
+RATE = audio.SAMPLE_RATE
+
+
+def tone(seconds=1.0, rate=RATE, pitch=440.0):
+    return (0.5 * np.sin(2 * np.pi * pitch * np.arange(int(seconds * rate)) / rate)).astype("f4")
+
+
+def pitch_of(waveform):
+    spectrum = np.abs(np.fft.rfft(waveform.numpy() * np.hanning(len(waveform))))
+    return spectrum.argmax() * RATE / len(waveform)
+
+
+@pytest.fixture(scope="session")
+def whisper():
+    from transformers import WhisperFeatureExtractor
+
+    return WhisperFeatureExtractor(feature_size=80)
+
+
+def by_whisper(extractor, waveform):
+    """Its torch path on the real length: no padding, no cut."""
+    found = extractor(
+        waveform.numpy(), sampling_rate=RATE, padding=False, truncation=False, return_tensors="pt"
+    )
+    return found["input_features"][0].T
+
+
+LENGTHS = [400, 401, 559, 560, 12_345, 143_185, 160_000, 160_180, 386_722, 480_000]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("kind", ["noise", "tone", "silence"])
+def test_log_mel_has_the_bits_of_whispers_extractor(whisper, length, kind):
+    generator = torch.Generator().manual_seed(length)
+    waveform = {
+        "noise": 0.1 * torch.randn(length, generator=generator),
+        "tone": torch.from_numpy(tone(length / RATE + 1)[:length]),
+        "silence": torch.zeros(length),
+    }[kind]
+    expected = by_whisper(whisper, waveform)
+    assert log_mel(waveform).shape == expected.shape == (length // 160, 80)
+    assert (log_mel(waveform) - expected).abs().max() == 0.0
+
+
+@pytest.mark.slow
+def test_filters_are_those_of_transformers(whisper):
+    assert np.array_equal(audio._filters().numpy(), whisper.mel_filters.T.astype(np.float32))
+
+
+def test_less_than_a_window_is_filled_up():
+    assert log_mel(torch.ones(1)).shape == (2, 80)
+    assert torch.equal(
+        log_mel(torch.ones(300)), log_mel(torch.cat((torch.ones(300), torch.zeros(100))))
+    )
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3"])
+@pytest.mark.parametrize("rate", [8_000, 16_000, 32_000, 44_100, 48_000])
+def test_every_format_and_rate_gives_the_same_tone(tmp_path, suffix, rate):
+    path = tmp_path / f"a{suffix}"
+    soundfile.write(path, tone(rate=rate), rate)
+    waveform = read_waveform(path)
+    assert waveform.dtype == torch.float32
+    assert abs(len(waveform) - RATE) <= (1 if suffix in (".wav", ".flac") else 2000)
+    assert abs(pitch_of(waveform) - 440) < 2
+    assert abs(float(waveform[2000:-2000].square().mean().sqrt()) - 0.5 / 2**0.5) < 0.02
+
+
+def test_channels_are_averaged(tmp_path):
+    left, right = tone(), -tone()
+    soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), RATE, subtype="FLOAT")
+    assert read_waveform(tmp_path / "a.wav").abs().max() < 1e-6
+
+
+def test_part_of_a_file_is_that_part(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(3.0), RATE, subtype="FLOAT")
+    whole = read_waveform(tmp_path / "a.wav")
+    part = read_waveform(tmp_path / "a.wav", start=0.5, seconds=1.25)
+    assert torch.equal(part, whole[8_000:28_000])
+    assert len(read_waveform(tmp_path / "a.wav", start=2.5, seconds=5.0)) == 8_000
+
+
+BROKEN = {
+    "empty.wav": (b"", "the file is empty"),
+    "page.wav": (b"<!doctype html><title>Log in</title>", "no readable sound"),
+    "cut.wav": (b"RIFF\x24\x00\x00\x00WA", "no readable sound"),
+    "note.flac": (b"fLaC", "no readable sound"),
+    "voice.m4a": (b"\0\0\0\x18ftypM4A ", "m4a is not read; ffmpeg -i"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_fault_27_broken_file_is_named_with_its_reason(tmp_path, name):
+    content, reason = BROKEN[name]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(AudioError, match=f"{name}: {reason}"):
+        read_waveform(tmp_path / name)
+
+
+def test_fault_27_missing_cut_and_endless_files(tmp_path):
+    with pytest.raises(AudioError, match=r"gone\.wav: no such file"):
+        read_waveform(tmp_path / "gone.wav")
+    soundfile.write(tmp_path / "nan.wav", np.array([0, np.nan], "f4"), RATE, subtype="FLOAT")
+    with pytest.raises(AudioError, match=r"nan\.wav: .* no numbers"):
+        read_waveform(tmp_path / "nan.wav")
+    soundfile.write(tmp_path / "none.wav", np.zeros(0, "f4"), RATE)
+    with pytest.raises(AudioError, match=r"none\.wav: the file holds no sound"):
+        read_waveform(tmp_path / "none.wav")
+
+
+def test_fault_27_flac_that_breaks_off_is_named_or_shorter(tmp_path):
+    path = tmp_path / "a.flac"
+    generator = np.random.default_rng(0)
+    soundfile.write(path, generator.normal(0, 0.1, 5 * RATE), RATE)
+    path.write_bytes(path.read_bytes()[:30_000])
+    try:
+        assert 0 < len(read_waveform(path)) < 5 * RATE
+    except AudioError as error:
+        assert "a.flac" in str(error)
+
+
+# --- cache ----------------------------------------------------------------------------------------
+
+
+def test_cache_gives_the_same_numbers_cold_and_warm(tmp_path, monkeypatch):
+    soundfile.write(tmp_path / "a.wav", tone(), RATE)
+    cache = FeatureCache(tmp_path / "cache")
+    cold = cache.features(tmp_path / "a.wav")
+    monkeypatch.setattr(audio, "read_waveform", lambda _: pytest.fail("read again"))
+    assert torch.equal(cache.features(tmp_path / "a.wav"), cold)
+    assert cold.dtype == torch.float32 and cold.shape == (100, 80)
+
+
+def test_cache_is_within_half_precision_of_the_features(tmp_path):
+    soundfile.write(tmp_path / "a.wav", tone(), RATE)
+    found = FeatureCache(tmp_path / "cache").features(tmp_path / "a.wav")
+    assert (found - log_mel(read_waveform(tmp_path / "a.wav"))).abs().max() <= 2**-10
+
+
+def test_cache_notices_that_a_file_has_changed(tmp_path):
+    cache = FeatureCache(tmp_path / "cache")
+    soundfile.write(tmp_path / "a.wav", tone(), RATE)
+    before = cache.features(tmp_path / "a.wav")
+    soundfile.write(tmp_path / "a.wav", tone(pitch=2_000.0), RATE)
+    assert not torch.equal(cache.features(tmp_path / "a.wav"), before)
+
+
+def test_cache_passes_over_a_torn_file(tmp_path):
+    cache = FeatureCache(tmp_path / "cache")
+    soundfile.write(tmp_path / "a.wav", tone(), RATE)
+    before = cache.features(tmp_path / "a.wav")
+    (stored,) = (tmp_path / "cache").rglob("*.npy")
+    stored.write_bytes(stored.read_bytes()[:50])
+    assert torch.equal(cache.features(tmp_path / "a.wav"), before)
