@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shared.errors import UserError, did_you_mean, one_line
+from shared.files import is_file
 
 RECIPE = Path(__file__).resolve().parent
 ROOT = RECIPE.parent
@@ -39,7 +40,7 @@ def find_config(name: str, cwd: Path) -> Path:
     given = Path(name).expanduser()
     places = [folder / given for folder in (cwd, RECIPE, ROOT)]
     for place in places:
-        if place.is_file():
+        if is_file(place):
             return place
     ours = [str(path.relative_to(RECIPE)) for path in sorted(RECIPE.glob("config/arcface/*.py"))]
     looked = ", ".join(str(path) for path in dict.fromkeys(places))
@@ -120,7 +121,7 @@ def _read_bases(path: Path, tree: ast.Module, readers: tuple[Path, ...]) -> dict
     owners: dict[str, str] = {}
     for name, line in _base_names(path, tree):
         place = path.parent / name
-        if not place.is_file():
+        if not is_file(place):
             raise UserError(f"{path}:{line}: the base {name} is missing (looked for {place})")
         found = _read(place, readers)
         for key in found:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from face_distill.face_sources import number_by_appearance
-from shared.errors import UserError
+from shared.errors import UserError, one_line
 from shared.files import read_json
 
 EMBEDDING, MAP = "teacher_embedding.npy", "teacher_feat_map.npy"
@@ -195,10 +195,12 @@ def _map_array(path: Path, expected: str) -> np.ndarray:
         return np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{path} is missing: expected {expected}; {_HOW}") from None
-    except (OSError, ValueError, EOFError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # a damaged header fails in any of a dozen ways, none of them a bug
         raise UserError(
-            f"{path} cannot be read as an array ({error}): expected {expected}; it may be cut off, "
-            f"fetch it again; {_HOW}"
+            f"{path} cannot be read as an array ({one_line(error)}): expected {expected}; it may "
+            f"be cut off, fetch it again; {_HOW}"
         ) from None
 
 

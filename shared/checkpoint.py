@@ -15,9 +15,10 @@ from typing import IO, Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from shared import pickles
 from shared.config import differing
 from shared.errors import UserError, one_line
-from shared.files import read_json, write_atomic
+from shared.files import read_object, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -130,9 +131,12 @@ def load(path: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             torn = archive.testzip()
-        if torn:
-            raise DamagedError(f"{path}: {torn} is damaged")
+            if torn:
+                raise DamagedError(f"{path}: {torn} is damaged")
+            pickles.check_archive(archive)
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except DamagedError:
+        raise
     except (OSError, zipfile.BadZipFile, EOFError) as error:
         raise DamagedError(f"{path}: {one_line(error) or 'not a checkpoint'}") from None
     except Exception as error:
@@ -182,7 +186,7 @@ def decide(
         return Decision(path / last if path.is_dir() else path, is_named=path.is_file())
     if restarted:
         return Decision()
-    status = read_json(run_dir / "status.json") or {}
+    status = read_object(run_dir / "status.json")
     if not _worth_keeping(run_dir, last, status):
         return Decision()
     if resume == "never":
@@ -191,8 +195,8 @@ def decide(
         return Decision(None, "no checkpoint there to continue from", move_aside=True)
     if status.get("state") == "done":
         return Decision(None, "the run there is finished", move_aside=True)
-    stored = (read_json(run_dir / "config.json") or {}).get("identity", {})
-    changed = differing(stored, identity)
+    stored = read_object(run_dir / "config.json").get("identity")
+    changed = differing(stored if isinstance(stored, dict) else {}, identity)
     if changed:
         return Decision(
             None, f"the run there had other settings ({'; '.join(changed)})", move_aside=True
@@ -244,15 +248,15 @@ def check_world_size(path: Path, before: int, now: int, *, allowed: bool) -> Non
 
 def load_parts(parts: Parts, states: dict[str, Any], path: Path) -> None:
     """Put each state into its part. Raises UserError listing keys and shapes that do not fit."""
-    missing = sorted(parts.keys() - states.keys())
+    missing = sorted(parts.keys() - (states.keys() if isinstance(states, dict) else set()))
     if missing:
         raise UserError(f"{path} lacks {', '.join(missing)}: it was written by another kind of run")
     for name, part in parts.items():
-        if isinstance(part, nn.Module):
-            _check_shapes(name, part, states[name], path)
         try:
+            if isinstance(part, nn.Module):
+                _check_shapes(name, part, states[name], path)
             part.load_state_dict(states[name])
-        except (ValueError, KeyError, RuntimeError) as error:
+        except (ValueError, LookupError, RuntimeError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: {name} does not fit: {one_line(error)}") from None
 
 

@@ -378,7 +378,7 @@ def load_file(path: Path) -> dict[str, Any]:
 
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path} cannot be read: {one_line(error)}") from None
     if not isinstance(loaded, dict):
         raise UserError(

@@ -34,9 +34,17 @@ class MissingToolError(UserError):
     exit_code = MISSING_TOOL
 
 
+_LONGEST_LINE = 3000  # characters: a message may quote what a file or a command line held
+
+
 def one_line(error: BaseException) -> str:
-    """The message of `error` on one line, whatever white space it held."""
-    return " ".join(str(error).split()) or type(error).__name__
+    """The message of `error` on one line, whatever white space and unprintable signs it held."""
+    text = " ".join(str(error).split())
+    if not text.isprintable():  # a terminal would obey what it does not show
+        text = "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text)
+    if len(text) > _LONGEST_LINE:
+        text = text[: _LONGEST_LINE // 2] + " … " + text[-_LONGEST_LINE // 2 :]
+    return text or type(error).__name__
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

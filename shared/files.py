@@ -50,8 +50,9 @@ def write_atomic(
 
 
 def write_text(path: Path, text: str, *, durable: bool = True) -> None:
-    """Write `text` as UTF-8, atomically."""
-    write_atomic(path, lambda stream: _discard(stream.write(text.encode())), durable=durable)
+    """Write `text` as UTF-8, atomically; what UTF-8 cannot hold (halves of signs) escaped."""
+    content = text.encode(errors="backslashreplace")
+    write_atomic(path, lambda stream: _discard(stream.write(content)), durable=durable)
 
 
 def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
@@ -64,18 +65,26 @@ def read_json(path: Path) -> Any:
     """The JSON value in `path`, or None when the file is missing or not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last: nested without end
         return None
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`; {} when the file is missing or holds none."""
+    value = read_json(path)
+    return value if isinstance(value, dict) else {}
+
+
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; a torn last line (a killed writer) is passed over."""
+    """The objects of a JSON-lines file; any other line, as a killed writer's, is passed over."""
     if not path.exists():
         return
     with path.open(encoding="utf-8", errors="replace") as lines:
         for line in lines:
-            with contextlib.suppress(ValueError):
-                yield json.loads(line)
+            with contextlib.suppress(ValueError, RecursionError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    yield row
 
 
 def cut_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
@@ -126,6 +135,14 @@ def is_alive(pid: int) -> bool:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return state != "Z"
     return True
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; False also for what no file can be called."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def move_aside(path: Path, keep: tuple[str, ...] = ()) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import one_line
-from shared.files import is_alive
+from shared.files import is_alive, is_file
 
 PAGES = "pages"  # of a run directory: the pictures and tables that a recipe adds to the report
 PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".html")
@@ -239,12 +239,5 @@ def _pictures(record: RunRecord) -> list[Path]:
     for name in outputs if isinstance(outputs, list) else []:
         if isinstance(name, str) and "\0" not in name:
             found.append(record.run_dir / name)  # an absolute one stays as it is
-    inside = [path for path in found if path.suffix.lower() in PICTURES and _is_file(path)]
+    inside = [path for path in found if path.suffix.lower() in PICTURES and is_file(path)]
     return [path for path in dict.fromkeys(inside) if path.name != "report.html"]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:
-        return False

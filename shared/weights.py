@@ -17,7 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from shared import pickles
 from shared.errors import UserError, did_you_mean
+from shared.files import is_file
 
 # In a directory the first of these that is there is read; an index names its shards.
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -165,12 +167,16 @@ def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         entries = dict(weight_map)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{index} is not a weight index (no readable weight_map): download it again"
         ) from error
     # A shard is a file beside its index: a path that leads elsewhere is not followed.
-    foreign = [s for s in entries.values() if not isinstance(s, str) or Path(s).name != s]
+    foreign = [
+        shard
+        for shard in entries.values()
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard.isprintable()
+    ]
     if foreign:
         raise UserError(f"{index} names {foreign[0]!r} as a shard, which is not a plain file name")
     return entries
@@ -178,7 +184,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def _read_file(path: Path, prefix: str) -> dict[str, Tensor]:
     """The wanted tensors of one file, under their full names."""
-    if not path.is_file():
+    if not is_file(path):
         raise UserError(_why_missing(path))
     _refuse_impostors(path)
     if path.suffix == ".safetensors":
@@ -190,7 +196,7 @@ def _read_file(path: Path, prefix: str) -> dict[str, Tensor]:
 def _why_missing(path: Path) -> str:
     """What to tell about a weight file that is not there."""
     for suffix in _PARTIAL_SUFFIXES:
-        if path.with_name(path.name + suffix).exists():
+        if is_file(path.with_name(path.name + suffix)):
             return (
                 f"{path} has not been downloaded completely (only {path.name}{suffix} is there): "
                 "run the download again, it continues where it stopped"
@@ -263,17 +269,26 @@ def _refuse_truncated_safetensors(path: Path) -> None:
 
 def _read_pickled(path: Path) -> Any:
     """What a .pth file holds, read by torch's weights-only unpickler."""
-    is_zip = zipfile.is_zipfile(path)
     with path.open("rb") as stream:
         starts_as_zip = stream.read(2) == b"PK"
+    try:
+        is_zip = zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        is_zip = False
     if starts_as_zip and not is_zip:  # a zip archive ends with its table of contents
         raise UserError(_cut_off(path))
     try:
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                pickles.check_archive(archive)
+        else:
+            with path.open("rb") as stream:
+                pickles.check_stream(stream)
         # Only the zip format can be mapped; files of torch before 1.6 are read whole.
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise UserError(_why_refused(path, str(error))) from error
-    except (RuntimeError, EOFError, OSError, LookupError, ValueError) as error:
+    except Exception as error:  # a damaged file fails in any of a dozen ways, none of them a bug
         raise UserError(_cut_off(path)) from error
 
 

@@ -48,3 +48,14 @@ def test_a_full_dev_shm_is_not_called_a_full_disk(end: str) -> None:
     """torch's words when a loader worker cannot put its batch into /dev/shm."""
     message = f"unable to write to file </torch_1_2_3>: No space left on device (28){end}"
     assert "/dev/shm" in (hint_for(message) or "")
+
+
+def test_one_line_shows_what_a_terminal_would_obey() -> None:
+    assert one_line(ValueError("red \x1b[31m\n\ttext\x00")) == "red \\x1b[31m text\\x00"
+    assert one_line(ValueError("数据 é")) == "数据 é"
+    assert one_line(ValueError("half \udc80")) == "half \\udc80"
+
+
+def test_one_line_leaves_out_the_middle_of_an_endless_message() -> None:
+    text = one_line(ValueError("begin " + "x" * 100_000 + " end"))
+    assert text.startswith("begin x") and text.endswith("x end") and len(text) < 3100

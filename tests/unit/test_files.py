@@ -128,3 +128,27 @@ def test_move_aside_takes_the_first_free_number_and_keeps_what_is_named(tmp_path
     assert aside == tmp_path / "run.2"
     assert [path.name for path in run.iterdir()] == ["run.lock"]
     assert sorted(path.name for path in aside.iterdir()) == ["last.pt", "sub"]
+
+
+def test_halves_of_signs_are_written_escaped_and_read_back(tmp_path):
+    path = tmp_path / "names.json"
+    files.write_json(path, {"file": "caf\udce9"})
+    assert files.read_json(path) == {"file": "caf\udce9"}
+
+
+@pytest.mark.parametrize("content", ["[1]", "3", "null", "[" * 100_000, '{"a": ', ""])
+def test_what_is_no_object_is_read_as_an_empty_one(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    assert (
+        files.read_object(tmp_path / "a.json") == {} == files.read_object(tmp_path / "missing.json")
+    )
+
+
+def test_lines_that_are_no_objects_are_passed_over(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"a": 1}\n[1]\n3\n' + "[" * 100_000 + '\n{"b": 2}\n')
+    assert list(files.read_json_lines(tmp_path / "a.jsonl")) == [{"a": 1}, {"b": 2}]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "nul\0", "missing"])
+def test_what_no_file_can_be_called_is_no_file(tmp_path, name):
+    assert not files.is_file(tmp_path / name)

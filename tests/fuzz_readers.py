@@ -1,0 +1,271 @@
+"""The readers that tests/fuzzing.py is let loose on: a line each, with a small whole file."""
+
+from __future__ import annotations
+
+import io
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from arcface import config_options, config_reader, partition, recipe, run_settings
+from face_distill import recordio, teacher, verification
+from face_distill import run_settings as face_settings
+from shared import checkpoint, config, files, images, report, seed, weights
+from shared.checkpoint import DamagedError, Position
+from tests.faults.probe_recipe import Config
+from tests.fuzzing import Reader
+
+
+def picture(kind: str, seed: int = 0) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)
+    written = io.BytesIO()
+    Image.fromarray(pixels).save(written, kind)
+    return written.getvalue()
+
+
+def put(name: str, content: bytes | str | Callable[[Path], Any]) -> Callable[[Path], Any]:
+    """What writes one file: of bytes, of text, or by a function of its path."""
+
+    def make(directory: Path) -> None:
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if callable(content):
+            content(path)
+        else:
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
+
+    return make
+
+
+def together(*makers: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    return lambda directory: [make(directory) for make in makers]
+
+
+# --- face_distill ---------------------------------------------------------------------------------
+
+
+def _make_records(directory: Path) -> None:
+    labels: list[Any] = [np.array([3.0, 5.0], np.float32), 1.0, 1.0, 2.0]
+    payloads = [recordio.pack(label, picture("JPEG")) for label in labels]
+    payloads[2] += recordio._MAGIC_BYTES * 3  # split over several parts
+    items = list(enumerate(payloads))
+    recordio.write_records(directory / "train.rec", directory / "train.idx", items)
+
+
+def _read_records(directory: Path) -> None:
+    reader = recordio.RecordReader(directory / "train.rec", directory / "train.idx")
+    for key in reader.keys:
+        recordio.unpack(reader.read(int(key)), "record")
+    list(recordio.scan(directory / "train.rec"))
+
+
+def _make_features(directory: Path) -> None:
+    chance = np.random.default_rng(0)
+    maps = chance.random((6, 7, 7), np.float32)
+    np.save(directory / teacher.EMBEDDING, chance.random((6, 5), np.float32))
+    np.save(directory / teacher.MAP, maps / maps.sum((1, 2), keepdims=True))
+    np.save(directory / teacher.LABELS, np.arange(6))
+    (directory / teacher.MANIFEST).write_text('{"map": "probability", "selection": "first_n"}')
+
+
+def _make_pairs(path: Path) -> None:
+    path.write_bytes(pickle.dumps(([picture("JPEG", n) for n in range(4)], [True, False])))
+
+
+def _make_old_pairs(path: Path) -> None:
+    arrays = [np.frombuffer(picture("PNG", n), np.uint8) for n in range(4)]
+    path.write_bytes(pickle.dumps((arrays, np.array([True, False])), protocol=2))
+
+
+def _read_pairs(path: Path) -> None:
+    pairs = verification.read_pairs(path)
+    verification.decode(pairs.images[:2])
+
+
+# --- arcface --------------------------------------------------------------------------------------
+
+LIST = "4\nimage_name item_id evaluation_status\n" + "".join(
+    f"img/WOMEN/Dresses/id_0000000{n}/02_1_front.jpg id_0000000{n} {split}\n"
+    for n, split in enumerate(("train", "train", "query", "gallery"))
+)
+MM_CONFIG = """\
+_base_ = ["base.py"]
+size = 224
+model = dict(head=dict(num_classes=10, margins=0.5), backbone="{{_base_.name}}", crop=(size, size))
+train_dataloader = dict(_delete_=True, batch_size=32, dataset=dict(type="InShop", split='train'))
+text = "a {{_base_.name}} of {{_base_.model.depth}}"
+"""
+MM_BASE = 'name = "ResNet"\nmodel = dict(depth=50, init=None, flags=[True, False, -1.5e-3])\n'
+WHOLE_CONFIG = config_reader.RECIPE / "config/arcface/resnet18-arcface_demo.py"
+
+
+def _read_list(path: Path) -> None:
+    found = partition.read_partition(path)
+    found.remarks()
+    for split in partition.SPLITS:
+        found.labels(split)
+
+
+def _make_recipe(path: Path) -> None:
+    path.write_text(json.dumps(config_reader.read_config(WHOLE_CONFIG)))
+
+
+def _read_recipe(directory: Path) -> None:
+    """A configuration whose values were damaged: everything that the recipe makes of them."""
+    content = files.read_json(directory / "recipe.json")
+    if isinstance(content, dict):
+        recipe.read_recipe(content, directory)
+        recipe.deciding(content)
+
+
+def _read_options(directory: Path) -> None:
+    text = (directory / "options.txt").read_text(encoding="utf-8", errors="replace")
+    config_options.with_options({"model": {"depth": 50}, "list": [1, {"a": 2}]}, text.split("\n"))
+
+
+# --- shared ---------------------------------------------------------------------------------------
+
+STATE = {
+    "parts": {"model": {"weight": torch.arange(6.0).view(2, 3), "bias": torch.zeros(2)}},
+    "position": {"step": 3, "epoch": 1, "batch": 0},
+    "generators": [{"torch": torch.zeros(8, dtype=torch.uint8), "numpy": [1, 2], "name": "MT"}],
+    "world_size": 1,
+}
+SETTINGS = {"settings": {"epochs": 3, "width": 16, "dropout": 0.1, "fault": "", "seed": 0}}
+YAML = "epochs: 5\nwidth: 32\ndropout: 2e-1\naugment: no\nrun-dir: /tmp/x\namp: off\nseed: 0x10\n"
+ROWS = "".join(
+    json.dumps({"step": n, "epoch": 0, "split": "train", "time": 1.5, "loss": 1 / n}) + "\n"
+    for n in range(1, 9)
+)
+STATUS = {
+    "recipe": "probe", "state": "done", "exit_code": 0, "reason": "8 steps", "pid": 1, "step": 8,
+    "total_steps": 8, "started_at": "2026-01-02T03:04:05Z", "updated_at": "2026-01-02T03:05:05Z",
+    "result": {"name": "loss", "before": 1.0, "after": 0.1, "higher_is_better": False},
+    "last": {"loss": 0.1}, "best": {}, "outputs": ["pages/a.png"], "eta_s": 0.0,
+}  # fmt: skip
+
+
+def _make_old_weights(path: Path) -> None:
+    state = {"model": STATE["parts"]["model"]}
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+
+
+def _make_run(directory: Path) -> None:
+    net, optimizer = _parts()
+    net["model"](torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    parts = {**net, "optimizer": optimizer}
+    state = checkpoint.snapshot(parts, Position(3, 1, 0), [seed.get_state()])
+    checkpoint.save(directory / "last.pt", state)
+    (directory / "config.json").write_text(json.dumps({"identity": {"lr": 0.1, "seed": 0}}))
+    (directory / "status.json").write_text(json.dumps(STATUS | {"state": "stopped"}))
+
+
+def _parts() -> tuple[dict[str, Any], torch.optim.Optimizer]:
+    net = torch.nn.Linear(3, 2)
+    return {"model": net}, torch.optim.AdamW(net.parameters())
+
+
+def _continue_run(directory: Path) -> None:
+    """What `Run.restore` does."""
+    decision = checkpoint.decide(directory, "last.pt", "auto", {"lr": 0.1, "seed": 0}, False)
+    found = decision.checkpoint and checkpoint.find(decision.checkpoint, explicit=False)
+    if found:
+        path, state = checkpoint.of_a_run(*found)
+        net, optimizer = _parts()
+        checkpoint.load_parts({**net, "optimizer": optimizer}, state["parts"], path)
+
+
+def _make_safetensors(path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"a.weight": torch.ones(2, 3), "b": torch.zeros(4, dtype=torch.float16)}, path)
+
+
+def _make_shards(directory: Path) -> None:
+    _make_safetensors(directory / "one.safetensors")
+    names = dict.fromkeys(("a.weight", "b"), "one.safetensors")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
+def _read_lines(path: Path) -> None:
+    rows = list(files.read_json_lines(path))
+    assert all(isinstance(row, dict) for row in rows)
+    files.cut_json_lines(path, lambda row: row.get("step", 0) != 3)
+
+
+def _read_settings(path: Path) -> None:
+    config.parse(Config, ["--config", str(path)])
+
+
+def _resume(directory: Path) -> None:
+    config.parse(Config, ["--resume", str(directory)])
+
+
+READERS: dict[str, Reader] = {
+    "RecordIO": Reader(_make_records, _read_records),
+    "teacher npy": Reader(_make_features, teacher.TeacherFeatures),
+    "pairs bin": Reader(put("lfw.bin", _make_pairs), lambda d: _read_pairs(d / "lfw.bin")),
+    "old pairs bin": Reader(put("cfp.bin", _make_old_pairs), lambda d: _read_pairs(d / "cfp.bin")),
+    "student's settings": Reader(
+        put("config.json", json.dumps(SETTINGS)), lambda d: face_settings.settings_of(d / "x.pth")
+    ),
+    "list file": Reader(put("list.txt", LIST), lambda d: _read_list(d / "list.txt")),
+    "mm config": Reader(
+        together(put("config.py", MM_CONFIG), put("base.py", MM_BASE)),
+        lambda d: config_reader.read_config(d / "config.py"),
+    ),
+    "recipe": Reader(put("recipe.json", _make_recipe), _read_recipe),
+    "cfg-options": Reader(
+        put("options.txt", "model.depth=18\nlist.1.a=[1,(2,'x')]\nmodel.name=dict(a=1)"),
+        _read_options,
+    ),
+    "stored configuration": Reader(
+        put("config.json", json.dumps({"settings": {"configuration": {"a": {"b": [1, 2]}}}})),
+        lambda d: run_settings.changes(d, {"a": {"b": [1, 3]}}),
+    ),
+    "json": Reader(put("a.json", json.dumps(STATUS)), lambda d: files.read_json(d / "a.json")),
+    "json lines": Reader(put("a.jsonl", ROWS), lambda d: _read_lines(d / "a.jsonl")),
+    "yaml settings": Reader(put("c.yaml", YAML), lambda d: _read_settings(d / "c.yaml")),
+    "resumed settings": Reader(put("config.json", json.dumps(SETTINGS)), _resume),
+    "checkpoint": Reader(
+        put("last.pt", lambda path: torch.save(STATE, path)),
+        lambda d: checkpoint.load(d / "last.pt"),
+        (DamagedError,),
+    ),
+    "weights pth": Reader(
+        put("w.pth", lambda path: torch.save({"state_dict": STATE["parts"]["model"]}, path)),
+        lambda d: weights.read(d / "w.pth"),
+    ),
+    "weights of old torch": Reader(
+        put("w.pth", _make_old_weights), lambda d: weights.read(d / "w.pth")
+    ),
+    "run to continue": Reader(_make_run, _continue_run),
+    "weights safetensors": Reader(
+        put("w.safetensors", _make_safetensors), lambda d: weights.read(d / "w.safetensors")
+    ),
+    "weights in shards": Reader(_make_shards, weights.read),
+    "JPEG": Reader(
+        put("a.jpg", picture("JPEG")), lambda d: images.read_rgb(d / "a.jpg"), (ValueError,)
+    ),
+    "PNG": Reader(
+        put("a.png", picture("PNG")), lambda d: images.read_rgb(d / "a.png"), (ValueError,)
+    ),
+    "run report": Reader(
+        together(
+            put("status.json", json.dumps(STATUS)),
+            put("config.json", json.dumps(SETTINGS)),
+            put("metrics.jsonl", ROWS),
+            put("pages/a.png", picture("PNG")),
+            put("pages/b.html", "<h1>Sheet</h1><table><tr><td>1</td></tr></table>"),
+            put("pages/c.svg", '<svg xmlns="http://www.w3.org/2000/svg"><path d="M0 0"/></svg>'),
+        ),
+        report.write,
+    ),
+}

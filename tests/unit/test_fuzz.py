@@ -1,0 +1,52 @@
+"""Five hundred damaged copies of every reader's input; see tests/fuzzing.py."""
+
+import pytest
+
+from tests import fuzzing
+from tests.fuzz_readers import READERS
+from tests.fuzzing import Reader
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_damage_ends_in_a_result_or_in_one_line(name):
+    campaign = fuzzing.run(name, READERS[name], cases=500, timeout=100)
+    assert campaign.faults == []
+    assert campaign.cases == 500
+
+
+def read_badly(directory):
+    content = (directory / "file").read_bytes()
+    if content != b"good":
+        raise KeyError("not ours")
+
+
+def read_by_running(directory):
+    import os
+
+    if (directory / "file").read_bytes() != b"good":
+        os.system("true")
+
+
+@pytest.mark.parametrize(
+    ("read", "found"), [(read_badly, "KeyError"), (read_by_running, "os.system")]
+)
+def test_the_harness_notices_a_foreign_error_and_a_program(read, found):
+    def make(directory):
+        (directory / "file").write_bytes(b"good")
+
+    campaign = fuzzing.run("bad", Reader(make, read), cases=20, timeout=60)
+    assert len(campaign.faults) > 10 and found in campaign.faults[0]
+
+
+def test_the_harness_notices_a_process_that_dies():
+    import os
+
+    def read(directory):
+        if (directory / "file").read_bytes() != b"good":
+            os._exit(7)
+
+    def make(directory):
+        (directory / "file").write_bytes(b"good")
+
+    with pytest.raises(AssertionError, match="exit code 7"):
+        fuzzing.run("bad", Reader(make, read), cases=20, timeout=60)

@@ -1,0 +1,47 @@
+"""Files that torch would take hours to refuse."""
+
+import io
+import time
+import zipfile
+
+import pytest
+import torch
+
+from shared import checkpoint, pickles, weights
+from shared.checkpoint import DamagedError
+from shared.errors import UserError
+
+ENDLESS = b"\x80\x02ctorch\nFloat" + b"[" * 1_000_000 + b"\n."
+
+
+def archive(pickled: bytes) -> io.BytesIO:
+    written = io.BytesIO()
+    with zipfile.ZipFile(written, "w") as made:
+        made.writestr("archive/data.pkl", pickled)
+        made.writestr("archive/version", "3\n")
+        made.writestr("archive/byteorder", "little")
+    return written
+
+
+def test_a_class_with_an_endless_name_is_refused_at_once(tmp_path):
+    path = tmp_path / "last.pt"
+    path.write_bytes(archive(ENDLESS).getvalue())
+    began = time.perf_counter()
+    with pytest.raises(DamagedError, match="a class whose name has 1,000,011"):
+        checkpoint.load(path)
+    with pytest.raises(UserError, match="damaged"):
+        weights.read(path)
+    (tmp_path / "old.pth").write_bytes(ENDLESS)
+    with pytest.raises(UserError, match="damaged"):
+        weights.read(tmp_path / "old.pth")
+    assert time.perf_counter() - began < 5
+
+
+def test_long_texts_and_many_tensors_are_no_names(tmp_path):
+    state = {f"layer.{number}.weight": torch.zeros(1) for number in range(50)}
+    torch.save({"model": state, "note": "x" * 30_000}, tmp_path / "a.pt")
+    assert checkpoint.load(tmp_path / "a.pt")["note"] == "x" * 30_000
+
+
+def test_another_fault_is_left_to_torch():
+    pickles.check_stream(io.BytesIO(b"\x80\x02no pickle at all"))
