@@ -47,7 +47,7 @@ def test_the_tokenizer_imports_neither_open_clip_nor_transformers():
         sys.path.insert(0, {str(ROOT)!r})
         from multimodal import tokens
         tokens.tokenise(["a"])
-        print(*{"open_clip", "transformers", "torchvision"} & set(sys.modules))
+        print(*{{"open_clip", "transformers", "torchvision"}} & set(sys.modules))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True

@@ -1,0 +1,135 @@
+"""Retrieval with several captions and multi-label mAP against other people's definitions."""
+
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import normalize
+
+from multimodal import scores
+from tests.harness import ROOT
+
+
+def random_case(seed, items=40, captions=5, width=8, ragged=False):
+    generator = torch.Generator().manual_seed(seed)
+    counts = [captions] * items
+    if ragged:
+        counts = (torch.randint(1, 7, (items,), generator=generator)).tolist()
+    owners = [item for item, count in enumerate(counts) for _ in range(count)]
+    rows = normalize(torch.randn(items, width, generator=generator), dim=1)
+    noise = torch.randn(len(owners), width, generator=generator)
+    texts = normalize(rows[owners] + 1.5 * noise, dim=1)
+    return rows, texts, owners
+
+
+def recall_by_hits(similarity, belongs, k):
+    """A query is found when any of the k best that it is given belongs to it."""
+    best = np.argsort(-similarity, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(belongs, best, axis=1).any(axis=1).mean()
+
+
+def map_at_10(similarity, belongs):
+    values = []
+    for row, truth in zip(similarity, belongs, strict=True):
+        hits, total = 0, 0.0
+        for rank, place in enumerate(np.argsort(-row, kind="stable")[:10], 1):
+            if truth[place]:
+                hits += 1
+                total += hits / rank
+        values.append(total / truth.sum())
+    return np.mean(values)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("ragged", [False, True])
+def test_retrieval_with_several_captions_is_that_of_clip_benchmark(seed, ragged):
+    rows, texts, owners = random_case(seed, ragged=ragged)
+    belongs = np.arange(len(rows))[:, None] == np.array(owners)[None]
+    similarity = (rows.double() @ texts.double().T).numpy()
+    there, back = scores.both_ways(("image", "text"), rows, texts, owners)
+    assert (there.name, back.name) == ("image to text", "text to image")
+    for way, matrix, truth in ((there, similarity, belongs), (back, similarity.T, belongs.T)):
+        for k in (1, 5, 10):
+            assert way.metrics[f"R@{k}"] == pytest.approx(recall_by_hits(matrix, truth, k))
+        assert way.metrics["mAP@10"] == pytest.approx(map_at_10(matrix, truth))
+        assert (way.queries, way.gallery) == matrix.shape
+
+
+def test_figures_by_hand():
+    """Two pictures; the third caption, of picture 1, lies nearer to picture 0."""
+    rows = torch.eye(2)
+    texts = normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0]]), dim=1)
+    there, back = scores.both_ways(("image", "text"), rows, texts, [0, 1, 1])
+    assert there.metrics["R@1"] == 1.0
+    # picture 0: its caption first, 1/1. picture 1: its captions at 1 and 2, (1/1 + 2/2) / 2
+    assert there.metrics["mAP@10"] == 1.0
+    assert back.metrics["R@1"] == pytest.approx(2 / 3) and back.metrics["R@5"] == 1.0
+    assert back.metrics["mAP@10"] == pytest.approx((1 + 1 + 1 / 2) / 3)
+    assert there.metrics["chance"] == back.metrics["chance"] == 0.5
+
+
+def test_one_relevant_row_scores_one_over_its_rank_up_to_ten():
+    gallery = torch.tensor([[1.0, 0.1 * step] for step in range(20)])
+    rows = normalize(gallery, dim=1)
+    query = torch.tensor([[1.0, 0.0]])
+    for place, expected in ((0, 1.0), (3, 1 / 4), (9, 1 / 10), (10, 0.0)):
+        positives = scores.Positives.listed([[place]], 20)
+        assert scores._search(query, rows, positives)["mAP@10"] == pytest.approx(expected)
+
+
+def test_faces_find_every_voice_of_their_person():
+    rows = torch.eye(4)[[0, 0, 1, 2]]
+    groups = ["a", "a", "b", "c"]
+    there, back = scores.same_group(("face", "voice"), rows, rows, groups)
+    assert there.metrics["R@1"] == back.metrics["R@1"] == 1.0
+    assert there.metrics["chance"] == pytest.approx((2 + 2 + 1 + 1) / 4 / 4)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_mean_average_precision_is_scikit_learns(ties):
+    from sklearn.metrics import average_precision_score
+
+    generator = torch.Generator().manual_seed(0)
+    found = torch.randn(200, 12, generator=generator)
+    found = found.mul(3).round() if ties else found
+    labels = (torch.rand(200, 12, generator=generator) < 0.15).float()
+    labels[:, 4] = 0  # occurs nowhere: left out
+    value, occurring = scores.mean_average_precision(found, labels)
+    wanted = [
+        average_precision_score(labels[:, c].numpy(), found[:, c].numpy())
+        for c in range(12)
+        if c != 4
+    ]
+    assert occurring == 11 and value == pytest.approx(np.mean(wanted), abs=1e-9)
+
+
+def test_mean_average_precision_without_labels_is_nothing():
+    assert scores.mean_average_precision(torch.randn(3, 2), torch.zeros(3, 2)) == (0.0, 0)
+
+
+@pytest.mark.full
+@pytest.mark.limit(600)
+def test_25_000_captions_and_5_000_pictures_fit_in_a_gigabyte():
+    code = f"""
+        import resource, sys
+        sys.path.insert(0, {str(ROOT)!r})
+        import torch
+        from torch.nn.functional import normalize
+        from multimodal import scores
+        torch.manual_seed(0)
+        rows = normalize(torch.randn(5_000, 512), dim=1)
+        owners = [place // 5 for place in range(25_000)]
+        texts = normalize(rows[owners] + 0.8 * torch.randn(25_000, 512), dim=1)
+        found = scores.both_ways(("image", "text"), rows, texts, owners)
+        print(*(way.metrics["R@1"] for way in found))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True
+    )
+    recalls, peak = done.stdout.splitlines()
+    assert all(0.5 < float(value) <= 1 for value in recalls.split())
+    assert int(peak) < 1_000_000, f"{peak} kB"
