@@ -25,6 +25,7 @@ INPUTS = {
     "audio": ("audio", "audio_mask"),
     "audio_2": ("audio_2", "audio_mask_2"),  # another sound of the same voice
 }
+_RARE = -3.0  # first bias of labels: 3 of 80 are there, as in COCO
 Batch = dict[str, Tensor]
 Target = Literal["classes", "keywords"]
 
@@ -50,7 +51,7 @@ class LossOptions:
 
     kind: Literal["infonce", "sigmoid"] = "infonce"
     local: bool = False
-    label_weight: float = 1.0  # of the labels' loss beside a contrastive one
+    label_weight: float = 0.2  # of the labels' loss beside a contrastive one
 
 
 def _tower(view: str) -> str:
@@ -66,6 +67,9 @@ class Learner(nn.Module):
         self.kind = kind
         width = model.classifier.in_features
         self.keyword_head = nn.Linear(width, num_keywords) if num_keywords else nn.Identity()
+        for head in (model.classifier, self.keyword_head):
+            if isinstance(head, nn.Linear):
+                nn.init.constant_(head.bias, _RARE)
         if kind == "sigmoid":  # where the sigmoid loss begins: most pairs are none
             for scale in model.logit_scale.values():
                 nn.init.constant_(scale, math.log(10.0))

@@ -47,9 +47,13 @@ def sigmoid(one: Tensor, other: Tensor, scale: Tensor, bias: Tensor, world: Worl
 
 
 def multi_label(logits: Tensor, labels: Tensor) -> Tensor:
-    """Binary cross-entropy of each class, averaged over classes and rows; a scalar.
+    """Binary cross-entropy, summed over the classes and averaged over rows; a scalar.
 
-    logits: (b, C). labels: (b, C), 1 where a class is there.
+    logits: (b, C). labels: (b, C), 1 where a class is there. A mean over 80 classes, most of which
+    are absent, would leave gradients so small that Adam's epsilon stifles them.
     """
     exact = logits.float() if logits.dtype.itemsize < 4 else logits
-    return functional.binary_cross_entropy_with_logits(exact, labels.to(exact.dtype))
+    each = functional.binary_cross_entropy_with_logits(
+        exact, labels.to(exact.dtype), reduction="none"
+    )
+    return each.sum(dim=1).mean()

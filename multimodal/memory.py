@@ -1,16 +1,20 @@
-"""How much memory a training takes on each device, by formula: `run_training.py --estimate`.
+"""How much memory a training takes on each device, by `run_training.py --estimate`.
 
-Counted are the tensors that autograd keeps, per token of a block of width W: with `use_checkpoint`
-each block's input, and everything inside one block while it is computed again. The kernels of
-attention keep no scores (attention sdpa). Legend: B batch, N tokens, W width.
+What autograd keeps is counted on tensors without memory, in a step that brings all three
+modalities, as no step of training does. With `use_checkpoint` that is each block's input, and the
+inside of one block while it is computed again.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from multimodal.model import CONTEXT, FRAMES_A_TOKEN, SIZES, Shape, create_model
-from multimodal.samples import NUM_LABELS
+import torch
+from torch import Tensor, nn
+
+from multimodal.model import CONTEXT, FRAMES_A_TOKEN, MEL_BINS, SIZES, Block, BlockOptions, Shape
+from multimodal.model import create_model as create
 from shared.estimate import (
     CUDA_CONTEXT,
     MemoryPlan,
@@ -20,84 +24,128 @@ from shared.estimate import (
     gradient_bytes,
     on_meta,
     parameter_bytes,
+    saved_bytes,
+    saved_bytes_in_half,
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from multimodal.run_training import Config
 
 FRAMES_A_SECOND = 100
-# Values a token that a block keeps, in units of W: two norms' inputs and outputs (4), queries, keys
-# and values (3), their mixture and its projection (2), the MLP's inner side before and after its
-# activation (8), its output (1).
-_KEPT_IN_BLOCK = 18
-_SLACK = 1.1  # fragments, workspaces, and what the optimizer's step holds for a moment
 LIMITS_GB = {"tiny": 4, "small": 8, "base": 12, "large": 20}  # the documented minimum
+_SLACK = 1.1  # fragments, workspaces, and what the optimizer's step holds for a moment
 
 
 def plan(cfg: Config) -> MemoryPlan:
-    """The rows of the estimate, of a step of the last stage with all three modalities."""
-    model = on_meta(lambda: create_model(cfg.model_size, embed_dim=cfg.embed_dim))
+    """The rows of the estimate."""
+    model = on_meta(lambda: create(cfg.model_size, embed_dim=cfg.embed_dim))
     parameters = list(model.parameters())
-    value_bytes = 4 if cfg.amp == "off" else 2
-    found = MemoryPlan(f"multimodal, {cfg.model_size}, batch {cfg.batch_size}")
+    found = MemoryPlan(
+        f"multimodal, {cfg.model_size}, batch {cfg.batch_size}, "
+        f"{'float32' if cfg.amp == 'off' else 'half precision'}"
+    )
     found.add("weights", parameter_bytes(model), f"{count(model):,} parameters in float32")
     found.add("gradients", gradient_bytes(parameters), "float32")
     found.add("AdamW", adamw_bytes(parameters), "two float32 moments of each parameter")
-    if cfg.amp != "off":
-        halved = sum(p.numel() for p in parameters if p.ndim >= 2) * 2
-        found.add("weights in half precision", halved, "autocast's copies during a step")
-    found.add("activations", _activations(cfg, value_bytes), _how(cfg))
-    kept = 4 * cfg.step_rows * cfg.embed_dim * 4
+    how = "what autograd keeps of a batch with three modalities"
+    found.add("activations", _kept(cfg), how)
+    if cfg.use_checkpoint:
+        found.add("block inputs", _block_inputs(cfg), "kept by gradient checkpointing")
+    found.add("moment", 2 * _largest_block(cfg), "the inside of one block, and its gradients")
     if cfg.gradient_accumulation_steps > 1:
+        kept = 4 * cfg.step_rows * cfg.embed_dim * 4
         found.add("cached features", kept, f"{cfg.step_rows} samples, with their gradients")
     found.add("CUDA", CUDA_CONTEXT, "context and kernels")
-    rest = int((_SLACK - 1) * found.total)
-    found.add("slack", rest, "a tenth: fragments and workspaces")
+    found.add("slack", int((_SLACK - 1) * found.total), "a tenth: fragments and workspaces")
     return found
 
 
 def plan_text(cfg: Config) -> str:
     """The estimate for people."""
-    advice = ["--batch-size smaller", "--model-size smaller", "--use-checkpoint", "--amp bf16"]
-    text = plan(cfg).text(device_memory(), advice=advice)
+    found = plan(cfg)
+    others = {
+        f"--batch-size {max(1, cfg.batch_size // 2)}": {"batch_size": max(1, cfg.batch_size // 2)},
+        "--use-checkpoint": {"use_checkpoint": True},
+        "--amp bf16": {"use_amp": True},
+        "--model-size tiny": {"model_size": "tiny"},
+    }
+    plans = {setting: plan(replace(cfg, **changes)) for setting, changes in others.items()}
+    text = found.text(device_memory(), advice=found.advised(plans))
     limit = LIMITS_GB.get(cfg.model_size)
     return text if limit is None else f"{text}\nthe documented minimum is {limit} GB"
 
 
-def _how(cfg: Config) -> str:
-    kept = "each block's input, and one block" if cfg.use_checkpoint else "all of every block"
-    return f"{kept}; {_tokens(cfg)['fusion']} tokens a sample in the fusion"
+def _kept(cfg: Config) -> int:
+    """Bytes that a forward pass keeps for the backward pass."""
+
+    def build() -> nn.Module:
+        return create(cfg.model_size, embed_dim=cfg.embed_dim, use_checkpoint=cfg.use_checkpoint)
+
+    return _saved(cfg, build, lambda model: model(**_inputs(cfg)))
+
+
+def _largest_block(cfg: Config) -> int:
+    """Bytes that the largest block keeps while it is computed."""
+    found = []
+    for name, shape in _shapes(cfg).items():
+        size = (cfg.batch_size, _tokens(cfg)[name], shape.width)
+        found.append(
+            _saved(
+                cfg,
+                lambda shape=shape: Block(shape, BlockOptions()),
+                lambda block, size=size: block(torch.empty(size, requires_grad=True), None),
+            )
+        )
+    return max(found)
+
+
+def _block_inputs(cfg: Config) -> int:
+    """Bytes of the inputs of all blocks: the residual stream is float32."""
+    tokens = _tokens(cfg)
+    return sum(
+        shape.layers * cfg.batch_size * tokens[name] * shape.width * 4
+        for name, shape in _shapes(cfg).items()
+    )
+
+
+def _saved(
+    cfg: Config, build: Callable[[], nn.Module], forward: Callable[[nn.Module], object]
+) -> int:
+    if cfg.amp != "off":
+        return saved_bytes_in_half(build, forward, torch.bfloat16)
+    module = on_meta(build)
+    with torch.device("meta"):
+        return saved_bytes(module, lambda: forward(module))
+
+
+def _shapes(cfg: Config) -> dict[str, Shape]:
+    size = SIZES[cfg.model_size]
+    return {"image": size.image, "text": size.text, "audio": size.audio, "fusion": size.fusion}
 
 
 def _tokens(cfg: Config) -> dict[str, int]:
+    """Tokens a sample in each transformer."""
     size = SIZES[cfg.model_size]
     tokens = {
         "image": (size.image_size // size.patch) ** 2 + 1,
         "text": CONTEXT,
-        "audio": round(cfg.clip_seconds * FRAMES_A_SECOND) // FRAMES_A_TOKEN,
+        "audio": _frames(cfg) // FRAMES_A_TOKEN,
     }
     return tokens | {"fusion": sum(tokens.values()) + 1}
 
 
-def _activations(cfg: Config, value_bytes: int) -> int:
-    """Bytes that one batch's graph keeps, and the largest moment beside it."""
-    size, tokens = SIZES[cfg.model_size], _tokens(cfg)
-    shapes: dict[str, Shape] = {
-        "image": size.image,
-        "text": size.text,
-        "audio": size.audio,
-        "fusion": size.fusion,
+def _frames(cfg: Config) -> int:
+    return round(cfg.clip_seconds * FRAMES_A_SECOND)
+
+
+def _inputs(cfg: Config) -> dict[str, Tensor]:
+    side, rows = SIZES[cfg.model_size].image_size, cfg.batch_size
+    return {
+        "images": torch.empty(rows, 3, side, side),
+        "input_ids": torch.empty(rows, CONTEXT, dtype=torch.long),
+        "attention_mask": torch.empty(rows, CONTEXT, dtype=torch.bool),
+        "audio": torch.empty(rows, _frames(cfg), MEL_BINS),
+        "audio_mask": torch.empty(rows, _frames(cfg), dtype=torch.bool),
     }
-    kept = moment = 0
-    for name, shape in shapes.items():
-        one = cfg.batch_size * tokens[name] * shape.width
-        inside = one * _KEPT_IN_BLOCK * value_bytes
-        # the residual stream is float32, whatever the blocks compute in
-        kept += shape.layers * one * 4 if cfg.use_checkpoint else shape.layers * (one * 4 + inside)
-        # and each tower's first and last layers: convolutions, embeddings, norms
-        kept += 6 * one * 4
-        if name == "audio":  # before the two strides: 4 and 2 values a token
-            kept += 2 * (4 + 2) * one * 4
-        moment = max(moment, 2 * inside)  # the block, and the gradients inside it
-    labels = cfg.batch_size * NUM_LABELS * 4
-    return kept + (moment if cfg.use_checkpoint else moment // 2) + labels

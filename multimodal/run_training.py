@@ -57,7 +57,7 @@ class Config:
     datasets: tuple[str, ...] = option((), "train on these alone; default: all that are there")
     loss: Literal["infonce", "sigmoid"] = option("infonce", "how pairs are told from strangers")
     local_loss: bool = option(False, "each process scores its own rows alone; saves memory")
-    label_weight: float = option(1.0, "of labels beside pairs, in the last stage")
+    label_weight: float = option(0.2, "of labels beside pairs, in the last stage")
     modality_dropout: float = option(0.3, "share of pairs shown one modality, in the last stage")
     balance: float = option(0.5, "1: data sets by their size; 0: all alike; between: between")
     warmup: float = option(0.05, "share of each stage in which the learning rate rises")

@@ -56,8 +56,10 @@ def test_the_sigmoid_loss_by_hand():
 
 def test_the_multi_label_loss_by_hand():
     logits, labels = torch.tensor([[0.0, 2.0]]), torch.tensor([[True, False]])
-    expected = (math.log(2) + math.log1p(math.exp(2.0))) / 2
+    expected = math.log(2) + math.log1p(math.exp(2.0))
+    two = torch.cat([logits, logits]), torch.cat([labels, labels])
     assert losses.multi_label(logits, labels).item() == pytest.approx(expected, rel=1e-6)
+    assert losses.multi_label(*two).item() == pytest.approx(expected, rel=1e-6)
     assert losses.multi_label(logits.bfloat16(), labels).dtype == torch.float32
 
 
@@ -74,15 +76,15 @@ def test_a_task_with_labels_adds_their_loss_with_its_weight():
     total, parts = loss_of(task, outputs, labels, LossOptions(label_weight=0.5), ALONE)
     contrast = losses.info_nce(one, other, torch.tensor(10.0), ALONE).item()
     assert parts["contrast"].item() == pytest.approx(contrast)
-    assert parts["classes"].item() == pytest.approx(math.log(2))
-    assert total.item() == pytest.approx(contrast + 0.5 * math.log(2), rel=1e-6)
+    assert parts["classes"].item() == pytest.approx(3 * math.log(2))
+    assert total.item() == pytest.approx(contrast + 0.5 * 3 * math.log(2), rel=1e-6)
 
 
 def test_labels_alone_have_their_full_weight():
     task = Task("coco", ("image",), False, "classes")
     outputs, labels = {"logits": torch.zeros(5, 3)}, torch.zeros(5, 3)
     total, _ = loss_of(task, outputs, labels, LossOptions(label_weight=0.1), ALONE)
-    assert total.item() == pytest.approx(math.log(2))
+    assert total.item() == pytest.approx(3 * math.log(2))
 
 
 def masks(world: World, rows: int, share: float, seed: int = 0) -> torch.Tensor:
