@@ -27,6 +27,7 @@ HOP = 160  # samples from one frame to the next: 100 frames a second
 FRAMES_PER_SECOND = SAMPLE_RATE // HOP
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 _WINDOW = 400  # samples, 25 ms
+_BLOCK = 1 << 22  # samples that are read at a time
 
 
 class AudioError(ValueError):
@@ -51,7 +52,7 @@ def read_waveform(path: Path, start: float = 0.0, seconds: float | None = None) 
         wanted = -1 if seconds is None else round(seconds * rate)
         try:
             sound.seek(first)
-            samples = sound.read(wanted, dtype="float32", always_2d=True)
+            samples = _samples(sound, wanted)
         except RuntimeError as error:
             raise AudioError(f"{path}: the sound is damaged ({error})") from None
     if len(samples) == 0 and first == 0:
@@ -59,6 +60,22 @@ def read_waveform(path: Path, start: float = 0.0, seconds: float | None = None) 
     if not np.isfinite(samples).all():
         raise AudioError(f"{path}: the sound holds values that are no numbers")
     return torch.from_numpy(_resampled(samples.mean(axis=1), rate))
+
+
+def _samples(sound: Any, wanted: int) -> NDArray[np.float32]:
+    """The next `wanted` samples, or all, as (N, channels): a block at a time, for a damaged header
+    promises more than memory holds.
+    """
+    blocks, left = [], sound.frames if wanted < 0 else wanted
+    while left > 0:
+        block = sound.read(min(left, _BLOCK), dtype="float32", always_2d=True)
+        if len(block) == 0:
+            break
+        blocks.append(block)
+        left -= len(block)
+    if len(blocks) == 1:
+        return blocks[0]
+    return np.concatenate(blocks) if blocks else np.empty((0, sound.channels), np.float32)
 
 
 def log_mel(waveform: Tensor) -> Tensor:

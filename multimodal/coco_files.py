@@ -82,7 +82,7 @@ def read(path: Path, kind: type[T]) -> T:
         return msgspec.json.decode(path.read_bytes().removeprefix(_BOM), type=kind)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(
             f"{path} is not what COCO calls {path.name} ({one_line(error)}): fetch it again"
         ) from None

@@ -25,12 +25,22 @@ def read_table(path: Path, encoding: str, columns: list[str]) -> list[tuple[int,
         line = path.read_bytes()[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not {encoding}; fetch the file again") from None
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval=None)
-    lacking = [column for column in columns if column not in (reader.fieldnames or [])]
+    lacking = [column for column in columns if column not in _header(reader, path)]
     if lacking:
         raise UserError(f"{path} has no column {', '.join(lacking)}: is it the right file?")
     rows = []
-    for row in reader:
-        if "" in row or None in row.values():
-            raise UserError(f"{path}, line {reader.line_num}: another number of columns")
-        rows.append((reader.line_num, row))
+    try:
+        for row in reader:
+            if "" in row or None in row.values():
+                raise UserError(f"{path}, line {reader.line_num}: another number of columns")
+            rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}; fetch the file again") from None
     return rows
+
+
+def _header(reader: csv.DictReader[str], path: Path) -> list[str]:
+    try:
+        return list(reader.fieldnames or [])
+    except csv.Error as error:
+        raise UserError(f"{path}, line 1: {error}; fetch the file again") from None

@@ -11,6 +11,7 @@ call begins anew.
 
 from __future__ import annotations
 
+import errno
 import io
 import lzma
 import os
@@ -37,6 +38,12 @@ _SEVEN_ZIP = (  # programs that unpack 7z: name, and arguments before archive an
     ("bsdtar", ("-x", "-f")),
 )
 
+# How the readers of archives fail on a damaged one: OSError too, from places that are not there.
+_DAMAGED = (
+    *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError),
+    *(NotImplementedError, RuntimeError, ValueError, LookupError, OverflowError),
+)
+_DAMAGED_NUMBERS = (None, errno.EINVAL, errno.ENAMETOOLONG, errno.EILSEQ)
 Run = Callable[[Sequence[str]], int]
 
 
@@ -56,7 +63,9 @@ def unpack(parts: Sequence[Path], directory: Path, run: Run | None = None) -> in
         _unpack_into(parts, staging, run)
         count = _check_tree(staging, archive)
         _move(staging, directory)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError) as error:
+    except _DAMAGED as error:
+        if isinstance(error, OSError) and error.errno not in _DAMAGED_NUMBERS:
+            raise  # the disk's, not the archive's
         raise UserError(
             f"{archive} cannot be unpacked ({one_line(error)}): delete it and fetch it again"
         ) from None

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from lavic.src.json_lines import read_objects
-from shared.errors import UserError
+from shared.errors import UserError, one_line
 
 NO_TITLE = "No Title"
 _OF_ITEM, _OF_LINE = "image_descriptions_llava_cleaned", "image_description_llava_cleaned"
@@ -117,6 +117,8 @@ def _items(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         raise UserError(
             f"{path} line {error.lineno} is no JSON ({error.msg} at column {error.colno})"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; depth
+        raise UserError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise UserError(
             f"{path} holds a {type(content).__name__}, expected one dictionary of items; a file "

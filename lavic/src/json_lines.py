@@ -36,6 +36,8 @@ def _object(line: bytes, place: str) -> dict[str, Any]:
         raise UserError(
             f"{place} is no JSON ({error.msg} at column {error.colno}): mend or remove the line"
         ) from None
+    except RecursionError:
+        raise UserError(f"{place} is nested too deeply: mend or remove the line") from None
     if not isinstance(value, dict):
         raise UserError(f"{place} holds a {type(value).__name__}, expected an object {{…}}")
     return value

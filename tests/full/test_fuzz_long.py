@@ -2,8 +2,9 @@
 
 import pytest
 
-from tests import fuzzing
-from tests.fuzz_readers import READERS
+from tests import fuzz_readers, fuzz_recipes, fuzzing
+
+READERS = {**fuzz_readers.READERS, **fuzz_recipes.READERS}
 
 
 @pytest.mark.full

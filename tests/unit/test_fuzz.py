@@ -2,9 +2,10 @@
 
 import pytest
 
-from tests import fuzzing
-from tests.fuzz_readers import READERS
+from tests import fuzz_readers, fuzz_recipes, fuzzing
 from tests.fuzzing import Reader
+
+READERS = {**fuzz_readers.READERS, **fuzz_recipes.READERS}
 
 
 @pytest.mark.parametrize("name", READERS)

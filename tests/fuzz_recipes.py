@@ -1,0 +1,181 @@
+"""Readers of lavic, vasevqa and multimodal, and of archives, for tests/fuzzing.py; a line each."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lavic.src import catalogue, conversations
+from multimodal import audio, audiocaps, clotho, coco_files
+from multimodal.audio import AudioError
+from shared import unpack
+from tests.fuzzing import Reader
+from vasevqa.filter import prompts
+from vasevqa.model import rows
+from vasevqa.model.rows import RowError
+
+ITEMS = {
+    "B01": {
+        "title": "A shirt",
+        "images": [{"large": "https://images.example/a.jpg"}],
+        "image_descriptions_llava_cleaned": {"B01_0.jpg": "red, plain", "B01_1.jpg": "blue"},
+    },
+    "B02": {"title": "A cap", "images": [], "image_descriptions_llava_cleaned": {"B02_0.jpg": "x"}},
+}
+LINES = "".join(
+    json.dumps(
+        {"title": "A cap", "image_name": f"B{n}_0.jpg", "image": "https://images.example/b.jpg",
+         "image_description_llava_cleaned": "green, striped"}
+    ) + "\n"
+    for n in range(4)
+)  # fmt: skip
+TALKS = "".join(
+    json.dumps(
+        {"context": f"<submission>{n}</submission>\n", "context_items": [], "gt": ["a cap"],
+         "gt_items": ["B01"], "candidates_st": ["B01", "B02"], "candidates_gpt_large": ["B02"]}
+    ) + "\n"
+    for n in range(3)
+)  # fmt: skip
+VASES = [
+    {
+        "images": ["a.jpg"],
+        "caption": "an amphora",
+        "conversations": [
+            {"from": "human", "value": "<image>What shape?"},
+            {"from": "gpt", "value": "amphora"},
+        ],
+    }
+] * 2
+CAPTIONS = {
+    "images": [{"id": n, "file_name": f"{n:012}.jpg", "height": 4, "width": 4} for n in (1, 2)],
+    "annotations": [{"id": 7, "image_id": 1, "caption": "a cat"}],
+}
+INSTANCES = {
+    "images": CAPTIONS["images"],
+    "annotations": [{"id": 8, "image_id": 1, "category_id": 3}],
+    "categories": [{"id": 3, "name": "cat", "supercategory": "animal"}],
+}
+CLIPS = "audiocap_id,youtube_id,start_time,caption\n" + "".join(
+    f'{n},{"abcdefghij" + str(n)},{30 * n},"a dog, barking"\n' for n in range(3)
+)
+CLOTHO = "file_name," + ",".join(f"caption_{n}" for n in range(1, 6)) + "\n" + "".join(
+    f"{name}.wav,one,two,three,four,five\n" for name in ("a", "b é", "c")
+)  # fmt: skip
+
+
+def put(name: str, content: Any) -> Callable[[Path], Any]:
+    """What writes one file: text, bytes, or a value as JSON."""
+
+    def make(directory: Path) -> None:
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    return make
+
+
+def together(*makers: Callable[[Path], Any]) -> Callable[[Path], Any]:
+    return lambda directory: [make(directory) for make in makers]
+
+
+def _make_sound(directory: Path) -> None:
+    import soundfile
+
+    wave = np.sin(np.arange(1600) / 7).astype(np.float32)
+    soundfile.write(directory / "a.wav", wave, 16_000)
+    soundfile.write(directory / "a.flac", wave, 16_000)
+
+
+def _read_sound(directory: Path) -> None:
+    for name in ("a.wav", "a.flac"):
+        audio.length_of(directory / name)
+        audio.read_waveform(directory / name)
+
+
+def _make_zip(directory: Path) -> None:
+    with zipfile.ZipFile(directory / "a.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("folder/a.txt", "text " * 50)
+        archive.writestr("b.jpg", bytes(200))
+
+
+def _make_tar(directory: Path) -> None:
+    with tarfile.open(directory / "a.tar.gz", "w:gz") as archive:
+        for name in ("folder/a.txt", "b.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = 300
+            archive.addfile(member, io.BytesIO(b"text " * 60))
+
+
+def _unpack(archive: Path) -> None:
+    try:
+        unpack.unpack([archive], archive.parent / "out")
+    finally:
+        shutil.rmtree(archive.parent / "out", ignore_errors=True)
+
+
+def _read_vases(path: Path) -> None:
+    for number, source in enumerate(rows.read(path), 1):
+        rows.check(rows.parse(source, number), is_grpo=False)
+
+
+def _read_coco(directory: Path) -> None:
+    coco_files.pictures(directory, coco_files.find_year(directory))
+    coco_files.karpathy(directory)
+
+
+READERS: dict[str, Reader] = {
+    "lavic items": Reader(
+        put("items.json", ITEMS),
+        lambda d: catalogue.read_titles(d / "items.json"),
+    ),
+    "lavic descriptions": Reader(
+        together(put("lines.jsonl", LINES), put("images/B1_0.jpg", b"a picture")),
+        lambda d: catalogue.read_samples(d / "lines.jsonl", d / "images"),
+    ),
+    "lavic conversations": Reader(
+        put("train.jsonl", TALKS),
+        lambda d: conversations.read_conversations(d / "train.jsonl", "candidates_st"),
+    ),
+    "vasevqa rows": Reader(
+        put("rows.json", VASES), lambda d: _read_vases(d / "rows.json"), (RowError,)
+    ),
+    "vasevqa row lines": Reader(
+        put("rows.jsonl", "".join(json.dumps(row) + "\n" for row in VASES)),
+        lambda d: _read_vases(d / "rows.jsonl"),
+        (RowError,),
+    ),
+    "vasevqa prompts": Reader(
+        put("prompts.txt", "# what to look for\n[high]\na whole vase\n[low]\na broken vase\n"),
+        lambda d: prompts.read(d / "prompts.txt"),
+    ),
+    "multimodal COCO": Reader(
+        together(
+            put("annotations/captions_train2017.json", CAPTIONS),
+            put("annotations/instances_train2017.json", INSTANCES),
+            put("karpathy/dataset_coco.json", {"images": [{"cocoid": 1, "split": "test"}]}),
+        ),
+        _read_coco,
+    ),
+    "multimodal AudioCaps csv": Reader(
+        put("train.csv", CLIPS), lambda d: audiocaps.listed_clips(d / "train.csv")
+    ),
+    "multimodal Clotho csv": Reader(
+        together(
+            put("clotho_captions_development.csv", CLOTHO),
+            put("clotho_metadata_development.csv", "file_name,keywords\na.wav,dog;rain\n"),
+        ),
+        lambda d: clotho._clips(d, "development", ("dog", "rain")),
+    ),
+    "multimodal sound": Reader(_make_sound, _read_sound, (AudioError,)),
+    "zip archive": Reader(_make_zip, lambda d: _unpack(d / "a.zip")),
+    "tar archive": Reader(_make_tar, lambda d: _unpack(d / "a.tar.gz")),
+}
