@@ -116,7 +116,7 @@ def _lines(path: Path, content: str) -> list[dict[str, Any]]:
         if line.strip():
             try:
                 rows.append(json.loads(line))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path}, line {number}: no JSON: {error}") from None
     return rows
 
@@ -127,6 +127,8 @@ def _list(path: Path, content: str) -> list[dict[str, Any]]:
     except json.JSONDecodeError as error:
         hint = "; one object a line needs the ending .jsonl" if error.msg == "Extra data" else ""
         raise UserError(f"{path}, line {error.lineno}: no JSON: {error.msg}{hint}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read: {error}") from None
     if not isinstance(rows, list):
         raise UserError(f"{path} holds a {type(rows).__name__}, expected a list of objects")
     return rows
@@ -139,10 +141,12 @@ def _images(source: dict[str, Any]) -> tuple[str, ...]:
     images = [images] if isinstance(images, (str, dict)) else images
     if not isinstance(images, list):
         raise RowError(f"images is a {type(images).__name__}, expected a list of paths")
-    paths = [image.get("path") if isinstance(image, dict) else image for image in images]
-    for image in paths:
-        if not isinstance(image, str) or not image.strip():
+    paths: list[str] = []
+    for image in images:
+        path = image.get("path") if isinstance(image, dict) else image
+        if not isinstance(path, str) or not path.strip():
             raise RowError(f"images holds {image!r}, expected paths")
+        paths.append(path)
     return tuple(paths)
 
 
