@@ -97,7 +97,7 @@ def teach(
     a vase. The embedding's rows without a token stay zero and count in the softmax.
     """
     batch = _encoded(processor, pictures, captions)
-    embedding = model.get_input_embeddings().weight
+    embedding: Any = model.get_input_embeddings().weight
     used = used_ids(processor.tokenizer)
     rows = nn.Parameter(embedding.detach()[used].clone())
     weights = [weight for weight in model.parameters() if weight is not embedding] + [rows]
@@ -162,7 +162,8 @@ def _caption_loss(
 ) -> Tensor:
     """Cross-entropy of the captions, over the used rows and, as one, those that are zero."""
     place = torch.searchsorted(used, batch.ids)  # among the used rows
-    inner, is_image = model.model, batch.ids == FIRST_SPECIAL + SPECIALS.index(IMAGE)
+    inner: Any = model.model
+    is_image = batch.ids == FIRST_SPECIAL + SPECIALS.index(IMAGE)
     seen = inner.get_image_features(batch.patches.flatten(0, 1), batch.grid).pooler_output
     inputs = rows[place].masked_scatter(is_image[..., None], torch.cat(list(seen)))
     positions, _ = inner.get_rope_index(
@@ -224,7 +225,7 @@ def _model(tokenizer: Any, seed: int) -> Qwen2_5_VLForConditionalGeneration:
         bos_token_id=pad, pad_token_id=pad, eos_token_id=[end, pad], do_sample=True, temperature=1.0
     )
     with torch.no_grad():
-        embedding = model.get_input_embeddings().weight
+        embedding: Any = model.get_input_embeddings().weight
         used = used_ids(tokenizer)
         rows = torch.randn(len(used), HIDDEN) * 0.15
         embedding.zero_()  # 151 thousand rows have no token: they must not win the softmax

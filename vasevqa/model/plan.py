@@ -9,6 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from shared.errors import UserError
 from shared.files import read_json
@@ -71,9 +72,11 @@ class Plan:
         return [Path(paths.without_sample(name)) for name in names if paths.is_local(name)]
 
     @property
-    def identity(self) -> dict[str, object]:
+    def identity(self) -> dict[str, Any]:
         """What a continued run must share."""
-        shared = {name: value for name, value in self.flags.items() if name not in FREE}
+        shared: dict[str, Any] = {
+            name: value for name, value in self.flags.items() if name not in FREE
+        }
         return shared | {"world_size": self.world_size}
 
 

@@ -14,7 +14,9 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
+from shared.device import present_gpus
 from shared.errors import MissingToolError
+from shared.memory import keep_freed_memory
 from shared.prctl import die_with_parent
 
 SEVERAL = ("sft", "rlhf")  # commands that torchrun may run
@@ -29,6 +31,8 @@ def main(argv: list[str]) -> None:
         _become_torchrun(argv)
     if "RANK" in os.environ:
         die_with_parent()
+    if present_gpus() == 0:
+        keep_freed_memory()
     os.register_at_fork(after_in_child=_leave_the_group)
     script = _script(command)
     sys.argv = [str(script), *flags]

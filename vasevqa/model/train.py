@@ -47,7 +47,9 @@ def main(argv: list[str]) -> int:
     if "estimate" in plan.own:
         from vasevqa.model import memory_plan
 
-        sys.stdout.write(memory_plan.text(plan) + "\n")
+        sys.stdout.write(
+            memory_plan.text(plan, int(os.environ.get("MAX_PIXELS") or 1003520)) + "\n"
+        )
         return DONE
     if "print_config" in plan.own:
         sys.stdout.write(json.dumps(plan.flags, indent=2, ensure_ascii=False) + "\n")

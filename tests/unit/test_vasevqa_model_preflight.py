@@ -1,0 +1,299 @@
+"""What is found before swift is imported: rows, pictures, weights, packages, room."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from shared.errors import MissingToolError, UserError
+from tests.harness import run_here
+from vasevqa.model import needs, pictures, plan, preflight, rows, training_files
+
+
+def turn(who, text):
+    return {"from": who, "value": text}
+
+
+def row(image="a.jpg", question="<image>\nWhat is it?", answer="amphora", **more):
+    turns = [turn("human", question)] + ([turn("gpt", answer)] if answer is not None else [])
+    return {"images": [image], "caption": "a vase", "conversations": turns, **more}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.new("RGB", (40, 30), (200, 90, 20)).save(tmp_path / "a.jpg")
+    return tmp_path
+
+
+def write(folder, content, name="train.json", encoding="utf-8"):
+    path = folder / name
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    path.write_bytes(text.encode(encoding))
+    return path
+
+
+def problems(folder, content, *, grpo=False, roots=(), **how):
+    path = write(folder, content, **how)
+    return preflight.check_data([path], list(roots) or [folder], is_grpo=grpo).problems
+
+
+def test_the_documented_format_is_right_as_it_is(folder):
+    assert problems(folder, [row(), row(answer="双耳瓶")]) == []
+
+
+def test_json_lines_a_mark_and_windows_line_ends_are_read(folder):
+    lines = "\r\n".join(json.dumps(row(answer="红绘"), ensure_ascii=False) for _ in range(3))
+    path = write(folder, lines + "\r\n", "train.jsonl", "utf-8-sig")
+    found = training_files.open_file(path, [folder], is_grpo=False)
+    assert [each.answer for each in found.rows] == ["红绘"] * 3 and not found.problems
+    assert "byte-order mark" in (training_files.needs_copy(found, None) or "")
+
+
+MISTAKES = {
+    "no conversations": ({"images": ["a.jpg"]}, "has no conversations"),
+    "empty conversations": ({"images": ["a.jpg"], "conversations": []}, "conversations is empty"),
+    "a picture without a tag too many": (
+        row(question="<image><image> What?"),
+        "has 1 image(s) and 2 <image> tag(s)",
+    ),
+    "no answer": (row(answer=None), "has no answer"),
+    "an empty answer": (row(answer="  "), "has no answer"),
+    "an unknown speaker": (
+        {"images": [], "conversations": [turn("robot", "x")]},
+        "a turn from 'robot'; allowed: human, gpt, system",
+    ),
+    "a turn without text": (
+        {"images": [], "conversations": [{"from": "human"}]},
+        "without text",
+    ),
+    "no path": ({**row(), "images": [None]}, "images holds None"),
+    "a missing picture": (row(image="b.jpg"), "b.jpg is missing"),
+    "no object": ("a text", "is a str, expected"),
+}
+
+
+@pytest.mark.parametrize(("bad", "message"), MISTAKES.values(), ids=MISTAKES)
+def test_a_row_that_cannot_be_trained_on_is_named(bad, message, folder):
+    found = problems(folder, [row(), bad])
+    assert len(found) == 1 and message in found[0], found
+    assert "row 2" in found[0] and "train.json" in found[0]
+
+
+def test_without_any_tag_the_pictures_go_in_front_as_swift_puts_them(folder):
+    assert problems(folder, [row(question="What is it?")]) == []
+
+
+GRPO_MISTAKES = {
+    "no picture": ({**row(question="What?"), "images": []}, "has no images"),
+    "nothing to reward by": ({**row(answer=None), "caption": ""}, "has nothing to reward by"),
+    "no question": ({**row(), "conversations": [turn("gpt", "krater")]}, "has no question"),
+}
+
+
+@pytest.mark.parametrize(("bad", "message"), GRPO_MISTAKES.values(), ids=GRPO_MISTAKES)
+def test_grpo_asks_more_of_a_row(bad, message, folder):
+    assert message in problems(folder, [bad], grpo=True)[0]
+
+
+@pytest.mark.parametrize(
+    "good", [row(), row(answer=None), {**row(answer=None), "caption": "", "solution": "krater"}]
+)
+def test_grpo_takes_a_solution_a_caption_or_an_answer(good, folder):
+    assert problems(folder, [good], grpo=True) == []
+
+
+def test_the_line_of_broken_json_is_named(folder):
+    with pytest.raises(UserError, match=r"train.json, line 3: no JSON"):
+        rows.read(write(folder, '[\n{"images": []},\n{"images" []}]'))
+    with pytest.raises(UserError, match=r"a.jsonl, line 2: no JSON"):
+        rows.read(write(folder, '{}\n{"a": \n', "a.jsonl"))
+    with pytest.raises(UserError, match=r"one object a line needs the ending .jsonl"):
+        rows.read(write(folder, "{}\n{}\n"))
+    with pytest.raises(UserError, match="holds a dict, expected a list"):
+        rows.read(write(folder, "{}"))
+    with pytest.raises(UserError, match="holds no rows"):
+        rows.read(write(folder, "[]"))
+    with pytest.raises(UserError, match="no UTF-8"):
+        rows.read(write(folder, [row(answer="é")], encoding="latin-1"))
+
+
+def test_many_mistakes_are_counted_and_a_few_named(folder):
+    found = problems(folder, [row(answer=None)] * 30)
+    assert len(found) == 6 and found[-1].endswith("25 more rows have such mistakes")
+
+
+def test_a_missing_file_is_no_hub_id(folder):
+    found = preflight.check_data([folder / "nope.json"], [folder], is_grpo=False)
+    assert "nope.json is missing: put it there" in found.problems[0]
+
+
+def test_pictures_lie_below_the_first_root_that_holds_the_first_of_them(folder, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    shutil.copy(folder / "a.jpg", there / "a.jpg")
+    path = write(folder, [row()])
+    assert training_files.open_file(path, [here, there], is_grpo=False).root == there
+    shutil.copy(folder / "a.jpg", here / "a.jpg")
+    assert training_files.open_file(path, [here, there], is_grpo=False).root == here
+    for directory in (here, there):
+        (directory / "a.jpg").unlink()
+    assert training_files.open_file(path, [here, there], is_grpo=False).root == folder
+
+
+def test_files_with_pictures_in_different_places_are_copied_with_whole_paths(folder, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(folder / "a.jpg", other / "a.jpg")
+    paths = [write(folder, [row()]), write(other, [row()])]
+    files = [training_files.open_file(path, [], is_grpo=False) for path in paths]
+    whole = plan.Plan("sft", {"dataset": [f"{paths[0]}#1", str(paths[1])], "output_dir": ["o"]})
+    whole.flags["output_dir"] = [str(tmp_path / "out")]
+    ready, root = training_files.given_to_swift(whole, files)
+    assert root is None
+    copies = [name.partition("#")[0] for name in ready.flags["dataset"]]
+    assert ready.flags["dataset"][0].endswith("#1")
+    images = [json.loads(Path(copy).read_text())["images"] for copy in copies]
+    assert images == [[str(folder / "a.jpg")], [str(other / "a.jpg")]]
+
+
+def test_grpo_rows_get_their_answer_as_solution(folder, tmp_path):
+    file = training_files.open_file(
+        write(folder, [row(), row(answer=None)]), [folder], is_grpo=True
+    )
+    copy = training_files.write_copy(file, tmp_path / "out")
+    lines = [json.loads(line) for line in copy.read_text().splitlines()]
+    assert [line["solution"] for line in lines] == ["amphora", "a vase"]
+
+
+def test_a_broken_picture_is_found_by_the_sample(folder):
+    (folder / "a.jpg").write_bytes((folder / "a.jpg").read_bytes()[:200])
+    found = problems(folder, [row()])
+    assert "row 1" in found[0] and "cannot be decoded" in found[0]
+    assert "swift would train on another row" in found[0]
+
+
+def test_all_pictures_are_decoded_once_and_remembered(folder, monkeypatch):
+    paths = [folder / f"{number}.png" for number in range(80)]
+    for path in paths:
+        Image.new("L", (4, 4)).save(path)
+    paths[77].write_bytes(b"<html>")
+    reported: list[tuple[int, int]] = []
+    report = lambda *counts: reported.append(counts)  # noqa: E731
+    bad = pictures.check_all(paths, folder / "memory.json", report)
+    assert list(bad) == [paths[77]] and reported[-1] == (80, 80)
+    monkeypatch.setattr(pictures, "check", lambda block: pytest.fail("decoded again"))
+    assert pictures.check_all(paths, folder / "memory.json", report) == bad
+
+
+def test_a_replaced_picture_is_decoded_again(folder):
+    path, memory = folder / "a.jpg", folder / "memory.json"
+    assert pictures.check_all([path], memory, lambda *_: None) == {}
+    path.write_bytes(b"no picture")
+    assert list(pictures.check_all([path], memory, lambda *_: None)) == [path]
+
+
+def safetensors(path, shape=(2,), cut=0):
+    header = json.dumps({"w": {"dtype": "F32", "shape": shape, "data_offsets": [0, 8]}}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8 - cut))
+
+
+def model_at(path, **config):
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl", **config}))
+    return path
+
+
+def why(path, grpo=False):
+    return list(needs.model({"model": [str(path)]}, is_grpo=grpo))
+
+
+def test_weights_that_are_missing_cut_or_pointers_are_named(tmp_path):
+    model = model_at(tmp_path / "m")
+    assert "holds no weights" in why(model)[0]
+    safetensors(model / "model.safetensors")
+    assert why(model) == []
+    safetensors(model / "model.safetensors", cut=3)
+    assert "bytes where its header says" in why(model)[0]
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "Git LFS pointer" in why(model)[0]
+    (model / "model.safetensors").unlink()
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    safetensors(model / "one.safetensors")
+    assert why(model) == [f"{model / 'two.safetensors'} is missing: download this file again"]
+
+
+def test_a_missing_model_comes_with_the_way_to_get_it(tmp_path):
+    missing = tmp_path / "Qwen2.5-VL-3B-Instruct"
+    assert "modelscope download --model Qwen/Qwen2.5-VL-3B-Instruct" in why(missing)[0]
+    assert "run ./merge.sh after ./sft.sh" in why(tmp_path / "checkpoint-merged", grpo=True)[0]
+
+
+def test_an_adapter_is_no_model(tmp_path):
+    model = model_at(tmp_path / "m")
+    (model / "adapter_config.json").write_text("{}")
+    assert "is an adapter, not a model: ./merge.sh" in why(model)[0]
+
+
+def test_a_reward_that_no_plugin_defines_is_refused(tmp_path):
+    plugin = tmp_path / "plugin.py"
+    plugin.write_text("def my_reward(responses, references):\n    return []\n")
+    flags = {"external_plugins": [str(plugin)], "reward_funcs": ["my_reward", "format"]}
+    assert list(needs.plugins(flags)) == []
+    flags["reward_funcs"] = ["vase_acc"]
+    assert "--reward_funcs vase_acc is defined nowhere" in next(iter(needs.plugins(flags)))
+    plugin.write_text("def my_reward(responses, references)\n")
+    assert "plugin.py, line 1: no Python" in next(iter(needs.plugins(flags)))
+    plugin.unlink()
+    assert "plugin.py is missing" in next(iter(needs.plugins(flags)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "world", "fits"),
+    [
+        ({"num_generations": ["4"], "gradient_accumulation_steps": ["4"]}, 1, True),
+        ({"num_generations": ["4"], "gradient_accumulation_steps": ["1"]}, 1, False),
+        ({"num_generations": ["4"], "gradient_accumulation_steps": ["1"]}, 4, True),
+        ({"num_generations": ["8"], "generation_batch_size": ["16"]}, 1, True),
+        ({"num_generations": ["1"], "gradient_accumulation_steps": ["4"]}, 1, False),
+    ],
+)
+def test_grpo_batches_hold_whole_groups(flags, world, fits):
+    assert (list(needs.divisible(flags, world)) == []) is fits
+
+
+def test_the_file_that_ends_swifts_runs_is_refused(tmp_path):
+    assert list(needs.stop_file(tmp_path / "stop")) == []
+    (tmp_path / "stop").touch()
+    assert "remove it" in next(iter(needs.stop_file(tmp_path / "stop")))
+
+
+def test_room_for_checkpoints_is_asked_for(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    assert list(needs.disk(tmp_path / "a" / "b", free // 4, 2)) == []
+    assert "--save_total_limit" in next(iter(needs.disk(tmp_path, free // 2, 2)))
+
+
+def test_missing_packages_are_named_with_their_pip_line(monkeypatch):
+    monkeypatch.setattr(needs.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingToolError, match=r"pip install 'ms-swift.* 'msgspec'"):
+        needs.packages({}, is_grpo=True)
+    with pytest.raises(MissingToolError) as caught:
+        needs.packages({}, is_grpo=False)
+    assert "msgspec" not in str(caught.value)
+
+
+def test_preflight_as_a_command(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    write(folder, [row()])
+    outcome = run_here(preflight.main, ["--dataset", "train.json"])
+    assert (outcome.code, outcome.last_line) == (0, "1 rows, nothing wrong")
+    write(folder, [row(image="b.jpg")])
+    outcome = run_here(preflight.main, ["--dataset", "train.json", "--no-image-check"])
+    assert outcome.code == 2 and "b.jpg is missing" in outcome.last_line

@@ -1,0 +1,161 @@
+"""Rewards for answers about vases, against figures worked out by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from vasevqa.model.plugin import plugin, vase_scoring
+from vasevqa.model.plugin.vase_scoring import (
+    answer_in,
+    credit,
+    has_format,
+    is_exact,
+    is_same,
+    years,
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference"),
+    [
+        ("Red-Figure.", "red figure"),
+        ("the lekythos", "Lekythos"),
+        ("It is Athenian", "attic"),
+        ("ΑΒ Krater", "αβ crater"),
+        ("Ｂｌａｃｋ-figure", "black figure"),
+        ("红绘", "red-figure"),
+        ("550 – 500 B.C.", "550-500 BCE"),
+        ("Star Painter", "attributed to the star painter"),
+        ("oenochoé", "oinochoe"),
+    ],
+)
+def test_two_ways_of_writing_mean_the_same(answer, reference):
+    assert is_same(answer, reference) and credit(answer, reference) == 1.0
+
+
+def test_what_means_something_else_is_not_the_same():
+    assert not is_same("red-figure", "black-figure")
+    assert not is_same("", "")
+    assert not is_same("of the", "an")
+
+
+def test_exact_is_to_the_letter():
+    assert is_exact(" amphora\n", "amphora") and not is_exact("Amphora", "amphora")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "expected"),
+    [
+        # words shared, doubled, over words in both: 2·1/(2+2), 2·1/(1+2), none
+        ("Ring Painter", "Star Painter", 0.5),
+        ("Painter", "Star Painter", 2 / 3),
+        ("hydria", "amphora", 0.0),
+        ("", "amphora", 0.0),
+        # every word counts as often as the reference has it: 2·1/(3+1)
+        ("amphora amphora amphora", "amphora", 0.5),
+        # years of both over years of either: 51 of 101 (550…450), 1 of 101
+        ("550-500 BC", "550-450 BC", 51 / 101),
+        ("500-450 BC", "550-500 BC", 1 / 101),
+        ("480 BC", "500-451 BC", 1 / 50),
+        ("550-500 AD", "550-500 BC", 0.0),
+        ("old", "550-500 BC", 0.0),
+    ],
+)
+def test_a_part_of_the_answer_earns_a_part(answer, reference, expected):
+    assert credit(answer, reference) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "span"),
+    [
+        ("550-500 BC", (-550, -500)),
+        ("ca. 480 BCE", (-480, -480)),
+        ("550 to 530 b.c.", (-550, -530)),
+        ("fifth century BC", (-500, -401)),
+        ("5th century BC", (-500, -401)),
+        ("2nd century AD", (101, 200)),
+        ("120 AD", (120, 120)),
+        ("公元前 480", (-480, -480)),
+        ("amphora", None),
+        ("vase 42", None),
+    ],
+)
+def test_dates_are_read_as_years(text, span):
+    assert years(text) == span
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "in_form"),
+    [
+        ("<answer>krater</answer>", "krater", True),
+        ("<think>tall</think>\n<answer> krater </answer>", "krater", True),
+        ("<think>tall</think> krater", "krater", False),
+        ("krater", "krater", False),
+        ("<answer>krater", "krater", False),
+        ("<answer></answer>", "", False),
+        ("<answer>a</answer><answer>b</answer>", "a", False),
+        ("well: <answer>krater</answer>", "krater", False),
+        ("<think>never ends", "", False),
+    ],
+)
+def test_the_answer_and_the_form_of_a_completion(text, answer, in_form):
+    assert answer_in(text) == answer
+    assert has_format(text) is in_form
+
+
+def test_the_documented_function_takes_responses_and_references():
+    responses = ["<think>dark</think><answer>Black figure</answer>", "Ring Painter", "krater"]
+    references = ["black-figure", "Star Painter", "kylix"]
+    assert plugin.external_vase_acc(responses, references) == [1.0, 0.5, 0.0]
+    assert plugin.external_vase_format(responses, references) == [1.0, 0.0, 0.0]
+
+
+def test_every_attribute_of_a_vase_is_scored_in_full_and_against_another():
+    examples = {
+        "fabric": ("Attic", "Corinthian"),
+        "technique": ("red-figure", "white-ground"),
+        "shape": ("hydria", "lekythos"),
+        "provenance": ("Athens", "Vulci"),
+        "date": ("550-500 BC", "450-400 BC"),
+        "attribution": ("Star Painter", "unattributed"),
+        "decoration": ("star", "checked"),
+    }
+    assert tuple(examples) == vase_scoring.ATTRIBUTES
+    for right, wrong in examples.values():
+        assert credit(right, right) == 1.0
+        assert credit(wrong, right) == 0.0
+
+
+@pytest.mark.slow
+def test_plain_functions_of_a_users_plugin_become_rewards_of_swift(tmp_path, monkeypatch):
+    import sys
+
+    from swift.rewards import ORM, orms
+    from swift.utils import import_external_file
+
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "def short(responses, references):\n"
+        "    return [len(a) / len(b) for a, b in zip(responses, references)]\n"
+        "def helper(text):\n    return text\n"
+        "def format(responses, references):\n    return [7.0] * len(responses)\n"
+    )
+    adapt = vase_scoring.__file__.replace("vase_scoring", "adapt")
+    before = dict(orms)
+    words = ["rlhf", "--external_plugins", str(mine), plugin.__file__, adapt, "--beta", "0"]
+    monkeypatch.setattr(sys, "argv", words)
+    try:
+        import_external_file(adapt)
+        assert {"short", "external_vase_acc", "external_vase_format"} == orms.keys() - before.keys()
+        assert orms["format"] is before["format"]  # what is registered stays
+        reward = orms["short"](args=None)
+        assert isinstance(reward, ORM)
+        assert reward(completions=["ab", "abcd"], solution=["abcd", "abcd"]) == [0.5, 1.0]
+        assert reward(["ab"], caption=["abcd"], images=[[]]) == [0.5]
+        with pytest.raises(ValueError, match="nothing to reward by"):
+            reward(["ab"], images=[[]])
+        vase = orms["external_vase_acc"]()
+        assert vase(["amphora", "kylix"], solution=["Amphora", "krater"]) == [1.0, 0.0]
+    finally:
+        orms.clear()
+        orms.update(before)

@@ -1,0 +1,166 @@
+"""How many questions about vases a merged model answers rightly, beside its base.
+
+python evaluate.py                                      output/checkpoint-merged and its base
+python evaluate.py --checkpoint DIR --data-root questions.json --limit 200
+python evaluate.py --before DIR                         beside another model; --before none: alone
+python evaluate.py --demo                               what ./merge.sh --demo left
+
+--data-root is a JSON or JSONL file of rows as for training, each with its answer. Prints accuracy
+over all rows and for each attribute (fabric, technique, shape, provenance, date, attribution,
+decoration), exact and normalised; writes vqa.json and answers.jsonl.
+"""
+
+import json
+import os
+import sys
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
+
+from shared.config import ToolOptions, option, parse
+from shared.errors import UserError
+from shared.files import read_json, write_json, write_text
+from shared.launch import launch_alone
+
+if TYPE_CHECKING:
+    from vasevqa.model.rows import Row
+
+HERE = Path(__file__).resolve().parent
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of the evaluation."""
+
+    checkpoint: Path = option(HERE / "output" / "checkpoint-merged", "a merged model")
+    data_root: Path = option(HERE / "data" / "questions.json", "JSON or JSONL file of rows")
+    out: Path | None = option(None, "where results go; default: evaluation, beside the model")
+    limit: int | None = option(None, "questions, spread over the file; default: all")
+    before: str | None = option(None, "the model to compare with, or none; default: its base")
+    system: str | None = option(None, "system prompt: a text, or a file that ends in .txt")
+    batch_size: int = option(8, "questions answered at a time")
+    max_new_tokens: int = option(64, "tokens of an answer at most")
+    tool: ToolOptions = field(default_factory=ToolOptions)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work."""
+        for name in ("batch_size", "max_new_tokens", "limit"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check the input, then answer and score; the exit code."""
+    cfg = parse(Config, argv, __doc__)
+    if cfg.tool.demo:
+        cfg = _with_demo(cfg)
+    from vasevqa.model import needs, training_files
+
+    models = _models(cfg)
+    for directory in models.values():
+        for problem in needs.model({"model": [f"{directory}/"]}, is_grpo=False):
+            raise UserError(problem)
+    data = training_files.open_file(cfg.data_root, [Path.cwd(), HERE], is_grpo=False)
+    for problem in data.problems:
+        raise UserError(problem)
+    if cfg.tool.dry_run:
+        sys.stdout.write(f"{len(data.rows)} questions to {', '.join(map(str, models.values()))}\n")
+        return 0
+    rows = data.rows
+    if cfg.limit is not None and cfg.limit < len(rows):
+        rows = [rows[at * len(rows) // cfg.limit] for at in range(cfg.limit)]
+    return _evaluate(cfg, models, rows, data.root)
+
+
+def _with_demo(cfg: Config) -> Config:
+    """`cfg` on what the demo made and merged, where no path was typed."""
+    from vasevqa import demo
+
+    paths = demo.build(HERE.parent / "demo")
+    changes = {
+        "checkpoint": paths.merged,
+        "data_root": paths.questions,
+        "before": str(paths.model),
+        "max_new_tokens": 12,
+        "batch_size": 32,
+    }
+    return replace(cfg, **{n: v for n, v in changes.items() if n not in cfg.tool.typed})
+
+
+def _models(cfg: Config) -> dict[str, Path]:
+    """{'before': …, 'after': …}, the first only where it is to be had."""
+    before = cfg.before
+    if before is None:
+        note = read_json(cfg.checkpoint / "merged_from.json")
+        recorded = note.get("base") if isinstance(note, dict) else None
+        before = recorded if recorded and Path(recorded).is_dir() else NONE
+    models = {} if before == NONE else {"before": Path(before).absolute()}
+    return {**models, "after": cfg.checkpoint}
+
+
+def _evaluate(cfg: Config, models: dict[str, Path], rows: "list[Row]", root: Path) -> int:
+    import torch
+
+    from shared.device import resolve
+    from vasevqa.model import evaluation
+
+    device = resolve(cfg.tool.device, 0, os.environ)
+    settings = evaluation.Settings(
+        cfg.batch_size,
+        cfg.max_new_tokens,
+        int(os.environ.get("MAX_PIXELS") or 1003520),
+        _system(cfg.system),
+        torch.bfloat16 if device.type == "cuda" else torch.float32,
+        device,
+    )
+    answers = {
+        name: list(evaluation.Answerer(path, settings).answer(rows, root))
+        for name, path in models.items()
+    }
+    scores = {name: evaluation.score(rows, texts) for name, texts in answers.items()}
+    counts = scores["after"][1]
+    sys.stdout.write(evaluation.table({n: s[0] for n, s in scores.items()}, counts) + "\n\n")
+    result = {
+        "schema": 1,
+        "metrics": scores["after"][0],
+        "before": scores["before"][0] if "before" in scores else None,
+        "counts": counts,
+        "checkpoint": str(cfg.checkpoint),
+        "compared_with": str(models["before"]) if "before" in models else None,
+        "data": str(cfg.data_root),
+    }
+    _write(cfg.out or cfg.checkpoint.parent / "evaluation", result, rows, answers)
+    return 0
+
+
+def _write(
+    out: Path, result: dict[str, object], rows: "list[Row]", answers: dict[str, list[str]]
+) -> None:
+    from vasevqa.model.evaluation import attribute_of
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "vqa.json", result)
+    lines = []
+    for at, row in enumerate(rows):
+        said = {name: texts[at] for name, texts in answers.items()}
+        asked = {"row": row.number, "images": row.images, "attribute": attribute_of(row)}
+        asked |= {"question": row.question, "reference": row.reference}
+        lines.append(json.dumps(asked | said, ensure_ascii=False))
+    write_text(out / "answers.jsonl", "".join(f"{line}\n" for line in lines))
+    sys.stdout.write(f"{out / 'vqa.json'}\n{out / 'answers.jsonl'}\n")
+
+
+def _system(value: str | None) -> str | None:
+    if value is None or not value.endswith(".txt"):
+        return value
+    try:
+        return Path(value).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--system {value} cannot be read: {error.strerror}") from None
+
+
+if __name__ == "__main__":
+    sys.exit(launch_alone(main))
