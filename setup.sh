@@ -3,24 +3,25 @@
 #   ./setup.sh                              demo.sh and run_tests.sh call it on first use
 #   PYTHON=/path/to/python3.12 ./setup.sh   with an interpreter of your choice
 # pip's own configuration (index, proxy, cache) holds. Exit 3: a tool, a Python module or disk space is missing.
+# SETUP_VENV, SETUP_REQUIREMENTS, SETUP_WHAT, SETUP_COMMAND: a recipe's own environment (multimodal/setup_environment.sh)
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -u
 root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P) || exit 1
-lock=$root/requirements/lock.txt venv=$root/.venv log=$root/.venv/setup.log stamp=$root/.venv/setup.stamp
-space_kb=9000000 # the set takes some 7 GB, pip's unpacking the rest
+lock=$root/requirements/lock.txt list=${SETUP_REQUIREMENTS:-$lock} self=${SETUP_COMMAND:-./setup.sh}
+venv=${SETUP_VENV:-$root/.venv} log=$venv/setup.log stamp=$venv/setup.stamp space_kb=9000000 # 7 GB, and pip's unpacking
 
 say() { printf 'setup: %s\n' "$*"; }
 refuse() {
   printf 'setup: %s\n' "$*" >&2
   exit 3
 }
-# The lock's sha256 and the version of .venv's Python: what the stamp must hold. Fails when .venv cannot run.
+# The lists' sha256 and the version of .venv's Python: what the stamp must hold. Fails when .venv cannot run.
 wanted_stamp() {
   "$venv/bin/python" -X utf8 -I -S -c 'import hashlib, platform, sys
-print(hashlib.sha256(open(sys.argv[1], "rb").read()).hexdigest(), platform.python_version())' "$lock" 2>/dev/null
+print(hashlib.sha256(b"".join(open(name, "rb").read() for name in dict.fromkeys(sys.argv[1:]))).hexdigest(),
+    platform.python_version())' "$lock" "$list" 2>/dev/null
 }
 up_to_date() { [[ -f $stamp ]] && wanted=$(wanted_stamp) && [[ $wanted == "$(<"$stamp")" ]]; }
-
 # Prints "VERSION yes|old|no-venv" for one interpreter; must run on any Python, 2.7 too.
 probe() {
   "$1" -E -s -c 'import sys
@@ -44,7 +45,7 @@ choose_python() {
     esac
   done
   refuse "${bare:-${old:-no Python found as ${names[*]}: install Python 3.11 or newer}}," \
-    "or name another with PYTHON=/path/to/python ./setup.sh"
+    "or name another with PYTHON=/path/to/python $self"
 }
 
 check_space() {
@@ -67,9 +68,9 @@ quietly() {
 }
 fail() {
   local advice='check the network and "pip config list"'
-  grep -qi 'no space left' "$log" && advice='free some disk space, or name a roomier place: TMPDIR=/path ./setup.sh'
+  grep -qi 'no space left' "$log" && advice='free some disk space, or name a roomier place: TMPDIR=/path '$self
   grep -v 'is ignored: it is' "$log" | tail -n 15 >&2
-  printf 'setup: %s failed (whole log: %s). %s; a new ./setup.sh goes on from here\n' "$1" "$log" "$advice" >&2
+  printf 'setup: %s failed (whole log: %s). %s; a new %s goes on from here\n' "$1" "$log" "$advice" "$self" >&2
   exit 1
 }
 
@@ -85,16 +86,15 @@ SECONDS=0 pip=("$venv/bin/python" -X utf8 -I -m pip)
 mkdir -p -- "$venv" && rm -f -- "$stamp" && check_space
 if ! "${pip[@]}" --version >/dev/null 2>&1; then # new, or broken by an interruption
   choose_python
-  say "creating .venv with $python ($python_version)"
+  say "creating ${venv#"$root"/} with $python ($python_version)"
   output=$("$python" -X utf8 -I -m venv --clear "$venv" 2>&1)
-  printf '%s\n' "$output" >"$log"
-  "${pip[@]}" --version >>"$log" 2>&1 || fail "creating .venv with $python"
+  { printf '%s\n' "$output" && "${pip[@]}" --version; } >"$log" 2>&1 || fail "creating ${venv#"$root"/} with $python"
 fi
 for package in "$venv"/lib/python3*/site-packages/*.dist-info; do
   # pip writes RECORD last: without it the package is half there, yet would count as installed
   [[ -e $package/RECORD ]] || rm -rf -- "$package"
 done
-say "installing $(grep -c == "$lock") packages from requirements/lock.txt (some 7 GB on disk); log: .venv/setup.log"
-quietly "${pip[@]}" install --no-user --progress-bar off -r "$lock" || fail "installing the packages"
+say "installing ${SETUP_WHAT:-$(grep -c == "$list") packages} from ${list#"$root"/} (some 7 GB on disk); log: ${log#"$root"/}"
+quietly "${pip[@]}" install --no-user --progress-bar off -r "$list" || fail "installing the packages"
 { wanted_stamp >"$stamp.new" && mv -f -- "$stamp.new" "$stamp"; } || fail "writing the stamp"
 say "ready after $SECONDS s"

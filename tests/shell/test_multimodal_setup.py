@@ -1,0 +1,81 @@
+"""multimodal/setup_environment.sh, with the stub interpreters of test_setup.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.shell.test_setup import stub
+
+NEEDED = ("setup.sh", "multimodal/setup_environment.sh", "requirements/multimodal.txt")
+
+
+@pytest.fixture
+def site(house):
+    house.take(*NEEDED)
+    house.write("requirements/lock.txt", "alpha==1.0\nbeta==2.0\n")
+    house.write("python3", stub("3.11.4 yes"), house.bin)
+    house.calls = house.root.parent / "pip_calls"
+    house.env["PIP_CALLS"] = str(house.calls)
+    house.script = house.root / "multimodal/setup_environment.sh"
+    return house
+
+
+def pip_calls(site):
+    return site.calls.read_text().splitlines() if site.calls.exists() else []
+
+
+def test_it_makes_venv_beside_the_script_from_the_recipes_requirements(site):
+    result = site.run("bash", site.script, cwd=site.root / "multimodal")
+    assert result.returncode == 0, result.stderr
+    assert "creating multimodal/venv with python3 (3.11.4)" in result.stdout
+    assert result.stdout.splitlines()[-1] == "ready: source venv/bin/activate"
+    (call,) = pip_calls(site)
+    assert call.endswith(f"-r {site.root}/requirements/multimodal.txt")
+    assert not [word for word in call.split() if "index" in word or "://" in word]
+    assert (site.root / "multimodal/venv/bin/python").exists()
+    assert not (site.root / ".venv").exists()
+    assert not list(site.root.parent.rglob("pwned"))
+
+
+def test_a_second_call_asks_pip_nothing_and_changed_requirements_do(site):
+    site.run("bash", site.script)
+    assert site.run("bash", site.script).returncode == 0 and len(pip_calls(site)) == 1
+    with (site.root / "requirements/multimodal.txt").open("a") as lines:
+        lines.write("gamma\n")
+    site.run("bash", site.script)
+    assert len(pip_calls(site)) == 2
+    site.write("requirements/lock.txt", "alpha==1.1\n")
+    site.run("bash", site.script)
+    assert len(pip_calls(site)) == 3
+
+
+def test_a_failed_installation_names_the_command_that_goes_on(site):
+    result = site.run("bash", site.script, env={"PIP_EXIT": "1"})
+    assert result.returncode == 1
+    assert "a new multimodal/setup_environment.sh goes on from here" in result.stderr
+    assert "ready" not in result.stdout
+
+
+def test_an_old_python_is_a_missing_tool(site):
+    site.write("python3", stub("3.9.18 old"), site.bin)
+    result = site.run("bash", site.script)
+    assert result.returncode == 3
+    assert "PYTHON=/path/to/python multimodal/setup_environment.sh" in result.stderr
+
+
+def test_a_torchaudio_that_does_not_import_is_named(site):
+    found = '  *"find_spec(\\"torchaudio\\")"*) exit 0 ;;'
+    broken = '  *"import torchaudio"*) exit 1 ;;'
+    text = stub("3.11.4 yes").replace("  *)", f"{found}\n{broken}\n  *)", 1)
+    site.write("python3", text, site.bin)
+    result = site.run("bash", site.script)
+    assert result.returncode == 3
+    assert "pip uninstall torchaudio" in result.stderr
+
+
+def test_no_requirement_pulls_torchaudio():
+    from tests.harness import ROOT
+
+    for path in (ROOT / "requirements").glob("*.txt"):
+        names = [line.split("#")[0] for line in path.read_text().splitlines()]
+        assert not [name for name in names if "torchaudio" in name], path
