@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from shared import distributed
 from shared.distributed import World
@@ -53,19 +54,22 @@ def measure(
     net: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     world: World,
-    criterion: nn.Module | None = None,
+    class_weights: Tensor | None = None,
 ) -> Measured:
-    """`net` on all ranks' batches, which may differ in number: only sums are exchanged."""
+    """`net` on all ranks' batches, which may differ in number: only sums are exchanged.
+
+    class_weights: what a picture of each label counts in the loss, which without them is not taken.
+    """
     net.eval()
-    sums = torch.zeros(_NUM * _NUM + 1, dtype=torch.float64, device=world.device)
+    cells = torch.zeros(_NUM * _NUM, dtype=torch.float64, device=world.device)
+    losses = torch.zeros(2, dtype=torch.float64, device=world.device)  # weighted sum, weights
     for images, labels in batches:
         labels = labels.to(world.device)
         logits = net(images.to(world.device, non_blocking=True)).float()
-        pairs = labels * _NUM + logits.argmax(1)
-        sums[:-1] += torch.bincount(pairs, minlength=_NUM * _NUM)
-        if criterion is not None:
-            sums[-1] += criterion(logits, labels).double() * len(labels)
-    *cells, loss = distributed.total(sums, world).tolist()
-    counts = [[int(cells[row * _NUM + column]) for column in range(_NUM)] for row in range(_NUM)]
-    seen = sum(map(sum, counts))
-    return Measured(counts, loss / seen if criterion is not None and seen else math.nan)
+        cells += torch.bincount(labels * _NUM + logits.argmax(1), minlength=_NUM * _NUM)
+        if class_weights is not None:
+            losses[0] += cross_entropy(logits, labels, class_weights, reduction="sum")
+            losses[1] += class_weights[labels].sum()
+    *counts, loss, weight = distributed.total(torch.cat([cells, losses]), world).tolist()
+    table = [[int(counts[row * _NUM + column]) for column in range(_NUM)] for row in range(_NUM)]
+    return Measured(table, loss / weight if weight else math.nan)

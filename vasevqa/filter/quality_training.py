@@ -100,7 +100,7 @@ def _loop(
                 run.save(parts)
             if stop:
                 return run.finish()
-        measured = measure(net, _fixed(cfg, splits.val, world), world, criterion)
+        measured = measure(net, _fixed(cfg, splits.val, world), world, criterion.weight)
         improved = stopping.update(1 - measured.accuracy)
         _report(cfg, run, history, measured, mean_loss, world, float(schedule.get_last_lr()[0]))
         if improved:
