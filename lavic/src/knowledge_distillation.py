@@ -96,8 +96,8 @@ class Config:
 
 DEMO = {  # what suits some hundred small pictures and a tower of 0.2 million parameters
     "batch_size": 4,
-    "num_epochs": 4,
-    "lr": 3e-3,
+    "num_epochs": 6,
+    "lr": 1.5e-3,
     "validate_before_training": True,
     "num_workers": 0,
 }
