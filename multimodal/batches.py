@@ -59,7 +59,7 @@ def epoch_of(
         task = sources[place].task(span.stage)
         assert task is not None
         batch = next(streams[place])
-        if span.stage == 2:
+        if span.stage == 2 and task.target:  # only labels are predicted from the fusion
             generator = torch.Generator().manual_seed(derive(options.seed, position.epoch, step))
             batch["modality_mask"] = modality_dropout(
                 task, options.rows, world, generator, options.modality_dropout

@@ -1,0 +1,394 @@
+"""multimodal through run_training.py, on a few pictures and sounds in the real formats."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from multimodal import model as models
+from multimodal import run_training
+from multimodal.model import create_model
+from shared.files import read_json, read_json_lines
+from tests import multimodal_data
+from tests.harness import ROOT, losses, run_here, start, status_of
+
+SCRIPT = ROOT / "multimodal" / "run_training.py"
+STEPS = (7, 10, 10)  # batches an epoch of the three stages, of 8 samples each
+
+# The document's code, word for word; `base` alone is another size where said.
+SNIPPET = """\
+import torch
+from model import create_model
+
+# 创建模型
+model = create_model('base')
+
+# 加载权重
+checkpoint = torch.load('outputs/checkpoints/best_model.pt')
+model.load_state_dict(checkpoint['model_state_dict'])
+model.eval()
+
+# 推理
+with torch.no_grad():
+    outputs = model(
+        images=image_tensor,      # [B, 3, 224, 224]
+        input_ids=text_ids,       # [B, L]
+        attention_mask=text_mask, # [B, L]
+        audio=audio_mel           # [B, T, 80]
+    )
+    
+    # 获取融合特征
+    features = outputs['fused_features']  # [B, 512]
+    
+    # 获取分类logits
+    logits = outputs['logits']  # [B, num_classes]
+"""  # noqa: W293, as it stands there
+INPUTS = """\
+import torch
+image_tensor = torch.zeros(2, 3, {side}, {side})
+text_ids = torch.tensor([[49406, 320, 2368, 49407]] * 2)
+text_mask = torch.ones(2, 4)
+audio_mel = torch.zeros(2, 100, 80)
+"""
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """The data root."""
+    return multimodal_data.build(tmp_path_factory.mktemp("multimodal")).data_root
+
+
+def flags_for(data: Path, output: Path, *more: object) -> list[object]:
+    """The flags of a run of three short epochs, one a stage; later ones win."""
+    return [
+        "--data-root", data, "--output-dir", output, "--model-size", "nano", "--batch-size", 4,
+        "--gradient-accumulation-steps", 2, "--epochs", 3, "--workers", 0, "--clip-seconds", 1,
+        "--log-every", 1, "--eval-batch-size", 8, "--no-use-checkpoint", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def whole(data, tmp_path_factory) -> Path:
+    """The output directory of an undisturbed run; tests read it and leave it as it is."""
+    output = tmp_path_factory.mktemp("whole") / "outputs"
+    outcome = run_here(run_training.main, flags_for(data, output, "--epochs", 6))
+    assert outcome.code == 0, outcome.text
+    return output
+
+
+def load(path: Path) -> dict:
+    """As the document loads it."""
+    return torch.load(path)
+
+
+def test_a_run_leaves_the_documented_files(whole):
+    names = {path.name for path in (whole / "checkpoints").iterdir()}
+    assert names == {
+        "best_model.pt", "final_model.pt", "checkpoint_epoch_2.pt", "checkpoint_epoch_4.pt",
+        "checkpoint_epoch_6.pt",
+    }  # fmt: skip
+    assert list((whole / "logs" / "tensorboard").glob("events.out.tfevents*"))
+    assert list((whole / "logs").glob("training_*.log"))
+    report = next((whole / "reports").glob("report_*.json"))
+    assert report.with_suffix(".md").exists()
+    status = status_of(whole)
+    assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, 2 * sum(STEPS))
+    assert status["result"]["name"] == "image-text R@1"
+
+
+def test_epochs_go_through_the_stages_and_steps_are_numbered_on(whole):
+    rows = [r for r in read_json_lines(whole / "metrics.jsonl") if r["split"] == "train"]
+    assert [row["step"] for row in rows] == list(range(1, 2 * sum(STEPS) + 1))
+    by_stage = [rows[:14], rows[14:34], rows[34:]]
+    tags = [{tag for row in part for tag in row if "/" in tag} for part in by_stage]
+    assert tags[0] == {"coco/classes", "clotho/keywords"}
+    pairs = ("coco", "clotho", "audiocaps", "voxceleb")
+    contrast = {f"{name}/{tag}" for name in pairs for tag in ("contrast", "scale")}
+    assert tags[1] == contrast
+    assert tags[2] == contrast | {"coco/classes", "clotho/keywords"}
+
+
+def test_the_best_model_is_the_last_stages_and_every_file_is_plain(whole):
+    epochs = [r for r in read_json_lines(whole / "metrics.jsonl") if r["split"] == "epoch"]
+    assert len(epochs) == 6
+    last_stage = [row["val/loss"] for row in epochs[4:]]
+    best = load(whole / "checkpoints" / "best_model.pt")
+    assert best["stage"] == "fine-tuning"
+    assert best["val_loss"] == pytest.approx(min(last_stage), rel=1e-6)
+    assert best["epoch"] == 5 + last_stage.index(min(last_stage))
+    for path in (whole / "checkpoints").iterdir():
+        state = load(path)
+        model = create_model(**state["model"])
+        model.load_state_dict(state["model_state_dict"])
+        assert all(tensor.device.type == "cpu" for tensor in state["model_state_dict"].values())
+        assert state["keyword_head"]["weight"].shape == (80, 512)
+        assert "tone" in state["keywords"]
+
+
+def test_validation_loss_is_the_mean_of_the_sources(whole):
+    for row in read_json_lines(whole / "metrics.jsonl"):
+        if row["split"] == "epoch":
+            parts = [v for tag, v in row.items() if tag.startswith("val/") and tag != "val/loss"]
+            assert row["val/loss"] == pytest.approx(sum(parts) / len(parts), rel=1e-6)
+
+
+def test_the_report_tells_of_data_stages_and_files(whole):
+    path = next((whole / "reports").glob("report_*.json"))
+    report, text = read_json(path), path.with_suffix(".md").read_text()
+    assert report["status"] == "done"
+    counts = {(r["data_set"], r.get("used_as")): r for r in report["data"]}
+    caps = counts["audiocaps", "training"]
+    assert (caps["expected"], caps["found"], caps["skipped"]) == (18, 16, {"missing": 2})
+    assert [(r["stage"], r["epochs"], r["steps"]) for r in report["stages"]] == [
+        ("unimodal", 2, 14), ("alignment", 2, 20), ("fine-tuning", 2, 20),
+    ]  # fmt: skip
+    assert "random" in report["pretrained"]["warning"]
+    assert {row["file"] for row in report["checkpoints"]} == {
+        p.name for p in (whole / "checkpoints").iterdir()
+    }
+    assert all(len(row["sha256"]) == 64 for row in report["checkpoints"])
+    for picture in report["curves"]:
+        assert f"]({picture['file']})" in text
+        assert (path.parent / picture["file"]).stat().st_size > 1000
+    assert "the word table began as random" in text
+    assert report["config"]["batch_size"] == 4
+
+
+def snippet_in(directory: Path, outputs: Path, size: str, side: int) -> str:
+    """Run the document's code beside model.py, with `outputs` there; what it found."""
+    directory.mkdir()
+    (directory / "model.py").symlink_to(ROOT / "multimodal" / "model.py")
+    (directory / "outputs").symlink_to(outputs)
+    shown = "print(tuple(features.shape), tuple(logits.shape))"
+    code = INPUTS.format(side=side) + SNIPPET.replace("'base'", f"'{size}'") + shown
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=directory, capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or done.stderr
+
+
+def test_the_documents_code_loads_and_asks_what_training_wrote(whole, tmp_path):
+    assert snippet_in(tmp_path / "here", whole, "nano", 64) == "(2, 512) (2, 80)"
+
+
+@pytest.mark.full
+@pytest.mark.limit(600)
+def test_the_documents_code_word_for_word_on_a_base_model(data, tmp_path):
+    output = tmp_path / "outputs"
+    flags = [
+        *flags_for(data, output, "--model-size", "base", "--batch-size", 2, "--max-steps", 1),
+        "--gradient-accumulation-steps", 1, "--datasets", "coco", "--epochs", 1,
+    ]  # fmt: skip
+    outcome = run_here(run_training.main, flags)
+    assert outcome.code == 0, outcome.text
+    assert snippet_in(tmp_path / "here", output, "base", 224) == "(2, 512) (2, 80)"
+    shutil.rmtree(output)
+
+
+def test_an_epochs_checkpoint_alone_continues_the_run_exactly(whole, data, tmp_path):
+    output = tmp_path / "outputs"
+    shutil.copytree(whole, output)
+    undisturbed = losses(whole)
+    place = output / "checkpoints" / "checkpoint_epoch_4.pt"
+    outcome = run_here(run_training.main, ["--resume", place])
+    assert outcome.code == 0, outcome.text
+    assert f"continuing from {place} at step 34 of 54" in outcome.text
+    assert losses(output) == undisturbed
+    ours, theirs = (load(d / "checkpoints" / "final_model.pt") for d in (output, whole))
+    for name, tensor in theirs["model_state_dict"].items():
+        assert torch.equal(ours["model_state_dict"][name], tensor), name
+
+
+def test_a_checkpoint_of_weights_alone_cannot_be_continued(whole, tmp_path):
+    output = tmp_path / "outputs"
+    shutil.copytree(whole, output)
+    best = output / "checkpoints" / "best_model.pt"
+    outcome = run_here(run_training.main, ["--resume", best])
+    assert outcome.code == 2
+    assert "best_model.pt holds weights and no state of a run" in outcome.last_line
+
+
+def test_a_batch_in_pieces_trains_as_the_whole_batch(whole, data, tmp_path):
+    output = tmp_path / "outputs"
+    more = ("--epochs", 6, "--batch-size", 8, "--gradient-accumulation-steps", 1)
+    assert run_here(run_training.main, flags_for(data, output, *more)).code == 0
+    assert losses(output) == pytest.approx(losses(whole), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_two_processes_train_as_one_does_on_the_same_batches(whole, data, tmp_path):
+    output = tmp_path / "outputs"
+    more = ("--epochs", 6, "--gradient-accumulation-steps", 1, "--nproc", 2)
+    with start([SCRIPT, *flags_for(data, output, *more)]) as running:
+        assert running.finish().code == 0, running.text
+    assert losses(output) == pytest.approx(losses(whole), rel=1e-4)
+    values = [
+        [row["val/loss"] for row in read_json_lines(run / "metrics.jsonl") if "val/coco" in row]
+        for run in (output, whole)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-3) and len(values[0]) == 6
+
+
+def test_data_sets_that_are_not_there_are_named_and_the_rest_is_learnt(data, tmp_path):
+    root = tmp_path / "data"
+    root.mkdir()
+    (root / "audiocaps").symlink_to(data / "audiocaps")
+    (root / "clotho").mkdir()
+    outcome = run_here(run_training.main, flags_for(root, tmp_path / "outputs", "--max-steps", 3))
+    assert outcome.code == 0, outcome.text
+    assert "clotho is left out" in outcome.text
+    assert "stage unimodal is left out: no data set is for it" in outcome.text
+    path = next((tmp_path / "outputs" / "reports").glob("report_*.json"))
+    left_out = {r["data_set"]: r["left_out"] for r in read_json(path)["data"] if "left_out" in r}
+    assert left_out.keys() == {"coco", "voxceleb", "clotho"}
+    assert status_of(tmp_path / "outputs")["result"]["name"] == "audiocaps R@1"
+
+
+def test_voices_without_faces_are_paired_with_voices(data, tmp_path):
+    root = tmp_path / "data"
+    (root / "voxceleb").mkdir(parents=True)
+    for name in ("wav", "vox1_meta.csv"):
+        (root / "voxceleb" / name).symlink_to(data / "voxceleb" / name)
+    more = ("--batch-size", 4, "--gradient-accumulation-steps", 1, "--epochs", 2)
+    outcome = run_here(run_training.main, flags_for(root, tmp_path / "outputs", *more))
+    assert outcome.code == 0, outcome.text
+    assert "voices are paired with voices of one speaker" in outcome.text
+    rows = [r for r in read_json_lines(tmp_path / "outputs" / "metrics.jsonl") if "loss" in r]
+    assert all("voxceleb/contrast" in row for row in rows) and len(rows) == 6
+    report = read_json(next((tmp_path / "outputs" / "reports").glob("report_*.json")))
+    assert report["data"][-1]["pairs"] == "audio with audio of the same voice"
+
+
+def test_a_run_that_fails_leaves_a_report_that_says_so(data, tmp_path, monkeypatch):
+    def breaks(*_: object) -> None:
+        raise RuntimeError("the step broke")
+
+    monkeypatch.setattr("multimodal.training._step", breaks)
+    outcome = run_here(run_training.main, flags_for(data, tmp_path / "outputs"))
+    assert outcome.code == 1
+    report = read_json(next((tmp_path / "outputs" / "reports").glob("report_*.json")))
+    assert report["status"] == "failed"
+    assert report["reason"] == "RuntimeError: the step broke"
+
+
+def test_sigmoid_trains_with_scale_and_bias(data, tmp_path):
+    more = ("--loss", "sigmoid", "--datasets", "coco", "--epochs", 2, "--stage-epochs", "0/1/1")
+    output = tmp_path / "outputs"
+    assert run_here(run_training.main, flags_for(data, output, *more)).code == 0
+    state = load(output / "checkpoints" / "final_model.pt")["model_state_dict"]
+    assert state["logit_bias.image_text"].item() != -10.0
+    assert state["logit_bias.audio_text"].item() == -10.0
+    assert state["logit_scale.image_text"].item() == pytest.approx(2.3026, abs=0.1)
+
+
+MISTAKES = {
+    "unknown flag": (["--batch-szie", 4], "--batch-szie; did you mean --batch-size?"),
+    "no data there": (["--data-root", "/nowhere"], "/nowhere lacks coco, clotho, audiocaps"),
+    "a data set that is unknown": (["--datasets", "flickr"], "flickr is none of coco, clotho"),
+    "a size that is unknown": (["--model-size", "huge"], "invalid choice: 'huge'"),
+    "stages in another number": (["--stage-epochs", "50/50"], "must be like 30/40/30"),
+    "a batch larger than the data": (["--batch-size", 400], "no data set has 800 samples"),
+    "no such checkpoint": (["--resume", "/nowhere.pt"], "/nowhere.pt: no such checkpoint"),
+    "no such weights": (["--pretrained", "/nowhere.pt"], "give an open_clip checkpoint, auto"),
+    "fp16 on the CPU": (["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs a GPU"),
+    "no such settings": (["--config", "/nowhere.yaml"], "/nowhere.yaml cannot be read"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line_and_exit_2(data, tmp_path, mistake):
+    wrong, message = MISTAKES[mistake]
+    outcome = run_here(run_training.main, [*flags_for(data, tmp_path / "outputs"), *wrong])
+    assert outcome.code == 2, outcome.text
+    assert message in outcome.last_line
+    assert "Traceback" not in outcome.text
+
+
+def test_another_number_of_epochs_is_refused_for_the_same_run(whole, tmp_path):
+    output = tmp_path / "outputs"
+    shutil.copytree(whole, output)
+    place = output / "checkpoints" / "checkpoint_epoch_4.pt"
+    outcome = run_here(run_training.main, ["--resume", place, "--epochs", 9])
+    assert outcome.code == 2
+    assert "cannot continue with epochs: 6 → 9" in outcome.last_line
+
+
+@pytest.mark.parametrize("place", ["root", "directory", "elsewhere", "link"])
+def test_the_script_starts_from_anywhere(data, tmp_path, place):
+    link = tmp_path / "a link.py"
+    link.symlink_to(SCRIPT)
+    script, cwd = {
+        "root": ("multimodal/run_training.py", ROOT),
+        "directory": ("run_training.py", ROOT / "multimodal"),
+        "elsewhere": (str(SCRIPT), tmp_path),
+        "link": (str(link), tmp_path),
+    }[place]
+    flags = map(str, flags_for(data, tmp_path / "outputs", "--dry-run"))
+    command = [sys.executable, script, *flags]
+    shown = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
+    assert "8 samples a step = 1 process(es) x batch 4 x accumulation 2" in shown.stdout
+    assert not (tmp_path / "outputs").exists()
+
+
+TRAINER = """\
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("entry", sys.argv[1])
+sys.path.insert(0, sys.argv[2])                    # where Python puts a script's directory
+sys.modules["entry"] = module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert sys.argv[2] in sys.path
+import datasets, torch
+from transformers import Trainer, TrainingArguments
+
+
+class Line(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(1, 1)
+
+    def forward(self, x, labels):
+        return {"loss": (self.line(x) - labels).square().mean()}
+
+
+rows = datasets.Dataset.from_dict({"x": [[1.0], [2.0]], "labels": [[2.0], [4.0]]})
+rows.set_format("torch")
+options = TrainingArguments(sys.argv[3], max_steps=1, report_to=[], use_cpu=True)
+print("steps", Trainer(Line(), options, train_dataset=rows).train().global_step)
+"""
+
+
+@pytest.mark.slow
+def test_hugging_faces_trainer_works_beside_the_recipes_datasets_file(tmp_path):
+    command = [sys.executable, "-c", TRAINER, SCRIPT, SCRIPT.parent, tmp_path]
+    done = subprocess.run(
+        [str(word) for word in command], capture_output=True, text=True, check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "steps 1" in done.stdout, done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_estimate_stays_below_the_documented_minimum_of_each_size(capsys):
+    for size, limit in (("tiny", 4), ("small", 8), ("base", 12), ("large", 20)):
+        outcome = run_here(run_training.main, ["--estimate", "--model-size", size])
+        assert outcome.code == 0, outcome.text
+        total = next(line for line in outcome.text.splitlines() if "in all" in line)
+        gigabytes = float(total.split()[2])
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in create_model(size).parameters())
+        assert 16 * parameters / 1e9 < gigabytes < limit  # weights, gradients, two moments
+
+
+def test_the_models_defaults_are_those_of_the_settings_file():
+    shown = run_here(run_training.main, ["--print-config"])
+    cfg = json.loads(shown.text)
+    model = models.create_model.__kwdefaults__
+    for name in ("embed_dim", "use_checkpoint", "attention", "dropout", "activation"):
+        assert cfg[name] == model[name], name
+    assert cfg["model_size"] == models.create_model.__defaults__[0] == "base"
