@@ -16,7 +16,7 @@ import json
 import logging
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -74,6 +74,7 @@ class HubRepository:
     files: dict[str, RemoteFile]
     line: Line
     kind: Kind = "model"
+    address: Callable[[str], str] | None = None  # of a file's name, where it is not the Hub's own
 
     @classmethod
     def open(
@@ -93,7 +94,7 @@ class HubRepository:
         Raises UserError for what is not there, not allowed or not understood, and when
         HF_HUB_OFFLINE is set; DownloadError when the endpoint cannot be reached.
         """
-        endpoint = _checked_endpoint(endpoint)
+        endpoint = checked_endpoint(endpoint)
         token = None if send_token and endpoint == OFFICIAL_ENDPOINT else False
         line = Line(patience or PATIENCE, build_hf_headers(token=token))
         try:
@@ -103,13 +104,13 @@ class HubRepository:
             raise UserError(f"repository {repo_id!r} is no owner/name: {one_line(error)}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise DownloadError(
-                f"{_host(endpoint)} did not answer as a Hugging Face Hub does "
+                f"{host_of(endpoint)} did not answer as a Hugging Face Hub does "
                 f"({type(error).__name__}: {one_line(error)}): check the endpoint {endpoint}, and "
                 "whether a login page of the network stands before it"
             ) from None
         if _COMMIT.fullmatch(revision) and info.sha != revision:
             raise DownloadError(
-                f"{_host(endpoint)} gives commit {info.sha} in place of {revision}: it is out of "
+                f"{host_of(endpoint)} gives commit {info.sha} in place of {revision}: it is out of "
                 "step with the Hub; use another endpoint"
             )
         return cls(repo_id, info.sha or revision, endpoint, files, line, kind)
@@ -171,6 +172,8 @@ class HubRepository:
         return self.files[name]
 
     def _url(self, file: RemoteFile) -> str:
+        if self.address:
+            return self.address(file.name)
         # the commit, so that all files are of one version even when a branch moves
         return hf_hub_url(
             self.repo_id,
@@ -210,14 +213,15 @@ def _listing(
         return ask(repo_id, revision=revision, files_metadata=True, timeout=seconds)
 
     what = f"{repo_id} at revision {revision}"
-    return line.persist(lambda: line.ask(_host(api.endpoint), call, what))
+    return line.persist(lambda: line.ask(host_of(api.endpoint), call, what))
 
 
-def _host(endpoint: str) -> str:
+def host_of(endpoint: str) -> str:
+    """The name of the host in an address, for people."""
     return urlsplit(endpoint).hostname or endpoint
 
 
-def _checked_endpoint(endpoint: str) -> str:
+def checked_endpoint(endpoint: str) -> str:
     """`endpoint` without a slash at its end. Raises UserError when it is no web address."""
     try:
         parts = urlsplit(endpoint.strip().rstrip("/"))

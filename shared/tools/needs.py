@@ -55,7 +55,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
         Need(
             "face_distill/blip2_weights/*.safetensors",
             "BLIP-2's vision tower, 10 GB",
-            "python face_distill/download_weight.py",
+            "python face_distill/download_weight.py   (or: --source modelscope)",
         ),
         Need(
             "face_distill/datasets/faces_emore/lfw.bin",

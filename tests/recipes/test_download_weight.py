@@ -138,8 +138,9 @@ def test_hf_endpoint_names_the_mirror_and_the_flag_wins(hub, flags, monkeypatch)
 def test_the_documented_defaults():
     cfg = download_weight.Config()
     assert cfg.blip_path == ROOT / "face_distill" / "blip2_weights"
-    assert cfg.repo_id == "Salesforce/blip2-opt-2.7b"
-    assert re.fullmatch("[0-9a-f]{40}", cfg.revision)
+    assert (cfg.source, cfg.repo_id, cfg.revision) == ("auto", None, None)
+    assert download_weight.REPO_ID == "Salesforce/blip2-opt-2.7b"
+    assert re.fullmatch("[0-9a-f]{40}", download_weight.REVISION)
     assert download_weight.TOWER_PREFIX == model.TOWER_PREFIX
 
 

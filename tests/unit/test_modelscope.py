@@ -1,0 +1,157 @@
+"""ModelScope as a source of files: listed, fetched, continued, checked."""
+
+import json
+
+import pytest
+
+from face_distill import download_weight
+from shared import modelscope
+from shared.errors import UserError
+from shared.transport import DownloadError, Patience
+from tests import hub_server
+from tests.harness import free_port, run_here
+from tests.hub_server import REPO_ID, cut
+from tests.modelscope_server import ModelScopeServer
+
+QUICK = Patience(contact=2.0, connect=1.0, silence=0.5, tries=3, pause=0.01, longest_wait=1.5)
+INDEX = "model.safetensors.index.json"
+SHARDS = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)]
+FILES = {
+    "config.json": b'{"model_type": "blip-2"}',
+    "preprocessor_config.json": b"{}",
+    INDEX: json.dumps(
+        {"weight_map": {"vision_model.a": SHARDS[0], "language_model.b": SHARDS[1]}}
+    ).encode(),
+    SHARDS[0]: bytes(range(256)) * 200,
+    SHARDS[1]: b"the language model",
+    "folder/with space & signs.txt": b"text",
+}
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+    hub_server.forget_the_users_settings(monkeypatch)
+    monkeypatch.setattr(modelscope, "PATIENCE", QUICK)
+    for name in ("MODELSCOPE_DOMAIN", "MODELSCOPE_ENDPOINT", "USE_MODELSCOPE_HUB"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def server():
+    with ModelScopeServer(FILES) as server:
+        yield server
+
+
+def open_it(server, revision="master"):
+    return modelscope.open_repository(REPO_ID, revision, endpoint=server.url, patience=QUICK)
+
+
+def test_files_are_listed_and_fetched_whole(server, tmp_path):
+    repository = open_it(server)
+    assert repository.files.keys() == FILES.keys()
+    names = ["config.json", *repository.weight_files("vision_model."), list(FILES)[-1]]
+    repository.fetch(repository.plan(names, tmp_path))
+    assert {name for name in FILES if (tmp_path / name).exists()} == set(FILES) - {
+        SHARDS[1], "preprocessor_config.json"
+    }  # fmt: skip
+    assert all((tmp_path / name).read_bytes() == FILES[name] for name in names)
+
+
+def test_a_cut_connection_is_continued_where_it_stopped(server, tmp_path):
+    server.misbehave(SHARDS[0], cut(20_000))
+    repository = open_it(server)
+    repository.fetch(repository.plan([SHARDS[0]], tmp_path))
+    assert (tmp_path / SHARDS[0]).read_bytes() == FILES[SHARDS[0]]
+    assert [request.headers.get("range") for request in server.of(SHARDS[0])] == [
+        None,
+        "bytes=20000-",
+    ]
+
+
+def test_a_wrong_checksum_is_refused(server, tmp_path):
+    def change(answer):
+        answer.body = answer.body[:-1] + b"?"
+
+    server.misbehave(SHARDS[0], change, times=9, late=False)
+    repository = open_it(server)
+    with pytest.raises(DownloadError, match="wrong checksum"):
+        repository.fetch(repository.plan([SHARDS[0]], tmp_path))
+    assert not (tmp_path / SHARDS[0]).exists()
+
+
+def test_an_unknown_revision_names_host_and_way_out(server):
+    with pytest.raises(UserError, match=r"is not at 127\.0\.0\.1 \(404\).*names there differ"):
+        open_it(server, "v9")
+
+
+@pytest.mark.parametrize(
+    "body", [b"<html>login</html>", b"[]", b'{"Data": {"Files": [{"Path": "a"}]}}', b"[" * 99_999]
+)
+def test_another_answer_than_modelscopes_is_named(server, body):
+    def change(answer):
+        answer.body, answer.headers = body, {}
+
+    server.misbehave("api", change, times=9)
+    with pytest.raises(DownloadError, match=r"127\.0\.0\.1 did not answer as ModelScope does"):
+        open_it(server)
+
+
+def test_a_host_that_cannot_be_reached_is_named():
+    endpoint = f"http://127.0.0.1:{free_port()}"
+    with pytest.raises(DownloadError, match=r"127\.0\.0\.1 cannot be reached.*Hugging Face Hub"):
+        modelscope.open_repository(REPO_ID, "master", endpoint=endpoint, patience=QUICK)
+
+
+@pytest.mark.parametrize("repo_id", ["", "owner", "a/b/c", "/b", "a/\n"])
+def test_what_is_no_repository_is_refused(repo_id):
+    with pytest.raises(UserError, match="no owner/name"):
+        modelscope.open_repository(repo_id, "master", endpoint="http://127.0.0.1:1")
+
+
+def test_a_path_that_leads_out_is_refused(tmp_path):
+    with ModelScopeServer({"../evil": b"x"}) as server:
+        repository = open_it(server)
+        with pytest.raises(UserError, match="leads out"):
+            repository.plan(["../evil"], tmp_path / "here")
+
+
+@pytest.mark.parametrize(
+    ("environ", "endpoint"),
+    [
+        ({}, "https://www.modelscope.cn"),
+        ({"MODELSCOPE_DOMAIN": "mirror.example"}, "https://mirror.example"),
+        ({"MODELSCOPE_DOMAIN": "http://mirror.example"}, "http://mirror.example"),
+        (
+            {"MODELSCOPE_ENDPOINT": "https://a.example", "MODELSCOPE_DOMAIN": "b"},
+            "https://a.example",
+        ),
+    ],
+)
+def test_the_address_is_the_one_modelscopes_own_programs_take(environ, endpoint):
+    assert modelscope.endpoint_of(environ) == endpoint
+
+
+@pytest.mark.parametrize("how", ["flag", "variable"])
+def test_download_weight_takes_modelscope_by_flag_and_by_variable(
+    server, tmp_path, monkeypatch, how
+):
+    words = ["--repo-id", REPO_ID, "--blip-path", tmp_path]
+    if how == "flag":
+        words += ["--source", "modelscope", "--endpoint", server.url]
+    else:
+        monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+        monkeypatch.setenv("MODELSCOPE_DOMAIN", server.url)
+    ended = run_here(download_weight.main, words)
+    assert ended.code == 0, ended.text
+    assert (tmp_path / SHARDS[0]).read_bytes() == FILES[SHARDS[0]]
+    assert not (tmp_path / SHARDS[1]).exists()
+    assert "holds 4 verified files" in ended.text
+    assert not any("authorization" in request.headers for request in server.requests)
+
+
+def test_the_test_server_speaks_as_modelscopes_own_client_expects(server, tmp_path):
+    """The client that ms-swift brings along, where it is installed."""
+    client = pytest.importorskip("modelscope_hub")
+    found = client.HubApi(endpoint=server.url).list_repo_files(REPO_ID, "model")
+    names = {item if isinstance(item, str) else item.path for item in found}
+    assert names >= FILES.keys()
