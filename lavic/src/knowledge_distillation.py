@@ -55,7 +55,7 @@ class Config:
         "auto", "of the frozen weights; auto: bfloat16 or float16 on a GPU, float32 on the CPU"
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = option(
-        "auto", "less memory for the tower, more time; auto: on GPUs below 22 GB", scope="free"
+        "auto", "less memory for the tower, more time; auto: on GPUs below 30 GB", scope="free"
     )
     reuse_prompt: bool = option(
         True, "run what is the same in all prompts once, and no gradients through any", scope="free"
