@@ -127,7 +127,7 @@ DEMO = {  # what suits 640 pictures, 344 sounds and a model of 2 million paramet
     "model_size": "nano",
     "batch_size": 32,
     "gradient_accumulation_steps": 1,
-    "epochs": 30,
+    "epochs": 24,
     "lr": 1e-3,
     "tower_lr": 1.0,
     "clip_seconds": 2.0,
