@@ -90,11 +90,12 @@ class _Foreign:
     def run(self, env: Mapping[str, str] | None, handle: int) -> int:
         """Start the program under its guard and wait; the exit code of the run."""
         keeper = [sys.executable, guard.__file__, str(os.getpid()), str(self._timeout)]
+        older = guard.children()  # the log's tee, where a script has become this process
         with Child() as child:  # to the end: the last words are not lost to a late signal
             self._status.write()
             # the guard shares the lock: no new run begins while it ends what a killed one has left
             code = child.run_attached([*keeper, *self._command], env, self._tick, keep=[handle])
-            guard.end_children()  # none, but where the guard itself was killed
+            guard.end_children(spare=older)  # none, but where the guard itself was killed
             return self._conclude(code, child.stopped_by)
 
     def _tick(self) -> None:

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
@@ -128,16 +128,18 @@ def kill_children() -> None:
     _send(children(), signal.SIGKILL)
 
 
-def end_children(patience: float = _UNKILLABLE) -> None:
-    """Kill every descendant of this process, which adopts orphans, and wait for their ends."""
+def end_children(patience: float = _UNKILLABLE, spare: Collection[int] = ()) -> None:
+    """Kill every descendant of this process, which adopts orphans, and wait for their ends.
+
+    spare: children that stay, such as the tee that a shell script has left us.
+    """
     deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
-        kill_children()
-        try:
-            if os.waitpid(-1, os.WNOHANG)[0] == 0:
-                time.sleep(0.02)
-        except ChildProcessError:
-            return
+    while time.monotonic() < deadline and (left := set(children()) - set(spare)):
+        _send(sorted(left), signal.SIGKILL)
+        for pid in left:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.02)
 
 
 def children() -> list[int]:
