@@ -134,10 +134,11 @@ def texts() -> list[str]:
     asked = [text for forms in questions.QUESTIONS.values() for text in forms]
     vases = make_vases(300, seed=0)
     answers = [answer for vase in vases for answer in vase.attributes.values()]
-    described = [questions.caption(vase) for vase in vases]
+    taught = questions.lessons(vases)
+    described = [*taught, *(text for texts in taught.values() for text in texts)]
     frame = "system user assistant You are a helpful assistant. <think></think><answer></answer>"
     prompt = _PROMPT.read_text(encoding="utf-8")
-    return [*asked * 3, *answers, *described, questions.DESCRIBE, frame, prompt] * 2
+    return [*asked * 3, *answers, *described, frame, prompt] * 2
 
 
 def _write_rows(paths: DemoPaths, seed: int) -> None:
@@ -175,14 +176,14 @@ def _writer(content: bytes) -> Any:
 
 def _write_model(directory: Path, seed: int) -> None:
     from vasevqa import demo_qwen
-    from vasevqa.demo_questions import caption
+    from vasevqa.demo_questions import lessons
     from vasevqa.demo_vases import VIEWS, render
 
     rng = random.Random(f"views {seed}")
     vases = _vases(NUM_PICTURED, _PICTURED, seed)
     pictures = [render(vase, rng.choice(VIEWS), size=SIZE) for vase in vases]
     model, processor = demo_qwen.build(directory, texts(), seed)
-    loss = demo_qwen.teach(model, processor, pictures, [caption(v) for v in vases], seed)
+    loss = demo_qwen.teach(model, processor, pictures, lessons(vases), seed)
     log.info("the tiny model describes vases, loss %.2f", loss)
     model.save_pretrained(directory)
 

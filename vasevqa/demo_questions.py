@@ -28,6 +28,21 @@ QUESTIONS = {
 DESCRIBE = "Describe the picture."
 
 
+def lessons(vases: Sequence[Vase]) -> dict[str, list[str]]:
+    """{instruction: a text for each vase}: what the tiny model can do before it is fine-tuned.
+
+    In sentences, as models do that were never shown an archive; of provenance, date and attribution
+    it knows nothing.
+    """
+    return {
+        DESCRIBE: [caption(vase) for vase in vases],
+        "Describe the fabric.": [f"It is made of {vase.fabric} clay." for vase in vases],
+        "Describe the technique.": [f"It is painted in {vase.technique}." for vase in vases],
+        "Describe the shape.": [f"It looks like a {vase.shape}." for vase in vases],
+        "Describe the decoration.": [f"It shows {vase.decoration}." for vase in vases],
+    }
+
+
 def caption(vase: Vase) -> str:
     """What can be seen, in words."""
     return f"{vase.technique} {vase.shape} of {vase.fabric} clay with {vase.decoration}"

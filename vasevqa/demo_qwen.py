@@ -1,7 +1,7 @@
 """A tiny Qwen2.5-VL in the real layout, with the real ids of its special tokens.
 
     model, processor = build(Path("weights/tiny-qwen2.5-vl"), texts, seed=0)
-    teach(model, processor, pictures, captions, seed=0)
+    teach(model, processor, pictures, {"Describe the picture.": captions}, seed=0)
     model.save_pretrained("weights/tiny-qwen2.5-vl")
 
 Ten million parameters, of which nearly all are an embedding of Qwen's size. swift expands a picture
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,6 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
-
-from vasevqa.demo_questions import DESCRIBE
 
 SPECIALS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
@@ -87,16 +85,17 @@ def teach(
     model: Qwen2_5_VLForConditionalGeneration,
     processor: Qwen2_5_VLProcessor,
     pictures: Sequence[NDArray[np.uint8]],
-    captions: Sequence[str],
+    lessons: Mapping[str, Sequence[str]],
     seed: int,
-    steps: int = 400,
+    steps: int = 500,
 ) -> float:
-    """Train the whole model to describe `pictures`, in place; the last loss, in nats a token.
+    """Train the whole model to do what the lessons ask, in place; the last loss, nats a token.
 
-    So it is what fine-tuning begins with: a model that sees and writes, and was never asked about
-    a vase. The embedding's rows without a token stay zero and count in the softmax.
+    lessons: {instruction: a text for each picture}. So it is what fine-tuning begins with: a model
+    that sees, reads and writes. The embedding's rows without a token stay zero and count in the
+    softmax.
     """
-    batch = _encoded(processor, pictures, captions)
+    batches = [_encoded(processor, pictures, *lesson) for lesson in lessons.items()]
     embedding: Any = model.get_input_embeddings().weight
     used = used_ids(processor.tokenizer)
     rows = nn.Parameter(embedding.detach()[used].clone())
@@ -107,9 +106,10 @@ def teach(
     )
     generator, loss = torch.Generator().manual_seed(seed), torch.tensor(math.nan)
     model.train()
-    for _ in range(steps):
+    for step in range(steps):
+        batch = batches[step % len(batches)]
         chosen = torch.randint(len(pictures), (16,), generator=generator)
-        loss = _caption_loss(model, batch.take(chosen), rows, used)
+        loss = _loss(model, batch.take(chosen), rows, used)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -123,13 +123,13 @@ def teach(
 
 @dataclass(frozen=True)
 class _Batch:
-    """Pictures and captions as the model reads them.
+    """Pictures and texts as the model reads them.
 
     ids: (batch, tokens); patches: (batch, patches, values of one); grid: (batch, 3).
     """
 
     ids: Tensor
-    prompt: int  # tokens before the caption
+    prompt: int  # tokens before the text that is learnt
     patches: Tensor
     grid: Tensor
 
@@ -139,28 +139,28 @@ class _Batch:
 
 
 def _encoded(
-    processor: Any, pictures: Sequence[NDArray[np.uint8]], captions: Sequence[str]
+    processor: Any, pictures: Sequence[NDArray[np.uint8]], asked: str, texts: Sequence[str]
 ) -> _Batch:
-    question = [{"type": "image"}, {"type": "text", "text": f"\n{DESCRIBE}"}]
+    question = [{"type": "image"}, {"type": "text", "text": f"\n{asked}"}]
     messages = [{"role": "user", "content": question}]
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    frame = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     encoded = processor.image_processor(list(pictures), return_tensors="pt")
     grid = encoded["image_grid_thw"]
     patches = encoded["pixel_values"].view(len(pictures), -1, encoded["pixel_values"].shape[-1])
     tokens = patches.shape[1] // 4  # two by two patches make a token
     tokenizer = processor.tokenizer
-    prompt = tokenizer(text.replace(IMAGE, IMAGE * tokens))["input_ids"]
-    answers = [tokenizer(f"{caption}<|im_end|>")["input_ids"] for caption in captions]
+    prompt = tokenizer(frame.replace(IMAGE, IMAGE * tokens))["input_ids"]
+    answers = [tokenizer(f"{text}<|im_end|>")["input_ids"] for text in texts]
     longest = max(map(len, answers))
     pad = tokenizer.pad_token_id
     rows = [prompt + answer + [pad] * (longest - len(answer)) for answer in answers]
     return _Batch(torch.tensor(rows), len(prompt), patches, grid)
 
 
-def _caption_loss(
+def _loss(
     model: Qwen2_5_VLForConditionalGeneration, batch: _Batch, rows: Tensor, used: Tensor
 ) -> Tensor:
-    """Cross-entropy of the captions, over the used rows and, as one, those that are zero."""
+    """Cross-entropy of the texts, over the used rows and, as one, those that are zero."""
     place = torch.searchsorted(used, batch.ids)  # among the used rows
     inner: Any = model.model
     is_image = batch.ids == FIRST_SPECIAL + SPECIALS.index(IMAGE)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from vasevqa.model.preflight import Findings
 
 HERE = Path(__file__).resolve().parent
+THREADS = os.environ.get("OMP_NUM_THREADS")  # the user's, before the launcher sets its own
 
 
 def main(argv: list[str]) -> int:
@@ -111,11 +112,11 @@ def _run(plan: "Plan", found: "Findings", steps: int) -> int:
 
 def _surroundings(plan: "Plan") -> dict[str, str]:
     """Variables that the user left open."""
-    wanted = {"TOKENIZERS_PARALLELISM": "false"}
-    if "use_cpu" in plan.flags:
-        # several OpenMP threads a process were measured slower than one; deepspeed would warn
-        wanted |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    return {name: value for name, value in wanted.items() if name not in os.environ}
+    found = {"TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false")}
+    if "use_cpu" in plan.flags and not THREADS:  # the logits over Qwen's vocabulary fill all cores
+        local = int(os.environ.get("NPROC_PER_NODE") or 1)
+        found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local))
+    return found
 
 
 def _supervise(plan: "Plan", steps: int, variables: dict[str, str]) -> int:
