@@ -252,6 +252,23 @@ def test_nohup_holds_for_the_program_and_its_children(tmp_path):
         assert running.finish().code == 143
 
 
+def test_a_scripts_log_has_the_closing_line_too(tmp_path):
+    script = tmp_path / "sft.sh"
+    script.write_text(
+        f'#!/usr/bin/env bash\nsource "{ROOT}/shared/shell/common.sh"\n'
+        f'PYTHON_FOUND="{sys.executable}"\nstart_log "{tmp_path}/logs" sft\n'
+        f'run_python "{LAUNCH}" --run-dir "{tmp_path}/run" -- "$@"\n'
+    )
+    with start([script, *python("print('its words')")], program=["bash"]) as running:
+        outcome = running.finish()
+        assert running.leaves_nothing()  # the log's tee ends by itself, when all is written
+    text = (tmp_path / "logs" / "latest.log").read_text()
+    assert "its words\n" in text
+    assert text.splitlines()[-1].endswith("done: the program has ended (exit 0)")
+    assert outcome.last_line == text.splitlines()[-1]
+    assert status_of(tmp_path / "run")["log"] == str((tmp_path / "logs" / "latest.log").resolve())
+
+
 def test_a_second_live_run_in_the_directory_is_refused(tmp_path):
     with swift(tmp_path) as first:
         with launch(tmp_path, "true") as second:
