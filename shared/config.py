@@ -211,6 +211,25 @@ def parse_known(config_class: type[C], argv: list[str]) -> C:
     return _build(defaults, given | flags, frozenset(given | flags))
 
 
+def parse_own(
+    config_class: type[C], argv: list[str] | None = None, usage: str | None = None
+) -> tuple[C, list[str]]:
+    """Like `parse`, and the words that belong to none of its settings, for another program.
+
+    Only --help prints; a settings file is that program's.
+    """
+    defaults = config_class()
+    parser = _Parser(
+        description=usage,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    _add_flags(parser, defaults)
+    flags, rest = parser.parse_known_args(dashed(sys.argv[1:] if argv is None else argv))
+    return _build(defaults, vars(flags), frozenset(vars(flags))), rest
+
+
 def leaves(config: Any) -> dict[str, Setting]:
     """Every setting of a configuration by name, those of nested dataclasses too.
 

@@ -7,7 +7,16 @@ from typing import Any, Literal
 
 import pytest
 
-from shared.config import RunOptions, ToolOptions, differing, option, parse, parse_known, settings
+from shared.config import (
+    RunOptions,
+    ToolOptions,
+    differing,
+    option,
+    parse,
+    parse_known,
+    parse_own,
+    settings,
+)
 from shared.errors import UserError
 
 
@@ -446,3 +455,16 @@ def test_settings_are_plain_and_can_be_asked_for_by_scope() -> None:
 def test_differences_are_named_old_to_new() -> None:
     before: dict[str, Any] = {"a": 1, "b": 2, "gone": 3}
     assert differing(before, {"a": 1, "b": 5, "new": None}) == ["b: 2 → 5", "gone: 3 → None"]
+
+
+def test_parse_own_gives_the_words_of_others_back_in_their_order() -> None:
+    @dataclass(frozen=True)
+    class Own:
+        names: tuple[str, ...] = option((), "names")
+        force: bool = option(False, "force")
+
+    own, rest = parse_own(
+        Own, ["--lr", "1e-4", "--names", "a", "b", "--force", "--model_size", "x"]
+    )
+    assert (own.names, own.force) == (("a", "b"), True)
+    assert rest == ["--lr", "1e-4", "--model-size", "x"]
