@@ -27,6 +27,7 @@ sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # 
 
 from shared.config import option, parse
 from shared.errors import DONE, INTERRUPTED, MissingToolError, UserError, did_you_mean, one_line
+from shared.files import read_json, write_json
 from shared.launch import launch_alone
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 
 RECIPE = Path(__file__).resolve().parent
 DATA_ROOT = RECIPE / "data"
+SUMMARY = "downloads.json"  # below the data root: what became of each data set
 _LONGEST_CALL = 180.0  # seconds for a program's one clip
 
 log = logging.getLogger(__name__)
@@ -99,7 +101,7 @@ def main(argv: list[str] | None = None) -> int:
         return DONE
     getting.check_space(needs, cfg.data_root)
     outcomes = [_try(lambda item=item: _get(cfg, item, options), item.name) for item in data_sets]
-    return _conclude(outcomes)
+    return _conclude(outcomes, cfg.data_root)
 
 
 def _chosen(names: tuple[str, ...]) -> tuple[str, ...]:
@@ -230,8 +232,11 @@ def _try(work: Callable[[], str], name: str) -> Outcome:
         return Outcome(name, error.exit_code, one_line(error))
 
 
-def _conclude(outcomes: list[Outcome]) -> int:
-    """Print what became of each; the exit code: of the first failure, a missing step last."""
+def _conclude(outcomes: list[Outcome], data_root: Path) -> int:
+    """Print and write what became of each; the exit code: a failure's, a missing step's last."""
+    if data_root.is_dir():
+        noted = read_json(data_root / SUMMARY) or {}
+        write_json(data_root / SUMMARY, noted | {item.name: item.text for item in outcomes})
     for outcome in outcomes:
         print(f"{outcome.name:<10} {'failed: ' if outcome.code else ''}{outcome.text}")
     failed = sorted(outcome.code for outcome in outcomes if outcome.code)

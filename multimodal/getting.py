@@ -50,7 +50,7 @@ class Need:
 
 def need_of(data_set: DataSet, root: Path, options: Options) -> Need:
     """What is still to be fetched and written for the data set."""
-    missing = [source for source in data_set.files if not (root / source.file.name).is_file()]
+    missing = [s for s in data_set.files if not (root / s.folder / s.file.name).is_file()]
     fetch = sum(_left(source, root) for source in missing)
     disk = fetch
     for archive in data_set.archives:
@@ -88,6 +88,21 @@ def get(data_set: DataSet, root: Path, options: Options) -> None:
             _unpack(data_set, archive, root, options)
         if options.delete_archives:
             _delete(archive, root)
+
+
+def lacking(data_set: DataSet, root: Path) -> str:
+    """What keeps the data set from being trained on; '' when enough is there.
+
+    Of sounds that come one by one half of those listed will do: some are gone for good.
+    """
+    files = [s.file.name for s in data_set.files if not (root / s.folder / s.file.name).is_file()]
+    files = [name for name in files if "karpathy" not in name]  # val2017 does in their place
+    folders = [path for a in data_set.archives for path in a.holds if not is_unpacked(a, root)]
+    missing = files or folders
+    if missing:
+        return f"{', '.join(missing[:3])} missing"
+    clips = _count(root / "audio", deep=True)
+    return f"{clips:,} of {data_set.clips:,} clips" if clips < data_set.clips / 2 else ""
 
 
 def is_unpacked(archive: Archive, root: Path) -> bool:
