@@ -1,0 +1,392 @@
+"""vasevqa/filter: stops, kills and users' mistakes; rows 26 to 29 and 34 of the fault matrix."""
+
+import io
+import json
+import os
+import signal
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shared.files import read_json, read_json_lines
+from tests.harness import ROOT, losses, run_here, start, status_of, wait_until
+from tests.vase_filter_nano import pixels, write_clip, write_picture, write_quality_set, write_views
+from vasevqa.filter import classifier, clipfilter1, clipfilter2, model
+from vasevqa.filter.quality_net import ImageQualityNet
+
+FILTER = ROOT / "vasevqa" / "filter"
+MANY = 1200
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return write_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def net_file(tmp_path_factory):
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("net") / "model.pth"
+    net = ImageQualityNet(arch="resnet10")
+    content = {"model_state_dict": net.state_dict(), "arch": "resnet10", "image_size": 32}
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Enough pictures that a run can be met in the middle."""
+    root = tmp_path_factory.mktemp("many")
+    random = np.random.default_rng(0)
+    for number in range(MANY):
+        Image.fromarray(random.integers(0, 256, (12, 12, 3), dtype=np.uint8)).save(
+            root / f"{number:05d}.png"
+        )
+    return root
+
+
+def clip_flags(root, clip, tmp_path, out="out"):
+    return [
+        *("--input_dir", root, "--output_dir", tmp_path / out),
+        *("--model_cache_dir", clip, "--cache_dir", tmp_path / "cache"),
+        *("--workers", 0, "--batch_size", 1, "--threshold", 0),
+    ]
+
+
+def rows_in(out: Path) -> int:
+    return sum(
+        path.read_bytes().count(b"\n") for path in out.glob(".clipfilter1/scores-*/part-*.jsonl")
+    )
+
+
+def results(out: Path):
+    return json.loads((out / "filtering_report.json").read_text())["results"]
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+@pytest.mark.limit(240)
+@pytest.mark.parametrize(
+    ("number", "processes", "code"),
+    [(signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGKILL, 1, -9),
+     (signal.SIGTERM, 2, 143)],
+)  # fmt: skip
+def test_a_filter_run_that_is_ended_goes_on_where_it_was(
+    many, clip, tmp_path, number, processes, code
+):
+    flags = clip_flags(many, clip, tmp_path)
+    with start([FILTER / "clipfilter1.py", *flags, "--nproc", processes]) as running:
+        wait_until(lambda: rows_in(tmp_path / "out") >= 100, "100 rows", running=running)
+        running.signal(number)
+        outcome = running.finish()
+        assert running.leaves_nothing()
+    assert outcome.code == code, outcome.text
+    kept = rows_in(tmp_path / "out")
+    assert 100 <= kept < MANY
+    if code > 0:
+        status = status_of(tmp_path / "out" / ".clipfilter1")
+        assert (status["state"], status["exit_code"]) == ("stopped", code)
+        assert "the same command goes on from there" in status["reason"]
+        assert not (tmp_path / "out" / "filtering_report.json").exists()
+    assert run_here(clipfilter1.main, flags).code == 0
+    assert MANY <= rows_in(tmp_path / "out") <= MANY + 1  # no row twice, but for a torn one
+    whole = clip_flags(many, clip, tmp_path, "whole")
+    assert run_here(clipfilter1.main, whole).code == 0
+    assert results(tmp_path / "out") == results(tmp_path / "whole")
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+@pytest.mark.limit(240)
+def test_a_kill_while_files_are_placed_leaves_no_half_file(many, clip, tmp_path):
+    flags = clip_flags(many, clip, tmp_path)
+    with start([FILTER / "clipfilter1.py", *flags]) as running:
+        placed = tmp_path / "out"
+        count = lambda: sum(len(list(placed.glob(f"{f}/*"))) for f in ("accepted", "rejected"))  # noqa: E731
+        wait_until(lambda: count() >= 20, "20 placed files", running=running)
+        running.signal(signal.SIGKILL)
+        running.finish()
+    assert run_here(clipfilter1.main, flags).code == 0
+    for row in results(tmp_path / "out"):
+        folder = "accepted" if row["accepted"] else "rejected"
+        copy = tmp_path / "out" / folder / row["filename"]
+        assert copy.read_bytes() == (many / row["filename"]).read_bytes()
+    assert count() == MANY  # and nothing beside them, no temporary file
+
+
+@pytest.mark.serial
+@pytest.mark.slow
+@pytest.mark.limit(300)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_training_that_is_ended_becomes_the_undisturbed_one(tmp_path, number):
+    data = write_quality_set(tmp_path / "images2", each=20)
+    flags = [
+        *("--data_dir", data, "--arch", "resnet10", "--image_size", 32, "--pretrained", "none"),
+        *("--batch_size", 4, "--workers", 2, "--num_epochs", 4, "--log_every", 1),
+        *("--save_every", 3),
+    ]
+    whole = [*flags, "--output_dir", tmp_path / "whole"]
+    with start([FILTER / "model.py", *whole]) as running:
+        assert running.finish().code == 0, running.text
+    out = [*flags, "--output_dir", tmp_path / "out"]
+    run_dir = tmp_path / "out" / ".quality_model"
+    with start([FILTER / "model.py", *out]) as running:
+        reached = lambda: max(losses(run_dir), default=0) >= 12  # noqa: E731
+        wait_until(reached, "step 12", running=running)
+        running.signal(number)
+        code = running.finish().code
+        assert running.leaves_nothing()
+    assert code == (143 if number == signal.SIGTERM else -9)
+    with start([FILTER / "model.py", *out]) as running:
+        outcome = running.finish()
+    assert outcome.code == 0 and "continuing from" in outcome.text
+    assert losses(run_dir) == losses(tmp_path / "whole" / ".quality_model")
+    ended, undisturbed = (
+        read_json(tmp_path / name / "training_results.json") for name in ("out", "whole")
+    )
+    assert ended == undisturbed
+
+
+# --- what users do wrong --------------------------------------------------------------------------
+
+
+def mistakes(tmp_path):
+    pictures = write_views(tmp_path / "in", 1, 1)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    ok = ["--input_dir", pictures, "--output_dir", tmp_path / "out"]
+    (tmp_path / "p.txt").write_text("[high]\na\n")
+    return {
+        "no input": (clipfilter1, ["--input_dir", "/nowhere"], "python classifier.py first"),
+        "an input without pictures": (
+            clipfilter1,
+            ["--input_dir", tmp_path / "empty", "--output_dir", tmp_path / "out",
+             "--model_cache_dir", tmp_path],
+            "holds no picture (.bmp .jpeg",
+        ),
+        "output inside input": (
+            clipfilter1,
+            ["--input_dir", pictures, "--output_dir", pictures / "out"],
+            "its pictures would be filtered again",
+        ),
+        "output that cannot be written": (
+            clipfilter1,
+            [*ok[:2], "--output_dir", tmp_path / "file" / "out"],
+            "cannot be written",
+        ),
+        "threshold and keep": (
+            clipfilter1,
+            [*ok, "--threshold", 0, "--keep", 0.5],
+            "leave one out",
+        ),
+        "keep nothing": (clipfilter1, [*ok, "--keep", 0], "keep must be above 0"),
+        "a misspelt flag": (clipfilter1, ["--tresh", 1], "did you mean --threshold?"),
+        "one group of prompts": (
+            clipfilter1,
+            [*ok, "--prompts", tmp_path / "p.txt"],
+            "below [low]",
+        ),
+        "a device that is not there": (
+            clipfilter1,
+            [*ok, "--device", "cuda:1"],
+            "this machine has no NVIDIA GPU",
+        ),
+        "no accepted": (clipfilter2, ["--input_dir", "/nowhere"], "./clipfilter1.sh first"),
+        "a broken pattern": (clipfilter2, ["--pattern", "(a"], "is no regular expression"),
+        "a pattern with one group": (clipfilter2, ["--pattern", "(a)"], "has 1 group(s)"),
+        "no model": (classifier, ["--model_path", "/no.pth"], "train it with python model.py"),
+        "a threshold above 1": (classifier, ["--threshold", 2], "threshold must be in [0, 1]"),
+        "no quality set": (model, ["--data_dir", tmp_path], "/0 is no folder"),
+        "no weights": (
+            model,
+            ["--data_dir", write_quality_set(tmp_path / "q", 3), "--pretrained", "/no.pth"],
+            "is no file; allowed: a weight file, auto, none",
+        ),
+    }  # fmt: skip
+
+
+CASES = (
+    *("no input", "an input without pictures", "output inside input"),
+    *("output that cannot be written", "threshold and keep", "keep nothing", "a misspelt flag"),
+    *("one group of prompts", "a device that is not there", "no accepted", "a broken pattern"),
+    *("a pattern with one group", "no model", "a threshold above 1", "no quality set"),
+    "no weights",
+)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_mistake_is_one_line_and_exit_2(case, tmp_path):
+    if case == "a device that is not there" and torch.cuda.is_available():
+        pytest.skip("this machine has GPUs")
+    found = mistakes(tmp_path)
+    assert set(found) == set(CASES)
+    script, args, said = found[case]
+    outcome = run_here(script.main, args)
+    assert outcome.code == 2, outcome.text
+    assert outcome.last_line.startswith("error: ") and said in outcome.last_line
+    assert "Traceback" not in outcome.text
+
+
+def test_two_runs_in_one_output_directory_are_refused(clip, tmp_path):
+    from shared import lock
+
+    root = write_views(tmp_path / "in", 1, 1)
+    state = tmp_path / "out" / ".clipfilter1"
+    state.mkdir(parents=True)
+    (state / "status.json").write_text(json.dumps({"pid": os.getpid()}))
+    held = lock.take(state)
+    try:
+        outcome = run_here(clipfilter1.main, clip_flags(root, clip, tmp_path))
+    finally:
+        os.close(held)
+    assert outcome.code == 2 and "in use by a live run" in outcome.last_line
+
+
+# --- pictures of every kind -----------------------------------------------------------------------
+
+
+def bomb(path: Path) -> None:
+    """A PNG of 14000 x 14000 pixels in a few kilobytes."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        check = zlib.crc32(kind + content).to_bytes(4, "big")
+        return len(content).to_bytes(4, "big") + kind + content + check
+
+    side = 14000
+    header = side.to_bytes(4, "big") * 2 + bytes([8, 0, 0, 0, 0])
+    rows = zlib.compress(bytes((side + 1) * 64))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    )
+
+
+def write_corrupt(root: Path) -> set[str]:
+    """One file of each kind that gives no picture."""
+    whole = io.BytesIO()
+    Image.fromarray(pixels(1, 200)).save(whole, "JPEG")
+    (root / "cut.jpg").write_bytes(whole.getvalue()[:120])
+    (root / "empty.jpg").write_bytes(b"")
+    (root / "page.jpg").write_bytes(b"<html>404</html>")
+    (root / "zeros.png").write_bytes(bytes(500))
+    (root / "dangling.png").symlink_to(root / "nowhere.png")
+    bomb(root / "bomb.png")
+    return {"cut.jpg", "empty.jpg", "page.jpg", "zeros.png", "dangling.png", "bomb.png"}
+
+
+def test_fault_26_and_27_what_is_no_picture_is_set_aside_with_its_reason(
+    clip, net_file, tmp_path, monkeypatch
+):
+    root = write_views(tmp_path / "in", 4, 3)
+    bad = write_corrupt(root)
+    outcome = run_here(clipfilter1.main, clip_flags(root, clip, tmp_path))
+    assert outcome.code == 0, outcome.text
+    report = json.loads((tmp_path / "out" / "filtering_report.json").read_text())
+    reasons = {row["filename"]: row["reason"] for row in report["unreadable"]}
+    assert set(reasons) == bad and len(report["results"]) == 12 and report["total_images"] == 18
+    assert "pixels" in reasons["bomb.png"] and "empty" in reasons["empty.jpg"]
+    assert "<html>" in reasons["page.jpg"] and all(reasons.values())
+    flags = ["--source_dir", root, "--target_dir", tmp_path / "images3", "--model_path", net_file]
+    outcome = run_here(classifier.main, [*flags, "--workers", 0])
+    assert outcome.code == 0, outcome.text
+    report = json.loads((tmp_path / "images3" / "classification_report.json").read_text())
+    assert {row["filename"] for row in report["results"] if row["reason"]} == bad
+
+
+def test_fault_27_too_many_of_them_stop_the_run(clip, tmp_path):
+    root = write_views(tmp_path / "in", 1, 2)
+    write_corrupt(root)
+    outcome = run_here(clipfilter1.main, clip_flags(root, clip, tmp_path))
+    assert outcome.code == 2
+    assert "6 of 8 files cannot be read, more than --max_unreadable 0.5" in outcome.last_line
+    assert not (tmp_path / "out" / "accepted").exists()
+
+
+def test_fault_28_pictures_of_every_mode_are_scored(clip, tmp_path):
+    root = tmp_path / "in"
+    root.mkdir()
+    image = Image.fromarray(pixels(2))
+    for mode, name in (("CMYK", "c.jpg"), ("LA", "la.png"), ("P", "p.png"), ("L", "l.tiff"),
+                       ("RGBA", "a.webp"), ("1", "b.bmp")):  # fmt: skip
+        image.convert(mode).save(root / name)
+    Image.fromarray(pixels(2)[..., 0].astype(np.uint16) * 257).save(root / "deep.png")
+    Image.fromarray(pixels(2)[:1, :1]).save(root / "one.png")
+    image.save(root / "CASE.JPG".replace("CASE", "case"), "JPEG")
+    exif = image.getexif()
+    exif[0x0112] = 6  # lies on its side
+    image.save(root / "turned.Jpeg", "JPEG", exif=exif)
+    outcome = run_here(clipfilter1.main, clip_flags(root, clip, tmp_path))
+    assert outcome.code == 0, outcome.text
+    assert len(results(tmp_path / "out")) == 10
+
+
+@pytest.mark.parametrize("label", ["0", "1"])
+def test_fault_29_a_label_without_pictures_is_an_error(tmp_path, label):
+    data = write_quality_set(tmp_path / "q", 3)
+    for path in (data / label).iterdir():
+        path.unlink()
+    (data / label / "notes.txt").write_text("nothing here")
+    outcome = run_here(model.main, ["--data_dir", data, "--output_dir", tmp_path / "out"])
+    assert outcome.code == 2 and f"{label} holds 0 picture(s)" in outcome.last_line
+
+
+def test_fault_34_any_path_works_and_none_is_executed(clip, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = tmp_path / "花瓶 it's $(touch pwned)" / "-rf"
+    for name in ("-n.png", "a b.png", "数据/$(touch pwned).png", 'q"uote.png', "new\nline.png"):
+        write_picture(root / name, len(name))
+    outcome = run_here(clipfilter1.main, clip_flags(root, clip, tmp_path, "出 $(touch pwned)"))
+    assert outcome.code == 0, outcome.text
+    out = tmp_path / "出 $(touch pwned)"
+    assert len(results(out)) == 5
+    placed = [p for folder in ("accepted", "rejected") for p in (out / folder).rglob("*.png")]
+    assert {p.name for p in placed} == {p.name for p in root.rglob("*.png")}
+    assert not (tmp_path / "pwned").exists() and not (FILTER / "pwned").exists()
+
+
+def test_a_name_that_is_no_utf8_is_left_out_and_named(clip, tmp_path):
+    root = write_views(tmp_path / "in", 1, 2)
+    (root / os.fsdecode(b"\xff\xfe.png")).write_bytes((next(root.rglob("*.jpg"))).read_bytes())
+    outcome = run_here(clipfilter1.main, clip_flags(root, clip, tmp_path))
+    assert outcome.code == 0, outcome.text
+    assert r"left out: \xff\xfe.png (its name is not UTF-8" in outcome.text
+    assert len(results(tmp_path / "out")) == 2
+
+
+@pytest.mark.full
+@pytest.mark.limit(600)
+def test_a_million_rows_are_decided_and_reported_in_flat_memory(tmp_path):
+    code = (
+        "import sys, resource; sys.path.insert(0, sys.argv[1]); from pathlib import Path\n"
+        "import numpy as np, json; from vasevqa.filter import filter_report\n"
+        "from vasevqa.filter.decision import Threshold; from vasevqa.filter.ledger import Ledger\n"
+        "from vasevqa.filter.prompts import Prompts; from vasevqa.filter.rows import Item\n"
+        "out, count = Path(sys.argv[2]), int(sys.argv[3])\n"
+        "def row(n): return {'filename': f'tray {n % 97}/{n:08d}.jpg', 'size': 9, 'mtime_ns': n,\n"
+        "    'digest': f'{n:032x}', 'score': n % 1009 / 1009, 'high': .5, 'low': .1,\n"
+        "    'prompts': [.123456] * 16}\n"
+        "keys = np.sort(np.fromiter((Item.of(row(n)).key for n in range(count)), np.uint64))\n"
+        "with Ledger.build(out / 'd.db', map(row, range(count)), keys) as ledger:\n"
+        "    ledger.decide('accepted', 'rejected', .5); ledger.group_duplicates('accepted')\n"
+        "    report = filter_report.Report(out / 'in', out, Threshold(.5, 'typed'), 1.0)\n"
+        "    report.write(ledger, Prompts(('a',), ('b',)))\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)\n"
+    )
+    peaks = []
+    for count in (10_000, 1_000_000):
+        out = tmp_path / str(count)
+        out.mkdir()
+        with start(["-c", code, ROOT, out, count]) as running:
+            outcome = running.finish(timeout=500)
+        assert outcome.code == 0, outcome.text
+        peaks.append(int(outcome.last_line))
+    assert peaks[1] - peaks[0] < 64, peaks  # megabytes; the rows take a gigabyte
+    lines = tmp_path / "1000000" / "filtering_report.jsonl"
+    assert sum(1 for _ in lines.open()) == 1_000_000
+    first = next(read_json_lines(lines))
+    assert first["filename"] == "tray 0/00000000.jpg"
+    assert sys.getsizeof(first) < 10_000

@@ -1,0 +1,151 @@
+"""clipfilter1.sh: the menu on a terminal, the same entries without one; what reaches the script."""
+
+import os
+import pty
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.harness import ROOT
+
+SCRIPT = ROOT / "vasevqa" / "filter" / "clipfilter1.sh"
+FILES = ("vasevqa/filter/clipfilter1.sh", "shared/shell/common.sh")
+ENTRIES = {
+    "1": ["--analyze_only"],
+    "2": ["--confirm"],
+    "4": ["--confirm", "--device", "cpu"],
+    "5": ["--confirm", "--device", "cuda:1"],
+    "6": ["--analyze_only", "--sample_size", "100"],
+}
+
+
+@pytest.fixture
+def script(house):
+    """The script in a house of its own, with an interpreter that tells its arguments."""
+    house.take(*FILES)
+    stub = 'for word in "$@"; do printf "<%s>" "$word"; done; printf "\\n"\n'
+    house.env["PYTHON"] = str(house.write("stub", f"#!/bin/sh\n{stub}"))
+    return house.root / FILES[0]
+
+
+def arguments(text: str, script: Path) -> list[str]:
+    """What the stub was called with, after the script's name."""
+    line = next(line for line in text.splitlines() if line.startswith("<"))
+    words = line.strip()[1:-1].split("><")
+    assert words[0] == str(script.with_name("clipfilter1.py"))
+    return words[1:]
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_an_entry_without_a_terminal(house, script, entry):
+    done = house.run(script, entry, "--yes", "--output_dir", "a b", stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    expected = [*ENTRIES[entry], "--yes", "--output_dir", "a b"]
+    assert arguments(done.stdout, script) == expected
+    assert not (script.parent / "pwned").exists()
+
+
+def test_entry_3_takes_its_threshold_as_a_flag(house, script):
+    done = house.run(script, "3", "--threshold", "0.15", stdin=subprocess.DEVNULL)
+    assert arguments(done.stdout, script) == ["--threshold", "0.15"]
+    done = house.run(script, "3", stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and "3 --threshold 0.15" in done.stderr
+
+
+@pytest.mark.parametrize("words", [[], ["--yes"]])
+def test_without_a_terminal_and_an_entry_the_usage_comes_with_exit_2(house, script, words):
+    done = house.run(script, *words, stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "usage: clipfilter1.sh [1-6]" in done.stderr
+    for line in ("1. 🔍 仅分析数据集质量分布", "6. 📊 快速分析（100个样本）"):
+        assert line in done.stderr
+
+
+def test_help_lists_the_entries_and_an_unknown_one_is_refused(house, script):
+    done = house.run(script, "--help", stdin=subprocess.DEVNULL)
+    assert done.returncode == 0 and "2. 🎯 自动过滤" in done.stdout
+    done = house.run(script, "7", stdin=subprocess.DEVNULL)
+    assert done.returncode == 2 and "no entry 7; allowed: 1 to 6" in done.stderr
+
+
+def test_the_log_is_beside_the_script_and_called_from_anywhere(house, script, tmp_path):
+    link = tmp_path / "filter.sh"
+    link.symlink_to(script)
+    done = house.run(link, "1", stdin=subprocess.DEVNULL, cwd="/")
+    assert done.returncode == 0, done.stderr
+    assert "--analyze_only" in (script.parent / "logs" / "latest.log").read_text()
+
+
+class Terminal:
+    """The script with a terminal, and what appears on it."""
+
+    def __init__(self, house, *command: object) -> None:
+        self._master, slave = pty.openpty()
+        self.process = house.start(*command, stdin=slave, stdout=slave, stderr=slave)
+        os.close(slave)
+        self.text = ""
+
+    def wait_for(self, text: str) -> None:
+        deadline = time.monotonic() + 30
+        while text not in self.text:
+            assert time.monotonic() < deadline, self.text
+            try:
+                self.text += os.read(self._master, 4096).decode(errors="replace")
+            except OSError:  # the other end is closed
+                assert text in self.text, self.text
+
+    def type(self, line: str) -> None:
+        os.write(self._master, f"{line}\n".encode())
+
+    def finish(self) -> int:
+        code = self.process.wait(30)
+        os.close(self._master)
+        return code
+
+
+@pytest.mark.parametrize("entry", ENTRIES)
+def test_the_menu_on_a_terminal(house, script, entry):
+    terminal = Terminal(house, script, "--batch_size", "4")
+    terminal.wait_for("entry (1-6): ")
+    assert "3. ⚙️ 自定义阈值过滤" in terminal.text
+    terminal.type(entry)
+    terminal.wait_for("<4>")
+    assert arguments(terminal.text, script) == [*ENTRIES[entry], "--batch_size", "4"]
+    assert terminal.finish() == 0
+
+
+def test_entry_3_asks_for_the_threshold_on_a_terminal(house, script):
+    terminal = Terminal(house, script)
+    terminal.wait_for("entry (1-6): ")
+    terminal.type("3")
+    terminal.wait_for("threshold: ")
+    terminal.type("0.2; touch pwned")
+    terminal.wait_for("pwned>")
+    assert arguments(terminal.text, script) == ["--threshold=0.2; touch pwned"]
+    assert terminal.finish() == 0
+    assert not list(house.root.rglob("pwned"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("answer", "accepted"), [("n", False), ("-2", True)])
+def test_the_proposed_threshold_is_confirmed_on_a_terminal(house, tmp_path, answer, accepted):
+    from tests.vase_filter_nano import write_clip, write_views
+
+    flags = [
+        *("--input_dir", write_views(tmp_path / "in", 3, 2), "--output_dir", tmp_path / "out"),
+        *("--model_cache_dir", write_clip(tmp_path / "clip"), "--cache_dir", tmp_path / "cache"),
+    ]
+    house.env |= {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]}
+    terminal = Terminal(house, SCRIPT, "2", *flags)
+    terminal.wait_for("(y, n, or another number): ")
+    terminal.type(answer)
+    terminal.wait_for("(exit 0)")
+    assert terminal.finish() == 0
+    assert (tmp_path / "out" / "accepted").exists() == accepted
+    if answer == "-2":
+        assert "6 of 6 pictures accepted" in terminal.text
+    if answer == "n":
+        assert "not confirmed" in terminal.text
