@@ -92,7 +92,7 @@ def test_05_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(data, undis
     assert losses(output) == undisturbed
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.serial
 def test_06_19_two_processes_stop_together_and_continue_exactly(data, tmp_path):
     more = ("--nproc", 2, "--batch-size", 2, "--epochs", 2, "--stage-epochs", "0/1/1")

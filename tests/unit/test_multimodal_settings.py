@@ -1,0 +1,148 @@
+"""config.yaml, and how flags and resumed runs go with it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from multimodal import run_training, settings_file
+from multimodal.run_training import Config
+from shared.config import leaves
+from shared.errors import UserError
+from tests.harness import ROOT, run_here
+
+# The document's block.
+DOCUMENTED = """\
+model:
+  size: base
+  embed_dim: 512
+  use_checkpoint: true
+
+training:
+  epochs: 100
+  batch_size: 8
+  learning_rate: 1.0e-4
+  use_amp: true
+  gradient_accumulation_steps: 4
+
+paths:
+  data_root: ./data
+  output_dir: ./outputs
+"""
+
+
+def settings_of(*flags: object) -> dict:
+    outcome = run_here(run_training.main, [*flags, "--print-config"])
+    assert outcome.code == 0, outcome.text
+    return json.loads(outcome.text)
+
+
+def refused(text: str, tmp_path: Path) -> str:
+    path = tmp_path / "my.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as error:
+        settings_file.read(path, leaves(Config()))
+    return str(error.value).removeprefix(f"{path}: ")
+
+
+def test_the_file_is_the_documented_block():
+    text = (ROOT / "multimodal" / "config.yaml").read_text()
+    assert yaml.safe_load(text) == yaml.safe_load(DOCUMENTED)
+    assert DOCUMENTED in text
+
+
+def test_the_documented_defaults_hold():
+    found = settings_of()
+    here = ROOT / "multimodal"
+    assert (found["data_root"], found["output_dir"]) == (str(here / "data"), str(here / "outputs"))
+    assert (found["model_size"], found["batch_size"], found["epochs"], found["lr"]) == (
+        "base", 8, 100, 1e-4,
+    )  # fmt: skip
+
+
+def test_a_file_sets_defaults_and_flags_win(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text(
+        "model:\n  size: tiny\n  dropout: 0.1\n"
+        "training:\n  batch_size: 3\n  learning_rate: 1e-3\n  seed: 5\n  datasets: [coco]\n"
+        "paths:\n  data_root: sets\n"
+    )
+    found = settings_of("--config", path, "--batch-size", 6)
+    assert (found["model_size"], found["dropout"], found["lr"]) == ("tiny", 0.1, 1e-3)
+    assert (found["batch_size"], found["seed"], found["datasets"]) == (6, 5, ["coco"])
+    assert found["data_root"] == str(ROOT / "multimodal" / "sets")
+    assert found["epochs"] == 100
+
+
+def test_a_path_that_is_typed_starts_where_it_was_typed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert settings_of("--data-root", "./data")["data_root"] == str(tmp_path / "data")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("modle:\n  size: tiny\n", "unknown section modle; did you mean model?"),
+        ("zzz:\n  a: 1\n", "unknown section zzz; expected model, training, paths"),
+        ("training:\n  bach_size: 4\n", "unknown setting training.bach_size; did you mean batch"),
+        ("training:\n  size: tiny\n", "unknown setting training.size; it belongs below model"),
+        ("model:\n  resume: x\n", "unknown setting model.resume"),
+        ("model: base\n", "model must hold `name: value` lines, found 'base'"),
+        ("model:\n  size: huge\n", "model_size is 'huge', allowed: tiny, small, base, large"),
+        ("training:\n  batch_size: many\n", "batch_size is 'many', expected int"),
+    ],
+)
+def test_what_is_not_understood_is_refused_with_the_nearest(text, message, tmp_path):
+    assert refused(text, tmp_path).startswith(message)
+
+
+def test_values_no_run_can_use_are_refused(tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("training:\n  batch_size: 0\n")
+    outcome = run_here(run_training.main, ["--config", path, "--print-config"])
+    assert outcome.code == 2 and "batch_size must be above 0, got 0" in outcome.last_line
+
+
+@pytest.mark.parametrize(
+    ("flags", "mode"),
+    [
+        ([], "auto"),
+        (["--no-use-amp"], "off"),
+        (["--amp", "off"], "off"),
+        (["--amp", "bf16"], "bf16"),
+        (["--amp", "bf16", "--no-use-amp"], "bf16"),
+    ],
+)
+def test_use_amp_and_amp_are_one_decision(flags, mode):
+    assert run_training._read_settings(flags).amp == mode
+
+
+@pytest.fixture
+def stored(tmp_path) -> Path:
+    """A run directory with settings, and a checkpoint below it."""
+    cfg = run_training._read_settings(["--batch-size", "3", "--amp", "off", "--epochs", "7"])
+    from shared.config import settings
+
+    (tmp_path / "checkpoints").mkdir()
+    path = tmp_path / "checkpoints" / "checkpoint_epoch_5.pt"
+    path.touch()
+    (tmp_path / "config.json").write_text(json.dumps({"settings": settings(cfg)}))
+    return path
+
+
+def test_a_checkpoint_brings_its_runs_settings_and_directory(stored, tmp_path):
+    cfg = run_training._read_settings(["--resume", str(stored)])
+    assert (cfg.batch_size, cfg.epochs, cfg.amp) == (3, 7, "off")
+    assert cfg.run_dir == tmp_path
+    assert cfg.tensorboard == tmp_path / "logs" / "tensorboard"
+
+
+def test_a_settings_file_that_would_change_the_resumed_run_is_refused(stored, tmp_path):
+    path = tmp_path / "my.yaml"
+    path.write_text("training:\n  batch_size: 3\n  workers: 1\n")
+    flags = ["--resume", str(stored), "--config", str(path)]
+    assert run_training._read_settings(flags).batch_size == 3
+    path.write_text("training:\n  batch_size: 5\n")
+    with pytest.raises(UserError, match=r"cannot continue with .*my.yaml: batch_size: 3 → 5"):
+        run_training._read_settings(flags)
