@@ -110,6 +110,7 @@ def _make_directory(out: Path) -> None:
 
 def _evaluate(cfg: Config, checkpoint: Path, settings: "Settings", out: Path) -> int:
     from arcface import evaluation_report, testing
+    from shared import report
     from shared.device import resolve
 
     device = resolve(cfg.tool.device, 0, os.environ)
@@ -118,6 +119,7 @@ def _evaluate(cfg: Config, checkpoint: Path, settings: "Settings", out: Path) ->
         amp=cfg.tool.amp, batch_size=cfg.batch_size, limit=cfg.limit,
     )  # fmt: skip
     written = evaluation_report.write(out, result, examples=cfg.examples, seed=cfg.seed)
+    report.refresh(out.parent)  # of the run, whose report shows the page
     sys.stdout.write(evaluation_report.text_table(result) + "\n")
     sys.stdout.write("".join(f"{path}\n" for path in written))
     return 0

@@ -123,6 +123,7 @@ def _make_directory(out: Path) -> None:
 def _evaluate(cfg: Config, files: list[Path]) -> int:
     from face_distill import evaluation, evaluation_report
     from face_distill.evaluation import STUDENT, TEACHER, UNTRAINED
+    from shared import report
     from shared.device import resolve
     from shared.images import printable
 
@@ -149,6 +150,7 @@ def _evaluate(cfg: Config, files: list[Path]) -> int:
         "limit": cfg.limit,
     }
     written = evaluation_report.write(cfg.out, sets, results, about)
+    report.refresh(cfg.out.parent)  # of the run, whose report shows the page
     sys.stdout.write(evaluation_report.text_table(sets, results) + "\n\n")
     sys.stdout.write("".join(f"{path}\n" for path in written))
     return 0

@@ -5,11 +5,13 @@
 
 Made of what the run directory holds (see shared/run_record.py), whole or not. A recipe adds to its
 report by putting PNG, JPEG, SVG or HTML files into `pages/` of the run directory, or by naming them
-among the outputs of its status. Standard library only, for the launcher.
+among the outputs of its status; HTML pages in `evaluation/` are taken too. Standard library only,
+for the launcher.
 """
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping
 from datetime import datetime
@@ -18,10 +20,12 @@ from typing import Any
 
 from shared import page as html
 from shared.errors import UserError, one_line
-from shared.files import write_text
+from shared.files import is_file, write_text
 from shared.page import Markup, Page
 from shared.run_record import RunRecord, Series, as_text, flat, number, read
 from shared.safe_html import harmless
+
+log = logging.getLogger(__name__)
 
 NAME = "report.html"
 
@@ -38,6 +42,16 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
     Raises UserError when there is no run to report on, or `out` cannot be written.
     """
     return _put(out or run_dir / NAME, _report(_known(run_dir)).render())
+
+
+def refresh(run_dir: Path) -> None:
+    """Write the report anew if a run is there. Never raises: a page is not worth a run."""
+    if not is_file(run_dir / "status.json"):
+        return
+    try:
+        write(run_dir)
+    except Exception as error:
+        log.warning("no %s in %s: %s", NAME, run_dir, one_line(error))
 
 
 def write_comparison(run_dirs: list[Path], out: Path) -> Path:
@@ -133,7 +147,7 @@ def _facts(record: RunRecord) -> list[tuple[str, Any]]:
     rows = [(name, as_text(record.status[name])) for name in names if name in record.status]
     if seconds := _seconds(record):
         rows.append(("duration", _duration(seconds)))
-    command = record.config.get("command")
+    command = record.config.get("command", record.status.get("command"))
     rows += [("command", command)] if isinstance(command, str) else []
     outputs = record.status.get("outputs")
     rows += [("output", as_text(path)) for path in (outputs if isinstance(outputs, list) else [])]

@@ -8,6 +8,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import socket
@@ -17,15 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import one_line
-from shared.files import is_alive, is_file
+from shared.files import is_file
+from shared.run_view import is_that_process, log_lines
 
 PAGES = "pages"  # of a run directory: the pictures and tables that a recipe adds to the report
+EVALUATION = "evaluation"  # where its evaluate.py writes: of what lies there, the pages
 PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".html")
 _LARGEST_JSON = 32_000_000  # bytes: no settings and no status are larger
 _LARGEST_METRICS = 400_000_000
 _LONGEST_LINE = 1_000_000
 _PLACES = ("step", "epoch", "split", "time")  # of a row in metrics.jsonl; all else are numbers
-_LOG_END = 16_000  # bytes
+_LOG_END = 60  # lines
 
 Series = tuple[list[float], list[float]]  # steps, values; NaN where the run wrote null
 
@@ -91,7 +94,7 @@ def read(run_dir: Path) -> RunRecord:
     record.state = _state(record.status)
     record.curves = _curves(run_dir / "metrics.jsonl", record.problems)
     record.log = _log_of(record)
-    record.log_end = _last_lines(record.log) if record.log else []
+    record.log_end = log_lines(str(record.log), _LOG_END) if record.log else []
     record.pictures = _pictures(record)
     return record
 
@@ -152,18 +155,14 @@ def _object(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _state(status: dict[str, Any]) -> str:
     """How the run stands, as its status says it and its process bears out."""
-    state = status.get("state")
+    state, pid, began = (status.get(name) for name in ("state", "pid", "started_at"))
     if state not in ("done", "stopped", "failed", "running"):
         return "unknown"
-    pid = status.get("pid")
-    is_here = status.get("host") == socket.gethostname() and isinstance(pid, int)
-    if state == "running" and is_here and not _lives(pid):
-        return "killed"
+    if state == "running" and status.get("host") == socket.gethostname() and type(pid) is int:
+        began = began if isinstance(began, str) else None
+        if not (0 < pid < 2**31 and is_that_process(pid, began)):
+            return "killed"
     return str(state)
-
-
-def _lives(pid: Any) -> bool:
-    return 0 < pid < 2**31 and is_alive(pid)
 
 
 def _curves(path: Path, problems: list[str]) -> dict[str, dict[str, Series]]:
@@ -207,37 +206,23 @@ def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
 
 
 def _log_of(record: RunRecord) -> Path | None:
-    """The run's log file: as config.json names it, else the newest in the run directory."""
-    named = record.config.get("log")
+    """The run's log file: as status.json names it, else the newest in the run directory."""
+    named = record.status.get("log")
     candidates = [Path(named)] if isinstance(named, str) and named else []
-    try:
+    with contextlib.suppress(OSError):
         candidates += sorted(record.run_dir.glob("*.log"), key=lambda p: p.stat().st_mtime)[::-1]
-        return next((path for path in candidates if path.is_file()), None)
-    except (OSError, ValueError):
-        return None
-
-
-def _last_lines(path: Path) -> list[str]:
-    """The last lines of a log; of a progress bar's rewritten line what was left standing."""
-    try:
-        with path.open("rb") as stream:
-            stream.seek(max(0, path.stat().st_size - _LOG_END))
-            text = stream.read(_LOG_END).decode("utf-8", "replace")
-    except OSError:
-        return []
-    lines = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
-    return [line for line in lines if line.strip()][-60:]
+    return next((path for path in candidates if is_file(path)), None)
 
 
 def _pictures(record: RunRecord) -> list[Path]:
-    """Files of pages/, in the order of their names, then pictures among the run's outputs."""
-    try:
-        found = sorted((record.run_dir / PAGES).iterdir())
-    except OSError:
-        found = []
+    """Files of pages/ by their names, pages of an evaluation, pictures among the run's outputs."""
+    found: list[Path] = []
+    for pattern in (f"{PAGES}/*", f"{EVALUATION}/*.html"):
+        with contextlib.suppress(OSError):
+            found += sorted(record.run_dir.glob(pattern))
     outputs = record.status.get("outputs")
     for name in outputs if isinstance(outputs, list) else []:
-        if isinstance(name, str) and "\0" not in name:
+        if isinstance(name, str):
             found.append(record.run_dir / name)  # an absolute one stays as it is
     inside = [path for path in found if path.suffix.lower() in PICTURES and is_file(path)]
     return [path for path in dict.fromkeys(inside) if path.name != "report.html"]

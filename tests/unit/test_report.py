@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import report, run_record
+from shared import report, run_record, status
 from shared.errors import UserError
 from shared.page import Page, line_chart, table, thumbnail
 from shared.safe_html import harmless
@@ -162,6 +162,22 @@ def test_pictures_of_a_recipe_are_inside(run_dir):
     assert "Not shown: out.jpg: a thumbnail must be a JPEG or PNG" in page
 
 
+def test_pages_of_an_evaluation_are_inside(run_dir):
+    (run_dir / "evaluation").mkdir()
+    (run_dir / "evaluation" / "sheet.html").write_text("<p>ten queries</p>")
+    (run_dir / "evaluation" / "roc.svg").write_text("<svg/>")  # the pages hold it
+    page = page_of(run_dir)
+    assert "<p>ten queries</p>" in page and "roc.svg" not in page
+
+
+def test_a_refresh_never_raises_and_warns_once(run_dir, tmp_path, caplog):
+    report.refresh(tmp_path / "no run")
+    assert not caplog.records and not (tmp_path / "no run").exists()
+    (run_dir / "report.html").mkdir()
+    report.refresh(run_dir)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
 def test_train_and_val_stand_in_one_chart_linear_and_logarithmic(run_dir):
     charts = Reader(page_of(run_dir)).named("svg")
     assert [chart["aria-label"] for chart in charts] == ["loss", "loss, logarithmic"]
@@ -184,7 +200,13 @@ def test_train_and_val_stand_in_one_chart_linear_and_logarithmic(run_dir):
             "open",
         ),
         (
-            {"state": "running", "pid": os.getpid(), "host": socket.gethostname(), "eta_s": 200.0},
+            {
+                "state": "running",
+                "pid": os.getpid(),
+                "host": socket.gethostname(),
+                "eta_s": 200.0,
+                "started_at": status.now(),
+            },
             "Still running when this page was written: at step 40 of 40, about 3 min 20 s to go.",
             "open",
         ),
