@@ -8,6 +8,7 @@ python prompt_tuning.py --demo                                after ./run_traini
 Writes trained_lora_adapter/, test_results_<candidates>.jsonl and results_summary.csv.
 """
 
+import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,7 +39,7 @@ class Config:
     finetune_output_dir: Path = option(SRC / "out_finetuned", "where everything goes", scope="free")
     max_length: int = option(2048, "tokens of a prompt with its answer")
     batch_size: int = option(1, "conversations a process and forward pass")
-    num_workers: int = option(4, "loader workers a process", scope="free")
+    num_workers: int = option(4, "loader workers a process", scope="free", aliases=("--workers",))
     lr: float = option(5e-5, "AdamW's learning rate")
     weight_decay: float = option(1e-5, "AdamW's weight decay")
     num_epochs: int = option(1, "passes over the training conversations", scope="length")
@@ -58,12 +59,15 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "of the frozen weights; auto: half on a GPU, float32 on the CPU"
     )
-    gradient_checkpointing: bool = option(True, "less memory for more time", scope="free")
+    gradient_checkpointing: Literal["auto", "on", "off"] = option(
+        "auto", "less memory for more time; auto: on GPUs below 48 GB", scope="free"
+    )
     eval_batch_size: int = option(4, "conversations a process in evaluation", scope="free")
     evaluate_before: bool = option(True, "test the untrained model first", scope="free")
     max_samples: str = option("all", "conversations of each file to use, from its first; or all")
     cache: Path = option(SRC / "vector_cache", "keeps the pictures' vectors", scope="free")
-    run: RunOptions = field(default_factory=lambda: RunOptions(seed=42))
+    estimate: bool = option(False, "print the memory this will take, stop", scope="free")
+    run: RunOptions = field(default_factory=lambda: RunOptions(seed=42, log_every=10))
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
@@ -107,7 +111,6 @@ DEMO = {  # what suits 240 conversations and a model of 0.4 million parameters; 
     "max_length": 1024,
     "eval_batch_size": 10,
     "num_workers": 0,
-    "gradient_checkpointing": False,
 }
 
 
@@ -116,15 +119,18 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Config, argv, __doc__)
     if cfg.run.demo:
         cfg = _with_demo(cfg)
+    if cfg.estimate:
+        from lavic.src import tuning_memory
+
+        print(tuning_memory.reckon(cfg))
+        return 0
     _check_files(cfg)
     base = cfg.model_name or base_of(cfg.adapter)
     _check_base(base, cfg.adapter)
     cfg = replace(cfg, model_name=base)
     if cfg.run.dry_run:
-        sys.stdout.write(_plan(cfg))
+        print(_plan(cfg))
         return 0
-    import os
-
     os.close(open_lock(cfg.run_dir))  # better refused now than after the model was loaded
     from lavic.src.recommend_training import train
 
@@ -206,7 +212,7 @@ def _plan(cfg: Config) -> str:
         f"{cfg.num_epochs} epochs over {cfg.conversations('train')} with {cfg.candidate_type}, "
         f"{processes * cfg.samples_a_step} conversations a step = {processes} process(es) x "
         f"{cfg.batch_size} x {cfg.grad_accum}; vision adapter {cfg.adapter} on {cfg.model_name}; "
-        f"results in {cfg.run_dir}\n"
+        f"results in {cfg.run_dir}"
     )
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from lavic.src import item_vectors
 from lavic.src.adapters import add_adapter, load_adapter
+from lavic.src.distillation_setup import precision
 from lavic.src.item_vectors import ItemVectors, Tower
 from lavic.src.llava import add_item_tokens, load_base
 from lavic.src.recommend_prompts import PromptEncoder
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_CHECKPOINT_BELOW = 48 * 10**9  # bytes of a GPU on which 2048 tokens' activations are tight
 ABOUT, VISION = "recommender.json", "vision_lora_adapter"  # beside the trained adapter
 
 
@@ -40,6 +42,7 @@ class Built:
     encoder: PromptEncoder
     processor: Any
     vectors: ItemVectors
+    amp_mode: str = "off"
 
     @property
     def pad_id(self) -> int:
@@ -65,21 +68,22 @@ class Sources:
 def build(cfg: Config, talks: Talks, world: World) -> Built:
     """The recommender with a fresh adapter, ready to train; the same on every rank."""
     assert cfg.model_name
+    dtype, mode = precision(cast(Any, cfg), world.device)
     sources = Sources(
         cfg.model_name,
         cfg.adapter,
         cfg.image_dir,
         cfg.cache,
         cfg.num_workers,
-        weights_dtype(cfg.dtype, world.device),
+        dtype,
         cfg.max_length,
         cfg.slots,
     )
-    seed.seed_all(cfg.run.seed)
     built = assemble(sources, talks, world)
-    seed.seed_all(cfg.run.seed)  # whether vectors were there already decides nothing
+    seed.seed_all(cfg.run.seed)  # the same adapter on every process
     built.recommender.model = add_adapter(built.recommender.model, LANGUAGE_TARGETS)
-    if cfg.gradient_checkpointing:
+    seed.seed_all(cfg.run.seed, world.rank)  # and dropout of its own
+    if _checkpoints(cfg, world.device):
         checkpoint_activations(built.recommender.model)
     trainable = sum(p.numel() for p in built.recommender.parameters() if p.requires_grad)
     log.info(
@@ -89,7 +93,7 @@ def build(cfg: Config, talks: Talks, world: World) -> Built:
         len(built.vectors.views),
         trainable / 1e6,
     )
-    return built
+    return replace(built, amp_mode=mode)
 
 
 def assemble(sources: Sources, talks: Talks, world: World) -> Built:
@@ -113,10 +117,9 @@ def assemble(sources: Sources, talks: Talks, world: World) -> Built:
     return Built(Recommender(plain, item_ids, vectors), encoder, processor, vectors)
 
 
-def weights_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision that `--dtype` means on this device."""
-    if name != "auto":
-        return getattr(torch, name)
+def _checkpoints(cfg: Config, device: torch.device) -> bool:
+    if cfg.gradient_checkpointing != "auto":
+        return cfg.gradient_checkpointing == "on"
     if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+        return False
+    return torch.cuda.get_device_properties(device).total_memory < _CHECKPOINT_BELOW

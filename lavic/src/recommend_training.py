@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import shutil
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from lavic.src import recommend_data, recommend_results
 from lavic.src.adapters import adapter_parameters, save_adapter
+from lavic.src.conversations import Request
 from lavic.src.recommend_data import Batch, Talks, read_talks
 from lavic.src.recommend_evaluation import Outcome, answer, validation_loss
 from lavic.src.recommend_prompts import label_tokens
@@ -94,6 +96,27 @@ class Adapter:
                 parameter.copy_(state[name])
 
 
+class SameRequests:
+    """A part of checkpoints that refuses to continue on other requests than it was trained on."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        text = "\n".join(map(repr, requests))
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        self._mark = {"requests": len(requests), "sha256": digest}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Their number and what they are."""
+        return dict(self._mark)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare. Raises ValueError when they differ."""
+        if state != self._mark:
+            raise ValueError(
+                f"{state['requests']} requests then, {self._mark['requests']} now, or with other "
+                "words: put the conversations back as they were, or start anew with --resume never"
+            )
+
+
 def _loop(
     cfg: Config,
     world: World,
@@ -106,8 +129,9 @@ def _loop(
     wrapped, adapter = distributed.wrap(recommender, world), Adapter(recommender.model)
     trainable = list(adapter.parameters.values())
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
-    amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
+    amp = Amp(built.amp_mode, world.device, max_bad_steps=cfg.run.max_bad_steps)
     parts = {"adapter": adapter, "optimizer": optimizer, "amp": amp, "record": record}
+    parts |= {"requests": SameRequests(talks.train)}
     position = run.restore(parts)
     _keep_summary(cfg, world, earlier)
     if cfg.evaluate_before and position.step == 0:
