@@ -37,6 +37,9 @@ RECIPES = {
     "face_distill": Recipe(
         "face adapters on a BLIP-2 vision tower", "train.sh", ("--demo",), "checkpoints"
     ),
+    "multimodal": Recipe(
+        "pictures, texts and sounds in one space", "run_all.sh", ("--demo",), "outputs"
+    ),
     "arcface": Recipe(
         "ArcFace retrieval of garments",
         "run_scripts/run_arcface.py",

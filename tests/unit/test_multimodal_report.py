@@ -1,0 +1,147 @@
+"""The report of a training: its JSON, its Markdown, its pictures."""
+
+import builtins
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from multimodal import report, report_text
+from multimodal.report import Report, add_section, newest
+from shared.errors import UserError
+from shared.files import read_json
+
+FACTS = {
+    "command": "run_training.py --epochs 2",
+    "data": [{"data_set": "coco", "expected": 10, "found": 9, "skipped": {"missing": 1}}],
+    "model": {"size": "nano", "parameters": 2_218_200},
+}
+ROWS = [
+    {"step": 1, "epoch": 0, "split": "train", "loss": 2.0, "lr": 0.1},
+    {"step": 2, "epoch": 0, "split": "train", "loss": 1.0, "lr": 0.2},
+    {"step": 2, "epoch": 0, "split": "epoch", "val/loss": 1.5, "epoch/loss": 1.5},
+    {"step": 3, "epoch": 1, "split": "train", "loss": None, "lr": 0.1},
+]
+
+
+@pytest.fixture
+def metrics(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return path
+
+
+def finished(tmp_path, metrics):
+    """The JSON of a report that was closed, with one checkpoint there."""
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    (tmp_path / "checkpoints" / "best_model.pt").write_bytes(b"abc")
+    with Report(tmp_path / "reports", FACTS, metrics) as one:
+        one.update(stages=[{"stage": "unimodal", "epochs": 2, "val_loss": 1.23456}])
+        one.close("done", "3 steps", tmp_path / "checkpoints")
+    return newest(tmp_path)
+
+
+def test_a_finished_report_has_its_files_by_their_sums(tmp_path, metrics):
+    content = read_json(finished(tmp_path, metrics))
+    assert (content["status"], content["reason"]) == ("done", "3 steps")
+    assert content["checkpoints"] == [
+        {
+            "file": "best_model.pt",
+            "bytes": 3,
+            # SHA-256 of "abc", as FIPS 180-2 gives it
+            "sha256": "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",
+        }
+    ]
+
+
+def test_the_page_is_the_json_alone(tmp_path, metrics):
+    path = finished(tmp_path, metrics)
+    text = path.with_suffix(".md").read_text()
+    assert text == report_text.render(read_json(path))
+    assert text.startswith("---\nlicense: mit\n")
+    assert "| coco | 10 | 9 | missing: 1 |" in text
+    assert "| parameters | 2,218,200 |" in text
+    assert "| unimodal | 2 | 1.235 |" in text
+
+
+def test_curves_are_pictures_beside_the_page(tmp_path, metrics):
+    path = finished(tmp_path, metrics)
+    curves = read_json(path)["curves"]
+    assert [one["title"] for one in curves] == ["Training loss", "Loss by epoch", "Learning rate"]
+    for one in curves:
+        assert (path.parent / one["file"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_the_curves_are_svg(tmp_path, metrics, monkeypatch):
+    real = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    path = finished(tmp_path, metrics)
+    for one in read_json(path)["curves"]:
+        assert (path.parent / one["file"]).read_text().startswith("<svg")
+
+
+def test_evaluation_adds_its_table_later(tmp_path, metrics):
+    path = finished(tmp_path, metrics)
+    rows = [{"task": "image-text", "split": "Karpathy test", "N": 5000, "R@1": 0.25, "mAP": None}]
+    add_section(path, "retrieval", rows)
+    assert read_json(path)["retrieval"] == rows
+    text = path.with_suffix(".md").read_text()
+    assert "## Retrieval\n\n| task | split | N | R@1 | mAP |" in text
+    assert "| image-text | Karpathy test | 5000 | 0.25 | – |" in text
+    assert text.index("## Retrieval") > text.index("## Stages")
+
+
+def test_sections_that_nobody_named_come_too(tmp_path, metrics):
+    path = finished(tmp_path, metrics)
+    add_section(path, "left_out", ["voxceleb: no key"])
+    assert "## Left out\n\n- voxceleb: no key" in path.with_suffix(".md").read_text()
+
+
+def test_a_file_that_is_no_report_is_refused(tmp_path):
+    (tmp_path / "report_1.json").write_text("{}")
+    with pytest.raises(UserError, match=r"report_1.json is no report of a training"):
+        add_section(tmp_path / "report_1.json", "retrieval", [])
+
+
+@pytest.mark.parametrize(
+    ("error", "state"),
+    [(RuntimeError("it broke"), "failed"), (KeyboardInterrupt(), "interrupted")],
+)
+def test_what_breaks_the_run_stands_in_its_report(tmp_path, metrics, error, state):
+    error.add_note("at step 3 of 9")
+    with pytest.raises(type(error)), Report(tmp_path / "reports", FACTS, metrics):
+        raise error
+    content = read_json(newest(tmp_path))
+    assert content["status"] == state
+    assert content["reason"].startswith(type(error).__name__)
+    assert content["reason"].endswith("at step 3 of 9")
+    assert content["curves"]
+
+
+def test_two_starts_in_one_second_have_two_reports(tmp_path, metrics, monkeypatch):
+    still = SimpleNamespace(strftime=lambda _: "report_20260101_000000")
+    monkeypatch.setattr(report, "time", still)
+    for _ in range(2):
+        Report(tmp_path / "reports", FACTS, metrics).__enter__()
+    names = sorted(path.name for path in (tmp_path / "reports").glob("*.json"))
+    assert names == ["report_20260101_000000.json", "report_20260101_000000b.json"]
+    assert newest(tmp_path).name == names[1]
+
+
+def test_other_ranks_write_nothing(tmp_path, metrics):
+    with Report(tmp_path / "reports", FACTS, metrics, enabled=False) as one:
+        one.update(stages=[])
+    assert not (tmp_path / "reports").exists()
+
+
+def test_text_from_outside_cannot_break_the_table():
+    text = report_text.render(
+        {"name": "r", "status": "done", "data": [{"data_set": "a|b", "left_out": "two\nlines"}]}
+    )
+    assert "| a\\|b | two lines |" in text
