@@ -131,7 +131,7 @@ def texts() -> list[str]:
     from vasevqa import demo_questions as questions
     from vasevqa.demo_vases import make_vases
 
-    asked = [text for forms in questions.QUESTIONS.values() for text in forms]
+    asked = list(questions.QUESTIONS.values())
     vases = make_vases(300, seed=0)
     answers = [answer for vase in vases for answer in vase.attributes.values()]
     taught = questions.lessons(vases)

@@ -17,13 +17,13 @@ from typing import Any
 from vasevqa.demo_vases import VIEWS, Vase
 
 QUESTIONS = {
-    "fabric": ("What is the fabric of this vase?", "Which fabric is it made of?"),
-    "technique": ("What is the technique of this vase?", "In which technique is it painted?"),
-    "shape": ("What is the shape of this vase?", "Which shape does it have?"),
-    "provenance": ("What is the provenance of this vase?", "Where does it come from?"),
-    "date": ("What is the date of this vase?", "When was it made?"),
-    "attribution": ("To whom is this vase attributed?", "Who painted it?"),
-    "decoration": ("What is the decoration of this vase?", "What is painted on it?"),
+    "fabric": "What is the fabric of this vase?",
+    "technique": "What is the technique of this vase?",
+    "shape": "What is the shape of this vase?",
+    "provenance": "What is the provenance of this vase?",
+    "date": "What is the date of this vase?",
+    "attribution": "What is the attribution of this vase?",
+    "decoration": "What is the decoration of this vase?",
 }
 DESCRIBE = "Describe the picture."
 
@@ -31,16 +31,22 @@ DESCRIBE = "Describe the picture."
 def lessons(vases: Sequence[Vase]) -> dict[str, list[str]]:
     """{instruction: a text for each vase}: what the tiny model can do before it is fine-tuned.
 
-    In sentences, as models do that were never shown an archive; of provenance, date and attribution
-    it knows nothing.
+    It speaks in sentences, as a model does that was never asked by an archive.
     """
-    return {
-        DESCRIBE: [caption(vase) for vase in vases],
-        "Describe the fabric.": [f"It is made of {vase.fabric} clay." for vase in vases],
-        "Describe the technique.": [f"It is painted in {vase.technique}." for vase in vases],
-        "Describe the shape.": [f"It looks like a {vase.shape}." for vase in vases],
-        "Describe the decoration.": [f"It shows {vase.decoration}." for vase in vases],
+    said = {
+        "fabric": "It is made of {} clay.",
+        "technique": "It is painted in {}.",
+        "shape": "It looks like a {}.",
+        "provenance": "It was found near {}.",
+        "date": "It was made in {}.",
+        "attribution": "It may be by: {}.",
+        "decoration": "It shows {}.",
     }
+    taught = {
+        f"Describe the {name}.": [text.format(vase.attributes[name]) for vase in vases]
+        for name, text in said.items()
+    }
+    return {DESCRIBE: [caption(vase) for vase in vases], **taught}
 
 
 def caption(vase: Vase) -> str:
@@ -56,13 +62,12 @@ def make_rows(
     for vase in vases:
         view = rng.choice(VIEWS)
         for attribute in rng.sample(sorted(QUESTIONS), each):
-            question = rng.choice(QUESTIONS[attribute])
             yield {
                 "images": [str(images / vase.file_name(view))],
                 "caption": caption(vase),
                 "attribute": attribute,
                 "conversations": [
-                    {"from": "human", "value": f"<image>\n{question}"},
+                    {"from": "human", "value": f"<image>\n{QUESTIONS[attribute]}"},
                     {"from": "gpt", "value": vase.attributes[attribute]},
                 ],
             }

@@ -93,7 +93,10 @@ def _merge(merge: "Merge", flags: "Flags", *, dry: bool) -> int:
         if code != DONE:
             return code
         merging.verify(merge, fresh)
-        write_json(fresh / merging.NOTE, merge.note)
+        note = merge.note
+        if Path(merge.base) == merge.target:  # which is kept under another name in a moment
+            note["base"] = str(_free_name(merge.target))
+        write_json(fresh / merging.NOTE, note)
         _put_in_place(fresh, merge.target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -141,12 +144,18 @@ def _link(source: Path, target: Path) -> None:
     shutil.copy2(source, target)
 
 
+def _free_name(target: Path) -> Path:
+    """What `target` is called when another one takes its place."""
+    number = 1
+    while (kept := target.with_name(f"{target.name}.{number}")).exists():
+        number += 1
+    return kept
+
+
 def _put_in_place(fresh: Path, target: Path) -> None:
     """Rename `fresh` to `target`; what is there is kept under the first free number."""
     if target.exists():
-        number = 1
-        while (kept := target.with_name(f"{target.name}.{number}")).exists():
-            number += 1
+        kept = _free_name(target)
         target.rename(kept)
         log.info("what was in %s is now in %s; remove it when you no longer need it", target, kept)
     fresh.rename(target)
