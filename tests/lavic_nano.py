@@ -1,0 +1,30 @@
+"""The lavic demo at nano size: its formats and checkpoint, without the language model's lessons."""
+
+from pathlib import Path
+
+import pytest
+
+from lavic import demo, demo_lessons
+
+NUM_VALID = 6
+
+
+def build_nano(root: Path) -> demo.DemoPaths:
+    """A demo in two seconds: the language model is arranged but has learnt nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(demo_lessons, "STEPS", 0)
+        paths = demo.build(root)
+    lines = paths.val_data.read_text(encoding="utf-8").splitlines(keepends=True)
+    paths.val_data.write_text("".join(lines[:NUM_VALID]), encoding="utf-8")
+    return paths
+
+
+def flags_of(paths: demo.DemoPaths, run_dir: Path) -> list[object]:
+    """Flags of a stage 1 of 20 samples, 4 a step, 2 epochs, on the CPU."""
+    return [
+        "--model_name", paths.weights,
+        "--train_data", paths.train_data, "--train_images_dir", paths.train_images,
+        "--val_data", paths.val_data, "--val_images_dir", paths.valid_images,
+        "--max_samples", 20, "--batch_size", 4, "--num_epochs", 2, "--lr", 1e-3,
+        "--num_workers", 0, "--log_every", 1, "--output_dir", run_dir,
+    ]  # fmt: skip
