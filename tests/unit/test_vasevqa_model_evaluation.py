@@ -1,0 +1,90 @@
+"""Scores of answers, against counts by hand; what a conversation looks like to a chat template."""
+
+from __future__ import annotations
+
+import pytest
+
+from vasevqa import demo_questions
+from vasevqa.demo_vases import make_vases
+from vasevqa.model import evaluation, rows
+
+
+def row(question, answer, number=1, **more):
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+    return rows.parse({"images": ["a.jpg"], "conversations": turns, **more}, number)
+
+
+def test_accuracy_is_counted_over_all_and_for_each_attribute():
+    asked = [
+        row("<image>What is the shape?", "krater"),
+        row("<image>What is the shape?", "hydria"),
+        row("<image>?", "Star Painter", attribute="attribution"),
+        row("<image>How many handles?", "two"),
+    ]
+    answers = ["krater", "a Hydria", "<answer>Ring Painter</answer>", "three"]
+    metrics, counts = evaluation.score(asked, answers)
+    assert counts == {"questions": 4, "shape": 2, "attribution": 1, "other": 1}
+    assert metrics["exact"] == 1 / 4 and metrics["exact/shape"] == 1 / 2
+    assert metrics["normalised"] == 2 / 4 and metrics["normalised/shape"] == 1.0
+    # 1 + 1 + 2·1/(2+2) + 0 of 4
+    assert metrics["credit"] == pytest.approx(2.5 / 4)
+    assert metrics["credit/attribution"] == 0.5 and metrics["normalised/other"] == 0.0
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        (row("Which Technique is it?", "x"), "technique"),
+        (row("When?", "x", attribute="Date"), "date"),
+        (row("What is the shape?", "x", attribute="era"), "era"),
+        (row("Who?", "x"), "other"),
+    ],
+)
+def test_what_a_row_asks_about(asked, name):
+    assert evaluation.attribute_of(asked) == name
+
+
+def test_pictures_stand_where_their_tags_are_and_the_answer_is_left_out():
+    made = evaluation.messages(row("Look: <image>\nWhat?", "krater"), "Be brief.")
+    assert made == [
+        {"role": "system", "content": "Be brief."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "Look: "},
+                {"type": "image"},
+                {"type": "text", "text": "\nWhat?"},
+            ],
+        },
+    ]
+
+
+def test_without_a_tag_pictures_come_first_as_in_training():
+    made = evaluation.messages(row("What?", "krater"), None)
+    assert made[0]["content"] == [{"type": "image"}, {"type": "text", "text": "What?"}]
+
+
+def test_the_table_shows_every_attribute_before_and_after():
+    metrics = {"exact": 0.5, "normalised": 0.75, "exact/date": 0.25, "normalised/date": 1.0}
+    text = evaluation.table({"before": metrics, "after": metrics}, {"questions": 4, "date": 2})
+    lines = text.splitlines()
+    head = "asked about questions before exact after exact before normalised after normalised"
+    assert " ".join(lines[0].split()) == head
+    assert lines[1].split() == ["all", "4", "0.500", "0.500", "0.750", "0.750"]
+    assert lines[2].split() == ["date", "2", "0.250", "0.250", "1.000", "1.000"]
+
+
+def test_demo_rows_are_right_for_training_and_for_grpo():
+    vases = make_vases(3, seed=1)
+    made = list(demo_questions.make_rows(vases, evaluation.Path("vases"), seed=1))
+    assert len(made) == 21
+    answers = {vase.id: vase.attributes for vase in vases}
+    for source in made:
+        parsed = rows.parse(source, 1)
+        rows.check(parsed, is_grpo=False)
+        vase = evaluation.Path(parsed.images[0]).name.partition("_")[0]
+        assert parsed.answer == answers[vase][evaluation.attribute_of(parsed)]
+    for source in demo_questions.with_solutions(made):
+        parsed = rows.parse(source, 1)
+        rows.check(parsed, is_grpo=True)
+        assert not parsed.answer and parsed.reference == source["solution"]

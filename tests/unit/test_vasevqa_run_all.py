@@ -1,0 +1,51 @@
+"""The whole flow: its order, where it goes on, and what it reports."""
+
+from __future__ import annotations
+
+from shared.files import read_json, write_json
+from shared.stages import Stage
+from shared.status import Status
+from vasevqa import run_all
+
+DOCUMENTED = ["classifier", "clipfilter1", "clipfilter2", "sft", "merge", "grpo", "merge2"]
+
+
+def commands(*argv):
+    return list(run_all._commands(run_all.parse(run_all.Config, list(argv))))
+
+
+def test_the_stages_are_those_of_the_documents_in_their_order():
+    assert [name for name, *_ in commands()][:7] == DOCUMENTED
+    demo = [name for name, *_ in commands("--demo")]
+    assert demo == ["quality", *DOCUMENTED, "evaluate"]
+
+
+def test_every_stage_runs_a_script_that_is_there():
+    for name, words, outputs in commands("--demo"):
+        script = words[1] if words[0] == run_all.sys.executable else words[0]
+        assert script.is_file() and "--demo" in words, name
+        assert all(path.is_relative_to(run_all.RECIPE / "demo" / "runs") for path in outputs)
+
+
+def test_the_filter_is_told_how_much_to_keep_and_asks_nothing():
+    first = {name: words for name, words, _ in commands("--keep", "0.5")}["clipfilter1"]
+    assert first[1:] == ["2", "--yes", "--keep", "0.5"]
+
+
+def test_the_result_is_the_accuracy_before_and_after(tmp_path):
+    (tmp_path / "evaluation").mkdir()
+    write_json(
+        tmp_path / "evaluation" / "vqa.json",
+        {"metrics": {"normalised": 0.7}, "before": {"normalised": 0.1}},
+    )
+    (tmp_path / "flow").mkdir()
+    status = Status(tmp_path / "flow", recipe="vasevqa")
+    run_all._counted(Stage("sft", lambda: 0), status).run()
+    run_all._close(status, 0, tmp_path)
+    found = read_json(tmp_path / "flow" / "status.json")
+    assert (found["state"], found["step"], found["last"]) == ("done", 1, {"stage": "sft"})
+    expected = {"name": "VQA accuracy", "before": 0.1, "after": 0.7, "higher_is_better": True}
+    assert found["result"] == expected
+    run_all._close(status, 143, tmp_path)
+    found = read_json(tmp_path / "flow" / "status.json")
+    assert (found["state"], found["result"], found["reason"]) == ("stopped", None, "stage sft")
