@@ -12,7 +12,11 @@ tuned to the data, never the data to the training.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +25,7 @@ import numpy as np
 from multimodal import demo_files
 from multimodal.demo_pictures import all_scenes
 from multimodal.demo_sounds import all_clips
-from shared.files import read_json, write_json
+from shared.files import open_lock, read_json, write_json
 
 VERSION = 1  # of what is drawn and written; another number rebuilds
 # One random stream each; a new one goes to the end, so that the others draw what they always did.
@@ -68,6 +72,11 @@ class DemoPaths:
 def build(root: Path, seed: int = 0) -> DemoPaths:
     """The demo below `root`, made now unless a finished one of this version and seed is there."""
     paths = DemoPaths(Path(root))
+    with _alone(paths.root):
+        return _build(paths, seed)
+
+
+def _build(paths: DemoPaths, seed: int) -> DemoPaths:
     done = read_json(paths.marker)
     wanted = {"version": VERSION, "seed": seed}
     if isinstance(done, dict) and done.get("made") == wanted and _is_whole(paths, done):
@@ -79,6 +88,18 @@ def build(root: Path, seed: int = 0) -> DemoPaths:
     _write_all(paths, seed)
     write_json(paths.marker, {"made": wanted, "files": _count_files(paths)})
     return paths
+
+
+@contextlib.contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Wait until no other process builds there."""
+    handle = open_lock(root)
+    try:
+        with contextlib.suppress(OSError):  # a network file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _write_all(paths: DemoPaths, seed: int) -> None:

@@ -12,19 +12,19 @@ from multimodal import embed, evaluate, pictures, tokens
 from multimodal.datasets import Clotho, Coco
 from multimodal.trained import open_trained
 from shared.errors import UserError
-from tests import multimodal_data
+from tests import multimodal_demo
 
 
 @pytest.fixture(scope="session")
 def made():
-    return multimodal_data.made()
+    return multimodal_demo.made()
 
 
 @pytest.fixture(scope="session")
 def run_dir(made, tmp_path_factory):
     root = tmp_path_factory.mktemp("outputs")
     keywords = list(Clotho(made.clotho, "val").label_names)
-    multimodal_data.untrained(root, keywords, data_root=str(made.data_root))
+    multimodal_demo.untrained(root, keywords, data_root=str(made.data_root))
     return root
 
 
@@ -81,7 +81,7 @@ def test_limit_val_and_one_data_set(run_dir, tmp_path, capsys):
 def test_report_of_the_run_gets_the_tables(made, tmp_path):
     from multimodal.report import Report
 
-    multimodal_data.untrained(tmp_path, [], data_root=str(made.data_root))
+    multimodal_demo.untrained(tmp_path, [], data_root=str(made.data_root))
     with Report(tmp_path / "reports", {"data": []}, tmp_path / "metrics.jsonl") as report:
         report.close("done", "1 step", tmp_path / "checkpoints")
     flags = ["--checkpoint", str(tmp_path), "--datasets", "coco", "--limit", "9", "--workers", "0"]

@@ -19,13 +19,13 @@ from shared.distributed import World
 from shared.errors import UserError
 from shared.images import read_rgb
 from shared.loader import make_loader
-from tests import multimodal_data
+from tests import multimodal_demo
 from tests.harness import ROOT
 
 
 @pytest.fixture(scope="session")
 def made():
-    return multimodal_data.made()
+    return multimodal_demo.made()
 
 
 @pytest.fixture

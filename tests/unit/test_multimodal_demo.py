@@ -10,12 +10,12 @@ import pytest
 from multimodal import demo, demo_pictures, demo_sounds
 from multimodal.datasets import AudioCaps, Clotho, Coco
 from shared.drawing import COLOURS
-from tests import multimodal_data
+from tests import multimodal_demo
 
 
 @pytest.fixture(scope="session")
 def made():
-    return multimodal_data.made()
+    return multimodal_demo.made()
 
 
 def digest(root):
