@@ -352,12 +352,12 @@ def _add_flag(parser: Any, setting: Setting) -> None:
         return
     if metadata.get("const") is not None:
         options |= {"nargs": "?", "const": metadata["const"]}
-    if typing.get_origin(setting.kind) is Literal:
-        parser.add_argument(*names, choices=typing.get_args(setting.kind), **options)
+    kind = _without_none(setting.kind)
+    if typing.get_origin(kind) is Literal:
+        parser.add_argument(*names, choices=typing.get_args(kind), **options)
     elif typing.get_origin(setting.kind) is tuple:
         parser.add_argument(*names, nargs="+", action=_Extend, metavar="TEXT", **options)
     else:
-        kind = _without_none(setting.kind)
         word = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kind]
         parser.add_argument(*names, type=_reader(kind), metavar=word, **options)
 

@@ -30,6 +30,7 @@ class Config:
     workers: int = option(0, "loader workers", scope="free")
     name: str = option("plain", "a name", aliases=("--title",))
     mode: Literal["off", "fast"] = option("off", "how", const="fast")
+    kind: Literal["first", "last"] | None = option(None, "which")
     shuffle: bool = option(True, "mix the samples")
     data: Path | None = option(None, "directory of the data", scope="free")
     limit: int | None = option(None, "at most so many samples")
@@ -66,6 +67,14 @@ def test_without_flags_come_the_defaults_of_every_level() -> None:
     cfg = read("")
     assert cfg == Config()
     assert (cfg.run.log_every, cfg.run.save_every, cfg.run.processes.nnodes) == (7, 500, 1)
+
+
+def test_a_choice_may_be_left_open(tmp_path: Path) -> None:
+    assert read("").kind is None
+    assert read("--kind last").kind == "last"
+    assert "invalid choice: 'middle'" in refusal("--kind middle")
+    assert read(f"--config {write(tmp_path, 'kind: first')}").kind == "first"
+    assert read(f"--config {write(tmp_path, 'kind: null')}").kind is None
 
 
 def test_several_texts_follow_one_flag_or_several() -> None:
