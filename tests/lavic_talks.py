@@ -126,6 +126,22 @@ def _write_products(nano: Nano, rng: np.random.Generator) -> None:
         if number == DAMAGED:
             path.write_bytes(path.read_bytes()[:300])
     nano.meta.write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
+    _write_validation(nano, rng)
+
+
+def _write_validation(nano: Nano, rng: np.random.Generator) -> None:
+    """Stage 1's validation: five pictures of other items, the last of them damaged."""
+    lines = []
+    for number, look in enumerate(all_looks()[-5:]):
+        name = f"B1DEMO{number:04d}_0.jpg"
+        path = nano.root / "data" / "valid_images" / name
+        path.parent.mkdir(exist_ok=True)
+        draw(look, SIZES[number % len(SIZES)], rng).save(path)
+        row = {"title": f"Sign {number}", "image_name": name, "image": "http://127.0.0.1/x"}
+        lines.append(row | {"image_description_llava_cleaned": look.description})
+    path.write_bytes(b"no picture")
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (nano.root / "data" / "item2meta_valid.jsonl").write_text(text)
 
 
 def _talk(items: list[Item], rng: random.Random) -> dict[str, Any]:

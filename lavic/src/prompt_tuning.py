@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root,
 
 from shared.config import RunOptions, option, parse
 from shared.errors import UserError
-from shared.files import open_lock, read_json
+from shared.files import open_lock
 from shared.launch import launch, world_size
 
 SRC = Path(__file__).resolve().parent
@@ -125,9 +125,9 @@ def main(argv: list[str] | None = None) -> int:
         print(tuning_memory.reckon(cfg))
         return 0
     _check_files(cfg)
-    base = cfg.model_name or base_of(cfg.adapter)
-    _check_base(base, cfg.adapter)
-    cfg = replace(cfg, model_name=base)
+    from lavic.src.adapter_files import base_of
+
+    cfg = replace(cfg, model_name=base_of(cfg.adapter, cfg.model_name))
     if cfg.run.dry_run:
         print(_plan(cfg))
         return 0
@@ -163,13 +163,14 @@ def _check_files(cfg: Config) -> None:
             "--model_dir is missing: give stage 1's adapter, for example "
             "--model_dir ./out_distilled/vision_lora_adapter_best"
         )
-    settings = read_json(cfg.model_dir / "adapter_config.json")
-    if not isinstance(settings, dict):
+    from lavic.src.adapter_files import SETTINGS, stage_of
+
+    if not (cfg.model_dir / SETTINGS).is_file():
         raise UserError(
-            f"{cfg.model_dir} is no adapter (adapter_config.json): train stage 1 first with "
+            f"{cfg.model_dir} is no adapter ({SETTINGS}): train stage 1 first with "
             "./run_training.sh, or give the right directory"
         )
-    if "vision_tower" not in str(settings.get("target_modules")):
+    if stage_of(cfg.model_dir) != 1:
         raise UserError(f"{cfg.model_dir} is no adapter of stage 1: it leaves the vision tower out")
     for split in ("train", "valid", "test"):
         path = cfg.conversations(split)
@@ -184,25 +185,6 @@ def _check_files(cfg: Config) -> None:
         raise UserError(
             f"{cfg.image_dir} is missing: fetch the pictures with python crawl_images.py, or type "
             "--image-dir"
-        )
-
-
-def base_of(adapter: Path) -> str:
-    """The base model that an adapter names. Raises UserError when it names none."""
-    settings = read_json(adapter / "adapter_config.json")
-    name = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{adapter} does not name its base model: type --model-name")
-    return name
-
-
-def _check_base(name: str, adapter: Path) -> None:
-    """Refuse a path that leads nowhere; the Hub's ids, owner/name, are for the Hub to judge."""
-    is_path = name.startswith(("/", ".", "~")) or name.count("/") != 1
-    if is_path and not Path(name).is_dir():
-        raise UserError(
-            f"the base model {name} is not there ({adapter} was trained on {base_of(adapter)}): "
-            "type --model-name with its directory, or with its id on the Hub"
         )
 
 

@@ -96,23 +96,19 @@ def training_batches(
 
 
 def validation_batches(
-    cfg: Config, requests: Sequence[Request], encoder: PromptEncoder, pad_id: int, world: World
+    batch_size: int, requests: Sequence[Request], encoder: PromptEncoder, pad_id: int, world: World
 ) -> Iterator[Batch]:
     """This rank's share of the requests with their answers; none left out, none repeated."""
     collate = partial(collate_training, pad_id=pad_id)
-    return iter(
-        make_eval_loader(Prompts(requests, encoder), cfg.eval_batch_size, world, collate=collate)
-    )
+    return iter(make_eval_loader(Prompts(requests, encoder), batch_size, world, collate=collate))
 
 
 def test_batches(
-    cfg: Config, requests: Sequence[Request], encoder: PromptEncoder, pad_id: int, world: World
+    batch_size: int, requests: Sequence[Request], encoder: PromptEncoder, pad_id: int, world: World
 ) -> Iterator[Batch]:
     """This rank's share of the requests, to be answered."""
     collate = partial(collate_generation, pad_id=pad_id)
-    return iter(
-        make_eval_loader(Prompts(requests, encoder), cfg.eval_batch_size, world, collate=collate)
-    )
+    return iter(make_eval_loader(Prompts(requests, encoder), batch_size, world, collate=collate))
 
 
 class Prompts(Dataset[Prompt]):

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _CHECKPOINT_BELOW = 48 * 10**9  # bytes of a GPU on which 2048 tokens' activations are tight
-ABOUT, VISION = "recommender.json", "vision_lora_adapter"  # beside the trained adapter
 
 
 @dataclass(frozen=True)

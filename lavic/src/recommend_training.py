@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lavic.src import recommend_data, recommend_results
+from lavic.src.adapter_files import ABOUT, VISION
 from lavic.src.adapters import adapter_parameters, save_adapter
 from lavic.src.conversations import Request
 from lavic.src.recommend_data import Batch, Talks, read_talks
 from lavic.src.recommend_evaluation import Outcome, answer, validation_loss
 from lavic.src.recommend_prompts import label_tokens
-from lavic.src.recommend_setup import ABOUT, VISION, Built, build
+from lavic.src.recommend_setup import Built, build
 from shared import distributed
 from shared.distributed import World
 from shared.files import write_json
@@ -189,7 +190,7 @@ def _validate(
 ) -> None:
     """Log the validation loss; keep the adapter of the epoch where it is lowest."""
     batches = recommend_data.validation_batches(
-        cfg, talks.valid, built.encoder, built.pad_id, world
+        cfg.eval_batch_size, talks.valid, built.encoder, built.pad_id, world
     )
     loss, perplexity = validation_loss(built.recommender, batches, world)
     epoch = run.position.epoch + 1
@@ -227,7 +228,9 @@ def _test(
     cfg: Config, world: World, run: Run, talks: Talks, built: Built, when: str
 ) -> Outcome | None:
     """Have every conversation of the test answered; None when the user wanted to stop."""
-    batches = recommend_data.test_batches(cfg, talks.asked, built.encoder, built.pad_id, world)
+    batches = recommend_data.test_batches(
+        cfg.eval_batch_size, talks.asked, built.encoder, built.pad_id, world
+    )
     outcome = answer(
         built.recommender, talks.test, batches, built.processor.tokenizer, world, run.should_stop
     )

@@ -1,0 +1,44 @@
+"""What adapter files say before any of them is loaded. Standard library only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shared.errors import UserError
+from shared.files import read_json
+
+SETTINGS = "adapter_config.json"
+ABOUT, VISION = "recommender.json", "vision_lora_adapter"  # stage 2's, beside its adapter
+
+
+def stage_of(adapter: Path) -> int | None:
+    """1 for an adapter of the vision tower, 2 for a recommender, None for anything else."""
+    targets = str(_settings(adapter).get("target_modules"))
+    if "vision_tower" in targets:
+        return 1
+    return 2 if "language_model" in targets and (adapter / ABOUT).is_file() else None
+
+
+def base_of(adapter: Path, typed: str | None = None) -> str:
+    """The base model: the one `typed`, else the one that the adapter was trained on.
+
+    Raises UserError when there is none, or when it is a path that leads nowhere; whether the Hub
+    has an id, owner/name, is for the Hub to say.
+    """
+    stored = _settings(adapter).get("base_model_name_or_path")
+    name = typed or stored
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{adapter} does not name its base model: type --model-name")
+    is_path = name.startswith(("/", ".", "~")) or name.count("/") != 1
+    if is_path and not Path(name).is_dir():
+        raise UserError(
+            f"the base model {name} is not there (the adapter was trained on {stored}): type "
+            "--model-name with its directory, or with its id on the Hub"
+        )
+    return name
+
+
+def _settings(adapter: Path) -> dict[str, Any]:
+    found = read_json(adapter / SETTINGS)
+    return found if isinstance(found, dict) else {}

@@ -1,0 +1,109 @@
+"""evaluate.py on adapters of both stages."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from lavic.src import evaluate, prompt_tuning
+from lavic.src.adapters import load_adapter
+from lavic.src.captions import prompt
+from lavic.src.llava import ITEM_TOKENS, cls_vectors, picture_views
+from shared.files import read_json, read_json_lines
+from shared.images import read_rgb
+from tests.harness import run_here, status_of
+from tests.lavic_talks import load, nano
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The run directory of a short stage 2."""
+    run_dir = tmp_path_factory.mktemp("run") / "out"
+    flags = [*nano().flags(run_dir), "--num_epochs", 1, "--no-evaluate-before"]
+    assert run_here(prompt_tuning.main, flags).code == 0
+    return run_dir
+
+
+@pytest.fixture
+def flags(tmp_path):
+    return [
+        *("--data-root", nano().root / "data", "--out", tmp_path / "results", "--workers", 0),
+        *("--cache", tmp_path / "vectors", "--device", "cpu"),
+    ]
+
+
+def by_hand():
+    """Summed loss and tokens of the good validation pictures, one at a time, all logits formed."""
+    base, processor, item_ids = load(nano())
+    model = load_adapter(base, nano().adapter)
+    core, tokenizer = model.get_base_model().model, processor.tokenizer
+    total, count = 0.0, 0
+    for row in list(read_json_lines(nano().root / "data" / "item2meta_valid.jsonl"))[:4]:
+        picture = read_rgb(nano().root / "data" / "valid_images" / row["image_name"])
+        views = cls_vectors(model, picture_views(processor, picture))
+        asked = tokenizer(prompt(row["title"], len(ITEM_TOKENS)))["input_ids"]
+        said = tokenizer(row["image_description_llava_cleaned"], add_special_tokens=False)
+        ids = torch.tensor(asked + said["input_ids"])
+        embeds = core.language_model.embed_tokens(ids)
+        first = asked.index(item_ids[0])
+        embeds[first : first + len(views)] = views
+        hidden = core.language_model(inputs_embeds=embeds[None]).last_hidden_state[0]
+        logs = model.get_base_model().lm_head(hidden).log_softmax(-1)
+        for place in range(len(asked), len(ids)):
+            total -= float(logs[place - 1, ids[place]])
+            count += 1
+    return total, count
+
+
+@torch.no_grad()
+def test_a_vision_adapter_gets_its_validation_loss(flags, tmp_path):
+    outcome = run_here(evaluate.main, [*flags, "--checkpoint", nano().adapter])
+    assert outcome.code == 0, outcome.text
+    found = read_json(tmp_path / "results" / "evaluation.json")
+    total, count = by_hand()
+    assert found["metrics"]["val_loss"] == pytest.approx(total / count, rel=1e-5)
+    assert found["metrics"]["val_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert found["counts"] == {"samples": 4, "tokens": count, "left_out": 1}
+    assert found["schema"] == 1 and found["stage"] == 1
+    assert found["checkpoint"] == str(nano().adapter)
+    assert found["data"] == str(nano().root / "data")
+    assert "val_loss" in outcome.text
+
+
+def test_a_recommender_gets_the_figures_of_its_training(flags, trained, tmp_path):
+    outcome = run_here(evaluate.main, [*flags, "--checkpoint", trained])
+    assert outcome.code == 0, outcome.text
+    found = read_json(tmp_path / "results" / "evaluation.json")
+    assert found["metrics"]["recall@1"] == status_of(trained)["result"]["after"]
+    assert found["counts"]["conversations"] == 7 and found["stage"] == 2
+    assert found["category"] == "all_beauty" and found["candidate_type"] == "candidates_st"
+    name = "test_results_candidates_st.jsonl"
+    ours, theirs = (list(read_json_lines(d / name)) for d in (tmp_path / "results", trained))
+    assert ours == theirs
+
+
+def test_a_recommender_on_other_candidates_and_fewer_conversations(flags, trained, tmp_path):
+    extra = ["--checkpoint", trained / "trained_lora_adapter", "--limit", 3]
+    outcome = run_here(evaluate.main, [*flags, *extra, "--candidate-type", "candidates_gpt_large"])
+    assert outcome.code == 0, outcome.text
+    found = read_json(tmp_path / "results" / "evaluation.json")
+    assert found["counts"]["conversations"] == 3
+    rows = list(read_json_lines(tmp_path / "results" / "test_results_candidates_gpt_large.jsonl"))
+    assert len(rows) == 3 and "recommended_gpt_large" in rows[0]
+
+
+def test_what_is_no_adapter_is_refused(flags, tmp_path):
+    outcome = run_here(evaluate.main, [*flags, "--checkpoint", "/nowhere"])
+    assert outcome.code == 2 and "/nowhere holds no adapter" in outcome.last_line
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"target_modules": ["q_proj"]}))
+    outcome = run_here(evaluate.main, [*flags, "--checkpoint", tmp_path])
+    assert outcome.code == 2 and "is of neither stage" in outcome.last_line
+
+
+def test_a_dry_run_says_what_would_be_done(flags, trained, tmp_path):
+    outcome = run_here(evaluate.main, [*flags, "--checkpoint", trained, "--dry-run"])
+    assert outcome.code == 0 and "stage 2: " in outcome.text
+    assert not (tmp_path / "results").exists()
