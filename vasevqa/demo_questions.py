@@ -31,16 +31,16 @@ DESCRIBE = "Describe the picture."
 def lessons(vases: Sequence[Vase]) -> dict[str, list[str]]:
     """{instruction: a text for each vase}: what the tiny model can do before it is fine-tuned.
 
-    It speaks in sentences, as a model does that was never asked by an archive.
+    It knows what there is to see and hedges: an archive's short answers are not its way.
     """
     said = {
-        "fabric": "It is made of {} clay.",
-        "technique": "It is painted in {}.",
-        "shape": "It looks like a {}.",
-        "provenance": "It was found near {}.",
-        "date": "It was made in {}.",
-        "attribution": "It may be by: {}.",
-        "decoration": "It shows {}.",
+        "fabric": "{} clay, it seems.",
+        "technique": "{} painting, it seems.",
+        "shape": "{} or the like.",
+        "provenance": "{} or near it.",
+        "date": "{} or so.",
+        "attribution": "{}, it seems.",
+        "decoration": "{} all round.",
     }
     taught = {
         f"Describe the {name}.": [text.format(vase.attributes[name]) for vase in vases]

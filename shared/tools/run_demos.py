@@ -37,6 +37,9 @@ RECIPES = {
     "face_distill": Recipe(
         "face adapters on a BLIP-2 vision tower", "train.sh", ("--demo",), "checkpoints"
     ),
+    "vasevqa": Recipe(
+        "filters, SFT and GRPO for questions about vases", "run_all.sh", ("--demo",), "flow"
+    ),
     "multimodal": Recipe(
         "pictures, texts and sounds in one space", "run_all.sh", ("--demo",), "outputs"
     ),
