@@ -106,9 +106,9 @@ def flags(script: str, paths: DemoPaths) -> list[str]:
             "model": paths.model,
             "dataset": paths.train,
             "output_dir": paths.runs / "7B",
-            "num_train_epochs": 3,
-            "per_device_train_batch_size": 16,
-            "learning_rate": 5e-3,
+            "num_train_epochs": 1,
+            "per_device_train_batch_size": 8,
+            "learning_rate": 3e-3,
             "use_logits_to_keep": "true",
         },
         "grpo": {
@@ -119,8 +119,9 @@ def flags(script: str, paths: DemoPaths) -> list[str]:
             "num_generations": 8,
             "max_completion_length": 12,
             "max_steps": 8,
-            "learning_rate": 1e-3,
+            "learning_rate": 1e-4,
             "logging_steps": 1,
+            "system": "You are a helpful assistant.",  # as in fine-tuning
         },
     }[script]
     return [word for name, value in {**small, **own}.items() for word in (f"--{name}", str(value))]

@@ -105,6 +105,7 @@ def _merge(merge: "Merge", flags: "Flags", *, dry: bool) -> int:
 
 def _check_room(merge: "Merge") -> None:
     """Raise UserError when the disk has no room for another model."""
+    merge.target.parent.mkdir(parents=True, exist_ok=True)
     size = sum(path.stat().st_size for path in Path(merge.base).glob("*.safetensors"))
     free = shutil.disk_usage(merge.target.parent).free
     if free < size:

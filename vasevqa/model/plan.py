@@ -19,7 +19,7 @@ from vasevqa.model.swift_flags import Flags
 # Flags of ours, which swift does not know.
 OWN = (
     *("demo", "resume", "dry_run", "print_config", "estimate", "image_check", "no_image_check"),
-    "run_dir",
+    *("run_dir", "nproc", "nproc_per_node"),
 )
 COMMANDS = {"sft": "sft", "grpo": "rlhf"}  # script → swift's command
 # A value that may change while the numbers stay the same: the run is still the same run.

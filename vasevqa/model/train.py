@@ -5,6 +5,7 @@
     ./sft.sh --dry-run             check everything, print the swift command, stop
     ./sft.sh --estimate            memory of the run, and stop
     ./sft.sh --resume never        start anew; default: continue an interrupted run
+    ./sft.sh --nproc 4             processes on this host (also: NPROC_PER_NODE)
 
 Every other flag is ms-swift's (`swift sft --help`, `swift rlhf --help`) and wins over the one in
 the script; those of older releases, as --train_type, keep working. --no-image-check decodes 64
@@ -62,7 +63,8 @@ def _plan(script: str, documented: list[str], typed: list[str]) -> "Plan":
     from shared.device import check_mask, present_gpus, visible_gpus
     from vasevqa.model import plan as planning
 
-    check_mask(os.environ, present_gpus())
+    present = present_gpus()
+    check_mask(os.environ, present)
     here = Path.cwd()
     plan = planning.make(script, documented, typed, here, HERE)
     if "demo" in plan.own:
@@ -70,7 +72,10 @@ def _plan(script: str, documented: list[str], typed: list[str]) -> "Plan":
 
         typed = [*demo.flags(script, demo.build(HERE.parent / "demo")), *typed]
         plan = planning.make(script, documented, typed, here, HERE)
-    return planning.for_this_machine(plan, visible_gpus(os.environ, present_gpus()), os.environ)
+    for name in ("nproc", "nproc_per_node"):
+        if plan.own.get(name):
+            os.environ["NPROC_PER_NODE"] = plan.own[name][0]
+    return planning.for_this_machine(plan, visible_gpus(os.environ, present), os.environ)
 
 
 def _check_and_run(plan: "Plan") -> int:
