@@ -105,6 +105,12 @@ def test_the_user_may_ask_the_hub():
     assert machine(make("--check_model", "true"), 1).flags["check_model"] == ["true"]
 
 
+def test_pictures_that_were_not_all_decoded_end_the_run_where_one_is_broken():
+    assert "strict" not in machine(make(), 1).flags
+    assert machine(make("--no-image-check"), 1).flags["strict"] == ["true"]
+    assert make("--no-image-check").identity == make().identity
+
+
 def test_qwen_directories_are_told_by_their_config(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
     flags = machine(make("--model", str(tmp_path)), 1).flags

@@ -27,7 +27,8 @@ FREE = frozenset({
     *("dataloader_num_workers", "dataset_num_proc", "logging_steps", "save_steps", "eval_steps"),
     *("save_total_limit", "report_to", "logging_dir", "output_dir", "log_completions"),
     *("resume_from_checkpoint", "check_model", "callbacks", "create_checkpoint_symlink"),
-    *("external_plugins", "per_device_eval_batch_size", "eval_strategy", "save_strategy"),
+    *("per_device_eval_batch_size", "eval_strategy", "save_strategy"),
+    "strict",
 })  # fmt: skip
 ARCHITECTURE = "qwen2_5_vl"
 _ADAPT = Path(__file__).resolve().parent / "plugin" / "adapt.py"
@@ -107,6 +108,8 @@ def for_this_machine(plan: Plan, visible_gpus: int, environ: Mapping[str, str]) 
         flags.setdefault("use_cpu", ["true"])
     flags.setdefault("check_model", ["false"])  # else 7 s of asking a hub about a directory
     flags.setdefault("add_version", ["false"])  # checkpoints lie where the documents look for them
+    if not plan.wants_all_pictures:  # then swift is to end where it would take another row
+        flags.setdefault("strict", ["true"])
     callbacks = flags.get("callbacks", [])
     if "graceful_exit" not in callbacks:
         flags["callbacks"] = [*callbacks, "graceful_exit"]  # SIGTERM saves
