@@ -14,19 +14,29 @@ from arcface.recipe import KNOWN, Recipe, deciding, read_recipe
 from shared.config import RunOptions, differing, option
 from shared.errors import UserError
 from shared.files import read_json
+from shared.run_record import flat
 
 _SHOWN = 5  # settings that differ, in one message
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """What config.json keeps of a run; the first three make it the same run or another."""
+    """What config.json keeps of a run; the first three make it the same run or another.
+
+    changed: dotted key → the file's value, of what options changed (None: not in the file).
+    """
 
     recipe: str = option("", "digest of the settings that decide the numbers")
     init: str = option("pretrained", "what the encoder started from")
     epochs: int = option(0, "passes over the training pictures", scope="length")
     configuration: dict[str, Any] = field(default_factory=dict, metadata={"scope": "free"})
+    changed: dict[str, Any] = field(default_factory=dict, metadata={"scope": "free"})
     run: RunOptions = field(default_factory=RunOptions)
+
+    def departures(self) -> dict[str, Any]:
+        """What options changed in the configuration, with the file's values."""
+        flags = {} if self.init == "pretrained" else {"init": "pretrained"}
+        return flags | {f"configuration.{name}": value for name, value in self.changed.items()}
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Settings:
     """A checked recipe.
 
     roots: the directory of each data set, by its loader's key. remarks: what the user should know.
-    cwd: what relative paths of weights are relative to.
+    cwd: what relative paths of weights are relative to. changed: see RunSettings.
     """
 
     configuration: dict[str, Any]
@@ -42,13 +52,15 @@ class Settings:
     roots: dict[str, Path]
     remarks: list[str]
     cwd: Path
+    changed: dict[str, Any] = field(default_factory=dict)
 
     def for_run(self, run: RunOptions, init: str) -> RunSettings:
         """What goes into config.json."""
         digest = hashlib.blake2b(_text(deciding(self.configuration)).encode(), digest_size=8)
         return RunSettings(
-            digest.hexdigest(), init, self.recipe.epochs, _plain(self.configuration), run
-        )
+            digest.hexdigest(), init, self.recipe.epochs, _plain(self.configuration),
+            _plain(self.changed), run,
+        )  # fmt: skip
 
 
 def load(
@@ -127,6 +139,7 @@ def _settle(
     cwd: Path,
 ) -> Settings:
     """Put the options over the configuration and read what comes out."""
+    before = flat(_plain(configuration))
     configuration, remarks = config_options.with_options(
         configuration, options, known=KNOWN, strict=strict
     )
@@ -135,6 +148,9 @@ def _settle(
     if scale_lr:
         scaling = configuration.get("auto_scale_lr") or {}
         configuration["auto_scale_lr"] = {**scaling, "enable": True}
+    after = flat(_plain(configuration))
+    names = before.keys() | after.keys()
+    changed = {n: before.get(n) for n in sorted(names) if before.get(n) != after.get(n)}
     recipe, unread = read_recipe(configuration, cwd)
     if strict and unread:
         raise UserError(f"{unread[0]} (--strict-cfg refuses it)")
@@ -144,7 +160,7 @@ def _settle(
     for key, path in roots.items():  # to be found again from elsewhere
         option = f"{key}.dataset.data_root={str(path)!r}"
         configuration, _ = config_options.with_options(configuration, [option])
-    return Settings(configuration, recipe, roots, remarks, cwd)
+    return Settings(configuration, recipe, roots, remarks, cwd, changed)
 
 
 def _flat(configuration: dict[str, Any]) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def _loop(cfg: Config, world: World, run: Run, distiller: Distiller, data: FaceB
         mean_loss.reset()
         position.next_epoch()
         run.save(parts)
-    return run.finish(**students.conclude(cfg, world, student, before, stopping))
+    return run.finish(**students.conclude(cfg, world, student, data, before, stopping))
 
 
 def _monitored(

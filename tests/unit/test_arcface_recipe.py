@@ -8,6 +8,7 @@ from arcface import run_settings
 from arcface.config_options import with_options
 from arcface.config_reader import RECIPE, read_config
 from arcface.recipe import KNOWN, AdaptiveMargins, deciding, read_recipe
+from shared.config import RunOptions
 from shared.errors import UserError
 
 DOCUMENTED = RECIPE / "config/arcface/resnet50-arcface_8xb32_inshop.py"
@@ -172,3 +173,16 @@ def test_settings_of_a_run_can_be_read_back(tmp_path):
     assert set(settings.roots.values()) == {tmp_path}
     assert settings.remarks == []
     assert settings.recipe.base_batch_size == 256
+
+
+def test_what_options_changed_is_kept_with_the_files_values(tmp_path):
+    options = ("train_dataloader.batch_size=3", "model.head.sample_rate=0.5")
+    config = "config/arcface/resnet18-arcface_demo.py"
+    (tmp_path / "Img" / "img").mkdir(parents=True)
+    (tmp_path / "Eval").mkdir()
+    settings = run_settings.load(config, options, cwd=tmp_path, data_root=tmp_path)
+    kept = settings.for_run(RunOptions(), "random")
+    assert kept.changed["train_dataloader.batch_size"] == 24
+    assert kept.changed["model.head.sample_rate"] is None
+    assert kept.departures()["init"] == "pretrained"
+    assert kept.departures()["configuration.train_dataloader.batch_size"] == 24
