@@ -143,8 +143,11 @@ class Embedder:
         head = self.trained.keyword_head if logits else None
 
         def ask(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-            found = self.trained.model.encode_audio(batch["audio"], batch["audio_mask"])
-            return found, None if head is None else head(found.to(head.weight.dtype))
+            sounds = {name: batch[name] for name in ("audio", "audio_mask")}
+            if head is None:
+                return self.trained.model.encode_audio(**sounds), None
+            found = self.trained.model(**sounds)
+            return found["audio_features"], head(found["fused_features"])
 
         return self._all("audio", load, total, ask)
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from multimodal import model as models
-from multimodal import run_training
+from multimodal import run_training, trained
+from multimodal.learner import Learner, Task
 from multimodal.model import create_model
 from shared.files import read_json, read_json_lines
 from tests import multimodal_data
@@ -128,6 +129,23 @@ def test_the_best_model_is_the_last_stages_and_every_file_is_plain(whole):
         assert all(tensor.device.type == "cpu" for tensor in state["model_state_dict"].values())
         assert state["keyword_head"]["weight"].shape == (80, 512)
         assert "tone" in state["keywords"]
+
+
+def test_keywords_are_told_as_training_learnt_them(whole):
+    """evaluate.py's and embed.py's logits are those of the learner's own forward pass."""
+    model = trained.open_trained(whole / "checkpoints" / "final_model.pt", torch.device("cpu"))
+    sounds = torch.randn(3, 40, 80, generator=torch.Generator().manual_seed(0))
+    embedder = trained.Embedder(model, torch.device("cpu"), "off", 2, 0)
+    found = embedder.sounds(sounds.__getitem__, 3, logits=True)
+    last = load(whole / "last.pt")
+    learner = Learner(create_model("nano", use_checkpoint=False), 80).eval()
+    learner.load_state_dict(last["parts"]["learner"])
+    task = Task("clotho", ("audio",), False, "keywords")
+    batch = {"audio": sounds, "audio_mask": torch.ones(3, 40, dtype=torch.bool)}
+    with torch.no_grad():
+        expected = learner(batch, task)["keywords"]
+    assert found.logits is not None
+    torch.testing.assert_close(found.logits, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_validation_loss_is_the_mean_of_the_sources(whole):
