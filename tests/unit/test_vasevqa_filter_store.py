@@ -302,3 +302,21 @@ def test_the_best_view_wins_ties_go_to_the_first_and_unreadable_ones_never_win()
     assert second["reason"] == "only_one_view" and "all_view_scores" not in second
     assert second["unreadable_views"] == ["B1"]
     json.dumps(first)
+
+
+def test_a_table_of_a_model_is_made_once_and_again_when_it_is_damaged(tmp_path):
+    made = []
+
+    def table():
+        def make():
+            made.append(1)
+            return np.arange(6, dtype=np.float32).reshape(2, 3)
+
+        with EmbeddingCache(tmp_path, "model", 4) as cache:
+            return cache.table("prompts", make).tolist()
+
+    assert table() == table() == [[0, 1, 2], [3, 4, 5]]
+    assert len(made) == 1
+    next(tmp_path.rglob("prompts.npy")).write_bytes(b"torn")
+    assert table() == [[0, 1, 2], [3, 4, 5]]
+    assert len(made) == 2

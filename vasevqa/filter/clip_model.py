@@ -118,7 +118,10 @@ def _why_not(source: Source, reason: str) -> str:
 
 def _open_transformers(source: Source) -> tuple[nn.Module, PreprocessCfg]:
     model_cfg, prepare, state = clip_convert.read_folder(source.path)
-    model = open_clip.model.CLIP(**model_cfg)
+    with torch.device("meta"):  # no random numbers for weights that come from the file
+        model = open_clip.model.CLIP(**model_cfg)
+    length = model_cfg["text_cfg"]["context_length"]
+    model.attn_mask = torch.full((length, length), -torch.inf).triu_(1)  # which no file holds
     weights.load_strict(model, state, source=source.path)
     return model, PreprocessCfg(size=model_cfg["vision_cfg"]["image_size"], **prepare)
 

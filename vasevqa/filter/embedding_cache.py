@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import UserError, one_line
+from shared.files import write_atomic
 
 DIGEST = 16
 _TEXT = f"S{DIGEST}"
@@ -84,6 +86,16 @@ class EmbeddingCache:
         self._fresh |= {digest: first + number for number, digest in enumerate(digests)}
         if len(self._fresh) >= _FRESH:
             self._index()
+
+    def table(self, name: str, make: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
+        """A small array that belongs to the model, made once: the prompts' embeddings."""
+        path = self._dir / f"{name}.npy"
+        try:
+            return np.load(path, allow_pickle=False)
+        except (OSError, ValueError):  # not there yet, or damaged
+            made = make()
+            write_atomic(path, lambda stream: np.save(stream, made), durable=False)
+            return made
 
     def _index(self) -> None:
         """Map every row there is, and sort the digests."""

@@ -66,7 +66,7 @@ class Scorer:
         """Add a row for each of this rank's files that has none; leaves when asked to stop."""
         pending = parts.pending(root, names)
         job.begin(what, len(pending))
-        table = PromptTable.of(self.clip, self.prompts) if pending else None
+        table = self._table() if pending else None
         with parts.open() as lines:
             for batch in self._batches(root, pending):
                 assert table is not None
@@ -76,6 +76,14 @@ class Scorer:
                 job.advance(len(batch))
                 if job.asked_to_stop:
                     return
+
+    def _table(self) -> PromptTable:
+        """The prompts' embeddings, from the cache where they are in it."""
+        rows = self.cache.table(
+            f"prompts-{self.prompts.identity}",
+            lambda: PromptTable.of(self.clip, self.prompts).rows,
+        )
+        return PromptTable(rows)
 
     def score(self, batch: list[Prepared], table: PromptTable) -> Iterator[Row]:
         """The rows of a batch; its new contents are encoded in one go."""
@@ -150,25 +158,19 @@ class _Files(Dataset[Prepared]):
 
 @dataclass(frozen=True)
 class PromptTable:
-    """Unit vectors: the mean of each group (D,), and each prompt (H + L, D)."""
+    """Unit vectors (2 + H + L, D): the mean of each group, then each prompt."""
 
-    high: NDArray[np.float32]
-    low: NDArray[np.float32]
-    each: NDArray[np.float32]
+    rows: NDArray[np.float32]
 
     @classmethod
     def of(cls, clip: Clip, prompts: Prompts) -> PromptTable:
         """The table of `prompts` as `clip` sees them."""
         high, low = clip.encode_texts(prompts.high), clip.encode_texts(prompts.low)
-        each = normalize(torch.cat([high, low]), dim=1).numpy()
-        return cls(_mean_of(high), _mean_of(low), each)
+        rows = torch.cat([high.mean(0)[None], low.mean(0)[None], high, low])
+        return cls(normalize(rows, dim=1).numpy())
 
     def compare(self, vector: NDArray[np.float32]) -> Row:
         """The scores of a picture's unit vector (D,)."""
-        high, low = float(self.high @ vector), float(self.low @ vector)
-        prompts = [round(float(cosine), 6) for cosine in self.each @ vector]
+        high, low, *each = (self.rows @ vector).tolist()
+        prompts = [round(cosine, 6) for cosine in each]
         return {"score": high - low, "high": high, "low": low, "prompts": prompts}
-
-
-def _mean_of(group: Tensor) -> NDArray[np.float32]:
-    return normalize(group.mean(0), dim=0).numpy()
