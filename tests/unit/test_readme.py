@@ -11,7 +11,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("README.md", "README.zh-CN.md")
-SCRIPTS = {"face_distill": "train_distill.py", "arcface": "run_scripts/run_arcface.py"}
+SCRIPTS = {
+    "face_distill": "train_distill.py",
+    "arcface": "run_scripts/run_arcface.py",
+    "lavic": "src/knowledge_distillation.py",
+}
 
 
 def text_of(path: str) -> str:
@@ -96,12 +100,18 @@ def own_run_options(value: ast.expr | None) -> list[tuple[str, ast.expr]]:
 
 def scripts_of(recipe: str) -> list[str]:
     """The recipe's entry scripts with flags, the one that trains first."""
+    folder = ROOT / recipe
     others = sorted(
-        path.name
-        for path in (ROOT / recipe).glob("*.py")
-        if path.name != SCRIPTS[recipe] and "parse(Config" in path.read_text(encoding="utf-8")
+        str(path.relative_to(folder))
+        for path in (*folder.glob("*.py"), *folder.glob("src/*.py"))
+        if "parse(Config" in path.read_text(encoding="utf-8")
     )
-    return [SCRIPTS[recipe], *others]
+    return [SCRIPTS[recipe], *(name for name in others if name != SCRIPTS[recipe])]
+
+
+def dashed(flag: str) -> str:
+    """A flag as the code names it, from either spelling."""
+    return "--" + flag.strip("`").removeprefix("--").replace("_", "-")
 
 
 def flag_defaults(recipe: str) -> dict[str, list[Any]]:
@@ -144,7 +154,7 @@ def test_every_flag_in_a_readme_table_has_the_default_of_the_code(recipe: str):
     rows = [row for row in rows if row[0].startswith("`--")]
     assert rows
     for flag, default, *_ in rows:
-        assert parsed(default) in flag_defaults(recipe)[flag.strip("`")], flag
+        assert parsed(default) in flag_defaults(recipe)[dashed(flag)], flag
 
 
 def test_documented_names_stand_at_the_top_of_the_script():
@@ -163,11 +173,12 @@ def test_every_flag_that_a_readme_mentions_exists():
         for script in scripts_of(recipe):
             known |= set(config_defaults(f"{recipe}/{script}", "Config"))
         known |= set(config_defaults("shared/config.py", "RunOptions"))
-    foreign = {"--nproc_per_node", "--logdir", "--signal"}  # torchrun's, …
+    known |= set(config_defaults("shared/tools/monitor.py", "Config"))
+    foreign = {"--logdir", "--signal"}  # TensorBoard's, …
     foreign |= {"--nproc-per-node", "--nodes", "--ntasks-per-node", "--gpus-per-node"}
     for page in (*LANGUAGES, *(f"{recipe}/README.md" for recipe in SCRIPTS)):
         used = set(re.findall(r"(?<![\w-])--(?:no-)?([a-z][\w-]*)", text_of(page)))
-        used = {f"--{name}" for name in used}
+        used = {dashed(name) for name in used}
         assert used <= known | foreign, page
 
 
