@@ -37,6 +37,9 @@ RECIPES = {
     "face_distill": Recipe(
         "face adapters on a BLIP-2 vision tower", "train.sh", ("--demo",), "checkpoints"
     ),
+    "lavic": Recipe(
+        "five vectors a picture for LLaVA-v1.6", "run_training.sh", ("--demo",), "out_distilled"
+    ),
     "vasevqa": Recipe(
         "filters, SFT and GRPO for questions about vases", "run_all.sh", ("--demo",), "flow"
     ),
