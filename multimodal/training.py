@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from multimodal import grad_cache, stages, validation
+from multimodal import grad_cache, memory, stages, validation
 from multimodal.batches import epoch_of, labels_of, split
 from multimodal.checkpoint_files import BEST, FINAL, CheckpointFiles, epoch_file
 from multimodal.learner import Batch, Task, loss_of
@@ -22,6 +22,7 @@ from multimodal.training_parts import Training
 from shared import distributed, seed
 from shared.config import settings
 from shared.distributed import World
+from shared.estimate import explained_out_of_memory
 from shared.reporter import Plan
 from shared.run import Run
 
@@ -41,7 +42,10 @@ def train(cfg: Config) -> int:
         training.announce()
         reports, metrics = cfg.run_dir / "reports", cfg.run_dir / "metrics.jsonl"
         facts = training.facts()
-        with Report(reports, facts, metrics, enabled=world.is_main) as report:
+        with (
+            Report(reports, facts, metrics, enabled=world.is_main) as report,
+            explained_out_of_memory(lambda: memory.plan_text(cfg)),
+        ):
             code = _loop(training, run, report)
     distributed.cleanup(world)
     return code

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from multimodal import memory, run_training, trained
 from multimodal import model as models
-from multimodal import run_training, trained
 from multimodal.learner import Learner, Task
 from multimodal.model import create_model
 from shared.files import read_json, read_json_lines
@@ -392,15 +392,46 @@ def test_hugging_faces_trainer_works_beside_the_recipes_datasets_file(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_estimate_stays_below_the_documented_minimum_of_each_size(capsys):
-    for size, limit in (("tiny", 4), ("small", 8), ("base", 12), ("large", 20)):
-        outcome = run_here(run_training.main, ["--estimate", "--model-size", size])
-        assert outcome.code == 0, outcome.text
-        total = next(line for line in outcome.text.splitlines() if "in all" in line)
-        gigabytes = float(total.split()[2])
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in create_model(size).parameters())
-        assert 16 * parameters / 1e9 < gigabytes < limit  # weights, gradients, two moments
+@pytest.mark.parametrize(
+    ("size", "limit"), [("tiny", 4), ("small", 8), ("base", 12), ("large", 20)]
+)
+def test_the_estimate_stays_below_the_documented_minimum(size, limit):
+    found = memory.plan(run_training.Config(model_size=size))
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in create_model(size).parameters())
+    assert 16 * parameters < found.total < limit * 10**9  # weights, gradients, two moments
+
+
+def test_the_estimate_is_printed_and_nothing_is_trained(tmp_path):
+    flags = ["--estimate", "--model-size", "nano", "--output-dir", tmp_path / "outputs"]
+    outcome = run_here(run_training.main, flags)
+    assert outcome.code == 0, outcome.text
+    assert "multimodal, nano, batch 8, half precision" in outcome.text
+    assert "of each device" in outcome.text
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_checkpointing_and_half_precision_save_what_the_estimate_says(tmp_path):
+    rows = {
+        (use_checkpoint, use_amp): memory.plan(
+            run_training.Config(model_size="tiny", use_checkpoint=use_checkpoint, use_amp=use_amp)
+        ).total
+        for use_checkpoint in (True, False)
+        for use_amp in (True, False)
+    }
+    assert rows[True, True] < rows[True, False] < rows[False, False]
+    assert rows[True, True] < rows[False, True] < rows[False, False]
+
+
+def test_out_of_memory_ends_with_the_plan_and_what_helps(data, tmp_path, monkeypatch):
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr("multimodal.training._step", fails)
+    outcome = run_here(run_training.main, flags_for(data, tmp_path / "outputs"))
+    assert outcome.code == 1
+    assert "what --estimate says of this run" in outcome.text
+    assert "lower --batch-size" in outcome.last_line
 
 
 def test_the_models_defaults_are_those_of_the_settings_file():
