@@ -71,11 +71,21 @@ def train(job: Job) -> int:
         sum(p.numel() for part in (learner.encoder, learner.head) for p in part.parameters()) / 1e6,
     )
     steps = recipe.epochs * data.steps_per_epoch
-    plan = Plan("arcface", steps, total_batch, lines=False)  # the lines are log_lines.py's
+    plan = Plan(  # the lines are log_lines.py's
+        "arcface", steps, total_batch, lines=False, data=_counts(data, test)
+    )
     with Run(job.stored, world, job.run_dir, plan) as run:
         code = _loop(job, world, run, learner, data, test)
     distributed.cleanup(world)
     return code
+
+
+def _counts(data: TrainingData, test: tuple[Split, Split] | None) -> dict[str, int]:
+    """What there is, for the report."""
+    found = {"training pictures": len(data.dataset), "items": data.dataset.num_classes}
+    if test:
+        found |= {"queries": len(test[0].dataset), "gallery pictures": len(test[1].dataset)}
+    return found
 
 
 def _loop(

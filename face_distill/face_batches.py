@@ -40,6 +40,16 @@ class FaceBatches:
         )
         self.val_set = Subset(dataset, sorted(order[:num_val])) if num_val else None
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What there is, for the report."""
+        held_out = len(self.val_set) if self.val_set else 0
+        return {
+            "training images": self.num_training,
+            "held-out images": held_out,
+            "identities": self.num_classes,
+        }
+
     def training(self, cfg: Config, world: World, position: Position) -> Iterator[Batch]:
         """What is left of the epoch at `position`: images (B, 3, S, S), labels, teacher's rows."""
         loader = make_loader(

@@ -35,7 +35,10 @@ def train(cfg: Config) -> int:
     distiller = build(cfg, data, world)
     data.input_size = distiller.student.image_size
     steps = steps_per_epoch(data.num_training, cfg.batch_size // world.size, world.size)
-    plan = Plan("face_distill", cfg.epochs * steps, cfg.batch_size, cfg.tensorboard, "last.pth")
+    plan = Plan(
+        "face_distill", cfg.epochs * steps, cfg.batch_size, cfg.tensorboard, "last.pth",
+        data=data.counts,
+    )  # fmt: skip
     with Run(cfg, world, cfg.run_dir, plan) as run:
         code = _loop(cfg, world, run, distiller, data)
     distributed.cleanup(world)

@@ -314,6 +314,7 @@ def _check_shapes(name: str, module: nn.Module, state: dict[str, Any], path: Pat
 def _worth_keeping(run_dir: Path, last: str, status: dict[str, Any]) -> bool:
     """Whether the directory holds anything besides the traces of a run that never took a step."""
     traces = {"run.lock", "status.json", "config.json", "metrics.jsonl", "tensorboard"}
+    traces.add("report.html")
     others = [entry for entry in run_dir.iterdir() if entry.name not in traces]
     return bool(others) or bool(status.get("step"))
 

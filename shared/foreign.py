@@ -79,6 +79,7 @@ class _Foreign:
         progress: Progress | None,
     ) -> None:
         self._command, self._timeout = list(command), options.shutdown_timeout
+        self._run_dir = run_dir
         self._progress = progress or JsonLinesProgress(run_dir)
         self._status = Status(
             run_dir,
@@ -119,6 +120,7 @@ class _Foreign:
         if state == "done" and step:
             self._status.fields["epoch"] += 1  # as in our own runs: the epochs that are behind
         self._status.write(state=state, exit_code=code, reason=reason)
+        outcome.leave_page(self._run_dir)
         outcome.closing_line(code, reason)
         return code
 

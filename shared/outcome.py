@@ -6,6 +6,7 @@ library only.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -96,10 +97,20 @@ def closing_line(code: int, reason: str) -> None:
     log.info("%s: %s (exit %d)", words.get(code, "failed"), reason, code)
 
 
+def leave_page(run_dir: Path | None) -> None:
+    """Renew the run's report.html; called before the last line is said."""
+    if run_dir:
+        from shared.report import refresh  # only where a run has been
+
+        with contextlib.suppress(KeyboardInterrupt):  # the run has ended: nothing is interrupted
+            refresh(run_dir)
+
+
 def report(failure: Failure, run_dir: Path | None) -> int:
     """Print a failure once, at the end of the output, close the run's status; its exit code."""
     if failure.kind == "user":
         status.close(run_dir, failure.code, failure.message)
+        leave_page(run_dir)
         logs.say(f"error: {failure.message}")
         return failure.code
     if failure.traceback:
@@ -107,6 +118,7 @@ def report(failure: Failure, run_dir: Path | None) -> int:
     hint = hint_for(failure.message)
     reason = failure.message + (f" — {hint}" if hint else "")
     status.close(run_dir, failure.code, reason)
+    leave_page(run_dir)
     log.error("failed: %s (exit %d)", reason, failure.code)
     return failure.code
 
@@ -115,6 +127,7 @@ def close_with_status(code: int) -> None:
     """The closing line from what the run wrote into its status.json, when there was a run."""
     fields = read_json(_run_dir / "status.json") if _run_dir else None
     if isinstance(fields, dict):
+        leave_page(_run_dir)
         closing_line(code, str(fields.get("reason")))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ class Plan:
     tensorboard: Path | None = None  # default: tensorboard/ in the run directory
     last: str = "last.pt"  # name of the checkpoint that a resume continues from
     lines: bool = True  # progress lines in logs; False where the recipe writes its own
+    data: Mapping[str, Any] = field(default_factory=dict)  # counts of what is trained on
 
 
 class Reporter:
@@ -42,6 +44,7 @@ class Reporter:
             world_size=world_size,
             total_steps=plan.total_steps,
             log=outcome.log_file(),
+            data=dict(plan.data),
         )
         self.write_status(start)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import logging
 import os
+import platform
 import shlex
 import sys
 from pathlib import Path
@@ -13,11 +16,17 @@ import torch
 
 from shared import checkpoint
 from shared.checkpoint import Decision
-from shared.config import HasRunOptions, settings
+from shared.config import HasRunOptions, RunOptions, settings
+from shared.device import driver_version
 from shared.files import move_aside, write_json
 from shared.reporter import Plan
 
 log = logging.getLogger(__name__)
+
+_PACKAGES = {  # module → its package
+    **{name: name for name in ("numpy", "torchvision", "transformers", "peft", "safetensors")},
+    **{"open_clip": "open_clip_torch", "PIL": "pillow", "soundfile": "soundfile"},
+}
 
 
 def begin(run_dir: Path, plan: Plan, config: HasRunOptions, world_size: int) -> Decision:
@@ -37,14 +46,52 @@ def begin(run_dir: Path, plan: Plan, config: HasRunOptions, world_size: int) -> 
 
 
 def describe(run_dir: Path, config: Any, world_size: int) -> None:
-    """Write config.json: the settings, what a continuation must share, command and versions."""
+    """Write config.json: the settings, what a continuation must share, command and environment.
+
+    "defaults" are those of the settings that have another value. A configuration that is not made
+    of flags alone names them itself, by a method `departures()` → {setting: default}.
+    """
     description = {
         "settings": settings(config),
         "identity": _identity(config, world_size),
+        "defaults": _departures(config),
         "command": shlex.join(sys.argv),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "versions": _versions(),
+        "environment": _environment(),
     }
     write_json(run_dir / "config.json", description)
+
+
+def _departures(config: Any) -> dict[str, Any]:
+    """Setting → default, of the settings that have another value."""
+    own = getattr(config, "departures", None)
+    try:
+        after, before = (config.run, RunOptions()) if own else (config, type(config)())
+    except TypeError:  # one that cannot do without values
+        return {}
+    values, defaults = settings(after), settings(before)
+    changed = {name: defaults[name] for name in values if values[name] != defaults[name]}
+    return changed | own() if own else changed
+
+
+def _versions() -> dict[str, str]:
+    """Python, torch, and those packages that the run has imported."""
+    found = {"python": sys.version.split()[0], "torch": torch.__version__}
+    for module, package in _PACKAGES.items():
+        if module in sys.modules:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _environment() -> dict[str, Any]:
+    """The machine, for people who compare runs."""
+    found: dict[str, Any] = {"system": f"{platform.system()} {platform.release()}"}
+    found |= {"cpu_cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())]
+        found |= {"gpus": names, "cuda": torch.version.cuda, "driver": driver_version()}
+    return found
 
 
 def _identity(config: Any, world_size: int) -> dict[str, Any]:

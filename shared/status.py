@@ -1,8 +1,8 @@
 """status.json: where a run is and how it ended, for people, monitors and the launcher.
 
 Fields: schema recipe state(running|done|stopped|failed) exit_code reason pid host world_size step
-total_steps epoch eta_s started_at updated_at last{} best{} result{} outputs[] log memory_bytes.
-Standard library only.
+total_steps epoch eta_s started_at updated_at last{} best{} result{} outputs[] log memory_bytes
+data{}. Standard library only.
 """
 
 from __future__ import annotations

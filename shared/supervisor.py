@@ -174,6 +174,7 @@ def _close_well(run_dir: Path | None, stops: _Stops, left_with: int) -> int:
         )
         return outcome.report(Failure(0, FAILED, "error", reason), run_dir)
     code = int(status.get("exit_code") or DONE)
+    outcome.leave_page(run_dir)
     outcome.closing_line(code, str(status.get("reason")))
     return code
 
