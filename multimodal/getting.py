@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from multimodal.sources import DOWNLOADS, Archive, DataSet, Source
+from multimodal.sources import Archive, DataSet, Source
 from shared.errors import UserError
 from shared.fetch import (
     WEB_ADVICE,
@@ -25,8 +25,6 @@ from shared.transport import PATIENCE, DownloadError, Line
 from shared.unpack import Run, unpack
 
 log = logging.getLogger(__name__)
-
-_UNKNOWN_SIZE = 1_500_000_000  # of an archive whose size nobody publishes, for the disk check
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,8 @@ def need_of(data_set: DataSet, root: Path, options: Options) -> Need:
     disk = fetch
     for archive in data_set.archives:
         if not is_unpacked(archive, root):
-            parts = sum(_left(part, root) for part in archive.parts)
+            share = archive.unpacked // len(archive.parts)  # where nobody publishes a size
+            parts = sum(_left(part, root, share) for part in archive.parts)
             fetch, disk = fetch + parts, disk + parts + archive.unpacked
     clips = max(0, data_set.clips - _count(root / "audio", deep=True)) * data_set.clip_bytes
     return Need(fetch + clips, disk + clips)
@@ -170,14 +169,12 @@ def _delete(archive: Archive, root: Path) -> None:
             path.unlink()
 
 
-def _left(source: Source, root: Path) -> int:
-    """Bytes of a file that are still to be fetched."""
+def _left(source: Source, root: Path, guess: int = 1_000_000) -> int:
+    """Bytes of a file that are still to be fetched; `guess` of one whose size nobody publishes."""
     path = root / source.folder / source.file.name
     if _has_size(source, path.parent):
         return 0
-    size = source.file.size
-    if size is None:
-        size = _UNKNOWN_SIZE if source.folder == DOWNLOADS else 1_000_000
+    size = guess if source.file.size is None else source.file.size
     return max(0, size - size_of(part_of(path)))
 
 

@@ -15,6 +15,7 @@ SCRIPTS = {
     "face_distill": "train_distill.py",
     "arcface": "run_scripts/run_arcface.py",
     "lavic": "src/knowledge_distillation.py",
+    "multimodal": "run_training.py",
 }
 
 
@@ -104,7 +105,7 @@ def scripts_of(recipe: str) -> list[str]:
     others = sorted(
         str(path.relative_to(folder))
         for path in (*folder.glob("*.py"), *folder.glob("src/*.py"))
-        if "parse(Config" in path.read_text(encoding="utf-8")
+        if re.search(r"parse(_own)?\(Config", path.read_text(encoding="utf-8"))
     )
     return [SCRIPTS[recipe], *(name for name in others if name != SCRIPTS[recipe])]
 
@@ -174,6 +175,7 @@ def test_every_flag_that_a_readme_mentions_exists():
             known |= set(config_defaults(f"{recipe}/{script}", "Config"))
         known |= set(config_defaults("shared/config.py", "RunOptions"))
     known |= set(config_defaults("shared/tools/monitor.py", "Config"))
+    known |= set(config_defaults("shared/stages.py", "StageOptions"))
     foreign = {"--logdir", "--signal"}  # TensorBoard's, …
     foreign |= {"--nproc-per-node", "--nodes", "--ntasks-per-node", "--gpus-per-node"}
     for page in (*LANGUAGES, *(f"{recipe}/README.md" for recipe in SCRIPTS)):
