@@ -1,0 +1,167 @@
+"""run_all: the stages in order, each once; what cannot be had is named and stops nothing else."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import pytest
+
+from multimodal import run_all
+from shared.errors import UserError
+from tests import multimodal_demo
+from tests.harness import ROOT
+
+SCRIPT = ROOT / "multimodal" / "run_all.sh"
+
+
+@pytest.fixture(autouse=True)
+def _python(monkeypatch):
+    monkeypatch.setenv("PYTHON", sys.executable)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def markers(output):
+    folder = output.with_name("outputs_stages")
+    return {path.stem for path in folder.glob("*.json")} if folder.is_dir() else set()
+
+
+def chain(output, *flags):
+    """run_all.sh on the demo, a few steps of training; its exit code and all it said."""
+    command = [
+        SCRIPT,
+        "--demo",
+        "--output-dir",
+        output,
+        "--max-steps",
+        "3",
+        "--epochs",
+        "3",
+        *flags,
+    ]
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, check=False, cwd=output.parent
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.limit(400)
+def test_the_whole_way_once_and_then_what_was_lost(tmp_path):
+    output = tmp_path / "o ü $(touch X)" / "outputs"
+    output.parent.mkdir()
+    code, text = chain(output)
+    assert code == 0, text
+    names = ("preflight", "environment", "download", "training", "evaluation", "report")
+    assert set(names) <= markers(output)
+    for name in names:
+        assert f"stage {name}: starts" in text
+    assert "coco       Karpathy test  image to text" in text
+    (report,) = (output / "reports").glob("report_*.json")
+    assert json.loads(report.read_text())["retrieval"]
+    # what was evaluated is gone, and the report was never made: these two alone run again
+    (output / "evaluation/evaluation.json").unlink()
+    output.with_name("outputs_stages").joinpath("report.json").unlink()
+    code, text = chain(output)
+    assert code == 0, text
+    assert "stage training: done before" in text and "stage download: done before" in text
+    assert "stage evaluation: runs again" in text and "stage report: starts" in text
+    assert len(list((output / "reports").glob("report_*.json"))) == 1
+    assert not list(output.parent.parent.rglob("X"))
+
+
+def test_flags_of_the_training_go_to_it_and_wrong_ones_end_the_preflight(tmp_path, caplog):
+    flags = ["--data-root", str(tmp_path / "d"), "--output-dir", str(tmp_path / "o")]
+    assert run_all.main([*flags, "--skip-download", "--modle-size", "base"]) == 2
+    assert "unknown argument --modle-size; did you mean --model-size?" in caplog.text
+    assert markers(tmp_path / "outputs") == set() and not (tmp_path / "o").exists()
+
+
+def test_documented_flags_are_handed_on(capsys):
+    flags = ["--model-size", "base", "--batch-size", "8", "--epochs", "50", "--dry-run"]
+    assert run_all.main(flags) == 0
+    training = capsys.readouterr().out.splitlines()[1]
+    assert training.startswith("training: ")
+    assert training.endswith("--model-size base --batch-size 8 --epochs 50")
+
+
+def test_a_disk_too_small_ends_the_preflight(tmp_path, monkeypatch, caplog):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**9))
+    flags = ["--data-root", str(tmp_path / "data"), "--output-dir", str(tmp_path / "outputs")]
+    assert run_all.main([*flags, "--datasets", "coco"]) == 2
+    assert "GB are needed for archives and what they hold" in caplog.text
+
+
+def test_a_torchaudio_that_does_not_import_is_named(tmp_path, monkeypatch, caplog):
+    fake = tmp_path / "site/torchaudio"
+    fake.mkdir(parents=True)
+    (fake / "__init__.py").write_text("raise RuntimeError('compiled with different CUDA versions')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    cfg = run_all.Config(output_dir=tmp_path / "outputs", demo=True)
+    assert run_all._environment(cfg, []) == 3
+    assert "different CUDA versions" in caplog.text and "pip uninstall torchaudio" in caplog.text
+
+
+def test_what_this_machine_cannot_fetch_is_said_at_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("VOXCELEB_KEY", raising=False)
+    monkeypatch.setitem(sys.modules, "py7zr", None)
+    lines = run_all._will_be_skipped(run_all.Config(), ("clotho", "audiocaps", "voxceleb"))
+    assert [line.split(":")[0] for line in lines] == ["clotho", "audiocaps", "voxceleb"]
+    assert "yt-dlp and ffmpeg" in lines[1]
+
+
+def test_named_data_sets_that_are_not_whole_are_left_to_the_report(tmp_path, monkeypatch):
+    made = multimodal_demo.made()
+    monkeypatch.setattr("multimodal.getting.lacking", lambda form, root: (
+        "" if form.name == "coco" and root.is_dir() else "train2017 missing"
+    ))  # fmt: skip
+    cfg = run_all.Config(data_root=made.data_root, datasets=("coco", "voxceleb"))
+    command = list(map(str, run_all._training(cfg, ["--lr", "1e-3"])))
+    place = command.index("--datasets")
+    assert command[place : place + 2] == ["--datasets", "coco"] and command[-2:] == ["--lr", "1e-3"]
+    assert "voxceleb" not in command
+
+
+def test_an_unknown_data_set_is_refused_with_the_nearest_name():
+    with pytest.raises(UserError, match=r"cocoo is none of .* did you mean coco\?"):
+        run_all.main(["--datasets", "cocoo"])
+
+
+@pytest.mark.full
+@pytest.mark.serial
+@pytest.mark.limit(900)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_killed_at_three_places_and_resumed(tmp_path, number):
+    """While the environment, the training and the evaluation run; the same command goes on."""
+    output = tmp_path / "outputs"
+    command = [SCRIPT, "--demo", "--output-dir", output, "--epochs", "6"]
+    for sign in ("stage environment: starts", "stage training: starts", "stage evaluation: starts"):
+        log = tmp_path / "log"
+        with log.open("w") as stream:
+            running = subprocess.Popen(
+                list(map(str, command)), stdout=stream, stderr=stream, start_new_session=True
+            )
+            wait_for(lambda log=log, sign=sign: sign in log.read_text())
+            time.sleep(4 if "training" in sign else 0.3)
+            os.kill(running.pid, number)
+            running.wait(120)
+        assert running.returncode not in (0, None), log.read_text()
+        time.sleep(3)  # what was started dies with it
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stage training: done before" in done.stdout
+    report = json.loads(next((output / "reports").glob("report_*.json")).read_text())
+    assert report["retrieval"]
+
+
+def wait_for(condition, seconds=200.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
