@@ -489,3 +489,26 @@ def test_the_net_and_the_predictor_are_found_where_the_document_has_them():
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert shown.stdout.split() == ["ImageQualityPredictor"]
+
+
+def test_a_question_is_asked_by_one_process_alone(monkeypatch):
+    fit = clipfilter1.processes_that_fit
+    monkeypatch.setattr(clipfilter1, "_is_terminal", lambda: True)
+    assert fit(["--auto_select_device"], 4) == fit(["--confirm"], 4) == 1
+    assert fit(["--confirm", "--yes"], 4) == fit([], 4) == 4
+    monkeypatch.setattr(clipfilter1, "_is_terminal", lambda: False)
+    assert fit(["--auto_select_device", "--confirm"], 4) == 4
+
+
+def test_without_a_terminal_the_device_is_not_asked_for(flags):
+    outcome = filtered(flags, "--auto_select_device", "--analyze_only")
+    assert "asks on a terminal alone: device auto" in outcome.text
+
+
+def test_a_device_is_chosen_by_its_number(monkeypatch, capsys):
+    monkeypatch.setattr(clipfilter1, "_is_terminal", lambda: True)
+    monkeypatch.setattr(clipfilter1, "visible_gpus", lambda *_: 2)
+    for answer, expected in (("3", "cuda:1"), ("1", "cpu"), ("", "auto"), ("9", "auto")):
+        monkeypatch.setattr("builtins.input", lambda _, answer=answer: answer)
+        assert clipfilter1._ask_for_device("auto") == expected
+    assert "1. cpu\n2. cuda:0\n3. cuda:1" in capsys.readouterr().out

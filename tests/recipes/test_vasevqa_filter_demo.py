@@ -14,8 +14,9 @@ from vasevqa.filter import classifier, clipfilter1, clipfilter2, demo, demo_clip
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """The demo's folders, here."""
+    root = demo.ROOT
     for name in ("ROOT", "DATA", "CLIP", "RUNS", "SORTED", "FILTERED", "QUALITY"):
-        below = getattr(demo, name).relative_to(demo.ROOT)
+        below = getattr(demo, name).relative_to(root)
         monkeypatch.setattr(demo, name, tmp_path / below)
     return tmp_path
 

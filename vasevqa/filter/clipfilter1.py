@@ -27,7 +27,7 @@ from shared.config import ProcessOptions, ToolOptions, option, parse
 from shared.device import present_gpus, visible_gpus
 from shared.errors import UserError
 from shared.files import open_lock
-from shared.launch import launch
+from shared.launch import launch, world_size
 
 FILTER = Path(__file__).resolve().parent
 INPUT_DIR = FILTER / "images3" / "1"
@@ -104,11 +104,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{len(find_images(cfg.input_dir))} pictures of {cfg.input_dir} → {cfg.output_dir}")
         return 0
     os.close(open_lock(cfg.state_dir))  # better refused now than after the model was loaded
-    if cfg.auto_select_device and not cfg.yes:
+    if cfg.auto_select_device and not cfg.yes and world_size() == 1:
         cfg = replace(cfg, tool=replace(cfg.tool, device=_ask_for_device(cfg.tool.device)))
     from vasevqa.filter.filtering import filter_pictures
 
-    ask = _ask_for_threshold if cfg.confirm and not cfg.yes and _is_terminal() else None
+    ask = _ask_for_threshold if cfg.confirm and _can_ask(cfg) and world_size() == 1 else None
     return filter_pictures(cfg, ask)
 
 
@@ -142,6 +142,17 @@ def _is_terminal() -> bool:
     return sys.stdin is not None and sys.stdin.isatty()
 
 
+def _can_ask(cfg: Config) -> bool:
+    return not cfg.yes and _is_terminal()
+
+
+def processes_that_fit(argv: list[str], visible: int) -> int:
+    """One process where a question is asked: of several, none has the terminal."""
+    cfg = parse(Config, argv)
+    asks = (cfg.auto_select_device or cfg.confirm) and _can_ask(cfg)
+    return 1 if asks else visible
+
+
 def _ask_for_device(chosen: str) -> str:
     """A device by its number in a list; without a terminal or an answer the one chosen."""
     devices = ["cpu", *(f"cuda:{n}" for n in range(visible_gpus(os.environ, present_gpus())))]
@@ -167,4 +178,4 @@ def _ask_for_threshold(proposed: float) -> float | None:
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main))
+    sys.exit(launch(main, processes_that_fit))
