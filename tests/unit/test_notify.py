@@ -3,6 +3,9 @@
 import contextlib
 import http.server
 import json
+import os
+import subprocess
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -11,7 +14,11 @@ import pytest
 from shared import notify
 from shared.errors import UserError
 from shared.notify import NotifyError
+from shared.tools import monitor
 from tests.harness import free_port
+from tests.unit.test_run_view import write
+
+MONITOR = monitor.ROOT / "shared" / "tools" / "monitor.py"
 
 SECRET = "s3cret-token"
 
@@ -110,3 +117,43 @@ def test_what_is_no_web_address_is_refused_without_being_shown(url):
     with pytest.raises(UserError) as caught:
         notify.check(url)
     assert SECRET not in str(caught.value)
+
+
+def start_waiting(run_dir, *words, **environ):
+    command = [sys.executable, MONITOR, "--run-dir", run_dir, "--every", "0.1", "--notify", *words]
+    quiet = os.environ | {"NO_PROXY": "127.0.0.1"} | environ
+    return subprocess.Popen(
+        [str(word) for word in command],
+        env=quiet, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["flag", "variable"])
+def test_the_monitor_waits_for_the_end_and_posts_once(tmp_path, how):
+    run_dir = write(tmp_path / "run")
+    with receiver() as (url, taken):
+        words, environ = ([url], {}) if how == "flag" else ([], {"NOTIFY_URL": url})
+        waiting = start_waiting(run_dir, *words, **environ)
+        assert waiting.stdout and waiting.stdout.readline().startswith("waiting for the end")
+        assert taken == []
+        write(run_dir, state="failed", exit_code=1, reason="rank 1: RuntimeError: x")
+        text = waiting.communicate(timeout=30)[0]
+    assert waiting.returncode == 0 and "the message was taken" in text
+    assert SECRET not in text
+    assert not any(SECRET in path.read_text() for path in run_dir.iterdir())
+    assert [json.loads(post["body"])["state"] for post in taken] == ["failed"]
+
+
+def test_the_monitor_says_that_a_message_was_not_taken(tmp_path, capsys):
+    run_dir = write(tmp_path / "run", state="done", exit_code=0)
+    with receiver(403) as (url, _):
+        assert monitor.main(["--notify", url, str(run_dir)]) == 1
+    written = capsys.readouterr()
+    assert "error: 127.0.0.1 has not taken the message: it answered 403" in written.err
+    assert SECRET not in written.out + written.err
+
+
+def test_a_monitor_without_an_address_says_so_at_once(tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("NOTIFY_URL", raising=False)
+    assert monitor.main(["--notify", "--run-dir", str(write(tmp_path / "run"))]) == 2
+    assert "NOTIFY_URL" in capsys.readouterr().err
