@@ -150,7 +150,8 @@ def _result(seen: View) -> str:
     result = seen.result
     if not result:
         return ""
-    return f"{result['name']} {number(result['before'])} -> {number(result['after'])}"
+    before, after = (number(result.get(when)) for when in ("before", "after"))
+    return f"{result.get('name')} {before} -> {after}"
 
 
 def _memory(seen: View) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import lock
-from shared.files import is_alive, read_json
+from shared.files import is_alive, read_object
 
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
 RUNNING, STARTING, STALE = "running", "starting", "stale"
@@ -75,8 +76,7 @@ class View:
 
 def view(run_dir: Path) -> View:
     """The run that `run_dir` holds, as it is now."""
-    status = read_json(run_dir / "status.json")
-    status = status if isinstance(status, dict) else {}
+    status = _sound_status(read_object(run_dir / "status.json"))
     rows = _rows(run_dir / "metrics.jsonl")
     state, note = _state(run_dir, status, rows)
     age, epoch = _age(status), status.get("epoch")
@@ -100,6 +100,32 @@ def view(run_dir: Path) -> View:
         warnings=warnings_of(status.get("log")),
         **_numbers(rows, status.get("last") or {}),
     )
+
+
+# What a status says, by its types: a file that was damaged or written by hand may say anything.
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("recipe", "state", "reason", "host", "log"), str),
+    **dict.fromkeys(("started_at", "updated_at"), str),
+    **dict.fromkeys(("pid", "exit_code", "world_size", "step", "total_steps", "epoch"), int),
+    **dict.fromkeys(("eta_s", "memory_bytes"), (int, float)),
+    **{"last": dict, "result": dict, "outputs": list},
+}
+
+
+def _sound_status(status: dict[str, Any]) -> dict[str, Any]:
+    """What of a status has the type that it should have."""
+    return {
+        name: status[name]
+        for name, kind in _KINDS.items()
+        if isinstance(status.get(name), kind) and _is_bounded(status[name])
+    }
+
+
+def _is_bounded(value: Any) -> bool:
+    """Whether a number is one to count with; True for what is no number."""
+    if isinstance(value, bool):
+        return False
+    return abs(value) < 2**53 if isinstance(value, (int, float)) else True  # NaN is not below
 
 
 _COPIED = (
@@ -190,11 +216,15 @@ def _rows(path: Path) -> _Rows:
 def _parsed(lines: list[bytes]) -> list[dict[str, Any]]:
     found = []
     for line in lines:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             row = json.loads(line)
-            if isinstance(row, dict):
-                found.append(row)
+            if isinstance(row, dict) and _is_number(row.get("step")):
+                found.append({name: value for name, value in row.items() if _is_plain(value)})
     return found
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, str) or _is_number(value)
 
 
 def _numbers(rows: _Rows, last: dict[str, Any]) -> dict[str, Any]:
@@ -248,7 +278,8 @@ def _best(judged: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    is_one = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_one and math.isfinite(value) and abs(value) < 1e300
 
 
 def _free(directory: Path) -> int | None:

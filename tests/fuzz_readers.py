@@ -16,7 +16,7 @@ from PIL import Image
 from arcface import config_options, config_reader, partition, recipe, run_settings
 from face_distill import recordio, teacher, verification
 from face_distill import run_settings as face_settings
-from shared import checkpoint, config, files, images, report, seed, weights
+from shared import checkpoint, config, files, images, report, run_text, run_view, seed, weights
 from shared.checkpoint import DamagedError, Position
 from tests.faults.probe_recipe import Config
 from tests.fuzzing import Reader
@@ -267,5 +267,9 @@ READERS: dict[str, Reader] = {
             put("pages/c.svg", '<svg xmlns="http://www.w3.org/2000/svg"><path d="M0 0"/></svg>'),
         ),
         report.write,
+    ),
+    "run as the monitor sees it": Reader(
+        together(put("status.json", json.dumps(STATUS)), put("metrics.jsonl", ROWS)),
+        lambda d: run_text.block(run_view.view(d), 80),
     ),
 }
