@@ -108,7 +108,7 @@ def build(root: Path) -> Nano:
     )
     model, processor = demo_qwen.build(nano.model, demo.texts(), seed=0)
     seen = [render(vase, 1, size=SIZE) for vase in vases]
-    demo_qwen.teach(model, processor, seen, demo_questions.lessons(vases), seed=0, steps=48)
+    demo_qwen.teach(model, processor, seen, demo_questions.lessons(vases), seed=0, steps=40)
     model.save_pretrained(nano.model)
     return nano
 

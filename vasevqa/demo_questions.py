@@ -43,7 +43,7 @@ def lessons(vases: Sequence[Vase]) -> dict[str, list[str]]:
         "decoration": "{} all round.",
     }
     taught = {
-        f"Describe the {name}.": [text.format(vase.attributes[name]) for vase in vases]
+        QUESTIONS[name]: [text.format(vase.attributes[name]) for vase in vases]
         for name, text in said.items()
     }
     return {DESCRIBE: [caption(vase) for vase in vases], **taught}

@@ -87,7 +87,7 @@ def teach(
     pictures: Sequence[NDArray[np.uint8]],
     lessons: Mapping[str, Sequence[str]],
     seed: int,
-    steps: int = 500,
+    steps: int = 350,
 ) -> float:
     """Train the whole model to do what the lessons ask, in place; the last loss, nats a token.
 
@@ -95,7 +95,7 @@ def teach(
     that sees, reads and writes. The embedding's rows without a token stay zero and count in the
     softmax.
     """
-    batches = [_encoded(processor, pictures, *lesson) for lesson in lessons.items()]
+    conversations = _encoded(processor, pictures, lessons)
     embedding: Any = model.get_input_embeddings().weight
     used = used_ids(processor.tokenizer)
     rows = nn.Parameter(embedding.detach()[used].clone())
@@ -106,10 +106,8 @@ def teach(
     )
     generator, loss = torch.Generator().manual_seed(seed), torch.tensor(math.nan)
     model.train()
-    for step in range(steps):
-        batch = batches[step % len(batches)]
-        chosen = torch.randint(len(pictures), (16,), generator=generator)
-        loss = _loss(model, batch.take(chosen), rows, used)
+    for _ in range(steps):
+        loss = _loss(model, conversations.draw(generator), rows, used)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -122,66 +120,78 @@ def teach(
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Pictures and texts as the model reads them.
+class _Conversations:
+    """Questions about pictures and their answers as the model reads them.
 
-    ids: (batch, tokens); patches: (batch, patches, values of one); grid: (batch, 3).
+    ids, learnt: (rows, tokens), the second true where the next token is an answer's; picture:
+    (rows,), the row of patches (pictures, patches, values of one) and of grid (pictures, 3).
     """
 
     ids: Tensor
-    prompt: int  # tokens before the text that is learnt
+    learnt: Tensor
+    picture: Tensor
     patches: Tensor
     grid: Tensor
 
-    def take(self, rows: Tensor) -> _Batch:
-        """The batch of some rows."""
-        return _Batch(self.ids[rows], self.prompt, self.patches[rows], self.grid[rows])
+    def draw(
+        self, generator: torch.Generator, pictures: int = 8, questions: int = 4
+    ) -> _Conversations:
+        """Some pictures with some questions about each: a picture is the dear part of a row."""
+        count = len(self.patches)
+        picture = torch.randint(count, (pictures,), generator=generator)
+        lessons = len(self.ids) // count
+        lesson = torch.rand(pictures, lessons, generator=generator).argsort(dim=1)[:, :questions]
+        rows = (picture[:, None] + count * lesson).flatten()
+        places = torch.arange(pictures).repeat_interleave(lesson.shape[1])
+        return _Conversations(
+            self.ids[rows], self.learnt[rows], places, self.patches[picture], self.grid[picture]
+        )
 
 
 def _encoded(
-    processor: Any, pictures: Sequence[NDArray[np.uint8]], asked: str, texts: Sequence[str]
-) -> _Batch:
-    question = [{"type": "image"}, {"type": "text", "text": f"\n{asked}"}]
-    messages = [{"role": "user", "content": question}]
-    frame = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    processor: Any, pictures: Sequence[NDArray[np.uint8]], lessons: Mapping[str, Sequence[str]]
+) -> _Conversations:
     encoded = processor.image_processor(list(pictures), return_tensors="pt")
-    grid = encoded["image_grid_thw"]
     patches = encoded["pixel_values"].view(len(pictures), -1, encoded["pixel_values"].shape[-1])
-    tokens = patches.shape[1] // 4  # two by two patches make a token
-    tokenizer = processor.tokenizer
-    prompt = tokenizer(frame.replace(IMAGE, IMAGE * tokens))["input_ids"]
-    answers = [tokenizer(f"{text}<|im_end|>")["input_ids"] for text in texts]
-    longest = max(map(len, answers))
-    pad = tokenizer.pad_token_id
-    rows = [prompt + answer + [pad] * (longest - len(answer)) for answer in answers]
-    return _Batch(torch.tensor(rows), len(prompt), patches, grid)
+    tokenizer, tokens = processor.tokenizer, patches.shape[1] // 4  # two by two make a token
+    rows: list[list[int]] = []
+    prompts: list[int] = []
+    for asked, texts in lessons.items():
+        question = [{"type": "image"}, {"type": "text", "text": f"\n{asked}"}]
+        messages = [{"role": "user", "content": question}]
+        frame = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer(frame.replace(IMAGE, IMAGE * tokens))["input_ids"]
+        rows += [prompt + tokenizer(f"{text}<|im_end|>")["input_ids"] for text in texts]
+        prompts += [len(prompt)] * len(texts)
+    ids = torch.full((len(rows), max(map(len, rows))), FIRST_SPECIAL)  # <|endoftext|>
+    learnt = torch.zeros_like(ids, dtype=torch.bool)
+    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
+        ids[number, : len(row)] = torch.tensor(row)
+        learnt[number, prompt - 1 : len(row) - 1] = True
+    picture = torch.arange(len(pictures)).repeat(len(lessons))
+    return _Conversations(ids, learnt, picture, patches, encoded["image_grid_thw"])
 
 
 def _loss(
-    model: Qwen2_5_VLForConditionalGeneration, batch: _Batch, rows: Tensor, used: Tensor
+    model: Qwen2_5_VLForConditionalGeneration, batch: _Conversations, rows: Tensor, used: Tensor
 ) -> Tensor:
-    """Cross-entropy of the texts, over the used rows and, as one, those that are zero."""
+    """Cross-entropy of the answers, over the used rows and, as one, those that are zero."""
     place = torch.searchsorted(used, batch.ids)  # among the used rows
     inner: Any = model.model
     is_image = batch.ids == FIRST_SPECIAL + SPECIALS.index(IMAGE)
     seen = inner.get_image_features(batch.patches.flatten(0, 1), batch.grid).pooler_output
-    inputs = rows[place].masked_scatter(is_image[..., None], torch.cat(list(seen)))
+    shown = torch.stack(list(seen))[batch.picture]  # (rows, tokens of a picture, width)
+    inputs = rows[place].masked_scatter(is_image[..., None], shown.flatten(0, 1))
     positions, _ = inner.get_rope_index(
-        batch.ids, mm_token_type_ids=is_image.long(), image_grid_thw=batch.grid
+        batch.ids, mm_token_type_ids=is_image.long(), image_grid_thw=batch.grid[batch.picture]
     )
-    hidden = inner.language_model(
+    states = inner.language_model(
         inputs_embeds=inputs, position_ids=positions, use_cache=False
-    ).last_hidden_state[:, batch.prompt - 1 : -1]
-    logits = hidden @ rows.T
-    zeros = logits.new_full(
-        (*logits.shape[:2], 1), math.log(model.lm_head.out_features - len(used))
-    )
-    wanted = place[:, batch.prompt :]
-    padding = batch.ids[:, batch.prompt :] == FIRST_SPECIAL  # <|endoftext|>
-    logits = torch.cat([logits, zeros], dim=-1).flatten(0, 1)
-    return nn.functional.cross_entropy(
-        logits, wanted.masked_fill(padding, -100).flatten(), ignore_index=-100
-    )
+    ).last_hidden_state
+    logits = states[batch.learnt] @ rows.T
+    zeros = logits.new_full((len(logits), 1), math.log(model.lm_head.out_features - len(used)))
+    wanted = place.roll(-1, dims=1)[batch.learnt]
+    return nn.functional.cross_entropy(torch.cat([logits, zeros], dim=-1), wanted)
 
 
 def used_ids(tokenizer: Any) -> torch.Tensor:
