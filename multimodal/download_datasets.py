@@ -154,7 +154,21 @@ def _get(cfg: Config, data_set: "DataSet", options: "Options") -> str:
     if data_set.needs_key and not options.key and not cfg.mirror:
         return _by_hand(data_set, root)
     getting.get(data_set, root, options)
-    return _get_clips(cfg, root) if data_set.clips else "complete"
+    if data_set.clips:
+        return _get_clips(cfg, root)
+    return _look_at_lists(root) if root.name == "coco" else "complete"
+
+
+def _look_at_lists(root: Path) -> str:
+    """What to say of COCO when it is there: nobody publishes a checksum of Karpathy's lists."""
+    from multimodal import coco_files
+    from multimodal.sources import KARPATHY_PICTURES
+
+    lists = coco_files.karpathy(root) or {}
+    counts = {split: len(found) for split, found in lists.items()}
+    if set(counts.values()) == {KARPATHY_PICTURES}:
+        return "complete"
+    return f"complete, but Karpathy's lists name {counts} pictures, not {KARPATHY_PICTURES} each"
 
 
 def _by_hand(data_set: "DataSet", root: Path) -> str:

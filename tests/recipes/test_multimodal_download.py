@@ -128,8 +128,9 @@ def download(server, root, *flags):
     return download_datasets.main(flags)
 
 
-def test_coco_arrives_as_the_reader_wants_it(server, tmp_path, made):
+def test_coco_arrives_as_the_reader_wants_it(server, tmp_path, made, capsys):
     assert download(server, tmp_path, "--datasets", "coco") == 0
+    assert "lists name {'val': 40, 'test': 100} pictures, not 5000" in capsys.readouterr().out
     for split in ("train", "val", "test"):
         ours, theirs = Coco(tmp_path / "coco", split), Coco(made.coco, split)
         assert ours.counts == theirs.counts and ours.counts.split == f"Karpathy {split}"
@@ -429,3 +430,12 @@ def test_fault_48_without_a_network_it_ends_soon(tmp_path, table, capsys):
     assert download_datasets.main(flags) == 1
     assert time.monotonic() - began < 15
     assert "127.0.0.1 cannot be reached" in capsys.readouterr().out
+
+
+def test_fault_48_offline_is_honoured_and_said(tmp_path, table, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub_server.close_session()
+    flags = ["--datasets", "coco", "--data-root", str(tmp_path), "--mirror", "http://127.0.0.1:9"]
+    assert download_datasets.main(flags) == 2
+    assert "while HF_HUB_OFFLINE" in capsys.readouterr().out
+    hub_server.close_session()
