@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from multimodal.learner import Task, modality_dropout
+from multimodal.learner import Task, hidden_parts, modality_dropout
+from multimodal.model import FRAMES_A_TOKEN
 from multimodal.pair_sources import Batch, Source, collate_views
 from multimodal.schedule import Span, order_of, steps_of_sources
 from shared.checkpoint import Position
@@ -35,6 +36,7 @@ class BatchOptions:
     workers: int
     balance: float
     modality_dropout: float
+    tokens: int = 0  # of the longest sound
 
 
 def steps_of(source: Source, rows: int, world: World) -> int:
@@ -59,6 +61,9 @@ def epoch_of(
         task = sources[place].task(span.stage)
         assert task is not None
         batch = next(streams[place])
+        if task.target == "spectrogram":
+            generator = torch.Generator().manual_seed(derive(options.seed, position.epoch, step))
+            batch = with_hidden_parts(batch, options.tokens, world, generator)
         if span.stage == 2 and task.target:  # only labels are predicted from the fusion
             generator = torch.Generator().manual_seed(derive(options.seed, position.epoch, step))
             batch["modality_mask"] = modality_dropout(
@@ -87,6 +92,14 @@ def _stream(
         for batch in loader:
             yield {name: value for name, value in batch.items() if name not in _NOT_LEARNT}
         number, offset = number + 1, 0
+
+
+def with_hidden_parts(batch: Batch, tokens: int, world: World, generator: torch.Generator) -> Batch:
+    """Sounds alone, and which of their tokens are hidden. tokens: to draw for, at least."""
+    rows, frames = batch["audio_mask"].shape
+    own = -(-frames // FRAMES_A_TOKEN)
+    hidden = hidden_parts(rows, max(own, tokens), world, generator)[:, :own]
+    return {"audio": batch["audio"], "audio_mask": batch["audio_mask"], "hidden": hidden}
 
 
 def split(batch: Batch, rows: int, task: Task, device: torch.device) -> list[tuple[Batch, Task]]:

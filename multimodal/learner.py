@@ -1,7 +1,8 @@
 """What learns: the model, a head for the keywords of sounds, and the tasks that each stage sets.
 
 A task names the modalities that a batch brings, whether they are to find each other, and which
-labels they are to predict from the fused features. A learner's outputs for a task are those that
+labels they are to predict from the fused features; or it has sounds filled in where parts of them
+were hidden. A learner's outputs for a task are those that
 its loss uses, and no others: DDP waits for the gradient of everything it finds behind them.
 """
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from multimodal import losses
 from multimodal.grad_cache import Outputs
-from multimodal.model import MODALITIES, MultimodalModel
+from multimodal.model import FRAMES_A_TOKEN, MEL_BINS, MODALITIES, MultimodalModel
 from shared.distributed import World
 
 INPUTS = {
@@ -25,9 +26,10 @@ INPUTS = {
     "audio": ("audio", "audio_mask"),
     "audio_2": ("audio_2", "audio_mask_2"),  # another sound of the same voice
 }
+_HIDDEN = 0.8  # share of a sound
 _RARE = -3.0  # first bias of labels: 3 of 80 are there, as in COCO
 Batch = dict[str, Tensor]
-Target = Literal["classes", "keywords"]
+Target = Literal["classes", "keywords", "spectrogram"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Task:
     name: str  # in charts and reports
     modalities: tuple[str, ...]  # one, or two in the order of a name in PAIRS
     contrasts: bool  # the two modalities of a pair find each other
-    target: Target | None = None  # labels to predict
+    target: Target | None = None  # labels to predict, or the hidden parts of a sound
 
     @property
     def pair(self) -> str:
@@ -61,12 +63,21 @@ def _tower(view: str) -> str:
 class Learner(nn.Module):
     """The model and what training needs beside it."""
 
-    def __init__(self, model: MultimodalModel, num_keywords: int, kind: str = "infonce") -> None:
+    def __init__(
+        self,
+        model: MultimodalModel,
+        num_keywords: int,
+        kind: str = "infonce",
+        *,
+        fills_in: bool = False,
+    ) -> None:
         super().__init__()
         self.model = model
         self.kind = kind
         width = model.classifier.in_features
         self.keyword_head = nn.Linear(width, num_keywords) if num_keywords else nn.Identity()
+        sound = nn.Linear(model.size.audio.width, FRAMES_A_TOKEN * MEL_BINS)
+        self.mel_head = sound if fills_in else nn.Identity()
         for head in (model.classifier, self.keyword_head):
             if isinstance(head, nn.Linear):
                 nn.init.constant_(head.bias, _RARE)
@@ -77,7 +88,9 @@ class Learner(nn.Module):
                 nn.init.constant_(bias, -10.0)
 
     def forward(self, batch: Batch, task: Task) -> Outputs:
-        """The outputs that `task`'s loss uses: features, scale, bias, logits, keywords."""
+        """The outputs that `task`'s loss uses: features, scale, bias, logits, keywords, errors."""
+        if task.target == "spectrogram":
+            return {"errors": self._fill_in(**batch)}
         inputs = {name: batch[name] for one in task.modalities for name in INPUTS[one]}
         if task.target:
             found = self.model(**inputs, modality_mask=batch.get("modality_mask"))
@@ -95,6 +108,19 @@ class Learner(nn.Module):
         elif task.target == "keywords":
             outputs["keywords"] = self.keyword_head(found["fused_features"])
         return outputs
+
+    def _fill_in(self, audio: Tensor, audio_mask: Tensor, hidden: Tensor) -> Tensor:
+        """(b,) the mean squared error of each sound's hidden frames, filled in from the others."""
+        spare = hidden.shape[1] * FRAMES_A_TOKEN - audio.shape[1]
+        frames = hidden.repeat_interleave(FRAMES_A_TOKEN, dim=1)
+        whole = nn.functional.pad(audio, (0, 0, 0, spare))
+        found = self.model.audio(
+            whole.masked_fill(frames[:, :, None], 0.0), nn.functional.pad(audio_mask, (0, spare))
+        )
+        guessed = self.mel_head(found.tokens).float().unflatten(2, (FRAMES_A_TOKEN, MEL_BINS))
+        squares = (guessed.flatten(1, 2) - whole).square().mean(dim=2)
+        counted = frames & nn.functional.pad(audio_mask.bool(), (0, spare))
+        return (squares * counted).sum(dim=1) / counted.sum(dim=1).clamp(min=1)
 
     def _features(self, inputs: Batch, task: Task) -> Outputs:
         """The towers alone."""
@@ -118,7 +144,9 @@ def loss_of(
             parts["contrast"] = losses.info_nce(
                 one, other, outputs["scale"], world, local=options.local
             )
-    if task.target and labels is not None:
+    if task.target == "spectrogram":
+        parts["spectrogram"] = outputs["errors"].mean()
+    elif task.target and labels is not None:
         logits = outputs["logits" if task.target == "classes" else "keywords"]
         parts[task.target] = losses.multi_label(logits, labels)
     weights = {"contrast": 1.0}
@@ -147,3 +175,12 @@ def modality_dropout(
         which = columns[(own[:, 1] < 0.5).long()]
         mask[leaves.nonzero().flatten(), which[leaves]] = False
     return mask
+
+
+def hidden_parts(rows: int, tokens: int, world: World, generator: torch.Generator) -> Tensor:
+    """(rows, tokens) bool: the parts of each sound of this process that it does not get to hear.
+
+    4 of 5, as in AudioMAE (Huang et al. 2022, arXiv:2207.06405); drawn for all processes at once.
+    """
+    drawn = torch.rand(world.size * rows, tokens, generator=generator)
+    return drawn[world.rank * rows : (world.rank + 1) * rows] < _HIDDEN

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,13 @@ class DataOptions:
     image_size: int
     clip_seconds: float = 10.0
     feature_cache: Path | None = None
+    sounds_alone: Literal["auto", "keywords", "spectrogram"] = "auto"
+
+    def alone(self, target: Target | None) -> Target | None:
+        """What sounds with these labels, or without any, are for in the first stage."""
+        if self.sounds_alone == "keywords":
+            return target
+        return target if target and self.sounds_alone == "auto" else "spectrogram"
 
 
 @dataclass(frozen=True)
@@ -55,12 +62,13 @@ class Source:
     training: OnePerGroup
     validation: OnePerGroup | None
     target: Target | None = None
+    alone: Target | None = None  # what its pictures or sounds are for in the first stage
 
     def task(self, stage: int) -> Task | None:
         """What its batches are for in a stage (0 unimodal, 1 alignment, 2 fine-tuning), if any."""
         if stage == 0:
             alone = tuple(name for name in self.modalities if name in ("image", "audio"))
-            return Task(self.name, alone, False, self.target) if self.target else None
+            return Task(self.name, alone, False, self.alone) if self.alone else None
         return Task(self.name, self.modalities, True, self.target if stage == 2 else None)
 
 
@@ -166,7 +174,9 @@ def _open_coco(root: Path, options: DataOptions) -> Source:
     train = Coco(root, "train", image_size=options.image_size)
     held_out = _held_out(lambda: Coco(root, "val", image_size=options.image_size))
     target = "classes" if train.label_names else None
-    return Source("coco", ("image", "text"), OnePerGroup(train, draw=True), held_out, target)
+    return Source(
+        "coco", ("image", "text"), OnePerGroup(train, draw=True), held_out, target, target
+    )
 
 
 def _open_clotho(root: Path, options: DataOptions) -> Source:
@@ -174,14 +184,16 @@ def _open_clotho(root: Path, options: DataOptions) -> Source:
     train = Clotho(root, "train", **sounds)
     held_out = _held_out(lambda: Clotho(root, "val", **sounds))
     target = "keywords" if train.label_names else None
-    return Source("clotho", ("audio", "text"), OnePerGroup(train, draw=True), held_out, target)
+    items, alone = OnePerGroup(train, draw=True), options.alone(target)
+    return Source("clotho", ("audio", "text"), items, held_out, target, alone)
 
 
 def _open_audiocaps(root: Path, options: DataOptions) -> Source:
     sounds: dict[str, Any] = _sounds(options)
     train = AudioCaps(root, "train", **sounds)
     held_out = _held_out(lambda: AudioCaps(root, "val", **sounds))
-    return Source("audiocaps", ("audio", "text"), OnePerGroup(train, draw=True), held_out)
+    items, alone = OnePerGroup(train, draw=True), options.alone(None)
+    return Source("audiocaps", ("audio", "text"), items, held_out, alone=alone)
 
 
 def _open_voxceleb(root: Path, options: DataOptions) -> Source:

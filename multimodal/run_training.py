@@ -55,6 +55,9 @@ class Config:
     use_amp: bool = option(True, "bf16 where the GPU has it, else fp16; off on the CPU")
     stage_epochs: str = option("30/40/30", "how the stages share the epochs")
     datasets: tuple[str, ...] = option((), "train on these alone; default: all that are there")
+    audio_pretraining: Literal["auto", "keywords", "spectrogram"] = option(
+        "auto", "sounds alone: keywords where there are any, else hidden parts filled in"
+    )
     loss: Literal["infonce", "sigmoid"] = option("infonce", "how pairs are told from strangers")
     local_loss: bool = option(False, "each process scores its own rows alone; saves memory")
     label_weight: float = option(0.2, "of labels beside pairs, in the last stage")

@@ -29,7 +29,7 @@ _TOWERS = ("model.image.", "model.text.", "model.audio.")
 # What a stage leaves as it is. The words of texts come from pretrained weights, not from stage 1.
 _FROZEN = {
     UNIMODAL: ("model.text.", "model.logit_"),
-    ALIGNMENT: ("model.fusion.", "model.classifier.", "keyword_head."),
+    ALIGNMENT: ("model.fusion.", "model.classifier.", "keyword_head.", "mel_head."),
     FINE_TUNING: (),
 }
 

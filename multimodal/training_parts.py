@@ -9,10 +9,11 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from multimodal import pretrained, stages
+from multimodal.audio import FRAMES_PER_SECOND
 from multimodal.batches import BatchOptions
 from multimodal.history import History
 from multimodal.learner import Learner, LossOptions
-from multimodal.model import create_model
+from multimodal.model import FRAMES_A_TOKEN, create_model
 from multimodal.pair_sources import DataOptions, Sources, open_all
 from multimodal.report import environment
 from multimodal.samples import NUM_LABELS
@@ -39,20 +40,29 @@ class Training:
             "dropout": cfg.dropout, "activation": cfg.activation,
         }  # fmt: skip
         model = create_model(**self.model_options)
-        data = DataOptions(model.image_size, cfg.clip_seconds, cfg.feature_cache)
+        data = DataOptions(
+            model.image_size, cfg.clip_seconds, cfg.feature_cache, cfg.audio_pretraining
+        )
         self.sources: Sources = open_all(cfg.data_root, cfg.datasets, data)
         self.stages = stages.plan(cfg, self.sources, world)
         file = pretrained.find(cfg.pretrained, cfg.data_root / "pretrained")
         self.start = pretrained.load(model, file)
         hears = any(source.target == "keywords" for source in self.sources.found)
-        self.learner = Learner(model, NUM_LABELS if hears else 0, cfg.loss).to(world.device)
+        fills_in = any(source.alone == "spectrogram" for source in self.sources.found)
+        self.learner = Learner(model, NUM_LABELS if hears else 0, cfg.loss, fills_in=fills_in)
+        self.learner.to(world.device)
         self.optimizer = stages.optimizer_for(self.learner, cfg)
         self.amp = Amp(cfg.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
         self.best, self.history = EarlyStopping(sys.maxsize), History()
         self.mean_loss = Mean(world.device)
         self.losses = LossOptions(cfg.loss, cfg.local_loss, cfg.label_weight)
         self.batches = BatchOptions(
-            cfg.step_rows, cfg.run.seed, cfg.workers, cfg.balance, cfg.modality_dropout
+            cfg.step_rows,
+            cfg.run.seed,
+            cfg.workers,
+            cfg.balance,
+            cfg.modality_dropout,
+            round(cfg.clip_seconds * FRAMES_PER_SECOND) // FRAMES_A_TOKEN + 1,
         )
 
     @property

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from multimodal.batches import held_out, in_order, labels_of, on_device
+from multimodal.batches import held_out, in_order, labels_of, on_device, with_hidden_parts
 from multimodal.learner import Learner, LossOptions, Task, loss_of
 from multimodal.pair_sources import Batch, Source
 from shared import distributed
@@ -39,6 +39,8 @@ def losses(
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         for batch in held_out(source, rows, world, workers):
             labels = labels_of(batch, world.device)
+            if task.target == "spectrogram":
+                batch = with_hidden_parts(batch, 0, _ALONE, torch.Generator().manual_seed(0))
             outputs = _outputs(learner, batch, task, world, amp)
             loss, _ = loss_of(task, outputs, labels, options, _ALONE)
             count = len(next(iter(batch.values())))

@@ -38,7 +38,7 @@ def learner(kind: str = "infonce", **options: object) -> Learner:
     """A nano model in float64 with 5 classes and 5 keywords."""
     torch.manual_seed(0)
     model = create_model("nano", num_classes=5, embed_dim=32, **options)  # type: ignore[arg-type]
-    return Learner(model, 5, kind).double()
+    return Learner(model, 5, kind, fills_in=True).double()
 
 
 def double(batch: dict[str, Tensor]) -> dict[str, Tensor]:

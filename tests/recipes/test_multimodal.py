@@ -19,7 +19,7 @@ from tests import multimodal_data
 from tests.harness import ROOT, losses, run_here, start, status_of
 
 SCRIPT = ROOT / "multimodal" / "run_training.py"
-STEPS = (7, 10, 10)  # batches an epoch of the three stages, of 8 samples each
+STEPS = (9, 10, 10)  # batches an epoch of the three stages, of 8 samples each
 
 # The document's code, word for word; `base` alone is another size where said.
 SNIPPET = """\
@@ -105,9 +105,9 @@ def test_a_run_leaves_the_documented_files(whole):
 def test_epochs_go_through_the_stages_and_steps_are_numbered_on(whole):
     rows = [r for r in read_json_lines(whole / "metrics.jsonl") if r["split"] == "train"]
     assert [row["step"] for row in rows] == list(range(1, 2 * sum(STEPS) + 1))
-    by_stage = [rows[:14], rows[14:34], rows[34:]]
+    by_stage = [rows[:18], rows[18:38], rows[38:]]
     tags = [{tag for row in part for tag in row if "/" in tag} for part in by_stage]
-    assert tags[0] == {"coco/classes", "clotho/keywords"}
+    assert tags[0] == {"coco/classes", "clotho/keywords", "audiocaps/spectrogram"}
     pairs = ("coco", "clotho", "audiocaps", "voxceleb")
     contrast = {f"{name}/{tag}" for name in pairs for tag in ("contrast", "scale")}
     assert tags[1] == contrast
@@ -163,7 +163,7 @@ def test_the_report_tells_of_data_stages_and_files(whole):
     caps = counts["audiocaps", "training"]
     assert (caps["expected"], caps["found"], caps["skipped"]) == (18, 16, {"missing": 2})
     assert [(r["stage"], r["epochs"], r["steps"]) for r in report["stages"]] == [
-        ("unimodal", 2, 14), ("alignment", 2, 20), ("fine-tuning", 2, 20),
+        ("unimodal", 2, 18), ("alignment", 2, 20), ("fine-tuning", 2, 20),
     ]  # fmt: skip
     assert "random" in report["pretrained"]["warning"]
     assert {row["file"] for row in report["checkpoints"]} == {
@@ -215,7 +215,7 @@ def test_an_epochs_checkpoint_alone_continues_the_run_exactly(whole, data, tmp_p
     place = output / "checkpoints" / "checkpoint_epoch_4.pt"
     outcome = run_here(run_training.main, ["--resume", place])
     assert outcome.code == 0, outcome.text
-    assert f"continuing from {place} at step 34 of 54" in outcome.text
+    assert f"continuing from {place} at step 38 of 58" in outcome.text
     assert losses(output) == undisturbed
     ours, theirs = (load(d / "checkpoints" / "final_model.pt") for d in (output, whole))
     for name, tensor in theirs["model_state_dict"].items():
@@ -261,7 +261,7 @@ def test_data_sets_that_are_not_there_are_named_and_the_rest_is_learnt(data, tmp
     outcome = run_here(run_training.main, flags_for(root, tmp_path / "outputs", "--max-steps", 3))
     assert outcome.code == 0, outcome.text
     assert "clotho is left out" in outcome.text
-    assert "stage unimodal is left out: no data set is for it" in outcome.text
+    assert "stage unimodal: epochs 1 to 1, 2 steps each, from audiocaps" in outcome.text
     path = next((tmp_path / "outputs" / "reports").glob("report_*.json"))
     left_out = {r["data_set"]: r["left_out"] for r in read_json(path)["data"] if "left_out" in r}
     assert left_out.keys() == {"coco", "voxceleb", "clotho"}
@@ -277,6 +277,7 @@ def test_voices_without_faces_are_paired_with_voices(data, tmp_path):
     outcome = run_here(run_training.main, flags_for(root, tmp_path / "outputs", *more))
     assert outcome.code == 0, outcome.text
     assert "voices are paired with voices of one speaker" in outcome.text
+    assert "stage unimodal is left out: no data set is for it" in outcome.text
     rows = [r for r in read_json_lines(tmp_path / "outputs" / "metrics.jsonl") if "loss" in r]
     assert all("voxceleb/contrast" in row for row in rows) and len(rows) == 6
     report = read_json(next((tmp_path / "outputs" / "reports").glob("report_*.json")))
@@ -303,6 +304,21 @@ def test_sigmoid_trains_with_scale_and_bias(data, tmp_path):
     assert state["logit_bias.image_text"].item() != -10.0
     assert state["logit_bias.audio_text"].item() == -10.0
     assert state["logit_scale.image_text"].item() == pytest.approx(2.3026, abs=0.1)
+
+
+def test_every_sound_can_be_filled_in_and_none(data, tmp_path):
+    found = {}
+    for choice in ("spectrogram", "keywords"):
+        output = tmp_path / choice
+        more = ("--audio-pretraining", choice, "--epochs", 1, "--stage-epochs", "1/0/0")
+        outcome = run_here(run_training.main, flags_for(data, output, *more))
+        assert outcome.code == 0, outcome.text
+        rows = [r for r in read_json_lines(output / "metrics.jsonl") if r["split"] == "train"]
+        found[choice] = {tag for row in rows for tag in row if "/" in tag}
+    assert found["spectrogram"] == {
+        "coco/classes", "clotho/spectrogram", "audiocaps/spectrogram",
+    }  # fmt: skip
+    assert found["keywords"] == {"coco/classes", "clotho/keywords"}
 
 
 MISTAKES = {

@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional
 
 from multimodal import losses
-from multimodal.learner import LossOptions, Task, loss_of, modality_dropout
+from multimodal.learner import LossOptions, Task, hidden_parts, loss_of, modality_dropout
 from shared.distributed import World
+from tests import multimodal_nano as nano
 
 ALONE = World()
 
@@ -112,3 +113,43 @@ def test_one_modality_is_never_dropped():
     task = Task("coco", ("image",), False, "classes")
     mask = modality_dropout(task, 50, ALONE, torch.Generator().manual_seed(0), 0.9)
     assert mask.tolist() == [[True, False, False]] * 50
+
+
+def test_hidden_parts_are_four_of_five_and_the_halves_of_two_processes():
+    whole = hidden_parts(8, 500, ALONE, torch.Generator().manual_seed(0))
+    assert whole.double().mean().item() == pytest.approx(0.8, abs=0.02)
+    halves = [
+        hidden_parts(4, 500, World(rank=rank, size=2), torch.Generator().manual_seed(0))
+        for rank in range(2)
+    ]
+    assert torch.equal(torch.cat(halves), whole)
+
+
+def test_the_error_of_hidden_parts_by_hand():
+    """A head that always says 0.5: the error of hidden frames that are sound, and of no other."""
+    learner = nano.learner()
+    torch.nn.init.zeros_(learner.mel_head.weight)
+    torch.nn.init.constant_(learner.mel_head.bias, 0.5)
+    batch = nano.double(nano.inputs(2, frames=10))  # three tokens, the last of two frames
+    batch["audio_mask"] = torch.tensor([[True] * 10, [True] * 5 + [False] * 5])
+    hidden = torch.tensor([[True, False, True], [False, True, True]])
+    sounds = {name: batch[name] for name in ("audio", "audio_mask")}
+    task = Task("audiocaps", ("audio",), False, "spectrogram")
+    errors = learner(sounds | {"hidden": hidden}, task)["errors"]
+    for row, frames in ((0, [0, 1, 2, 3, 8, 9]), (1, [4])):
+        expected = (batch["audio"][row, frames] - 0.5).square().mean()
+        assert errors[row].item() == pytest.approx(expected.item(), rel=1e-9)
+
+
+def test_hidden_parts_are_not_heard():
+    learner, batch = nano.learner().eval(), nano.double(nano.inputs(1, frames=12))
+    batch["audio_mask"] = torch.ones(1, 12, dtype=torch.bool)
+    hidden = torch.tensor([[False, True, False]])
+    other = batch["audio"].clone()
+    other[:, 4:8] = 9.0
+    guesses = []
+    for audio in (batch["audio"], other):
+        kept = learner.mel_head.register_forward_hook(lambda *a: guesses.append(a[2].detach()))
+        learner._fill_in(audio, batch["audio_mask"], hidden)
+        kept.remove()
+    assert torch.equal(guesses[0], guesses[1])

@@ -12,7 +12,16 @@ from multimodal.stages import Stage
 from shared.distributed import World
 from tests import multimodal_nano as nano
 
-PARTS = ("image", "text", "audio", "fusion", "classifier", "logit_scale", "keyword_head")
+PARTS = (
+    "image",
+    "text",
+    "audio",
+    "fusion",
+    "classifier",
+    "logit_scale",
+    "keyword_head",
+    "mel_head",
+)
 
 
 def trained_parts(stage: int) -> set[str]:
