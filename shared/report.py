@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -27,12 +28,15 @@ from shared.safe_html import harmless
 
 log = logging.getLogger(__name__)
 
+Curves = dict[str, dict[str, Series]]  # tag → line → series
+
 NAME = "report.html"
 
 _POINTS = 300  # buckets of a long series; each keeps its lowest and its highest value
 _TAGS = 60  # curves of one page
 _LARGEST_PICTURE, _LARGEST_PAGE = 8_000_000, 40_000_000  # bytes
 _SPEED = ("steps_per_s", "samples_per_s")
+_PREFIX = re.compile(r"^(train|val|valid|validation|eval|epoch)[/_]")
 _KINDS = {"done": "good", "failed": "bad", "killed": "bad"}
 
 
@@ -91,7 +95,7 @@ def _report(record: RunRecord) -> Page:
     _add_table(page, ("run", ""), _facts(record))
     for problem in record.problems:
         page.add(f"Not shown: {problem}.")
-    _add_curves(page, {tag: _splits(splits) for tag, splits in record.curves.items()})
+    _add_curves(page, _charts(record.curves))
     _add_numbers(page, record)
     _add_pictures(page, record)
     _add_settings(page, record)
@@ -196,13 +200,27 @@ def _add_table(page: Page, headers: tuple[str, ...], rows: list[tuple[Any, ...]]
 # --- curves ---------------------------------------------------------------------------------------
 
 
-def _splits(splits: dict[str, Series]) -> dict[str, Series]:
-    """The lines of one chart: `best` repeats points of other splits, so it stands there alone."""
-    others = {name: series for name, series in splits.items() if name != "best"}
-    return others or splits
+def _charts(curves: Curves) -> Curves:
+    """The lines of each chart: training and validation of one thing stand in one.
+
+    Recipes tell them apart by the split or by the name (loss and val/loss, train_loss and
+    val_loss). `best` repeats points of other splits, so it stands there only where it is alone.
+    """
+    found: Curves = {}
+    for tag, splits in curves.items():
+        prefix = _PREFIX.match(tag)
+        lines = found.setdefault(_PREFIX.sub("", tag) or tag, {})
+        for split, series in splits.items():
+            name = prefix[1] if prefix and split not in ("train", "val", "best") else split
+            lines[name if name not in lines else f"{name} ({tag})"] = series
+    for tag, lines in found.items():
+        if len(lines) > 1:
+            lines.pop("best", None)
+        found[tag] = dict(sorted(lines.items(), key=lambda line: line[0] != "train"))
+    return found
 
 
-def _add_curves(page: Page, curves: dict[str, dict[str, Series]]) -> None:
+def _add_curves(page: Page, curves: Curves) -> None:
     """A chart a tag, and a logarithmic one beside it where the values span more than a decade."""
     tags = sorted(curves, key=lambda tag: (tag in _SPEED, "loss" not in tag.lower()))
     if not tags:
@@ -329,12 +347,12 @@ def _differing(settings: Mapping[str, Mapping[str, Any]]) -> list[list[Any]]:
     return [row for row in sorted(_rows_of(settings)) if any(cell != row[1] for cell in row[2:])]
 
 
-def _together(runs: dict[str, RunRecord]) -> dict[str, dict[str, Series]]:
+def _together(runs: dict[str, RunRecord]) -> Curves:
     """Curves by tag, with the lines of all runs."""
-    found: dict[str, dict[str, Series]] = {}
+    found: Curves = {}
     for name, record in runs.items():
-        for tag, splits in record.curves.items():
-            for split, series in _splits(splits).items():
+        for tag, lines in _charts(record.curves).items():
+            for split, series in lines.items():
                 found.setdefault(tag, {})[f"{name} {split}".strip()] = series
     return found
 

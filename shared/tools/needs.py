@@ -89,8 +89,9 @@ NEEDS: dict[str, tuple[Need, ...]] = {
         ),
         Need(
             "{hub}/models--llava-hf--llava-v1.6-mistral-7b-hf/snapshots/*/config.json",
-            f"{_LLAVA}, 15 GB",
+            f"{_LLAVA}, 15 GB (fetched by the first run)",
             f"hf download {_LLAVA}",
+            optional=True,
         ),
         Need(
             "lavic/data/all_beauty/train.jsonl",
@@ -114,16 +115,18 @@ NEEDS: dict[str, tuple[Need, ...]] = {
             f"{{torch}}/checkpoints/{_RESNET50}",
             "ResNet-50's ImageNet weights, for the classifier to begin from",
             _FETCH_RESNET50,
+            alternatives=("vasevqa/filter/resnet50-*.pth",),
             optional=True,
         ),
         Need(
             "vasevqa/filter/model/*",
-            "CLIP ViT-B-32 for the filters",
+            "CLIP ViT-B-32 for the filters (fetched by their first run)",
             "hf download timm/vit_base_patch32_clip_224.openai --local-dir vasevqa/filter/model",
             alternatives=(
                 "vasevqa/filter/CLIP/model/*",
                 "{hub}/models--timm--vit_base_patch32_clip_224.openai/snapshots/*/*",
             ),
+            optional=True,
         ),
         Need(
             f"{_QWEN_HERE}/config.json",

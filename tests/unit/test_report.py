@@ -186,6 +186,20 @@ def test_train_and_val_stand_in_one_chart_linear_and_logarithmic(run_dir):
 
 
 @pytest.mark.parametrize(
+    ("train", "val"), [("loss", "val/loss"), ("train_loss", "val_loss"), ("train/loss", "loss")]
+)
+def test_they_stand_together_whatever_a_recipe_calls_them(run_dir, train, val):
+    rows = [{"step": s, "split": "train", train: 1.0, "lr": 0.1} for s in (1, 2)]
+    rows += [{"step": s, "split": "val", val: 2.0} for s in (1, 2)]
+    rows += [{"step": s, "split": "best", "loss": 2.0} for s in (1, 2)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = Reader(page_of(run_dir))
+    assert [chart["aria-label"] for chart in read.named("svg")] == ["loss", "lr"]
+    assert read.texts["text"].count("train") == 2 and read.texts["text"].count("val") == 1
+    assert "best" not in read.texts["text"]
+
+
+@pytest.mark.parametrize(
     ("changes", "said", "kind"),
     [
         ({}, "Finished: 40 steps", "good"),
