@@ -1,0 +1,80 @@
+"""The document's commands of the filters, typed as they stand, on small data at its places."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shared.files import read_json
+from tests.harness import ROOT, environment
+from tests.vase_filter_nano import write_clip, write_quality_set, write_views
+
+pytestmark = [pytest.mark.full, pytest.mark.limit(900)]
+
+# In the order of the document's flow; a CLIP lies in ./model as it tells.
+COMMANDS = (
+    "python model.py",
+    "python classifier.py",
+    "./clipfilter1.sh 1",
+    "./clipfilter1.sh 6",
+    "python clipfilter1.py --analyze_only --input_dir ./images3/1",
+    "python clipfilter1.py --input_dir ./images3/1 --output_dir ./filtered_vases"
+    " --threshold 0.15 --model_cache_dir ./model",
+    "./clipfilter1.sh 3 --threshold 0.15",
+    "./clipfilter1.sh 4 --yes",
+    "./clipfilter1.sh 2 --yes",
+    "python clipfilter2.py --input_dir ./filtered_vases/accepted --output_dir ./filtered_vases",
+)
+
+
+@pytest.fixture(scope="module")
+def filter_(tmp_path_factory) -> Path:
+    """vasevqa/filter with small data at the documented places, its constants edited."""
+    root = tmp_path_factory.mktemp("a house")
+    ours = shutil.ignore_patterns("demo", "logs", "__pycache__", "images*", "filtered*", ".*")
+    shutil.copytree(ROOT / "vasevqa" / "filter", root / "vasevqa" / "filter", ignore=ours)
+    for name in ("__init__.py", "demo_vases.py"):
+        shutil.copy(ROOT / "vasevqa" / name, root / "vasevqa" / name)
+    (root / "shared").symlink_to(ROOT / "shared")
+    (root / ".venv").symlink_to(Path(sys.prefix))
+    place = root / "vasevqa" / "filter"
+    script = place / "model.py"
+    edited = script.read_text().replace("NUM_EPOCHS = 200", "NUM_EPOCHS = 1")
+    script.write_text(edited.replace("BATCH_SIZE = 256", "BATCH_SIZE = 4"))
+    write_quality_set(place / "images2", each=5)
+    write_views(place / "images", 6, 3)
+    write_clip(place / "model")
+    return place
+
+
+def test_the_documents_flow_runs_as_it_is_typed(filter_):
+    for command in COMMANDS:
+        words = command.split()
+        words[0] = sys.executable if words[0] == "python" else words[0]
+        done = subprocess.run(
+            words, cwd=filter_, env=environment(HF_HUB_OFFLINE="1"), stdin=subprocess.DEVNULL,
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        if command == "python classifier.py":
+            seed_high_quality(filter_)
+    assert (filter_ / "best_image_quality_model.pth").is_file()
+    assert (filter_ / "training_history.png").is_file()
+    out = filter_ / "filtered_vases"
+    report = json.loads((out / "filtering_report.json").read_text())
+    assert report["input_directory"] == str(filter_ / "images3" / "1")
+    assert report["total_images"] == 18 == report["accepted_images"] + report["rejected_images"]
+    assert 0.6 <= report["acceptance_rate"] <= 0.9
+    assert read_json(out / "filtering_stats.json")["summary"]["total_vases"] >= 4
+    assert list((filter_ / "logs").glob("clipfilter1_*.log"))
+
+
+def seed_high_quality(place: Path) -> None:
+    """A net of one epoch may call every picture low: put all of them to the good ones."""
+    counts = read_json(place / "images3" / "classification_report.json")
+    assert counts["total_images"] == 18
+    shutil.rmtree(place / "images3")
+    shutil.copytree(place / "images", place / "images3" / "1")
