@@ -173,7 +173,7 @@ def _read_settings(argv: list[str]) -> Config:
 
     processes = leaves(Config().run.processes)  # the launcher reads these before any file
     known = {name: leaf for name, leaf in leaves(Config()).items() if name not in processes}
-    path = parse_known(_File, [word for word in argv if word != "--help"]).config
+    path = parse_known(_File, argv).config
     values = settings_file.read(path, known)
     cfg = parse(cast(Any, lambda: _default(values)), argv, __doc__)
     if cfg.run.is_explicit_resume and "config" in cfg.run.typed:
