@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 
-from multimodal import audio, clip_ledger
+from multimodal import audio, clip_ledger, clip_tables
 from multimodal.clip_ledger import Ledger, Wanted
 from shared.errors import UserError, one_line
 from shared.fetch import part_of
@@ -99,9 +99,9 @@ def _put(source: Path, target: Path) -> None:
 
 
 def from_hub(root: Path, repo_id: str, endpoint: str, run: Run | None) -> None:
-    """Fetch a data set repository's sounds, plain or in archives, and take the clips from them.
+    """Fetch a data set repository's sounds, plain, in archives or in tables, and take the clips.
 
-    Raises UserError for a repository that holds neither, and what fetching raises.
+    Raises UserError for a repository that holds none of these, and what fetching raises.
     """
     from shared.download import HubRepository
 
@@ -115,17 +115,20 @@ def from_hub(root: Path, repo_id: str, endpoint: str, run: Run | None) -> None:
         if (match := _NAME.fullmatch(Path(name).stem)) and match["video"] in wanted
     ]
     archives = [name for name in names if name.endswith((".zip", ".tar", ".tar.gz", ".tgz", ".7z"))]
-    if not sounds and not archives:
+    tables = [name for name in names if name.endswith(".parquet")]
+    if not sounds and not archives and not tables:
         kinds = sorted({Path(name).suffix for name in names})
         raise UserError(
-            f"--audiocaps-source hf:{repo_id} holds no sounds named <youtube id>_<start> and no "
-            f"zip, tar or 7z archives, only {', '.join(kinds)}: unpack them yourself and give "
-            "local:DIRECTORY"
+            f"--audiocaps-source hf:{repo_id} holds no sounds named <youtube id>_<start>, no zip, "
+            f"tar or 7z archives and no parquet, only {', '.join(kinds)}: unpack them yourself and "
+            "give local:DIRECTORY"
         )
     directory = root / "downloads" / repo_id.replace("/", "--")
-    repository.fetch(repository.plan(sounds or archives, directory))
+    repository.fetch(repository.plan(sounds or archives or tables, directory))
     for name in archives if not sounds else ():
         unpack([directory / name], directory / "unpacked", run)
+    if not sounds and not archives:
+        clip_tables.unpack(root, [directory / name for name in tables], directory / "unpacked")
     from_directory(root, directory, f"hf:{repo_id}")
 
 

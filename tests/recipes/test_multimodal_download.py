@@ -305,10 +305,33 @@ def test_audiocaps_directory_without_a_clip_is_said(server, tmp_path):
     assert download(server, tmp_path, *flags) == 2
 
 
-@pytest.mark.parametrize("packed", [False, True])
+def as_parquet(sounds, **columns):
+    pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
+    columns = columns or {
+        "youtube_id": [path.stem[:11] for path in sounds],
+        "start_time": [int(path.stem[12:]) for path in sounds],
+        "audio": [{"bytes": path.read_bytes(), "path": path.name} for path in sounds],
+    }
+    content = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), content)
+    return content.getvalue()
+
+
+def test_parquet_with_other_columns_is_said(server, tmp_path, monkeypatch, capsys):
+    server.files = {n: c for n, c in server.files.items() if not n.endswith((".zip", ".7z"))}
+    server.files["val.parquet"] = as_parquet([], id=["a"], sound=[b"b"])
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    flags = ["--datasets", "audiocaps", "--audiocaps-source", f"hf:{REPO_ID}"]
+    assert download(server, tmp_path, *flags) == 2
+    assert "has no column youtube_id, start_time, audio, only id, sound" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("packed", ["files", "tar", "parquet"])
 def test_audiocaps_out_of_a_repository_of_the_hub(server, tmp_path, made, monkeypatch, packed):
     sounds = sorted((made.audiocaps / "audio/val").iterdir())
-    if packed:
+    if packed == "parquet":
+        server.files["val.parquet"] = as_parquet(sounds)
+    elif packed == "tar":
         content = io.BytesIO()
         with tarfile.open(fileobj=content, mode="w") as archive:
             for path in sounds:
@@ -316,8 +339,7 @@ def test_audiocaps_out_of_a_repository_of_the_hub(server, tmp_path, made, monkey
         server.files["val.tar"] = content.getvalue()
     else:
         server.files |= {f"data/{path.name}": path.read_bytes() for path in sounds}
-    for name in ("val2017.zip", *(name for name in server.files if name.endswith(".zip"))):
-        server.files.pop(name, None)
+    server.files = {n: c for n, c in server.files.items() if not n.endswith((".zip", ".7z"))}
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     flags = ["--datasets", "audiocaps", "--audiocaps-source", f"hf:{REPO_ID}"]
     assert download(server, tmp_path, *flags) == 0

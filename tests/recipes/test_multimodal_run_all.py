@@ -11,7 +11,7 @@ from collections import namedtuple
 
 import pytest
 
-from multimodal import demo, run_all
+from multimodal import run_all
 from shared.errors import UserError
 from tests.harness import ROOT
 
@@ -168,12 +168,11 @@ def wait_for(condition, seconds=200.0):
 
 @pytest.mark.full
 @pytest.mark.limit(900)
-@pytest.mark.parametrize("seed", [0, 1])
-def test_demo_finds_held_out_pairs_five_times_as_often_as_chance(tmp_path, seed):
-    made = demo.build(tmp_path / "made", seed=seed)
+def test_demo_finds_held_out_pairs_five_times_as_often_as_chance(tmp_path):
+    """On the test splits, which no setting was chosen on; another seed: tests/full."""
     output = tmp_path / "outputs"
-    command = [SCRIPT, "--demo", "--data-root", made.data_root, "--output-dir", output]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    command = [str(SCRIPT), "--demo", "--output-dir", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((output / "evaluation/evaluation.json").read_text())["retrieval"]
     pairs = [row for row in rows if row["data set"] != "voxceleb"]
