@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
 from multimodal import grad_cache  # noqa: E402
+from multimodal.batches import with_hidden_parts  # noqa: E402
 from multimodal.learner import LossOptions, Task, loss_of  # noqa: E402
 from shared.distributed import World  # noqa: E402
 from shared.precision import Amp  # noqa: E402
@@ -33,6 +34,7 @@ SERIES = (
     Task("coco", nano.IMAGE_TEXT, True),
     Task("audiocaps", nano.AUDIO_TEXT, True),
     Task("clotho", nano.AUDIO_TEXT, True, "keywords"),
+    Task("audiocaps", ("audio",), False, "spectrogram"),
     Task("voxceleb", nano.IMAGE_AUDIO, True),
     Task("coco", nano.IMAGE_TEXT, True, "classes"),
 )
@@ -83,6 +85,8 @@ def gradients_of(
         batch, world.rank * ROWS // world.size, (world.rank + 1) * ROWS // world.size
     )
     labels = own.pop("labels")
+    if task.target == "spectrogram":
+        own = with_hidden_parts(own, 0, world, torch.Generator().manual_seed(0))
     rows = ROWS // world.size
     chunks = [(nano.rows_of(own, i, i + size), task) for i in range(0, rows, size)]
     plain.zero_grad(set_to_none=True)
