@@ -24,7 +24,7 @@ from shared.files import read_json, write_atomic, write_json
 log = logging.getLogger(__name__)
 
 VERSION = 1  # of what is drawn, written and taught; another number rebuilds
-NUM_TRAIN, NUM_GRPO, NUM_TEST = 150, 16, 40  # vases
+NUM_TRAIN, NUM_GRPO, NUM_TEST = 60, 16, 40  # vases
 NUM_PICTURED = 500  # vases that the tiny model has seen before, described and never asked about
 SIZE = 112  # pixels a side: sixteen tokens
 _TRAIN, _GRPO, _TEST, _PICTURED = range(4)  # one stream of vases each

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from vasevqa.model.preflight import Findings
 
 HERE = Path(__file__).resolve().parent
-THREADS = os.environ.get("OMP_NUM_THREADS")  # the user's, before the launcher sets its own
 
 
 def main(argv: list[str]) -> int:
@@ -111,17 +110,8 @@ def _run(plan: "Plan", found: "Findings", steps: int) -> int:
     continued = runs.begin(plan)
     runs.describe(plan)
     ready, root = training_files.given_to_swift(continued, found.files)
-    variables = {"ROOT_IMAGE_DIR": str(root)} if root else {}
-    return _supervise(ready, steps, {**_surroundings(ready), **variables})
-
-
-def _surroundings(plan: "Plan") -> dict[str, str]:
-    """Variables that the user left open."""
-    found = {"TOKENIZERS_PARALLELISM": os.environ.get("TOKENIZERS_PARALLELISM", "false")}
-    if "use_cpu" in plan.flags and not THREADS:  # the logits over Qwen's vocabulary fill all cores
-        local = int(os.environ.get("NPROC_PER_NODE") or 1)
-        found["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // local))
-    return found
+    variables = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
+    return _supervise(ready, steps, variables | ({"ROOT_IMAGE_DIR": str(root)} if root else {}))
 
 
 def _supervise(plan: "Plan", steps: int, variables: dict[str, str]) -> int:
@@ -131,7 +121,7 @@ def _supervise(plan: "Plan", steps: int, variables: dict[str, str]) -> int:
     sys.stdout.write(f"swift {shlex.join(plan.command)}\n")
     command = [sys.executable, str(HERE / "swift_command.py"), *plan.command]
     options = foreign.ForeignOptions(recipe="vasevqa", total_steps=steps)
-    return foreign.run(command, plan.output_dir, options, env={**os.environ, **variables})
+    return foreign.run(command, plan.output_dir, options, env=variables)
 
 
 def _roots() -> list[Path]:
