@@ -73,9 +73,8 @@ def results(out: Path):
 @pytest.mark.limit(240)
 @pytest.mark.parametrize(
     ("number", "processes", "code"),
-    [(signal.SIGTERM, 1, 143), (signal.SIGINT, 1, 130), (signal.SIGKILL, 1, -9),
-     (signal.SIGTERM, 2, 143)],
-)  # fmt: skip
+    [(signal.SIGTERM, 1, 143), (signal.SIGKILL, 1, -9), (signal.SIGTERM, 2, 143)],
+)
 def test_a_filter_run_that_is_ended_goes_on_where_it_was(
     many, clip, tmp_path, number, processes, code
 ):

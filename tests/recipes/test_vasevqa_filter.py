@@ -255,7 +255,7 @@ def test_two_processes_decide_as_one_and_one_goes_on_where_two_stopped(flags, tm
     assert encoded == [] and report_of(tmp_path)["results"] == alone["results"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.limit(240)
 def test_torchrun_shards_the_files_too(flags, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2]
