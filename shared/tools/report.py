@@ -50,7 +50,9 @@ def _compare(words: list[str]) -> Path:
     args = parser.parse_args(words)
     if len(args.runs) < 2:
         raise UserError("compare needs two run directories or more")
-    return report.write_comparison(args.runs, args.out)
+    from shared.report_comparison import write_comparison
+
+    return write_comparison(args.runs, args.out)
 
 
 def _parser(program: str) -> argparse.ArgumentParser:

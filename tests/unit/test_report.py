@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import report, run_record, status
+from shared import report, report_comparison, report_curves, run_record, status
 from shared.errors import UserError
 from shared.page import Page, line_chart, table, thumbnail
 from shared.safe_html import harmless
@@ -243,7 +243,7 @@ def test_the_first_line_says_how_the_run_ended(tmp_path, changes, said, kind):
 def test_a_long_series_is_thinned_without_losing_its_extremes_ends_and_gaps():
     values = [math.sin(step / 1000) for step in range(100_000)]
     values[31_415], values[62_831], values[50_000] = 9.0, -9.0, math.nan
-    steps, kept = report.thinned([float(step) for step in range(100_000)], values)
+    steps, kept = report_curves.thinned([float(step) for step in range(100_000)], values)
     assert len(steps) < 700
     found = dict(zip(steps, kept, strict=True))
     assert (found[31_415], found[62_831]) == (9.0, -9.0)
@@ -253,7 +253,7 @@ def test_a_long_series_is_thinned_without_losing_its_extremes_ends_and_gaps():
 
 
 def test_a_short_series_stays_as_it_is():
-    assert report.thinned([1.0, 2.0], [3.0, math.nan])[0] == [1.0, 2.0]
+    assert report_curves.thinned([1.0, 2.0], [3.0, math.nan])[0] == [1.0, 2.0]
 
 
 def test_the_log_of_a_progress_bar_shows_what_was_left_standing(run_dir):
@@ -321,7 +321,7 @@ def test_no_run_is_one_line_and_exit_2(words, capsys, tmp_path, monkeypatch):
 
 def test_the_same_run_twice_is_refused(run_dir):
     with pytest.raises(UserError, match="twice"):
-        report.write_comparison([run_dir, run_dir], run_dir / "compare.html")
+        report_comparison.write_comparison([run_dir, run_dir], run_dir / "compare.html")
 
 
 def test_an_unwritable_page_is_one_line(run_dir, tmp_path):
