@@ -23,7 +23,7 @@ def nano(tmp_path_factory) -> Nano:
     return build(tmp_path_factory.mktemp("nano"))
 
 
-def flags(nano, run_dir, steps=8, **changes):
+def flags(nano, run_dir, steps=12, **changes):
     learn = {"learning_rate": "5e-3", "max_steps": steps, "save_steps": 100}
     return nano.flags("sft", run_dir, **learn, use_logits_to_keep="true", **changes)
 
@@ -42,7 +42,8 @@ def test_fault_01_sigterm_saves_and_the_same_command_goes_on_there(nano, workers
     """Exit 143, no process left, and the losses of a run that was never stopped."""
     reference, run_dir = nano.root / f"whole{workers}", nano.root / f"stopped{workers}"
     words = {"dataloader_num_workers": workers}
-    assert nano.run("sft", *flags(nano, reference.name, **words)).code == 0
+    outcome = nano.run("sft", *flags(nano, reference.name, **words))
+    assert outcome.code == 0, outcome.text[-3000:]
     with nano.running("sft", *flags(nano, run_dir.name, **words)) as running:
         wait_for_swift(run_dir, 3, running)
         running.signal(signal.SIGTERM)
@@ -52,13 +53,13 @@ def test_fault_01_sigterm_saves_and_the_same_command_goes_on_there(nano, workers
     status = status_of(run_dir)
     assert (status["state"], status["exit_code"]) == ("stopped", 143)
     saved = runs.newest(run_dir)
-    assert saved and 3 <= saved.step < 8
+    assert saved and 3 <= saved.step < 12
     outcome = nano.run("sft", *flags(nano, run_dir.name, **words))
     assert outcome.code == 0, outcome.text[-3000:]
     assert f"continuing the interrupted run from {saved.path}" in outcome.text
-    assert re.search(rf"\b{saved.step + 1}/8\b", outcome.text)
+    assert re.search(rf"\b{saved.step + 1}/12\b", outcome.text)
     expected, found = logged(reference, "loss"), logged(run_dir, "loss")
-    assert sorted(found) == sorted(expected) == list(range(1, 9))
+    assert sorted(found) == sorted(expected) == list(range(1, 13))
     assert found == pytest.approx(expected, rel=1e-2)
     assert not run_dir.with_name(f"{run_dir.name}.1").exists()
 
