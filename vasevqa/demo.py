@@ -118,7 +118,7 @@ def flags(script: str, paths: DemoPaths) -> list[str]:
             "per_device_train_batch_size": 16,
             "num_generations": 8,
             "max_completion_length": 12,
-            "max_steps": 8,
+            "max_steps": 6,
             "learning_rate": 1e-4,
             "logging_steps": 1,
             "system": "You are a helpful assistant.",  # as in fine-tuning
