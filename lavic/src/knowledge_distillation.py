@@ -120,9 +120,12 @@ def main(argv: list[str] | None = None) -> int:
         print(_plan(cfg, len(found.train), len(found.valid)))
         return 0
     os.close(open_lock(cfg.run_dir))  # better refused now than after the model was loaded
+    from lavic.src import memory_plan
     from lavic.src.distillation import train
+    from shared.estimate import explained_out_of_memory
 
-    return train(replace(cfg, log_dir=_log_dir(cfg)), found)
+    with explained_out_of_memory(lambda: memory_plan.reckon(cfg)):
+        return train(replace(cfg, log_dir=_log_dir(cfg)), found)
 
 
 def _with_demo(cfg: Config) -> Config:

@@ -132,9 +132,12 @@ def main(argv: list[str] | None = None) -> int:
         print(_plan(cfg))
         return 0
     os.close(open_lock(cfg.run_dir))  # better refused now than after the model was loaded
+    from lavic.src import tuning_memory
     from lavic.src.recommend_training import train
+    from shared.estimate import explained_out_of_memory
 
-    return train(cfg)
+    with explained_out_of_memory(lambda: tuning_memory.reckon(cfg)):
+        return train(cfg)
 
 
 def _with_demo(cfg: Config) -> Config:

@@ -15,7 +15,7 @@ from arcface.run_scripts import run_arcface
 from face_distill import memory, train_distill
 from face_distill.model import FaceStudent
 from face_distill.train_distill import Config
-from tests.harness import run_here
+from tests.harness import ROOT, run_here
 from tests.unit.test_estimate import bytes_kept_on_the_cpu
 
 TOWER = {
@@ -117,3 +117,15 @@ def test_arcface_needs_no_data_for_an_estimate():
     assert "arcface: 2 pictures a process of 448 x 448, amp off" in ended.text
     assert row(ended.text, "encoder") == pytest.approx(0.09, abs=0.01)  # 23.5 M parameters
     assert "what helps most: " in ended.text
+
+
+def test_every_script_that_estimates_explains_a_lack_of_memory_too():
+    scripts = (
+        *("face_distill/train_distill.py", "arcface/run_scripts/run_arcface.py"),
+        *("lavic/src/knowledge_distillation.py", "lavic/src/prompt_tuning.py"),
+        *("vasevqa/filter/model.py", "multimodal/training.py"),
+    )
+    for script in scripts:
+        assert "explained_out_of_memory(lambda" in (ROOT / script).read_text() or (
+            "explained_out_of_memory(reckon)" in (ROOT / script).read_text()
+        ), script

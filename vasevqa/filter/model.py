@@ -95,13 +95,15 @@ def main(argv: list[str] | None = None) -> int:
         print(_plan(cfg))
         return 0
     os.close(open_lock(cfg.run_dir))  # better refused now than after the pictures were looked at
-    from vasevqa.filter import gpu_wish
+    from shared.estimate import explained_out_of_memory
+    from vasevqa.filter import gpu_wish, quality_memory
     from vasevqa.filter.quality_training import train
 
     device = gpu_wish.device_for(
         cfg.gpu, cfg.run.device, cfg.run.typed, world_size(), os.environ
     )  # fmt: skip
-    return train(cfg, device, _weight_places())
+    with explained_out_of_memory(lambda: quality_memory.plan(cfg, world_size())):
+        return train(cfg, device, _weight_places())
 
 
 def _with_demo(cfg: Config) -> Config:
