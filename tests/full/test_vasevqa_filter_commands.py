@@ -38,7 +38,8 @@ def filter_(tmp_path_factory) -> Path:
     shutil.copytree(ROOT / "vasevqa" / "filter", root / "vasevqa" / "filter", ignore=ours)
     for name in ("__init__.py", "demo_vases.py"):
         shutil.copy(ROOT / "vasevqa" / name, root / "vasevqa" / name)
-    (root / "shared").symlink_to(ROOT / "shared")
+    # a copy: shared/launch.py puts the directory above it, links followed, first on the path
+    shutil.copytree(ROOT / "shared", root / "shared", ignore=ours)
     (root / ".venv").symlink_to(Path(sys.prefix))
     place = root / "vasevqa" / "filter"
     script = place / "model.py"
