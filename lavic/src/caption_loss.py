@@ -1,7 +1,7 @@
 """Stage 1's loss: how well the frozen language model says a description from a picture's vectors.
 
-Three shortcuts, each without effect on the value: the tokens before a batch's first picture are run
-without gradients, and those that all prompts have in common once a run; logits are formed only
+Three shortcuts, each without effect on the value: the tokens that all prompts begin with are run
+once a run, and many others before a batch's first picture without gradients; logits are formed only
 where something is to be said; the tower's last layer is computed for the CLS row alone (llava.py).
 B rows of L tokens.
 """
@@ -18,6 +18,9 @@ from lavic.src.llava import cls_vectors, core_of, filled_slots, head_of, place_v
 
 # Rotations that do not depend on how long the whole text is, so that a start can be kept.
 _STEADY_ROTATIONS = ("default", "linear", "llama3", "yarn")
+# Tokens without a picture that are run apart, without gradients: a pass of its own reads every
+# weight once more, which fewer tokens do not pay for.
+_WORTH_A_PASS = 48
 
 
 class FixedStart:
@@ -92,20 +95,21 @@ def _hidden(
     use_fixed = batch.has_fixed and batch.head >= start.length
     known = start.length if use_fixed else 0
     cache = start.cache(language, len(embeds)) if use_fixed else _empty_cache(language)
-    if batch.head > known:
+    first = batch.head if batch.head - known >= _WORTH_A_PASS else known
+    if first > known:
         with torch.no_grad():
             language(
-                inputs_embeds=embeds[:, known : batch.head].detach(),
+                inputs_embeds=embeds[:, known:first].detach(),
                 past_key_values=cache,
                 use_cache=True,
             )
     rest = language(
-        inputs_embeds=embeds[:, batch.head :],
+        inputs_embeds=embeds[:, first:],
         attention_mask=batch.mask,
         past_key_values=cache,
         use_cache=True,
     )
-    return batch.head, rest.last_hidden_state
+    return first, rest.last_hidden_state
 
 
 def _empty_cache(language: Any) -> Any:

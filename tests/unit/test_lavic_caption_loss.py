@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from lavic.src import caption_loss
 from lavic.src import captions as reading
 from lavic.src.adapters import adapter_parameters, add_adapter
 from lavic.src.caption_loss import FixedStart, caption_nll, embed, why_not_reusable
@@ -279,7 +280,11 @@ def test_padding_on_the_left_would_change_nothing(loaded, samples):
 
 
 @pytest.mark.parametrize("size", [1, 4])
-def test_the_prompts_kept_start_changes_neither_loss_nor_gradients(loaded, samples, size):
+@pytest.mark.parametrize("worth_a_pass", [1, 48])
+def test_the_prompts_kept_start_changes_neither_loss_nor_gradients(
+    loaded, samples, size, worth_a_pass, monkeypatch
+):
+    monkeypatch.setattr(caption_loss, "_WORTH_A_PASS", worth_a_pass)
     model, processor, _ = loaded
     start = FixedStart(model, fixed_tokens(processor.tokenizer))
     several = batches(loaded, exercises(loaded, samples), size)
