@@ -38,6 +38,7 @@ class CentreRows:
         """Draw the centres that take part in this step; every rank, before the loss.
 
         labels: (B,), with accumulation those of all the step's images. Nothing at rate 1.
+        Raises RuntimeError between a backward pass and its optimizer step.
         """
         centres = self._centres
         if centres.store is None:

@@ -127,7 +127,7 @@ def fetch_all(
 def fetch_one(
     line: Line, directory: Path, file: File, url: str, notes: Notes, meter: Meter
 ) -> None:
-    """Fetch, verify and put in place one file."""
+    """Fetch, verify and put in place one file; DownloadError when its bytes are wrong."""
     path = directory / file.name
     part = part_of(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,7 +309,10 @@ def size_of(path: Path) -> int:
 
 @contextlib.contextmanager
 def owned(directory: Path) -> Iterator[None]:
-    """Make `directory`, and let no other download write there until the block is left."""
+    """Make `directory`, and let no other download write there until the block is left.
+
+    Raises UserError when it cannot be used, or another download is at work there.
+    """
     try:
         directory.mkdir(parents=True, exist_ok=True)
         handle = os.open(directory, os.O_RDONLY)

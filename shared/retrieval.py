@@ -265,7 +265,10 @@ class Positives:
 
     @classmethod
     def csr(cls, starts: Tensor, rows: Tensor, num_gallery: int) -> Positives:
-        """Relevant to query q are rows[starts[q]:starts[q + 1]]; a row listed twice counts once."""
+        """Relevant to query q are rows[starts[q]:starts[q + 1]]; a row listed twice counts once.
+
+        Raises ValueError for starts that do not ascend to len(rows), and rows outside the gallery.
+        """
         starts, rows = starts.long().cpu(), rows.long().cpu()
         counts = starts.diff()
         if starts[0] != 0 or starts[-1] != len(rows) or bool((counts < 0).any()):
@@ -322,6 +325,7 @@ def per_query(
     rows, also when they are more than k: the definition of mmpretrain's RetrievalAveragePrecision,
     after Manning, Raghavan, Schütze 2008, section 8.4. Then 1 is out of reach where |P| > k.
     "mAP@k_min": the same sum over min(k, |P|), as Weyand et al. 2020 (arXiv:2004.01804) take it.
+    Raises ValueError for a k that K does not hold.
     """
     wrong = [k for k in (*recall_at, *map_at) if not 1 <= k <= hits.shape[1]]
     if wrong:

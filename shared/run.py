@@ -109,7 +109,11 @@ class Run:
         return self._stopped_by != 0
 
     def save(self, parts: Parts) -> None:
-        """Write a checkpoint of this position; returns on every rank after it is on the disk."""
+        """Write a checkpoint of this position; returns on every rank after it is on the disk.
+
+        A disk that refuses it is a warning, and OSError when the run is stopping or --on-full-disk
+        says stop.
+        """
         checkpoint.collect(parts)
         generators = distributed.gather_objects(seed.get_state(), self._world)
         problem = self._write(parts, generators) if self._world.is_main else None

@@ -97,7 +97,10 @@ def command_stage(
     env: Mapping[str, str] | None = None,
     optional: bool = False,
 ) -> Stage:
-    """A stage that runs a program; the command is one of its inputs."""
+    """A stage that runs a program; the command is one of its inputs.
+
+    Running it raises MissingToolError when the program does not start.
+    """
     line = shlex.join(os.fspath(word) for word in command)
 
     def run() -> int:

@@ -138,7 +138,10 @@ class Line:
         return result
 
     def open(self, url: str, position: int, what: str) -> httpx.Response:
-        """The answer to a request for `url` from byte `position` on, its body not yet read."""
+        """The answer to a request for `url` from byte `position` on, its body not yet read.
+
+        Raises TransientError when another try may help, and DownloadError.
+        """
         patience, client = self.patience, get_session()
         headers = self._headers | ({"Range": f"bytes={position}-"} if position else {})
         timeout = httpx.Timeout(patience.silence, connect=patience.connect)

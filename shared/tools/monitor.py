@@ -290,7 +290,10 @@ def tail(run: View, every: float) -> None:
 
 
 def stop(run: View) -> int:
-    """Send SIGTERM to the run's launcher and wait until it has saved and left; the exit code."""
+    """Send SIGTERM to the run's launcher and wait until it has saved and left; the exit code.
+
+    Raises UserError for a run on another host.
+    """
     if run.host not in (None, os.uname().nodename):
         raise UserError(f"the run is on {run.host}: stop it there with kill -TERM {run.pid}")
     if run.state in ENDED or not is_that_process(run.pid, run.started_at):
