@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 from shared.errors import UserError, did_you_mean, one_line
 from shared.files import read_json
 
+_MOST_BRACKETS = 10_000  # in a file of settings
 _RESUME_WORDS = ("auto", "latest", "never")
 
 C = TypeVar("C")
@@ -396,7 +397,10 @@ def load_file(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8-sig")) or {}
+        text = path.read_text(encoding="utf-8-sig")
+        if text.count("[") + text.count("{") > _MOST_BRACKETS:  # yaml's time grows with the square
+            raise ValueError("it nests too deeply")
+        loaded = yaml.safe_load(text) or {}
     except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"--config {path} cannot be read: {one_line(error)}") from None
     if not isinstance(loaded, dict):

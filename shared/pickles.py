@@ -41,4 +41,8 @@ def _check_names(pickled: bytes | IO[bytes]) -> None:
     except ValueError as error:
         if str(error).startswith("a class whose name"):
             raise
+        length = len(error.object) if isinstance(error, UnicodeDecodeError) else 0
+        if "newline" in str(error) or length > _LONGEST_NAME:
+            # the unpickler would take all that is left for the name, or what is no text
+            raise ValueError("a class whose name has no end") from None
         # any other fault is torch's to name

@@ -255,7 +255,7 @@ def _refuse_truncated_safetensors(path: Path) -> None:
     try:
         tensors = [entry for name, entry in json.loads(header).items() if name != "__metadata__"]
         needed = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(
             f"{path} is not a safetensors file, or is cut off in its header ({size:,} bytes): "
             "download it again"

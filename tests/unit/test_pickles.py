@@ -45,3 +45,14 @@ def test_long_texts_and_many_tensors_are_no_names(tmp_path):
 
 def test_another_fault_is_left_to_torch():
     pickles.check_stream(io.BytesIO(b"\x80\x02no pickle at all"))
+
+
+@pytest.mark.parametrize("name", [b"[" * 100_000, b"\xe6" * 100_000])
+def test_a_name_without_an_end_or_of_no_text_is_refused_too(tmp_path, name):
+    pickled = b"\x80\x02ctorch\n" + name
+    (tmp_path / "last.pt").write_bytes(archive(pickled).getvalue())
+    with pytest.raises(DamagedError, match="no end"):
+        checkpoint.load(tmp_path / "last.pt")
+    (tmp_path / "old.pth").write_bytes(pickled)
+    with pytest.raises(UserError, match="damaged"):
+        weights.read(tmp_path / "old.pth")
