@@ -11,6 +11,12 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LANGUAGES = ("README.md", "README.zh-CN.md")
+RECIPES = ("face_distill", "lavic", "vasevqa", "multimodal", "arcface")
+IN_BOTH_LANGUAGES = (
+    "README.md",
+    *(f"{room}/README.md" for room in (*RECIPES, "shared/tools", "shared/ddp_series")),
+    *("shared/docs/scaling.md", "shared/docs/faults.md"),
+)
 SCRIPTS = {
     "face_distill": "train_distill.py",
     "arcface": "run_scripts/run_arcface.py",
@@ -23,10 +29,21 @@ def text_of(path: str) -> str:
     return (ROOT / path).read_text(encoding="utf-8")
 
 
-def code_blocks(text: str) -> list[str]:
-    """The fenced blocks, without comments, which are translated."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.M | re.S)
-    return ["\n".join(re.sub(r"\s+#.*", "", line) for line in b.splitlines()) for b in blocks]
+def chinese(page: str) -> str:
+    """The name of a page's twin."""
+    return page.removesuffix(".md") + ".zh-CN.md"
+
+
+def code_blocks(text: str) -> list[tuple[str, str]]:
+    """Language and text of the fenced blocks, without what is translated: comments, and remarks
+    behind the names of a tree of files.
+    """
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S)
+    remarks = {"bash": r"\s+#.*", "text": r"\s+#.*|(?<=[\w*/])\s{3,}\S.*"}
+    return [
+        (language, "\n".join(re.sub(remarks.get(language, "$^"), "", t) for t in b.splitlines()))
+        for language, b in blocks
+    ]
 
 
 def tables(text: str) -> list[list[list[str]]]:
@@ -184,40 +201,102 @@ def test_every_flag_that_a_readme_mentions_exists():
         assert used <= known | foreign, page
 
 
-def test_both_languages_have_the_same_commands():
-    english, chinese = (code_blocks(text_of(page)) for page in LANGUAGES)
-    assert english
+def amounts(cell: str) -> list[float]:
+    """The numbers in digits, in order of size; 580 万 is 5.8 million, stage 1 第一阶段."""
+    units = {"million": 1e6, "M": 1e6, "万": 1e4, "": 1.0}
+    found = re.findall(
+        r"(\d[\d,]*(?:\.\d+)?)\s?(million\b|M\b|万)?", re.sub(r"[Ss]tage \d", "", cell)
+    )
+    return sorted(float(digits.replace(",", "")) * units[unit] for digits, unit in found)
+
+
+def skeleton(text: str) -> list[list[list[Any]]]:
+    """Of every cell of the tables what no translation changes: code and numbers."""
+    return [
+        [[(sorted(spans(cell)), amounts(cell)) for cell in row] for row in table]
+        for table in tables(text)
+    ]
+
+
+def targets(text: str, folder: Path) -> set[str]:
+    """What the links lead to: addresses, and pages without chapter and language."""
+    found = {link if "://" in link else link.partition("#")[0] for link in links(text)}
+    inside = {str((folder / link).resolve()) for link in found if link and "://" not in link}
+    return {re.sub(r"\.zh-CN\.md$", ".md", link) for link in inside} | {
+        link for link in found if "://" in link
+    }
+
+
+@pytest.fixture(params=IN_BOTH_LANGUAGES)
+def twins(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A page in English and in Chinese."""
+    return text_of(request.param), text_of(chinese(request.param))
+
+
+def test_both_languages_have_the_same_commands(twins: tuple[str, str]):
+    english, chinese = map(code_blocks, twins)
     assert english == chinese
 
 
-def test_both_languages_have_the_same_tables():
-    english, chinese = (tables(text_of(page)) for page in LANGUAGES)
-    assert english
-
-    def skeleton(rows: list[list[list[str]]]) -> list[list[list[list[str]]]]:
-        return [[[sorted(spans(cell)) for cell in row] for row in table] for table in rows]
-
-    assert skeleton(english) == skeleton(chinese)
+def test_both_languages_have_the_same_tables(twins: tuple[str, str]):
+    english, chinese = map(skeleton, twins)
+    assert english == chinese
 
 
-def test_both_languages_have_the_same_chapters_and_links():
-    english, chinese = (text_of(page) for page in LANGUAGES)
-    levels = [re.findall(r"^#+", text, re.M) for text in (english, chinese)]
+def test_both_languages_have_the_same_names_in_their_text(twins: tuple[str, str]):
+    english, chinese = (set(spans(re.sub(r"^```.*?^```", "", t, flags=re.M | re.S))) for t in twins)
+    assert english == chinese
+
+
+@pytest.mark.parametrize("page", IN_BOTH_LANGUAGES)
+def test_both_languages_have_the_same_chapters_and_links(page: str):
+    english, translated = text_of(page), text_of(chinese(page))
+    levels = [re.findall(r"^#+", text, re.M) for text in (english, translated)]
     assert levels[0] == levels[1]
-    assert links(english) == links(chinese)
+    folder = (ROOT / page).parent
+    assert targets(english, folder) == targets(translated, folder)
+    assert f"]({Path(chinese(page)).name})" in english
+    assert f"]({Path(page).name})" in translated
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "README.zh-CN.md", *(f"{recipe}/README.md" for recipe in SCRIPTS)]
+    "page", [*IN_BOTH_LANGUAGES, *(chinese(page) for page in IN_BOTH_LANGUAGES)]
 )
 def test_links_and_scripts_of_a_readme_exist(page: str):
     folder = (ROOT / page).parent
     for link in links(text_of(page)):
         if "://" not in link:
             target, _, chapter = link.partition("#")
-            assert (folder / target).exists(), link
-            headings = re.findall(r"^#+ (.*)$", (folder / target).read_text(encoding="utf-8"), re.M)
+            goal = folder / target if target else ROOT / page
+            assert goal.exists(), link
+            headings = re.findall(r"^#+ (.*)$", goal.read_text("utf-8") if chapter else "", re.M)
             slugs = {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}
             assert not chapter or chapter in slugs, link
+    rooms = [ROOT / recipe for recipe in RECIPES] if folder.name == "docs" else [folder]
+    places = [ROOT, *rooms, *(path for room in rooms for path in room.iterdir() if path.is_dir())]
     for command in re.findall(r"(?:^|[\s'`])(\.{1,2}/[\w/]+\.sh)", text_of(page)):
-        assert (folder / command).exists(), command
+        assert any((place / command).exists() for place in places), command
+
+
+def commands(page: str) -> set[str]:
+    """The lines of the page's shell blocks, without comments."""
+    blocks = [text for language, text in code_blocks(text_of(page)) if language == "bash"]
+    return {line for block in blocks for line in block.splitlines() if line}
+
+
+def test_pages_beside_the_readmes_have_only_commands_of_theirs():
+    known = {line for page in IN_BOTH_LANGUAGES if "docs" not in page for line in commands(page)}
+    for page in IN_BOTH_LANGUAGES:
+        if "docs" in page:
+            assert commands(page), page
+            assert commands(page) <= known, page
+
+
+def test_every_message_on_the_page_of_faults_is_one_that_is_said():
+    files = [ROOT / "setup.sh", *(ROOT / "shared").rglob("*.*"), *(ROOT / "vasevqa").rglob("*.py")]
+    said = " ".join(f.read_text(encoding="utf-8") for f in files if f.suffix in (".py", ".sh"))
+    said = re.sub(r"\s+", " ", re.sub(r'"\s*f?"', "", said)).lower()
+    seen = [row[0] for table in tables(text_of("shared/docs/faults.md"))[1:] for row in table]
+    quoted = [span for cell in seen for span in spans(cell)]
+    assert len(quoted) > 30
+    assert [span for span in quoted if span.lower() not in said] == []
