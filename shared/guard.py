@@ -20,7 +20,8 @@ import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
+if __name__ == "__main__":  # imported, it leaves the importer's path as it is
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
 from shared.errors import FAILED
 from shared.prctl import adopt_orphans, die_with_parent

@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
+if __name__ == "__main__":  # imported, it leaves the importer's path as it is
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
 from shared import logs, outcome
 from shared.config import ProcessOptions, dashed, option, parse, parse_known
