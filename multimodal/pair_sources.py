@@ -79,6 +79,15 @@ class Sources:
     found: list[Source] = field(default_factory=list)
     notes: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def sizes(self) -> dict[str, str]:
+        """Found and expected items of each split, for the run's status."""
+        return {
+            f"{note['data_set']}, {note['split']}": f"{note['found']} of {note['expected']}"
+            for note in self.notes
+            if "found" in note
+        }
+
 
 class OnePerGroup(Dataset[Batch]):
     """One item of each group: no batch ever holds two pictures of one scene, or two of one voice.

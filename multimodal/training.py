@@ -37,7 +37,8 @@ def train(cfg: Config) -> int:
     world = distributed.setup(cfg.run.device, cfg.run.timeout)
     seed.seed_all(cfg.run.seed)
     training = Training(cfg, world)
-    plan = Plan("multimodal", training.total_steps, training.rows, cfg.tensorboard)
+    steps, rows = training.total_steps, training.rows
+    plan = Plan("multimodal", steps, rows, cfg.tensorboard, data=training.sources.sizes)
     with Run(cfg, world, cfg.run_dir, plan) as run, _log_file(cfg.run_dir, world):
         training.announce()
         reports, metrics = cfg.run_dir / "reports", cfg.run_dir / "metrics.jsonl"

@@ -62,7 +62,8 @@ def train(cfg: Config, found: Found) -> int:
     data, tally = Data(cfg, world, found, learner), Tally(world.device)
     session = Session(cfg, world, learner, amp, data, tally, Best(), Skipped("samples"))
     samples = cfg.samples_per_step * world.size
-    plan = Plan("lavic", cfg.num_epochs * steps, samples, cfg.log_dir)
+    counts = {"training samples": len(found.train), "validation samples": len(found.valid)}
+    plan = Plan("lavic", cfg.num_epochs * steps, samples, cfg.log_dir, data=counts)
     with Run(cfg, world, cfg.run_dir, plan) as run:
         log.info("%d sample(s) a step, %d steps an epoch, weights in %s", samples, steps, dtype)
         code = _loop(session, run, SameSamples(found.train))

@@ -47,6 +47,12 @@ class Talks:
     titles: dict[str, str]
 
     @property
+    def counts(self) -> dict[str, int]:
+        """How many there are, for the run's status."""
+        requests = {"training requests": len(self.train), "validation requests": len(self.valid)}
+        return requests | {"test conversations": len(self.test), "items": len(self.items())}
+
+    @property
     def asked(self) -> list[Request]:
         """The test's requests."""
         return as_asked(self.test)

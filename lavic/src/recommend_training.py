@@ -49,7 +49,7 @@ def train(cfg: Config) -> int:
         "%d requests to learn from | %d a step = %d process(es) x %d x %d",
         len(talks.train), a_step, world.size, cfg.batch_size, cfg.grad_accum,
     )  # fmt: skip
-    plan = Plan("lavic", cfg.num_epochs * steps, a_step)
+    plan = Plan("lavic", cfg.num_epochs * steps, a_step, data=talks.counts)
     with Run(cfg, world, cfg.run_dir, plan) as run:
         code = _loop(cfg, world, run, talks, built, earlier)
     distributed.cleanup(world)

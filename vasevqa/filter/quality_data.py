@@ -44,6 +44,12 @@ class Splits:
         return [sum(label == own for _, label in self.train) for own in LABELS]
 
     @property
+    def sizes(self) -> dict[str, int]:
+        """How many pictures each split has, for the run's status."""
+        splits = (("training", self.train), ("validation", self.val), ("test", self.test))
+        return {f"{name} pictures": len(pictures) for name, pictures in splits}
+
+    @property
     def class_weights(self) -> Tensor:
         """What a picture of each label counts, so that both labels count the same in all."""
         counts = torch.tensor(self.counts, dtype=torch.float32)

@@ -50,7 +50,7 @@ def train(cfg: Config, device: str, weight_places: Sequence[Path]) -> int:
     log.info("%d + %d pictures to train with, %d steps an epoch, %d pictures a step = %d "
              "process(es) x %d", *splits.counts, steps, batch * world.size, world.size,
              batch)  # fmt: skip
-    plan = Plan("vasevqa/filter", cfg.num_epochs * steps, batch * world.size)
+    plan = Plan("vasevqa/filter", cfg.num_epochs * steps, batch * world.size, data=splits.sizes)
     with Run(cfg, world, cfg.run_dir, plan) as run:
         code = _loop(cfg, world, run, net.to(world.device), (splits, batch, skipped))
     distributed.cleanup(world)
