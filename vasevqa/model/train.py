@@ -110,7 +110,8 @@ def _run(plan: "Plan", found: "Findings", steps: int) -> int:
     continued = runs.begin(plan)
     runs.describe(plan)
     ready, root = training_files.given_to_swift(continued, found.files)
-    variables = {"TOKENIZERS_PARALLELISM": "false", **os.environ}
+    bar = {} if sys.stderr.isatty() else {"TQDM_MININTERVAL": "30"}  # a log is read line by line
+    variables = {"TOKENIZERS_PARALLELISM": "false", **bar, **os.environ}
     if "demo" in plan.own:  # all that a demo makes lies in its folder
         variables.setdefault("MODELSCOPE_CACHE", str(HERE.parent / "demo" / "cache"))
     return _supervise(ready, steps, variables | ({"ROOT_IMAGE_DIR": str(root)} if root else {}))
