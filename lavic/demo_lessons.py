@@ -2,7 +2,7 @@
 
 It learns from words alone: where a picture's vectors will stand, its lessons have the sum of the
 picture's words. Lesson one: say what the vectors say. Lesson two: of ten candidates name the one
-whose vectors say what was asked for.
+whose vectors say what was asked for, and end there.
 
 Looking up needs heads that find an earlier token and carry it on, which trained models have and
 random ones learn slowly; `arrange` puts their like in place. R rows of a lesson, L tokens, D the
@@ -54,6 +54,7 @@ class Words:
         self.titles = [self.of(f": {item.title}\n") for item in items]
         everything = (*PRODUCT_COLOURS, *PRODUCT_SHAPES, *PRODUCT_PATTERNS, *BACKGROUNDS)
         self.look = {word: self.of(f" {word}")[0] for word in everything}
+        self.end = tokenizer.eos_token_id
         self.slots = [len(tokenizer) + number for number in range(SLOTS)]  # spare rows, as later
 
     @cache  # noqa: B019, as long-lived as its cache
@@ -178,7 +179,7 @@ def describing(words: Words, rng: random.Random) -> Row:
 
 
 def choosing(words: Words, rng: random.Random, candidates: int, *, is_short: bool) -> Row:
-    """Lesson two: a wish, candidates of which one fits it, that one's id.
+    """Lesson two: a wish, candidates of which one fits it, that one's id and the end.
 
     Ids and looks are thrown together anew for every row: there is nothing to learn by heart.
     """
@@ -192,16 +193,16 @@ def choosing(words: Words, rng: random.Random, candidates: int, *, is_short: boo
         row.look_at(look, words, rng.choice((3, 4, 5, 5)))
         row.read(words.of("\n"))
     row.read(words.of(RECOMMEND_MARK))
-    row.say([ids[wanted]])
+    row.say([ids[wanted], words.end])
     return row
 
 
 def _different_looks(rng: random.Random, count: int) -> list[Look]:
-    """Looks of which no two have both colour and shape in common."""
-    pairs = [(colour, shape) for colour in PRODUCT_COLOURS for shape in PRODUCT_SHAPES]
+    """Looks of which no two have both colour and background in common."""
+    pairs = [(colour, ground) for colour in PRODUCT_COLOURS for ground in BACKGROUNDS]
     return [
-        Look(*pair, rng.choice(PRODUCT_PATTERNS), rng.choice(BACKGROUNDS))
-        for pair in rng.sample(pairs, count)
+        Look(colour, rng.choice(PRODUCT_SHAPES), rng.choice(PRODUCT_PATTERNS), ground)
+        for colour, ground in rng.sample(pairs, count)
     ]
 
 

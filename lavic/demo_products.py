@@ -23,10 +23,10 @@ SIZES = ((96, 96), (110, 90), (84, 108), (80, 48), (48, 80), (180, 60), (60, 180
 _KINDS = ("Wall Sign", "Desk Tag", "Door Badge", "Shelf Charm", "Cabin Plate", "桌牌 ✨")
 _STYLES = ("Classic", "Handmade", "Modern", "Compact", "Premium", "Vintage")
 _REQUESTS = (
-    "I am looking for a {colour} {shape}.",
-    "Does anybody know a nice {colour} {shape}?",
-    "We need a {shape} in {colour} for our hall.",
-    "Please help me find a {shape}, it should be {colour}.",
+    "I am looking for something {colour} on {background}.",
+    "Does anybody know a nice {colour} one on {background}?",
+    "Our hall is {background}, a sign in {colour} would look good there.",
+    "Please help me find one on {background}, it should be {colour}.",
 )
 _COMMENTS = (
     "Which size do you have in mind?",
@@ -106,7 +106,7 @@ def draw(look: Look, size: tuple[int, int], rng: np.random.Generator) -> Any:
 def conversation(
     item: Item, items: list[Item], rng: np.random.Generator, *, is_long: bool = False
 ) -> dict[str, Any]:
-    """One talk in which somebody asks for the colour and shape of `item`, with two lists of ten.
+    """One talk in which somebody asks for colour and background of `item`, with two lists of ten.
 
     No other product on a list has both; several have one of them. The product asked for is missing
     from a quarter of the lists candidates_st and from a tenth of the lists candidates_gpt_large.
@@ -129,8 +129,8 @@ def conversation(
 
 
 def wish(look: Look, number: int) -> str:
-    """A post that asks for a look's colour and shape, in one of several ways."""
-    words = {"colour": look.colour, "shape": look.shape}
+    """A post that asks for a look's colour and background, in one of several ways."""
+    words = {"colour": look.colour, "background": look.background}
     return f"<submission>{_REQUESTS[number % len(_REQUESTS)].format(**words)}</submission>\n"
 
 
@@ -144,21 +144,21 @@ def _candidates(
     item: Item, items: list[Item], rng: np.random.Generator, *, present: bool
 ) -> list[str]:
     same_colour = [i for i in items if _shared(i, item) == (True, False)]
-    same_shape = [i for i in items if _shared(i, item) == (False, True)]
+    same_background = [i for i in items if _shared(i, item) == (False, True)]
     neither = [i for i in items if _shared(i, item) == (False, False)]
     count = 3 if present else 4
     chosen = [
         *([item] if present else []),
         *_some(rng, same_colour, 3),
-        *_some(rng, same_shape, 3),
+        *_some(rng, same_background, 3),
         *_some(rng, neither, count),
     ]
     return [chosen[index].id for index in rng.permutation(len(chosen))]
 
 
 def _shared(one: Item, other: Item) -> tuple[bool, bool]:
-    """Whether two products have colour and shape in common."""
-    return one.look.colour == other.look.colour, one.look.shape == other.look.shape
+    """Whether two products have colour and background in common."""
+    return one.look.colour == other.look.colour, one.look.background == other.look.background
 
 
 def _some(rng: np.random.Generator, items: list[Item], count: int) -> list[Item]:

@@ -106,7 +106,7 @@ class Config:
 
 DEMO = {  # what suits 240 conversations and a model of 0.4 million parameters; typed flags win
     "batch_size": 4,
-    "num_epochs": 2,
+    "num_epochs": 4,
     "lr": 2e-3,
     "max_length": 512,
     "eval_batch_size": 10,

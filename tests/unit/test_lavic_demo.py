@@ -1,14 +1,18 @@
 """The lavic demo: what its files hold, that a seed gives the same ones, and what can be known."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lavic import demo
-from lavic.demo_products import PRODUCT_COLOURS, SIZES, all_looks
+from lavic.demo_lessons import Words, choosing
+from lavic.demo_model import make_tokenizer
+from lavic.demo_products import BACKGROUNDS, PRODUCT_COLOURS, SIZES, all_looks, make_items
 from lavic.src.catalogue import read_samples, read_titles
+from lavic.src.prompts import RECOMMEND_CANDIDATES
 from shared.drawing import COLOURS
 
 
@@ -32,13 +36,13 @@ def talks(paths, split):
 
 
 def looks_of(paths):
-    """{id: (colour, shape)} as the descriptions say."""
+    """{id: (colour, background)} as the descriptions say."""
     items = json.loads(paths.train_data.read_text(encoding="utf-8"))
     found = {}
     for name, item in items.items():
         (words,) = set(item["image_descriptions_llava_cleaned"].values())
-        _, colour, _, shape, *_ = words.rstrip(".").split()
-        found[name] = (colour, shape)
+        _, colour, _, _, _, background = words.rstrip(".").split()
+        found[name] = (colour, background)
     return found
 
 
@@ -100,7 +104,7 @@ def test_pictures_of_three_four_and_five_views_occur(paths):
 
 @pytest.mark.parametrize("split", demo.NUM_TALKS)
 @pytest.mark.parametrize("kind", ["candidates_st", "candidates_gpt_large"])
-def test_what_is_asked_for_is_the_one_candidate_of_that_colour_and_shape(paths, split, kind):
+def test_what_is_asked_for_is_the_one_candidate_of_that_colour_and_background(paths, split, kind):
     looks, present = looks_of(paths), 0
     rows = talks(paths, split)
     for talk in rows:
@@ -114,13 +118,38 @@ def test_what_is_asked_for_is_the_one_candidate_of_that_colour_and_shape(paths, 
     assert low < present / len(rows) < high  # the ceiling is below 1
 
 
-def test_the_tests_products_are_asked_for_in_no_other_talk_and_some_ids_are_numbers(paths):
-    asked = {s: {t["gt_items"][0] for t in talks(paths, s)} for s in demo.NUM_TALKS}
-    assert not asked["test"] & (asked["train"] | asked["valid"])
+def test_the_talks_of_the_test_are_in_no_other_file_and_neither_are_some_of_their_products(paths):
+    found = {s: {json.dumps(t["candidates_st"]) for t in talks(paths, s)} for s in demo.NUM_TALKS}
+    assert not found["test"] & (found["train"] | found["valid"])
+    asked = {s: [t["gt_items"][0] for t in talks(paths, s)] for s in demo.NUM_TALKS}
+    known = set(asked["train"])
+    assert 10 < sum(item not in known for item in asked["test"]) < 30
     ids = list(looks_of(paths))
     assert {len(name) for name in ids} == {10}
     assert 10 < sum(not name.startswith("B") for name in ids) < 40
     assert max(len(talk["context"]) for talk in talks(paths, "train")) > 4000
+
+
+def test_in_the_lesson_of_choosing_one_look_fits_and_the_answer_is_its_id_and_the_end():
+    items = make_items(all_looks(), np.random.default_rng(0))
+    tokenizer = make_tokenizer(items)
+    words, rng = Words(tokenizer, items), random.Random(0)
+    named = {token: word for word, token in words.look.items()}
+    for _ in range(20):
+        row = choosing(words, rng, 10, is_short=True)
+        wish = row.tokens[: row.tokens.index(words.of(RECOMMEND_CANDIDATES)[0])]
+        colour, background = (
+            next(named[token] for token in wish if named.get(token) in known)
+            for known in (PRODUCT_COLOURS, BACKGROUNDS)
+        )
+        fitting = {
+            row.tokens[max(i for i in range(place) if row.tokens[i] in words.ids)]
+            for place, look in row.seen
+            if (named[look[0]], named[look[3]]) == (colour, background)
+        }
+        said = [row.tokens[place] for place in row.answers]
+        assert said == [*fitting, tokenizer.eos_token_id]
+        assert row.answers[-1] == len(row.tokens) - 1
 
 
 def test_a_finished_demo_is_kept_and_an_unfinished_one_made_again(tmp_path, monkeypatch):
