@@ -1,6 +1,5 @@
 """In-shop: the list and its faults, pictures as Pillow makes them, broken files, batches."""
 
-import io
 import random
 
 import numpy as np
@@ -18,6 +17,7 @@ from shared.distributed import World
 from shared.errors import UserError
 from shared.loader import make_eval_loader, make_loader
 from shared.seed import seed_cpu
+from tests.pictures import encoded, picture, with_pillow
 
 TRAIN_STEPS = [
     {"type": "LoadImageFromFile"},
@@ -34,25 +34,6 @@ TEST_STEPS = [
 ]
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 WORLD = World()
-
-
-def picture(seed=0, height=32, width=32):
-    """A smooth random picture with some grain, as photographs are."""
-    rng = np.random.default_rng(seed)
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-    smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), float)
-    return Image.fromarray((smooth + rng.normal(0, 5, smooth.shape)).clip(0, 255).astype(np.uint8))
-
-
-def encoded(image, kind="JPEG", **settings):
-    stream = io.BytesIO()
-    image.save(stream, kind, **settings)
-    return stream.getvalue()
-
-
-def with_pillow(content):
-    pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
 
 
 LINES = [
