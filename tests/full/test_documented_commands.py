@@ -29,7 +29,10 @@ from tests.harness import ROOT, environment, run_here, status_of, wait_until
 
 pytestmark = [pytest.mark.full, pytest.mark.limit(900)]
 
-PAGES = ("README.md", "face_distill/README.md", "arcface/README.md", "shared/tools/README.md")
+PAGES = (
+    *("README.md", "face_distill/README.md", "arcface/README.md", "shared/tools/README.md"),
+    *("shared/docs/scaling.md", "shared/docs/faults.md"),
+)
 HERE = (  # run by the tests below
     "./demo.sh",
     "./train.sh",
@@ -79,6 +82,13 @@ ELSEWHERE = {
     "python shared/tools/monitor.py --recipe lavic": "tests/full/test_lavic_commands.py",
     "python shared/tools/monitor.py --stop": "tests/faults/test_faults_monitor.py",
     "python shared/tools/monitor.py --notify URL": "a local server: tests/unit/test_monitor.py",
+    "torchrun --nproc_per_node=4 run_training.py": "tests/full/test_multimodal_commands.py",
+    "torchrun --nproc_per_node 4 model.py": "tests/full/test_vasevqa_filter_commands.py",
+    "torchrun --nproc_per_node 4 clipfilter1.py": "the same",
+    "python model.py --estimate": "the same",
+    "./sft.sh --estimate": "tests/full/test_vasevqa_commands.py",
+    "python knowledge_distillation.py --estimate": "tests/full/test_lavic_commands.py",
+    "python prompt_tuning.py --estimate": "the same",
 }
 _ARCFACE = "python run_scripts/run_arcface.py --data-root /data/inshop"
 _IN_SHOP = "In-shop and the pretrained weights; on a small tree: tests/recipes/test_arcface.py"
@@ -100,6 +110,9 @@ NEEDS = {
     "conda activate torch_env": "conda",
     "CUDA_VISIBLE_DEVICES=0 ./face_distill/train.sh": "a GPU",
     "./face_distill/train.sh --nproc 4 --batch-size 64 --amp bf16": "four GPUs",
+    "CUDA_VISIBLE_DEVICES=0,1,2,3 NPROC_PER_NODE=4 ./sft.sh": "four GPUs",
+    "NNODES=2 NODE_RANK=0 MASTER_ADDR=host0 MASTER_PORT=29501 NPROC_PER_NODE=8 ./sft.sh "
+    "--deepspeed zero2": "two hosts with eight GPUs each",
     "conda create -n face_distill python=3.11 -y": "conda",
     "conda activate face_distill": "conda",
     "pip install -r requirements.txt": "the network",
