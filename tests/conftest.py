@@ -42,9 +42,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-        # tests started by a script with & ignore Ctrl-C, and so would every run that they start
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # tests started by a script with & ignore Ctrl-C, under nohup a hang-up, and so would every run
+    # that they start; a handler of ours ends where a new program begins
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: lambda *_: None}
+    for number, handler in handlers.items():
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
     config.stash[_stderr] = os.dup(2)  # the real one: during a test, 2 is pytest's capture
 
 
