@@ -25,6 +25,7 @@ def nano(tmp_path_factory) -> Nano:
 
 def flags(nano, run_dir, steps=12, **changes):
     learn = {"learning_rate": "5e-3", "max_steps": steps, "save_steps": 100}
+    learn |= {"lora_dropout": "0"}  # loader workers draw from the generator of the dropout
     return nano.flags("sft", run_dir, **learn, use_logits_to_keep="true", **changes)
 
 
