@@ -220,17 +220,21 @@ def wait_until(
 
 
 def wait_for_step(
-    run_dir: Path, step: int, running: Running | None = None, timeout: float = PATIENCE
+    run_dir: Path,
+    step: int,
+    running: Running | None = None,
+    timeout: float = PATIENCE,
+    key: str = "loss",
 ) -> None:
-    """Wait until metrics.jsonl has reached `step`."""
-    reached = lambda: max(losses(run_dir), default=0) >= step  # noqa: E731
+    """Wait until metrics.jsonl has reached `step`; `key` as for `losses`."""
+    reached = lambda: max(losses(run_dir, key), default=0) >= step  # noqa: E731
     wait_until(reached, f"step {step} in {run_dir}", timeout, running)
 
 
-def losses(run_dir: Path) -> dict[int, float]:
-    """{step: training loss} of metrics.jsonl; AssertionError when a step stands there twice."""
+def losses(run_dir: Path, key: str = "loss") -> dict[int, float]:
+    """{step: training loss, named `key`} of metrics.jsonl; AssertionError for a step twice."""
     rows = [r for r in read_json_lines(run_dir / "metrics.jsonl") if r.get("split") == "train"]
-    found = {row["step"]: row["loss"] for row in rows}
+    found = {row["step"]: row[key] for row in rows}
     assert len(found) == len(rows), f"steps twice in {run_dir}: {[row['step'] for row in rows]}"
     return found
 

@@ -2,26 +2,17 @@
 
 import random
 import time
-from pathlib import Path
 
 import pytest
 
 from lavic import demo
 from lavic.src import knowledge_distillation
-from shared.files import read_json_lines
-from tests.harness import ROOT, run_here, start, status_of, wait_until
+from tests.harness import ROOT, losses, run_here, start, status_of, wait_for_step
 from tests.lavic_nano import build_nano, flags_of
 
 pytestmark = pytest.mark.full
 SCRIPT = ROOT / "lavic" / "src" / "knowledge_distillation.py"
 KILLS = 10
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    rows = [r for r in read_json_lines(run_dir / "metrics.jsonl") if r.get("split") == "train"]
-    found = {row["step"]: row["train_loss"] for row in rows}
-    assert len(found) == len(rows)
-    return found
 
 
 @pytest.mark.limit(900)
@@ -33,23 +24,20 @@ def test_ten_kills_change_no_loss(tmp_path):
     assert whole.code == 0, whole.text
     generator, steps = random.Random(0), []
     for _ in range(KILLS):
-        before = max(losses(run_dir), default=0)
+        before = max(losses(run_dir, "train_loss"), default=0)
         with start([SCRIPT, *options]) as running:
-            wait_until(
-                lambda least=before: max(losses(run_dir), default=0) > least + 4,
-                f"a step after {before}",
-                running=running,
-            )
+            wait_for_step(run_dir, before + 5, running, key="train_loss")
             time.sleep(generator.uniform(0.0, 0.3))  # the moment of the kill is the experiment
             running.process.kill()
             running.finish()
             assert running.leaves_nothing()
-        steps.append(max(losses(run_dir)))
+        steps.append(max(losses(run_dir, "train_loss")))
     outcome = run_here(knowledge_distillation.main, options)
     assert outcome.code == 0 and "continuing from" in outcome.text, outcome.text
-    assert losses(run_dir) == losses(tmp_path / "whole")
+    assert losses(run_dir, "train_loss") == losses(tmp_path / "whole", "train_loss")
     assert status_of(run_dir)["state"] == "done"
-    print(f"killed at steps {steps} of {max(losses(run_dir))}")
+    last = max(losses(run_dir, "train_loss"))
+    print(f"killed at steps {steps} of {last}")
 
 
 @pytest.mark.limit(900)

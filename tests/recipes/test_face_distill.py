@@ -14,7 +14,7 @@ import torch
 
 from face_distill import demo, model, train_distill
 from shared.files import read_json, read_json_lines
-from tests.harness import ROOT, run_here, start, status_of, wait_until
+from tests.harness import ROOT, losses, run_here, start, status_of, wait_for_step
 
 SCRIPT = ROOT / "face_distill" / "train_distill.py"
 STEPS_AN_EPOCH = 5  # 20 images, 4 a step
@@ -44,10 +44,7 @@ def flags(faces, tmp_path):
 
 
 def totals(run_dir: Path) -> dict[int, float]:
-    rows = [row for row in read_json_lines(run_dir / "metrics.jsonl") if row["split"] == "train"]
-    found = {row["step"]: row["Loss/Total"] for row in rows}
-    assert len(found) == len(rows)
-    return found
+    return losses(run_dir, "Loss/Total")
 
 
 def test_a_run_leaves_the_documented_files_and_says_what_it_reached(flags, faces, tmp_path):
@@ -158,7 +155,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(flags, tmp_pat
     assert run_here(train_distill.main, [*options, "--run-dir", tmp_path / "whole"]).code == 0
     run_dir = tmp_path / "checkpoints"
     with start([SCRIPT, *options]) as running:
-        wait_until(lambda: len(totals(run_dir)) >= 7, "step 7", running=running)
+        wait_for_step(run_dir, 7, running, key="Loss/Total")
         running.signal(signal.SIGTERM)
         assert running.finish().code == 143
         assert running.leaves_nothing()
@@ -176,7 +173,7 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, tmp_pat
     assert run_here(train_distill.main, [*options, "--run-dir", tmp_path / "whole"]).code == 0
     run_dir = tmp_path / "checkpoints"
     with start([SCRIPT, *options]) as running:
-        wait_until(lambda: len(totals(run_dir)) >= 8, "step 8", running=running)
+        wait_for_step(run_dir, 8, running, key="Loss/Total")
         running.signal(signal.SIGKILL)
         running.finish()
         assert running.leaves_nothing()
@@ -283,8 +280,7 @@ def _not_code(_directory: str, names: list[str]) -> set[str]:
 
 
 def arc_losses(run_dir: Path) -> dict[int, float]:
-    rows = [row for row in read_json_lines(run_dir / "metrics.jsonl") if row["split"] == "train"]
-    return {row["step"]: row["Loss/ArcFace"] for row in rows}
+    return losses(run_dir, "Loss/ArcFace")
 
 
 @pytest.mark.slow
@@ -300,7 +296,7 @@ def test_a_sharded_head_trains_as_one_process_and_continues_after_a_stop(flags, 
     assert set(alone) == set(range(1, 2 * STEPS_AN_EPOCH + 1))
     stopped = [*sharded, "--nproc", 2, "--run-dir", tmp_path / "stopped", "--save-every", 1]
     with start([SCRIPT, *stopped, "--epochs", 200]) as running:
-        wait_until(lambda: len(arc_rows(tmp_path / "stopped")) >= 3, "step 3", running=running)
+        wait_for_step(tmp_path / "stopped", 3, running, key="Loss/ArcFace")
         running.signal(signal.SIGTERM)
         assert running.finish().code == 143, running.text
     step = status_of(tmp_path / "stopped")["step"]
@@ -313,16 +309,12 @@ def test_a_sharded_head_trains_as_one_process_and_continues_after_a_stop(flags, 
     assert f"continuing from {last} at step {step}" in outcome.text
 
 
-def arc_rows(run_dir: Path) -> dict[int, float]:
-    return arc_losses(run_dir) if (run_dir / "metrics.jsonl").exists() else {}
-
-
 def test_a_sampled_head_trains_and_leaves_a_student_without_a_head(flags, tmp_path):
     sampled = [*flags, "--shard-head", "--sample-rate", 0.5, "--num-classes", 40, "--epochs", 2]
     outcome = run_here(train_distill.main, sampled)
     assert outcome.code == 0, outcome.text
-    losses = arc_losses(tmp_path / "checkpoints")
-    assert len(losses) == 2 * STEPS_AN_EPOCH
+    found = arc_losses(tmp_path / "checkpoints")
+    assert len(found) == 2 * STEPS_AN_EPOCH
     state = torch.load(tmp_path / "checkpoints" / "best_student_adapter_face.pth")
     assert not any(name.startswith("head.") for name in state)
     centres = torch.load(tmp_path / "checkpoints" / "last.pth")["parts"]["centres"]["centres"]

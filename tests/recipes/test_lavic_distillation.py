@@ -12,7 +12,7 @@ import torch
 from lavic.src import distillation_setup, knowledge_distillation
 from shared import checkpoint
 from shared.files import read_json_lines
-from tests.harness import ROOT, run_here, start, status_of, wait_until
+from tests.harness import ROOT, losses, run_here, start, status_of, wait_for_step
 from tests.lavic_nano import build_nano, flags_of
 
 SCRIPT = ROOT / "lavic" / "src" / "knowledge_distillation.py"
@@ -41,10 +41,8 @@ def rows(run_dir, split="train"):
     return [row for row in read_json_lines(run_dir / "metrics.jsonl") if row["split"] == split]
 
 
-def losses(run_dir):
-    found = {row["step"]: row["train_loss"] for row in rows(run_dir)}
-    assert len(found) == len(rows(run_dir)), "a step stands there twice"
-    return found
+def train_losses(run_dir):
+    return losses(run_dir, "train_loss")
 
 
 def test_a_run_leaves_the_documented_files(flags, run_dir, tmp_path):
@@ -77,7 +75,7 @@ def test_a_run_leaves_the_documented_files(flags, run_dir, tmp_path):
 
 def test_the_language_model_is_not_touched_and_the_loss_falls(flags, run_dir, paths):
     assert train([*flags, "--num_epochs", 6, "--lr", 5e-3]).code == 0
-    found = list(losses(run_dir).values())
+    found = list(train_losses(run_dir).values())
     assert sum(found[-5:]) < 0.9 * sum(found[:5])
     state = checkpoint.load(run_dir / "last.pt")
     assert set(state["parts"]) == {"adapter", "optimizer", "amp", "samples", "tally", "best"}
@@ -103,10 +101,10 @@ def test_accumulated_batches_and_two_processes_are_one_large_batch(flags, tmp_pa
     with start([SCRIPT, *shared, "--batch_size", 2, "--nproc", 2,
                 "--output_dir", tmp_path / "two"]) as running:  # fmt: skip
         assert running.finish().code == 0, running.text
-    expected = losses(tmp_path / "at once")
+    expected = train_losses(tmp_path / "at once")
     assert len(expected) == 5
     for name in [*sides, "two"]:
-        found = losses(tmp_path / name)
+        found = train_losses(tmp_path / name)
         assert found == pytest.approx(expected, rel=2e-5), name
         ours = rows(tmp_path / name, "val")[0]["val_loss"]
         assert ours == pytest.approx(rows(tmp_path / "at once", "val")[0]["val_loss"], rel=2e-5)
@@ -121,7 +119,7 @@ def test_sigterm_saves_in_mid_epoch_and_the_resumed_run_is_the_undisturbed_one(
     options = [*flags, "--num_workers", workers, "--num_epochs", 12]
     assert train([*options, "--output_dir", tmp_path / "whole"]).code == 0
     with start([SCRIPT, *options]) as running:
-        wait_until(lambda: len(losses(run_dir)) >= 7, "step 7", running=running)
+        wait_for_step(run_dir, 7, running, key="train_loss")
         running.signal(signal.SIGTERM)
         assert running.finish().code == 143, running.text
         assert running.leaves_nothing()
@@ -129,7 +127,7 @@ def test_sigterm_saves_in_mid_epoch_and_the_resumed_run_is_the_undisturbed_one(
     assert status["state"] == "stopped" and 7 <= status["step"] < 60
     resumed = train(options)
     assert resumed.code == 0 and "continuing from" in resumed.text, resumed.text
-    assert losses(run_dir) == losses(tmp_path / "whole")
+    assert train_losses(run_dir) == train_losses(tmp_path / "whole")
     validated = [row["val_loss"] for row in rows(run_dir, "val")]
     assert validated == [row["val_loss"] for row in rows(tmp_path / "whole", "val")]
     boards = [path.name for path in run_dir.parent.glob("lightning_logs/version_*")]
@@ -142,13 +140,13 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, run_dir
     options = [*flags, "--save_every", 3, "--num_epochs", 10]
     assert train([*options, "--output_dir", tmp_path / "whole"]).code == 0
     with start([SCRIPT, *options]) as running:
-        wait_until(lambda: len(losses(run_dir)) >= 8, "step 8", running=running)
+        wait_for_step(run_dir, 8, running, key="train_loss")
         running.signal(signal.SIGKILL)
         running.finish()
         assert running.leaves_nothing()
     resumed = train(options)
     assert resumed.code == 0 and "continuing from" in resumed.text
-    assert losses(run_dir) == losses(tmp_path / "whole")
+    assert train_losses(run_dir) == train_losses(tmp_path / "whole")
 
 
 @pytest.fixture
@@ -211,7 +209,7 @@ def test_other_samples_than_before_are_not_continued_on(flags, run_dir, paths, t
     shutil.copytree(paths.train_images, folder)
     options = [*flags, "--train_images_dir", folder]
     with start([SCRIPT, *options, "--num_epochs", 200]) as running:
-        wait_until(lambda: len(losses(run_dir)) >= 2, "step 2", running=running)
+        wait_for_step(run_dir, 2, running, key="train_loss")
         running.signal(signal.SIGTERM)
         assert running.finish().code == 143
     names = json.loads(paths.train_data.read_text())
@@ -228,7 +226,7 @@ def test_half_precision_is_the_same_within_its_own_bound(flags, tmp_path):
         more = ["--lora_dropout", 0, "--num_epochs", 1, "--output_dir", tmp_path / name]
         outcome = train([*flags, *extra, *more])
         assert outcome.code == 0, outcome.text
-    whole, half = losses(tmp_path / "float32"), losses(tmp_path / "bfloat16")
+    whole, half = train_losses(tmp_path / "float32"), train_losses(tmp_path / "bfloat16")
     assert half != whole and half == pytest.approx(whole, rel=2e-2)
 
 

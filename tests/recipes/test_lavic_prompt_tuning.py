@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lavic.src import prompt_tuning
 from shared.files import read_json, read_json_lines
-from tests.harness import ROOT, run_here, start, status_of, wait_until
+from tests.harness import ROOT, losses, run_here, start, status_of, wait_for_step
 from tests.lavic_talks import nano
 
 SCRIPT = ROOT / "lavic" / "src" / "prompt_tuning.py"
@@ -34,9 +34,7 @@ def rows(run_dir: Path, split: str) -> list[dict[str, float]]:
 
 
 def train_losses(run_dir: Path) -> dict[int, float]:
-    found = {row["step"]: row["train_loss"] for row in rows(run_dir, "train")}
-    assert len(found) == len(rows(run_dir, "train"))
-    return found
+    return losses(run_dir, "train_loss")
 
 
 def adapter_of(run_dir: Path):
@@ -134,7 +132,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(flags, tmp_pat
     assert run_here(prompt_tuning.main, whole).code == 0
     run_dir = tmp_path / "out"
     with start([SCRIPT, *options]) as running:
-        wait_until(lambda: len(train_losses(run_dir)) >= 6, "step 6", running=running)
+        wait_for_step(run_dir, 6, running, key="train_loss")
         running.signal(signal.SIGTERM)
         assert running.finish().code == 143, running.text
         assert running.leaves_nothing()
@@ -156,7 +154,7 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, tmp_pat
     assert run_here(prompt_tuning.main, whole).code == 0
     run_dir = tmp_path / "out"
     with start([SCRIPT, *options]) as running:
-        wait_until(lambda: len(train_losses(run_dir)) >= 7, "step 7", running=running)
+        wait_for_step(run_dir, 7, running, key="train_loss")
         running.signal(signal.SIGKILL)
         running.finish()
         assert running.leaves_nothing()
