@@ -6,9 +6,12 @@ Standard library only.
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import logging
 import os
 import sys
+from typing import Any
 
 _FORMAT = "%(asctime)s | %(message)s"
 _FORMAT_OTHERS = "%(asctime)s | rank {rank} | %(message)s"
@@ -30,6 +33,28 @@ class _SafeHandler(logging.StreamHandler):  # type: ignore[type-arg]
         """Pass over what the stream refused."""
 
 
+class _Output(io.FileIO):
+    """A standard stream that lets its reader go (`| head`, a closed terminal): the rest is dropped.
+
+    Unbuffered, so that no bytes that a full disk refused are left to change the exit code.
+    """
+
+    reader_left = False
+
+    def write(self, content: Any) -> int:
+        """Hand all bytes on, or count them as written when nobody can read them any more."""
+        left = memoryview(content).cast("B")
+        try:
+            while left:
+                left = left[super().write(left) :]
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            self.reader_left = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
+        return len(content)
+
+
 class _NamesLevel(logging.Formatter):
     """Puts WARNING or ERROR before the message, and nothing before the usual line."""
 
@@ -43,7 +68,7 @@ class _NamesLevel(logging.Formatter):
 
 
 def open_streams() -> None:
-    """Make descriptors 0 to 2 usable and stdout and stderr UTF-8 and line-buffered.
+    """Make descriptors 0 to 2 usable; stdout and stderr UTF-8, unbuffered, none the less lasting.
 
     A closed descriptor would be given to the next file that is opened, and prints would land in it.
     """
@@ -52,13 +77,25 @@ def open_streams() -> None:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest free descriptor: this one
-    for name in ("stdout", "stderr"):
+    for number, name in enumerate(("stdout", "stderr"), 1):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115, PTH123
-        elif hasattr(stream, "reconfigure"):
-            with contextlib.suppress(OSError, ValueError):
-                stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)
+            continue
+        with contextlib.suppress(OSError, ValueError):  # not the process's own, as in a notebook
+            if stream.fileno() == number:
+                stream.flush()
+                setattr(sys, name, _lasting(number))
+
+
+def _lasting(descriptor: int) -> io.TextIOWrapper:
+    output: Any = _Output(descriptor, "w", closefd=False)
+    return io.TextIOWrapper(output, "utf-8", "backslashreplace", write_through=True)
+
+
+def has_reader() -> bool:
+    """Whether somebody may still read stdout: False when a write has found its reader gone."""
+    return not getattr(getattr(sys.stdout, "buffer", None), "reader_left", False)
 
 
 def setup(rank: int = 0) -> None:

@@ -97,9 +97,6 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     except KeyboardInterrupt:
         print("\nthe run is left as it was", flush=True)
         return DONE
-    except BrokenPipeError:  # as after `| head`; nothing more may be written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return DONE
 
 
 def _named(argv: list[str]) -> list[str]:
@@ -205,6 +202,8 @@ def follow(cfg: Config, root: Path) -> int:
         code = show(cfg, run)
         if run.state not in LIVE:
             return code
+        if not logs.has_reader():  # as after `| head`
+            return DONE
         if clear:
             print("\nCtrl-C leaves; the run goes on", flush=True)
         time.sleep(cfg.every)

@@ -74,28 +74,45 @@ with open({str(path)!r}, "w") as file:
     assert path.read_text() == "own"
 
 
-def test_a_full_disk_under_the_log_ends_no_training_and_changes_no_exit_code() -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_under_the_log_ends_no_training_and_changes_no_exit_code(unbuffered) -> None:
     code = "log.info('a line'); log.warning('b'); logs.say('c'); sys.exit(7)"
-    assert run(code, ">/dev/full 2>/dev/full").returncode == 7
+    done = run(code, ">/dev/full 2>/dev/full", PYTHONUNBUFFERED=unbuffered)
+    assert done.returncode == 7
+
+
+def test_an_answer_that_finds_no_room_fails() -> None:
+    done = run("print('an answer')", ">/dev/full", PYTHONUNBUFFERED="")
+    assert done.returncode == 1
+    assert b"No space left" in done.stderr
+
+
+def test_a_long_line_arrives_whole_and_descriptors_follow_a_redirection() -> None:
+    done = run("print('x' * 1_000_000); os.dup2(2, 1); print('there')")
+    assert done.stdout == b"x" * 1_000_000 + b"\n"
+    assert done.stderr == b"there\n"
 
 
 def test_a_reader_that_has_left_ends_no_training_and_changes_no_exit_code(tmp_path: Path) -> None:
     path = tmp_path / "code"
     script = START + (
         "import signal\nsys.stdin.read()\n"  # until the reader of stdout is gone
-        f"log.info('a line'); log.info('b'); open({str(path)!r}, 'w').write('reached')\n"
+        "log.info('a line'); log.info('b'); print('c'); print('d', flush=True)\n"
+        f"open({str(path)!r}, 'w').write('reached')\n"
         "sys.exit(7)"
     )
     command = [sys.executable, "-c", script]
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    environ = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
     pipe = subprocess.PIPE
     process = subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, stderr=pipe)
     assert process.stdin
     assert process.stdout
     process.stdout.close()
     process.stdin.close()
+    assert process.stderr
     assert process.wait(20) == 7
     assert path.read_text() == "reached"
+    assert process.stderr.read() == b""
 
 
 def test_chatty_libraries_are_held_to_warnings() -> None:
