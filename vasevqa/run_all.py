@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
+from shared import page, report
 from shared.config import option, parse
 from shared.errors import DONE, INTERRUPTED, STOPPED
-from shared.files import open_lock, read_json
+from shared.files import open_lock, read_json, write_text
 from shared.launch import launch_alone
 from shared.stages import Stage, StageOptions, command_stage, run_stages
 from shared.status import Status
@@ -65,6 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     status.write(step=0)
     code = run_stages([_counted(stage, status) for stage in stages], options, state_dir)
     _close(status, code, RECIPE / "demo" / "runs" if cfg.demo else MODEL / "output")
+    _show(state_dir, [name for name, *_ in commands])
     return code
 
 
@@ -116,6 +118,7 @@ def _close(status: Status, code: int, output: Path) -> None:
         "higher_is_better": True,
     }
     made = [output / "checkpoint-merged", output / "evaluation" / "vqa.json"]
+    made += [output / run / report.NAME for run in ("7B", "GRPO", "merge")]
     status.write(
         state=STATES.get(code, "failed"),
         exit_code=code,
@@ -123,6 +126,17 @@ def _close(status: Status, code: int, output: Path) -> None:
         result=result if after and code == DONE else None,
         outputs=[str(path) for path in made if path.exists()],
     )
+
+
+def _show(state_dir: Path, names: list[str]) -> None:
+    """Write report.html of the chain, with a page that says when each stage was done."""
+    markers = [(name, read_json(state_dir / f"{name}.json") or {}) for name in names]
+    rows = [(name, done.get("finished_at"), done.get("seconds")) for name, done in markers]
+    sheet = page.Page("Stages")
+    sheet.add(page.table(("stage", "done at", "seconds"), rows))
+    (state_dir / "pages").mkdir(exist_ok=True)
+    write_text(state_dir / "pages" / "stages.html", sheet.render(), durable=False)
+    report.refresh(state_dir)
 
 
 if __name__ == "__main__":

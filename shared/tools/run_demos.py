@@ -6,10 +6,10 @@ demo.sh calls this. Exit code: 0 when every recipe ended well, 1 when one failed
 from __future__ import annotations
 
 import argparse
-import contextlib
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
 from shared.child import Child
-from shared.errors import DONE, FAILED, INTERRUPTED, USER_ERROR, did_you_mean
+from shared.errors import DONE, FAILED, INTERRUPTED, STOPPED, USER_ERROR, did_you_mean
 from shared.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,26 +108,40 @@ def run_demo(name: str, root: Path, child: Child) -> Outcome:
         print(f"demo.sh: {command[0]} does not start: {error}", file=sys.stderr)
         code = FAILED
     seconds = time.monotonic() - clock
-    path = root / name / "demo" / "runs" / recipe.run_directory / "status.json"
+    path = _runs(name, root) / "status.json"
     # an older file tells of an older run
     fresh = path.is_file() and path.stat().st_mtime >= started - 1
     return Outcome(name, code, seconds, (read_json(path) if fresh else None) or {})
 
 
+def _runs(name: str, root: Path) -> Path:
+    """The run directory of a recipe's demo."""
+    return root / name / "demo" / "runs" / RECIPES[name].run_directory
+
+
 def table(outcomes: list[Outcome], root: Path) -> str:
-    """The outcomes as aligned text: recipe, what was trained, result, time, outputs."""
-    rows: list[tuple[str, ...]] = [("recipe", "trained", "result", "time", "outputs")]
+    """The outcomes as aligned text: recipe, what was trained, result, time; then where to look."""
+    rows: list[tuple[str, ...]] = [("recipe", "trained", "result", "time")]
     for outcome in outcomes:
-        outputs = [_short(path, root) for path in outcome.status.get("outputs") or ["-"]]
-        trains, took = RECIPES[outcome.name].trains, f"{outcome.seconds:.0f} s"
-        rows.append((outcome.name, trains, result_text(outcome), took, outputs[0]))
-        rows += [("", "", "", "", path) for path in outputs[1:]]
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+        took = f"{outcome.seconds:.0f} s"
+        rows.append((outcome.name, RECIPES[outcome.name].trains, result_text(outcome), took))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
     rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
+    lines = [
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         for row in rows
-    )
+    ]
+    return "\n".join([*lines, *_where_to_look(outcomes, root)])
+
+
+def _where_to_look(outcomes: list[Outcome], root: Path) -> Iterator[str]:
+    """The reports that are there, and the pages that go on from a demo."""
+    reports = [path for o in outcomes if (path := _runs(o.name, root) / "report.html").is_file()]
+    if reports:
+        yield "\nthe runs as pages, for a browser"
+        yield from (f"  {path.relative_to(root)}" for path in reports)
+    pages = [f"{outcome.name}/README.md" for outcome in outcomes]
+    yield f"\nyour own data: {', '.join(pages)}"
 
 
 def result_text(outcome: Outcome) -> str:
@@ -135,7 +149,8 @@ def result_text(outcome: Outcome) -> str:
     if not outcome.ended_well:
         state = "no status.json" if outcome.code == DONE else f"exit code {outcome.code}"
         reason = " ".join(str(outcome.status.get("reason") or state).split())
-        return f"FAILED: {reason if len(reason) <= 60 else reason[:57] + '...'}"
+        word = "STOPPED" if outcome.code in (INTERRUPTED, STOPPED) else "FAILED"
+        return f"{word}: {reason if len(reason) <= 60 else reason[:57] + '...'}"
     result = outcome.status.get("result")
     if not result:
         return "done"
@@ -148,13 +163,6 @@ def result_text(outcome: Outcome) -> str:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
-
-
-def _short(path: str, root: Path) -> str:
-    """`path` below the repository where it lies there."""
-    with contextlib.suppress(ValueError):
-        return str(Path(path).relative_to(root))
-    return path
 
 
 if __name__ == "__main__":

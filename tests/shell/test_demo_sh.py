@@ -18,6 +18,7 @@ TRAIN = """#!/usr/bin/env bash
 echo "training with $*"
 cd "$(dirname "$0")" && mkdir -p demo/runs/checkpoints
 cat leaves.json > demo/runs/checkpoints/status.json
+echo "<html>" > demo/runs/checkpoints/report.html
 echo "interpreter $PYTHON"
 exit @CODE@
 """
@@ -29,7 +30,6 @@ DONE = {
         "after": 0.875,
         "higher_is_better": True,
     },
-    "outputs": [],
 }
 
 
@@ -42,6 +42,12 @@ def pretend(directory: Path, name: str, status: dict, code: int = 0) -> None:
     script.chmod(0o755)
 
 
+def rows_of(lines: list[str]) -> list[str]:
+    """The table's rows, of what a demo printed."""
+    rule = next(at for at, line in enumerate(lines) if set(line) == {"-", " "})
+    return lines[rule + 1 : lines.index("", rule)]
+
+
 @pytest.fixture
 def site(house):
     """A house with demo.sh, a set-up that has nothing to do, and a pretended face_distill."""
@@ -49,8 +55,7 @@ def site(house):
     house.take("shared/child.py", "shared/prctl.py", "shared/tools/run_demos.py")
     house.write("setup.sh", "#!/bin/sh\necho set up\n")
     house.python(".venv/bin/python", "root")
-    outputs = [str(house.root / "face_distill/demo/runs/checkpoints/best.pth"), "/elsewhere/x"]
-    pretend(house.root, "face_distill", {**DONE, "outputs": outputs})
+    pretend(house.root, "face_distill", DONE)
     return house
 
 
@@ -71,13 +76,14 @@ def test_a_demo_ends_with_the_table_of_what_was_learned(site, words):
     lines = result.stdout.splitlines()
     assert lines[0] == "set up"
     assert "training with --demo" in lines
-    head, rule, row, more = lines[-4:]
-    assert head.split() == ["recipe", "trained", "result", "time", "outputs"]
+    head, rule, row, _, pages, report, _, further = lines[-8:]
+    assert head.split() == ["recipe", "trained", "result", "time"]
     assert set(rule) == {"-", " "}
     assert row.startswith("face_distill  face adapters on a BLIP-2 vision tower  ")
     assert "accuracy 0.5123 -> 0.875" in row
-    assert row.endswith("face_distill/demo/runs/checkpoints/best.pth")
-    assert more.split() == ["/elsewhere/x"]
+    assert pages == "the runs as pages, for a browser"
+    assert report == "  face_distill/demo/runs/checkpoints/report.html"
+    assert further == "your own data: face_distill/README.md"
 
 
 def test_a_demo_uses_the_environment_that_was_set_up_unless_one_is_named(site):
@@ -111,8 +117,9 @@ def test_one_failure_does_not_stop_the_others_and_shows_in_the_exit_code(two, ca
     pretend(two, "one", {"state": "failed", "reason": "the disk\nis full"}, code=1)
     assert run_demos.main([], two) == 1
     lines = capfd.readouterr().out.splitlines()
-    assert "FAILED: the disk is full" in lines[-2]
-    assert "accuracy 0.5123 -> 0.875" in lines[-1]
+    first, second = rows_of(lines)
+    assert "FAILED: the disk is full" in first
+    assert "accuracy 0.5123 -> 0.875" in second
 
 
 def test_every_recipe_ending_well_is_exit_code_0(two, capfd):
@@ -161,7 +168,7 @@ def test_a_script_that_does_not_start_is_a_failure_of_its_own(two, capfd):
     assert run_demos.main([], two) == 1
     captured = capfd.readouterr()
     assert "does not start" in captured.err
-    assert "accuracy" in captured.out.splitlines()[-1]
+    assert "accuracy" in rows_of(captured.out.splitlines())[-1]
 
 
 SLOW = """#!/bin/sh
@@ -194,7 +201,7 @@ def test_a_stop_reaches_the_recipe_once_and_it_may_save(site, number, to_group, 
     out, _ = process.communicate(timeout=20)
     assert process.returncode == code
     assert "times asked: 1" in out
-    assert f"FAILED: exit code {code}" in out.splitlines()[-1]
+    assert f"STOPPED: exit code {code}" in rows_of(out.splitlines())[-1]
 
 
 def test_after_a_stop_the_next_recipe_does_not_start(two, capfd):

@@ -49,3 +49,19 @@ def test_the_result_is_the_accuracy_before_and_after(tmp_path):
     run_all._close(status, 143, tmp_path)
     found = read_json(tmp_path / "flow" / "status.json")
     assert (found["state"], found["result"], found["reason"]) == ("stopped", None, "stage sft")
+
+
+def test_the_chain_has_a_page_with_its_stages_and_its_result(tmp_path):
+    flow = tmp_path / "flow"
+    flow.mkdir()
+    write_json(flow / "sft.json", {"seconds": 12.5, "finished_at": "2026-01-01T00:00:00Z"})
+    (tmp_path / "7B").mkdir()
+    (tmp_path / "7B" / "report.html").write_text("of the training")
+    status = Status(flow, recipe="vasevqa")
+    run_all._counted(Stage("merge", lambda: 1), status).run()
+    run_all._close(status, 1, tmp_path)
+    run_all._show(flow, ["sft", "merge"])
+    text = (flow / "report.html").read_text()
+    assert "Failed (exit code 1): stage merge" in text
+    assert "2026-01-01T00:00:00Z" in text and "12.5" in text
+    assert str(tmp_path / "7B" / "report.html") in text and "of the training" not in text
