@@ -11,11 +11,11 @@ from torch import Tensor
 
 from arcface.evaluation import Outcome, Split
 from arcface.log_lines import in_percent
-from shared.page import Markup, Page, table, thumbnail
+from shared.page import Markup, Page, framed, table, thumbnail
 
 NEAREST = 10
 _HEIGHT = 96  # pixels of a thumbnail
-_RIGHT, _WRONG = ("✓", "#1e8a4c"), ("✗", "#c0392b")
+_RIGHT, _WRONG = ("✓", "good"), ("✗", "bad")
 
 
 def choose(first_is_right: Tensor, count: int, seed: int) -> list[int]:
@@ -64,13 +64,12 @@ def _row(outcome: Outcome, query: Split, gallery: Split, row: int) -> list[Marku
     return cells
 
 
-def _cell(split: Split, number: int, note: str, colour: str = "transparent") -> Markup:
-    """A picture with a frame of `colour` and a note below it."""
+def _cell(split: Split, number: int, note: str, kind: str = "") -> Markup:
+    """A picture with a frame and a note below it."""
     dataset = split.dataset
     alt = f"{dataset.items[number]}, {dataset.names[number]}"
     picture = thumbnail(_jpeg(dataset[number].image), alt)
-    frame = f'<span style="display:inline-block;border:3px solid {colour}">{picture}</span>'
-    return Markup(f"{frame}<br><small>{escape(note)}</small>")
+    return Markup(f"{framed(picture, kind)}<br><small>{escape(note)}</small>")
 
 
 def _jpeg(image: Tensor) -> bytes:

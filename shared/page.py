@@ -51,6 +51,10 @@ td:first-child {{ min-width: 7em; }}
 .banner {{ border-left: .4rem solid #888; padding: .3rem .8rem; font-size: 1.15rem; }}
 .banner.good {{ border-color: #1e8a4c; }} .banner.bad {{ border-color: #c43c3c; }}
 .banner.open {{ border-color: #c8640a; }}
+.tile {{ display: inline-block; width: 8rem; margin: .4rem; vertical-align: top; }}
+.tile figcaption {{ font-size: .75rem; }}
+.frame {{ display: inline-block; border: 3px solid transparent; }}
+.frame.good {{ border-color: #1e8a4c; }} .frame.bad {{ border-color: #c43c3c; }}
 pre {{ overflow-x: auto; font-size: .8rem; padding: .5rem; border: 1px solid #8886; }}
 summary {{ cursor: pointer; padding: .3rem 0; }}
 @media (prefers-color-scheme: dark) {{ body {{ background: {DARK_BACKGROUND}; color: #e4e6ea; }} }}
@@ -117,6 +121,17 @@ def thumbnail(image: bytes, alt: str, width: int | None = None) -> Markup:
     size = f' width="{width}"' if width else ""
     data = base64.b64encode(image).decode()
     return Markup(f'<img src="data:{kind};base64,{data}" alt="{escaped(alt)}"{size}>')
+
+
+def tile(content: Markup, caption: str) -> Markup:
+    """A picture of at most 128 pixels with text below it; several stand beside each other."""
+    text = escaped(caption)
+    return Markup(f'<figure class="tile">{content}<figcaption>{text}</figcaption></figure>')
+
+
+def framed(content: Markup, kind: str = "") -> Markup:
+    """A picture in a frame; kind: good, bad, or nothing for one that is not seen."""
+    return Markup(f'<span class="frame {escaped(kind)}">{content}</span>')
 
 
 def drawing(svg: bytes, alt: str) -> Markup:

@@ -143,7 +143,8 @@ def _facts(record: RunRecord) -> list[tuple[str, Any]]:
     command = record.config.get("command", record.status.get("command"))
     rows += [("command", command)] if isinstance(command, str) else []
     outputs = record.status.get("outputs")
-    rows += [("output", as_text(path)) for path in (outputs if isinstance(outputs, list) else [])]
+    outputs = outputs if isinstance(outputs, list) else []
+    rows += [("output", as_text(path).removeprefix(f"{record.run_dir}/")) for path in outputs]
     return [("directory", str(record.run_dir)), *rows]
 
 

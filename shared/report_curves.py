@@ -42,11 +42,18 @@ def charts(curves: Curves) -> Curves:
 
 
 def add_curves(page: Page, curves: Curves) -> None:
-    """A chart a tag, and a logarithmic one beside it where the values span more than a decade."""
-    tags = sorted(curves, key=lambda tag: (tag in _SPEED, "loss" not in tag.lower()))
-    if not tags:
+    """A chart a tag, and a logarithmic one beside it where the values span more than a decade.
+
+    What is the same at every step is named in a line.
+    """
+    if not curves:
         return
     page.section("Curves")
+    flat = {tag: value for tag in curves if (value := _only_value(curves[tag])) is not None}
+    if flat:
+        page.add(f"Never changed: {', '.join(f'{tag} {flat[tag]:.6g}' for tag in sorted(flat))}.")
+    moving = [tag for tag in curves if tag not in flat]
+    tags = sorted(moving, key=lambda tag: (tag in _SPEED, "loss" not in tag.lower()))
     drawn: list[Markup] = []
     for tag in tags[:_TAGS]:
         lines = {name or "value": thinned(*series) for name, series in curves[tag].items()}
@@ -75,6 +82,13 @@ def thinned(steps: list[float], values: list[float], buckets: int = _POINTS) -> 
         kept.update(pick(finite, key=values.__getitem__) for pick in (min, max) if finite)
     chosen = sorted(kept)
     return [steps[place] for place in chosen], [values[place] for place in chosen]
+
+
+def _only_value(lines: dict[str, Series]) -> float | None:
+    """The value that all of several points have, else None."""
+    values = [value for _, line in lines.values() for value in line]
+    is_flat = len(values) > 1 and len(set(values)) == 1 and math.isfinite(values[0])
+    return values[0] if is_flat else None
 
 
 def _spans_a_decade(lines: Iterable[Series]) -> bool:

@@ -189,7 +189,7 @@ def test_train_and_val_stand_in_one_chart_linear_and_logarithmic(run_dir):
     ("train", "val"), [("loss", "val/loss"), ("train_loss", "val_loss"), ("train/loss", "loss")]
 )
 def test_they_stand_together_whatever_a_recipe_calls_them(run_dir, train, val):
-    rows = [{"step": s, "split": "train", train: 1.0, "lr": 0.1} for s in (1, 2)]
+    rows = [{"step": s, "split": "train", train: 1.0, "lr": 0.1 / s} for s in (1, 2)]
     rows += [{"step": s, "split": "val", val: 2.0} for s in (1, 2)]
     rows += [{"step": s, "split": "best", "loss": 2.0} for s in (1, 2)]
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -197,6 +197,21 @@ def test_they_stand_together_whatever_a_recipe_calls_them(run_dir, train, val):
     assert [chart["aria-label"] for chart in read.named("svg")] == ["loss", "lr"]
     assert read.texts["text"].count("train") == 2 and read.texts["text"].count("val") == 1
     assert "best" not in read.texts["text"]
+
+
+def test_what_never_changes_is_named_and_not_drawn(run_dir):
+    rows = [{"step": s, "split": "train", "loss": 1.0 / s, "lr": 0.1, "clip": 0} for s in (1, 2)]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    read = Reader(page_of(run_dir))
+    assert [chart["aria-label"] for chart in read.named("svg")] == ["loss"]
+    assert "Never changed: clip 0, lr 0.1." in read.texts["p"]
+
+
+def test_an_output_in_the_run_directory_is_named_from_there(run_dir):
+    outputs = [str(run_dir / "best.pth"), "/elsewhere/x.pth"]
+    (run_dir / "status.json").write_text(json.dumps(STATUS | {"outputs": outputs}))
+    page = page_of(run_dir)
+    assert "<td>best.pth</td>" in page and "<td>/elsewhere/x.pth</td>" in page
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping, Sequence
-from html import escape
 from itertools import pairwise
 from pathlib import Path
 
 from torchvision.transforms.v2.functional import resize
 
 from shared import images
-from shared.page import Markup, line_chart, thumbnail
+from shared.page import Markup, line_chart, thumbnail, tile
 
 SIDE = 128  # pixels, the longer side
 
@@ -38,11 +37,7 @@ def gallery(root: Path, captions: Iterable[tuple[str, str]]) -> Markup:
     for name, caption in captions:
         content = small_copy(root / name)
         shown = thumbnail(content, name, SIDE) if content else Markup("<p>(gone)</p>")
-        text = escape(images.printable(caption))
-        cells.append(
-            f'<figure style="display:inline-block;margin:.4rem;width:{SIDE}px;vertical-align:top">'
-            f'{shown}<figcaption style="font-size:12px">{text}</figcaption></figure>'
-        )
+        cells.append(tile(shown, images.printable(caption)))
     return Markup("".join(cells) or "<p>none</p>")
 
 
