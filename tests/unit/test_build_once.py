@@ -1,0 +1,242 @@
+"""What is made once: whole, by one process at a time, anew when anything is amiss."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from subprocess import PIPE
+
+import pytest
+
+from shared.build_once import build_once
+from shared.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
+# Writes five files with its process id, a moment apart; says when it begins, waits for leave to end.
+SLOWLY = textwrap.dedent(
+    """
+    import logging, os, sys, time
+    from pathlib import Path
+    from shared.build_once import build_once
+
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    root, pause = Path(sys.argv[1]), float(sys.argv[2])
+
+    def make():
+        print("making", flush=True)
+        (root / "data").mkdir(exist_ok=True)
+        for number in range(5):
+            time.sleep(pause)
+            (root / "data" / f"{number}.txt").write_text(str(os.getpid()))
+        sys.stdin.readline()
+
+    build_once(root / "demo.json", {"version": 1, "seed": 0}, [root / "data"], make)
+    """
+)
+# Two of the real demos, a few pictures of each.
+DEMOS = {
+    "arcface": """
+        import sys
+        from arcface import demo
+        demo.NUM_TRAIN_ITEMS, demo.NUM_TEST_ITEMS = 6, 3
+        demo.build(sys.argv[1])
+    """,
+    "vases": """
+        import sys
+        from vasevqa import demo_vases
+        demo_vases.NUM_VASES, demo_vases.NUM_LABELLED = 8, 6
+        demo_vases.build_images(sys.argv[1])
+    """,
+}
+
+
+def start(root, pause=0.05):
+    command = [sys.executable, "-c", SLOWLY, str(root), str(pause)]
+    pipes = {"stdin": PIPE, "stdout": PIPE, "stderr": PIPE, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, **pipes)
+
+
+def contents(root):
+    return {path.name: path.read_text() for path in (root / "data").iterdir()}
+
+
+def digests(root):
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files
+    }
+
+
+class Maker:
+    """Writes two files and a loose one; counts how often."""
+
+    def __init__(self, root):
+        self.root, self.calls = root, 0
+
+    def __call__(self):
+        self.calls += 1
+        (self.root / "data" / "deep").mkdir(parents=True, exist_ok=True)
+        (self.root / "data" / "deep" / "a.txt").write_text("a")
+        (self.root / "data" / "b.txt").write_text("b")
+        (self.root / "list.json").write_text("[]")
+
+    def build(self, seed=0, version=1):
+        parts = [self.root / "data", self.root / "list.json"]
+        build_once(self.root / "demo.json", {"version": version, "seed": seed}, parts, self)
+
+
+@pytest.fixture
+def maker(tmp_path):
+    return Maker(tmp_path / "demo")
+
+
+def test_processes_at_the_same_moment_make_it_once(tmp_path):
+    both = [start(tmp_path), start(tmp_path)]
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    said = [process.communicate(timeout=60)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted(said) == ["", "making\n"]
+    maker = both[said.index("making\n")]
+    assert contents(tmp_path) == {f"{n}.txt": str(maker.pid) for n in range(5)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DEMOS)
+def test_two_first_runs_of_a_demo_end_with_one_whole_build(tmp_path, name):
+    command = [sys.executable, "-c", textwrap.dedent(DEMOS[name])]
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
+    running = [subprocess.Popen([*command, str(root)], cwd=ROOT) for root in (shared, shared)]
+    assert [process.wait(timeout=100) for process in running] == [0, 0]
+    subprocess.run([*command, str(alone)], cwd=ROOT, check=True)
+    assert digests(shared) == digests(alone)
+
+
+def test_one_that_waits_says_so_and_takes_over_what_the_other_has_made(tmp_path):
+    first = start(tmp_path)
+    assert first.stdout.readline() == "making\n"
+    second = start(tmp_path)
+    line = f"another process is at work on {tmp_path}: waiting for it\n"
+    assert second.stderr.readline() == line
+    assert second.poll() is None
+    first.communicate("\n", timeout=60)
+    assert second.communicate(timeout=60) == ("", "")
+    assert contents(tmp_path) == {f"{n}.txt": str(first.pid) for n in range(5)}
+
+
+def test_one_that_waits_for_a_killed_process_makes_it_anew(tmp_path):
+    first = start(tmp_path, pause=60)
+    assert first.stdout.readline() == "making\n"
+    (tmp_path / "data" / "half.txt").write_text("half")
+    second = start(tmp_path, pause=0)
+    assert "waiting" in second.stderr.readline()
+    os.kill(first.pid, signal.SIGKILL)
+    first.communicate(timeout=60)
+    assert second.communicate(timeout=60)[0] == "making\n"
+    assert contents(tmp_path) == {f"{n}.txt": str(second.pid) for n in range(5)}
+
+
+def test_a_signal_ends_the_waiting(tmp_path):
+    first = start(tmp_path, pause=60)
+    assert first.stdout.readline() == "making\n"
+    second = start(tmp_path)
+    assert "waiting" in second.stderr.readline()
+    second.send_signal(signal.SIGINT)
+    second.communicate(timeout=60)
+    assert second.returncode in (-signal.SIGINT, 130)
+    first.kill()
+    first.communicate(timeout=60)
+
+
+def test_what_is_whole_stays_as_it_is_also_with_files_beside(maker):
+    maker.build()
+    (maker.root / "data" / "cache.npy").write_text("made by a run")
+    maker.build()
+    assert maker.calls == 1
+    assert (maker.root / "data" / "cache.npy").exists()
+
+
+@pytest.mark.parametrize("victim", ["data/deep/a.txt", "data/b.txt", "list.json", "demo.json"])
+def test_a_file_that_has_gone_is_made_anew(maker, victim):
+    maker.build()
+    (maker.root / victim).unlink()
+    maker.build()
+    assert maker.calls == 2
+    assert (maker.root / victim).exists()
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"version": 2}])
+def test_another_seed_or_version_finds_the_parts_empty(maker, other):
+    maker.build()
+    (maker.root / "data" / "of the one before.txt").write_text("")
+    (maker.root / "runs").mkdir()
+    maker.build(**other)
+    assert maker.calls == 2
+    assert not (maker.root / "data" / "of the one before.txt").exists()
+    assert (maker.root / "runs").exists()  # not one of the parts
+    maker.build(**other)
+    assert maker.calls == 2
+
+
+def test_a_link_among_the_parts_is_taken_away_and_not_followed(maker, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine.txt").write_text("mine")
+    (maker.root / "data").mkdir(parents=True)
+    (maker.root / "data" / "link").symlink_to(elsewhere)
+    maker.build()
+    assert not (maker.root / "data" / "link").exists()
+    assert (elsewhere / "mine.txt").read_text() == "mine"
+
+
+def test_a_make_that_fails_leaves_no_marker(maker):
+    maker.build()
+
+    def fail():
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        build_once(maker.root / "demo.json", {"seed": 1}, [maker.root / "data"], fail)
+    assert not (maker.root / "demo.json").exists()
+    maker.build()
+    assert maker.calls == 2
+
+
+def test_the_marker_names_what_was_made(maker):
+    maker.build(seed=3)
+    written = json.loads((maker.root / "demo.json").read_text())
+    assert written == {
+        "version": 1,
+        "seed": 3,
+        "files": ["data/b.txt", "data/deep/a.txt", "list.json"],
+    }
+
+
+@pytest.mark.parametrize("damaged", ["", "[]", '{"version": 1, "seed": 0}', '{"files": 7}'])
+def test_a_marker_that_says_nothing_of_use_is_none(maker, damaged):
+    maker.build()
+    (maker.root / "demo.json").write_text(damaged)
+    maker.build()
+    assert maker.calls == 2
+
+
+def test_where_nothing_can_be_written_one_line_says_so(tmp_path):
+    (tmp_path / "demo").write_text("a file in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        Maker(tmp_path / "demo").build()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_whole_one_serves_where_nobody_may_write(maker):
+    maker.build()
+    maker.root.chmod(0o500)
+    try:
+        maker.build()
+    finally:
+        maker.root.chmod(0o700)
+    assert maker.calls == 1
