@@ -12,7 +12,6 @@ tuned to the data, never the data to the training.
 from __future__ import annotations
 
 import io
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,8 @@ from pathlib import Path
 import numpy as np
 
 from arcface.demo_garments import VIEWS, Style, draw_garment, draw_shot, num_styles, style_of
-from shared.files import read_json, write_atomic, write_json, write_text
+from shared.build_once import build_once
+from shared.files import write_atomic, write_text
 
 VERSION = 1  # of what is drawn and written; another number rebuilds
 NUM_TRAIN_ITEMS, NUM_TEST_ITEMS = 120, 40
@@ -57,11 +57,6 @@ class DemoPaths:
         """The directory of the lists that retrieval does not need."""
         return self.data_root / "Anno"
 
-    @property
-    def marker(self) -> Path:
-        """The file that says the build was finished, and of which version and seed."""
-        return self.root / "demo.json"
-
 
 @dataclass(frozen=True)
 class _Entry:
@@ -77,27 +72,17 @@ class _Entry:
 def build(root: Path, seed: int = 0) -> DemoPaths:
     """The demo below `root`, drawn now unless a finished one of this version and seed is there."""
     paths = DemoPaths(Path(root))
-    done = {"version": VERSION, "seed": seed}
-    if read_json(paths.marker) == done and _is_whole(paths):
-        return paths
-    if paths.marker.exists():  # of another seed or version, whose pictures have other places
-        paths.marker.unlink()
-        shutil.rmtree(paths.images, ignore_errors=True)
+    made = {"version": VERSION, "seed": seed}
+    build_once(paths.root / "demo.json", made, [paths.data_root], lambda: _build(paths, seed))
+    return paths
+
+
+def _build(paths: DemoPaths, seed: int) -> None:
     for directory in (paths.partition.parent, paths.images, paths.annotations):
         directory.mkdir(parents=True, exist_ok=True)
     entries = [entry for item in _items(seed) for entry in _write_item(paths.images, *item)]
     _write_partition(paths.partition, entries)
     _write_annotations(paths.annotations, entries)
-    write_json(paths.marker, done)
-    return paths
-
-
-def _is_whole(paths: DemoPaths) -> bool:
-    """Whether every picture of the list is there."""
-    if not paths.partition.exists():
-        return False
-    lines = paths.partition.read_text().splitlines()[2:]
-    return all((paths.images / line.split()[0]).exists() for line in lines)
 
 
 def _items(seed: int) -> Iterator[tuple[int, Style, np.random.Generator]]:

@@ -28,7 +28,8 @@ import numpy as np
 from face_distill import recordio
 from face_distill.demo_faces import NUM_LATENTS, SIZE, draw_face, draw_shot, look_of
 from face_distill.FaceDataset import FaceDataset
-from shared.files import read_json, write_atomic, write_json, write_text
+from shared.build_once import build_once
+from shared.files import write_atomic, write_json, write_text
 
 VERSION = 1  # of what is drawn and written; another number rebuilds
 NUM_PEOPLE, PICTURES_EACH = 40, 20
@@ -80,31 +81,21 @@ class DemoPaths:
         return self.root / "weights" / "blip2_weights"
 
     @property
-    def marker(self) -> Path:
-        """The file that says the build was finished, and of which version and seed."""
-        return self.root / "demo.json"
-
-    @property
-    def files(self) -> list[Path]:
-        """Every file of a finished build that the recipe's scripts read."""
-        return [
-            *(self.data_root / name for name in ("train.rec", "train.idx", "property", "lfw.bin")),
-            *(self.teacher / f"teacher_{name}.npy" for name in ("embedding", "feat_map", "labels")),
-            self.teacher / "manifest.json",
-            self.teacher_pairs,
-            self.weights / "config.json",
-            self.weights / "model.safetensors.index.json",
-        ]
+    def parts(self) -> list[Path]:
+        """The directories that all of it lies in."""
+        return [self.data_root, self.teacher, self.teacher_pairs.parent, self.weights]
 
 
 def build(root: Path, seed: int = 0) -> DemoPaths:
     """The demo below `root`, drawn now unless a finished one of this version and seed is there."""
     paths = DemoPaths(Path(root))
-    done = {"version": VERSION, "seed": seed}
-    if read_json(paths.marker) == done and all(path.exists() for path in paths.files):
-        return paths
-    paths.marker.unlink(missing_ok=True)
-    for directory in (paths.data_root, paths.teacher, paths.teacher_pairs.parent, paths.weights):
+    made = {"version": VERSION, "seed": seed}
+    build_once(paths.root / "demo.json", made, paths.parts, lambda: _build(paths, seed))
+    return paths
+
+
+def _build(paths: DemoPaths, seed: int) -> None:
+    for directory in paths.parts:
         directory.mkdir(parents=True, exist_ok=True)
     latents = _stream(seed, _PEOPLE).standard_normal((NUM_PEOPLE, NUM_LATENTS))
     maps = _write_training_set(paths.data_root, latents, seed)
@@ -112,8 +103,6 @@ def build(root: Path, seed: int = 0) -> DemoPaths:
     _write_teacher(paths, latents, maps, seed)
     _write_teacher_of_pairs(paths.teacher_pairs, strangers, seed)
     write_tower(paths.weights, seed)
-    write_json(paths.marker, done)
-    return paths
 
 
 # --- faces_emore ----------------------------------------------------------------------------------

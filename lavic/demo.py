@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 
 from lavic.demo_products import SIZES, Item, Look, all_looks, conversation, draw, make_items
-from shared.files import read_json, write_json, write_text
+from shared.build_once import build_once
+from shared.files import write_json, write_text
 
 VERSION = 2  # of what is drawn and written; another number rebuilds
 NUM_VALID = 54  # looks held out
@@ -86,37 +87,26 @@ class DemoPaths:
         return self.root / "runs" / "out_finetuned"
 
     @property
-    def marker(self) -> Path:
-        """The file that says the build was finished, and of which version and seed."""
-        return self.root / "demo.json"
-
-    @property
-    def files(self) -> list[Path]:
-        """Every file of a finished build that the recipe's scripts read, pictures apart."""
-        return [
-            self.train_data,
-            self.val_data,
-            *(self.talks / f"{split}.jsonl" for split in NUM_TALKS),
-            *(self.weights / name for name in ("config.json", "model.safetensors")),
-            *(self.weights / name for name in ("tokenizer.json", "processor_config.json")),
-        ]
+    def parts(self) -> list[Path]:
+        """The files and directories that all of it lies in."""
+        folders = [self.train_images, self.valid_images, self.talks, self.weights]
+        return [self.train_data, self.val_data, *folders]
 
 
 def build(root: Path, seed: int = 0) -> DemoPaths:
     """The demo below `root`, made now unless a finished one of this version and seed is there."""
     paths = DemoPaths(Path(root))
-    done = {"version": VERSION, "seed": seed}
-    if read_json(paths.marker) == done and all(path.exists() for path in paths.files):
-        return paths
-    paths.marker.unlink(missing_ok=True)
-    for folder in (paths.train_images, paths.valid_images, paths.talks, paths.weights):
-        folder.mkdir(parents=True, exist_ok=True)
-    items = write_data(paths, seed)
+    made = {"version": VERSION, "seed": seed}
+    build_once(paths.root / "demo.json", made, paths.parts, lambda: _build(paths, seed))
+    return paths
+
+
+def _build(paths: DemoPaths, seed: int) -> None:
     from lavic import demo_model
 
-    demo_model.write(paths.weights, items, seed)
-    write_json(paths.marker, done)
-    return paths
+    for folder in (paths.train_images, paths.valid_images, paths.talks, paths.weights):
+        folder.mkdir(parents=True, exist_ok=True)
+    demo_model.write(paths.weights, write_data(paths, seed), seed)
 
 
 def write_data(paths: DemoPaths, seed: int) -> list[Item]:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import logging
 import random
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared.files import read_json, write_atomic, write_json
+from shared.build_once import build_once
+from shared.files import write_atomic, write_json
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +58,11 @@ class DemoPaths:
         return self.data / "questions.json"
 
     @property
+    def pictures(self) -> Path:
+        """The pictures that the rows ask about."""
+        return self.data / "vases"
+
+    @property
     def model(self) -> Path:
         """The tiny Qwen2.5-VL."""
         return self.root / "weights" / "tiny-qwen2.5-vl"
@@ -72,20 +77,25 @@ class DemoPaths:
         """What merging writes."""
         return self.runs / "checkpoint-merged"
 
+    @property
+    def parts(self) -> list[Path]:
+        """The files and directories that all of it lies in."""
+        return [self.train, self.grpo, self.questions, self.pictures, self.model]
+
 
 def build(root: Path, seed: int = 0) -> DemoPaths:
     """The demo below `root`, made now unless it is there, of this version and seed."""
     paths = DemoPaths(Path(root))
-    done, marker = {"version": VERSION, "seed": seed}, paths.data / "questions_done.json"
-    if read_json(marker) == done and (paths.model / "model.safetensors").is_file():
-        return paths
-    marker.unlink(missing_ok=True)
-    paths.data.mkdir(parents=True, exist_ok=True)
+    made = {"version": VERSION, "seed": seed}
+    build_once(paths.root / "demo.json", made, paths.parts, lambda: _build(paths, seed))
+    return paths
+
+
+def _build(paths: DemoPaths, seed: int) -> None:
     log.info("making the demo in %s: vases, questions, a tiny Qwen2.5-VL", paths.root)
+    paths.pictures.mkdir(parents=True, exist_ok=True)
     _write_rows(paths, seed)
     _write_model(paths.model, seed)
-    write_json(marker, done)
-    return paths
 
 
 def flags(script: str, paths: DemoPaths) -> list[str]:
@@ -145,16 +155,13 @@ def texts() -> list[str]:
 def _write_rows(paths: DemoPaths, seed: int) -> None:
     from vasevqa.demo_questions import make_rows, with_solutions
 
-    pictures = paths.data / "vases"
-    shutil.rmtree(pictures, ignore_errors=True)
-    pictures.mkdir()
     for path, stream, count in (
         (paths.train, _TRAIN, NUM_TRAIN),
         (paths.grpo, _GRPO, NUM_GRPO),
         (paths.questions, _TEST, NUM_TEST),
     ):
         vases = _vases(count, stream, seed)
-        rows = list(make_rows(vases, Path(pictures.name), seed=stream + 10 * seed))
+        rows = list(make_rows(vases, Path(paths.pictures.name), seed=stream + 10 * seed))
         _draw(rows, vases, paths.data)
         write_json(path, with_solutions(rows) if stream == _GRPO else rows, durable=False)
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import io
 import math
-import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared import drawing
+from shared.build_once import build_once
 from shared.drawing import Colour, Floats
-from shared.files import read_json, write_atomic, write_json
+from shared.files import write_atomic, write_json
 
 VERSION = 1  # of what is drawn and written; another number rebuilds
 SIZE = 160  # pixels a side
@@ -368,19 +368,15 @@ _CORRUPT = {
 def build_images(root: Path, seed: int = 0) -> ImagePaths:
     """The pictures below `root`, drawn now unless they are there, of this version and seed."""
     paths = ImagePaths(Path(root))
-    done = {"version": VERSION, "seed": seed}
-    marker = paths.root / "images.json"
-    if read_json(marker) == done:
-        return paths
-    for directory in (paths.images, paths.labelled):
-        if marker.exists():  # of another seed or version
-            shutil.rmtree(directory, ignore_errors=True)
-    marker.unlink(missing_ok=True)
-    paths.root.mkdir(parents=True, exist_ok=True)
+    parts = [paths.images, paths.labelled, paths.truth]
+    made = {"version": VERSION, "seed": seed}
+    build_once(paths.root / "images.json", made, parts, lambda: _build_images(paths, seed))
+    return paths
+
+
+def _build_images(paths: ImagePaths, seed: int) -> None:
     write_json(paths.truth, dict(_write_unsorted(paths.images, seed)))
     _write_labelled(paths.labelled, seed)
-    write_json(marker, done)
-    return paths
 
 
 def unsorted_vases(seed: int) -> list[Vase]:

@@ -144,7 +144,7 @@ def test_a_finished_build_is_kept_and_a_partial_one_is_drawn_again(tmp_path, sma
     next(paths.images.rglob("*.jpg")).unlink()
     demo.build(tmp_path)
     assert digests(paths) == digest
-    paths.marker.unlink()
+    (paths.root / "demo.json").unlink()
     paths.partition.write_text("half")
     demo.build(tmp_path)
     assert digests(paths) == digest
@@ -159,7 +159,7 @@ def test_a_build_that_fails_leaves_no_marker(tmp_path, small, monkeypatch):
     monkeypatch.setattr(demo, "_write_annotations", fail)
     with pytest.raises(OSError, match="disk full"):
         demo.build(tmp_path, seed=1)
-    assert not paths.marker.exists()
+    assert not (paths.root / "demo.json").exists()
 
 
 def test_another_seed_leaves_no_picture_of_the_one_before(tmp_path, small):

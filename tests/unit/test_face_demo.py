@@ -39,8 +39,12 @@ def _write_no_tower(directory, seed):
         (directory / name).write_text("{}")
 
 
+def files_of(paths):
+    return [path for part in paths.parts for path in part.rglob("*") if path.is_file()]
+
+
 def digests(paths):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths.files}
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files_of(paths)}
 
 
 def test_records_are_those_of_faces_emore(paths):
@@ -151,14 +155,14 @@ def test_the_tower_loads_strictly_from_two_shards(paths):
 
 def test_a_finished_build_is_kept_and_a_partial_one_is_drawn_again(tmp_path, small):
     paths = demo.build(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in paths.files}
+    before = {path: path.stat().st_mtime_ns for path in files_of(paths)}
     demo.build(tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in paths.files} == before
+    assert {path: path.stat().st_mtime_ns for path in files_of(paths)} == before
     digest = digests(paths)
     (paths.data_root / "train.rec").unlink()
     demo.build(tmp_path)
     assert digests(paths) == digest
-    paths.marker.unlink()
+    (paths.root / "demo.json").unlink()
     (paths.data_root / "train.rec").write_bytes(b"half")
     demo.build(tmp_path)
     assert digests(paths) == digest
@@ -173,7 +177,7 @@ def test_a_build_that_fails_leaves_no_marker(tmp_path, small, monkeypatch):
     monkeypatch.setattr(demo, "write_tower", fail)
     with pytest.raises(OSError, match="disk full"):
         demo.build(tmp_path, seed=1)
-    assert not paths.marker.exists()
+    assert not (paths.root / "demo.json").exists()
 
 
 def test_seeds_draw_different_people(tmp_path, small):

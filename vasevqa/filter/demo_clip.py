@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from shared import seed
-from shared.files import read_json, write_json
+from shared.build_once import build_once
 from vasevqa.demo_vases import VIEWS, make_vases, render
 from vasevqa.filter import clip_model, prompts
 
@@ -44,14 +44,14 @@ _VASES, _STEPS, _BATCH, _SEED = 160, 110, 36, 20_000  # the seed: no vase of the
 
 def build(folder: Path) -> Path:
     """The CLIP in `folder`, trained now unless it is there."""
-    done = {"version": VERSION}
-    marker = folder / "demo.json"
-    if read_json(marker) == done:
-        return folder
+    marker = folder.with_name(f"{folder.name}.json")
+    build_once(marker, {"version": VERSION}, [folder], lambda: _build(folder))
+    return folder
+
+
+def _build(folder: Path) -> None:
     log.info("training the demo's CLIP in %s, once", folder)
     clip_model.write_folder(train(), folder, NETWORK, MEAN, STD)
-    write_json(marker, done)
-    return folder
 
 
 def train(steps: int = _STEPS, vases: int = _VASES) -> nn.Module:
