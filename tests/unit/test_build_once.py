@@ -16,7 +16,7 @@ from shared.build_once import build_once
 from shared.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
-# Writes five files with its process id, a moment apart; says when it begins, waits for leave to end.
+# Says when it begins, writes five files with its process id, waits for a line before it ends.
 SLOWLY = textwrap.dedent(
     """
     import logging, os, sys, time
@@ -27,8 +27,8 @@ SLOWLY = textwrap.dedent(
     root, pause = Path(sys.argv[1]), float(sys.argv[2])
 
     def make():
-        print("making", flush=True)
         (root / "data").mkdir(exist_ok=True)
+        print("making", flush=True)
         for number in range(5):
             time.sleep(pause)
             (root / "data" / f"{number}.txt").write_text(str(os.getpid()))
