@@ -12,8 +12,9 @@ from unittest import mock
 import pytest
 import torch
 
+from shared import report
 from shared.files import read_json, read_json_lines
-from tests.harness import ROOT, run_here, start
+from tests.harness import ROOT, run_here, start, status_of
 from tests.vase_filter_nano import (
     vase_name,
     write_clip,
@@ -233,6 +234,19 @@ def test_the_contact_sheet_shows_pictures_and_the_scores(flags, tmp_path):
     for heading in ("Borderline", "Accepted, the best", "Rejected, the worst", "Unreadable"):
         assert f"<h2>{heading}" in text
     assert text.count("data:image/jpeg;base64") >= 17 and "<svg" in text
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_the_run_s_own_page_has_settings_counts_and_the_sheet(flags, tmp_path, resume):
+    filtered([*flags, "--resume", resume, "--threshold", "0.0"])
+    run_dir, counts = tmp_path / "out" / ".clipfilter1", report_of(tmp_path)
+    config, status = read_json(run_dir / "config.json"), status_of(run_dir)
+    assert config["settings"]["threshold"] == 0.0 and "threshold" in config["defaults"]
+    assert status["data"]["accepted"] == counts["accepted_images"]
+    assert sum(status["data"].values()) == counts["total_images"]
+    report.write(run_dir)
+    text = (run_dir / "report.html").read_text()
+    assert "config.json is missing" not in text and 'class="tile"' in text
 
 
 @pytest.mark.slow

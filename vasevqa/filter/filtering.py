@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from shared import distributed
 from shared.distributed import World
 from shared.errors import UserError
-from shared.files import move_aside
 from vasevqa.filter import clip_model, clip_source, decision, filter_report, placing, rows
 from vasevqa.filter import prompts as prompt_files
 from vasevqa.filter.decision import Threshold
@@ -35,10 +34,7 @@ def filter_pictures(cfg: Config, ask: Ask | None) -> int:
     """Filter; the exit code. ask: confirms a threshold that a sample proposes."""
     world = distributed.setup(cfg.tool.device, cfg.timeout)
     names = list_pictures(cfg.input_dir)
-    with Job(cfg.state_dir, "vasevqa/filter", world) as job:
-        if cfg.resume == "never" and world.is_main:
-            log.info("what was scored is now in %s", move_aside(cfg.state_dir, ("run.lock",)))
-        distributed.barrier(world)
+    with Job(cfg.state_dir, cfg, world) as job:
         scorer = open_scorer(cfg, world)
         with scorer.cache:
             code = _Filtering(cfg, world, job, scorer, names).run(ask)
@@ -160,6 +156,7 @@ class _Filtering:
             f"{accepted} of {total} pictures accepted (score at least {threshold.value:.4f}), "
             f"{counts.get(REJECTED, 0)} rejected, {counts.get(QUARANTINE, 0)} unreadable",
             outputs=outputs,
+            data=counts,
         )
 
 

@@ -1,13 +1,13 @@
 """One run of a filter: its directory, lock, status and signals; processes that meet between steps.
 
-    with Job(directory, "vasevqa/filter", world) as job:
+    with Job(directory, cfg, world) as job:
         for batch in work:
             ...
             job.advance(len(batch))
             if job.asked_to_stop: break
         if job.meet():                        # every rank comes here
             return job.finish()
-        return job.finish("120 of 160 accepted")
+        return job.finish("120 of 160 accepted", data={"accepted": 120, "rejected": 40})
 
 What has been done lies in the passes' own files, so the same command goes on from there.
 """
@@ -21,24 +21,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shared import distributed, lock, outcome
+from shared import distributed, lock, outcome, run_directory
 from shared import status as statuses
 from shared.distributed import World
 from shared.errors import DONE
+from shared.files import move_aside
 from shared.progress import Progress
 from shared.signals import StopRequest, exit_code_for, name_of
 from shared.status import Status
 
 log = logging.getLogger(__name__)
 
+RECIPE = "vasevqa/filter"
 _EVERY = 10.0  # seconds between lines
 
 
 class Job:
     """See the module's docstring. Only rank 0 writes."""
 
-    def __init__(self, directory: Path, recipe: str, world: World) -> None:
-        self._dir, self._recipe, self._world = directory, recipe, world
+    def __init__(self, directory: Path, config: Any, world: World) -> None:
+        self._dir, self._config, self._world = directory, config, world
         self._stop, self._stopped_by = StopRequest(), 0
         self._lock: int | None = None
         self._status: Status | None = None
@@ -51,6 +53,8 @@ class Job:
         if self._world.is_main:
             try:
                 self._lock = lock.take(self._dir)
+                if self._config.resume == "never" and len(list(self._dir.iterdir())) > 1:
+                    log.info("earlier results are now in %s", move_aside(self._dir, ("run.lock",)))
             except Exception as error:
                 problem = error
         if distributed.any_rank(problem is not None, self._world):
@@ -60,12 +64,13 @@ class Job:
         if self._world.is_main:
             self._status = Status(
                 self._dir,
-                recipe=self._recipe,
+                recipe=RECIPE,
                 pid=outcome.launcher_pid(),
                 world_size=self._world.size,
                 total_steps=0,
             )
             self._status.write(step=0)
+            run_directory.describe(self._dir, self._config, self._world.size)
         return self
 
     def begin(self, what: str, total: int) -> None:
@@ -107,8 +112,9 @@ class Job:
         result: dict[str, Any] | None = None,
         outputs: list[str] | None = None,
         best: dict[str, Any] | None = None,
+        data: dict[str, int] | None = None,
     ) -> int:
-        """Close the run as done, or as stopped; its exit code."""
+        """Close the run as done, or as stopped; its exit code. data: counts, for its report."""
         code, state = DONE, "done"
         if self._stopped_by:
             code, state = exit_code_for(self._stopped_by), "stopped"
@@ -119,7 +125,7 @@ class Job:
             self._status.write(
                 state=state, exit_code=code, reason=reason, step=self._done,
                 total_steps=self._total, eta_s=None, result=result, outputs=outputs or [],
-                best=best or {},
+                best=best or {}, data=data or {},
             )  # fmt: skip
         distributed.barrier(self._world)
         return code

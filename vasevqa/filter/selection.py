@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from shared import distributed
 from shared.distributed import World
 from shared.errors import UserError
-from shared.files import move_aside, write_json, write_text
+from shared.files import write_json, write_text
 from shared.page import Page, table
 from vasevqa.filter import clip_model, clip_source, contact_sheet, placing, rows, views
 from vasevqa.filter import prompts as prompt_files
@@ -76,10 +76,7 @@ def select_views(cfg: Config) -> int:
     world = distributed.setup(cfg.tool.device, cfg.timeout)
     began = time.monotonic()
     names = list_pictures(cfg.input_dir)
-    with Job(cfg.state_dir, "vasevqa/filter", world) as job:
-        if cfg.resume == "never" and world.is_main:
-            log.info("what was scored is now in %s", move_aside(cfg.state_dir, ("run.lock",)))
-        distributed.barrier(world)
+    with Job(cfg.state_dir, cfg, world) as job:
         source = clip_source.find(cfg.model_cache_dir, cfg.clip_model, cfg.pretrained)
         clip = clip_model.load(source, world.device, cfg.tool.amp)
         with EmbeddingCache(cfg.cache_dir, clip.identity, clip.dim) as cache:
@@ -119,7 +116,9 @@ def _conclude(
         f"{tally.vases} vases, {tally.views} views, {len(tally.unmatched)} names do not match, "
         f"{len(tally.unreadable)} unreadable",
         outputs=[str(path) for path in outputs],
-    )
+        data={"vases": tally.vases, "views": tally.views, "unreadable": len(tally.unreadable),
+              "unmatched": len(tally.unmatched)},
+    )  # fmt: skip
 
 
 def _matched(cfg: Config, parts: Parts, tally: Tally) -> Iterator[Row]:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from shared import distributed, images
 from shared.distributed import World
 from shared.errors import UserError, one_line
-from shared.files import move_aside, write_atomic
+from shared.files import write_atomic
 from shared.loader import make_eval_loader
 from vasevqa.filter import placing, rows
 from vasevqa.filter.filter_report import write_stream
@@ -42,10 +42,7 @@ def sort_pictures(cfg: Config, device: str) -> int:
     world = distributed.setup(device, cfg.timeout)
     began = time.monotonic()
     names = list_pictures(cfg.source_dir)
-    with Job(cfg.state_dir, "vasevqa/filter", world) as job:
-        if cfg.resume == "never" and world.is_main:
-            log.info("earlier results are now in %s", move_aside(cfg.state_dir, ("run.lock",)))
-        distributed.barrier(world)
+    with Job(cfg.state_dir, cfg, world) as job:
         predictor = ImageQualityPredictor(cfg.model_path, world.device)
         parts = Parts(cfg.state_dir / f"results-{file_identity(cfg.model_path)}", world)
         _classify(cfg, job, predictor, parts, names)
@@ -138,7 +135,9 @@ def _decide(
         f"{counts.get(HIGH, 0)} of {sum(counts.values())} pictures are of high quality, "
         f"{counts.get(LOW, 0)} of low, {counts.get(QUARANTINE, 0)} unreadable",
         outputs=[str(path) for path in outputs],
-    )
+        data={"high quality": counts.get(HIGH, 0), "low quality": counts.get(LOW, 0),
+              "unreadable": counts.get(QUARANTINE, 0)},
+    )  # fmt: skip
 
 
 def _refuse_mostly_unreadable(ledger: Ledger, cfg: Config) -> None:
