@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from multimodal import audio, samples
-from multimodal.samples import Counts, Sample, Sounds
+from multimodal.samples import Sample, Sounds
 from multimodal.tables import read_table
 from shared.errors import UserError
 
@@ -57,24 +57,18 @@ class AudioCaps(Dataset[Sample]):
         )
         files = _files(root, split)
         listed = listed_clips(root / f"{split}.csv")
-        self._clips, skipped = samples.usable(
+        self._clips, self.counts = samples.usable(
             listed, lambda clip: files.get(clip.key), samples.sound_problem,
-            what="clips", where=root / f"{split}.csv",
+            of=("audiocaps", split), what="clips", where=root / f"{split}.csv", limit=limit,
         )  # fmt: skip
         self._files = files
-        self.counts = Counts(
-            "audiocaps", split, len(listed), len(self._clips),
-            sum(len(clip.captions) for clip in self._clips), skipped,
-        )  # fmt: skip
-        self._clips = samples.limited(self._clips, limit)
-        self._replacing = samples.Replacing("clips")
+        self._replacing = samples.Replacing("audiocaps", "clips")
 
     def __len__(self) -> int:
         return len(self._clips)
 
     def __getitem__(self, index: int) -> Sample:
-        index = range(len(self))[index]
-        return self._replacing.load(index, len(self), self._load, "audiocaps")
+        return self._replacing.load(index, len(self), self._load)
 
     def _load(self, index: int) -> Sample:
         text = samples.text_of(samples.pick(self._clips[index].captions, self._is_train))

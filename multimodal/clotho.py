@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from multimodal import samples
-from multimodal.samples import Counts, Sample, Sounds
+from multimodal.samples import Sample, Sounds
 from multimodal.tables import read_table
 from shared.errors import UserError
 
@@ -57,23 +57,17 @@ class Clotho(Dataset[Sample]):
         self._folder = root / folder
         self.label_names = _frequent_keywords(root / "clotho_metadata_development.csv")
         listed = _clips(root, folder, self.label_names)
-        self._clips, skipped = samples.usable(
+        self._clips, self.counts = samples.usable(
             listed, lambda clip: self._folder / clip.name, samples.sound_problem,
-            what="clips", where=root / f"clotho_captions_{folder}.csv",
+            of=("clotho", folder), what="clips", where=_captions_file(root, folder), limit=limit,
         )  # fmt: skip
-        self.counts = Counts(
-            "clotho", folder, len(listed), len(self._clips),
-            sum(len(clip.captions) for clip in self._clips), skipped,
-        )  # fmt: skip
-        self._clips = samples.limited(self._clips, limit)
-        self._replacing = samples.Replacing("clips")
+        self._replacing = samples.Replacing("clotho", "clips")
 
     def __len__(self) -> int:
         return len(self._clips)
 
     def __getitem__(self, index: int) -> Sample:
-        index = range(len(self))[index]
-        return self._replacing.load(index, len(self), self._load, "clotho")
+        return self._replacing.load(index, len(self), self._load)
 
     def _load(self, index: int) -> Sample:
         clip = self._clips[index]
@@ -101,8 +95,12 @@ class Clotho(Dataset[Sample]):
         return self._clips[index].name
 
 
+def _captions_file(root: Path, folder: str) -> Path:
+    return root / f"clotho_captions_{folder}.csv"
+
+
 def _clips(root: Path, folder: str, keywords: tuple[str, ...]) -> list[_Clip]:
-    path = root / f"clotho_captions_{folder}.csv"
+    path = _captions_file(root, folder)
     columns = [f"caption_{number}" for number in range(1, 6)]
     rows = read_table(path, "utf-8-sig", ["file_name", *columns])
     number_of = {word: number for number, word in enumerate(keywords)}

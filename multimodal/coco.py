@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 
 from multimodal import coco_files, pictures, samples
 from multimodal.coco_files import Picture
-from multimodal.samples import Counts, Sample
+from multimodal.samples import Sample
 from shared.errors import UserError
 from shared.seed import derive
 
@@ -47,22 +47,17 @@ class Coco(Dataset[Sample]):
         if len(self.label_names) > samples.NUM_LABELS:
             raise UserError(f"{root}: {len(self.label_names)} categories, at most 80 are expected")
         listed, name = _of_split(root, split, year, everything)
-        self._pictures, skipped = samples.usable(
-            listed, lambda item: item.file, pictures.problem, what="pictures", where=root
-        )
-        self.counts = Counts(
-            "coco", name, len(listed), len(self._pictures),
-            sum(len(item.captions) for item in self._pictures), skipped,
+        self._pictures, self.counts = samples.usable(
+            listed, lambda item: item.file, pictures.problem,
+            of=("coco", name), what="pictures", where=root, limit=limit,
         )  # fmt: skip
-        self._pictures = samples.limited(self._pictures, limit)
-        self._replacing = samples.Replacing("pictures")
+        self._replacing = samples.Replacing("coco", "pictures")
 
     def __len__(self) -> int:
         return len(self._pictures)
 
     def __getitem__(self, index: int) -> Sample:
-        index = range(len(self))[index]
-        return self._replacing.load(index, len(self), self._load, "coco")
+        return self._replacing.load(index, len(self), self._load)
 
     def _load(self, index: int) -> Sample:
         item = self._pictures[index]

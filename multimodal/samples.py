@@ -49,20 +49,22 @@ class Counts:
 
 
 def usable(
-    items: Iterable[T],
+    listed: Sequence[T],
     path_of: Callable[[T], Path | None],
     problem: Callable[[Path], str | None],
     *,
+    of: tuple[str, str],
     what: str,
     where: Path,
-) -> tuple[list[T], dict[str, int]]:
-    """The items whose files are there and readable, and how many are not, by reason.
+    limit: int | None = None,
+) -> tuple[list[T], Counts]:
+    """The items whose files are there and readable, `limit` of them spread, and all in numbers.
 
     path_of: the item's file, None where there is none. problem: why a file cannot be used.
+    of: data set and split, for people. what, where: the items, and what lists them.
     Raises UserError when none is there, more than half are missing, or more than a twentieth of the
     rest is damaged.
     """
-    listed = list(items)
     paths = [path_of(item) for item in listed]
     with ThreadPoolExecutor(_READERS) as threads:
         problems = list(
@@ -76,7 +78,9 @@ def usable(
         if why not in (None, "missing"):
             bad.add(str(path), str(why))
     bad.refuse_above(MOST_BAD, len(listed) - missing)
-    return good, ({"missing": missing} if missing else {}) | bad.reasons
+    captions = sum(len(getattr(item, "captions", ())) for item in good)
+    skipped = ({"missing": missing} if missing else {}) | bad.reasons
+    return _limited(good, limit), Counts(*of, len(listed), len(good), captions, skipped)
 
 
 def _refuse_missing(missing: int, total: int, what: str, where: Path) -> None:
@@ -94,11 +98,16 @@ class Replacing:
     it holds the next item. Counts are of this process; loader workers keep their own.
     """
 
-    def __init__(self, what: str) -> None:
-        self.skipped = Skipped(what)
+    def __init__(self, data_set: str, what: str) -> None:
+        self._name, self.skipped = data_set, Skipped(what)
 
-    def load(self, index: int, total: int, load: Callable[[int], Sample], name: str) -> Sample:
-        """The sample of `index`, or of the next that gives one, with `replaced` added."""
+    def load(self, index: int, total: int, load: Callable[[int], Sample]) -> Sample:
+        """The sample of `index`, or of the next that gives one, with `replaced` added.
+
+        Raises IndexError for an index outside, and UserError when so many are damaged that the set
+        is not what it should be.
+        """
+        index, name = range(total)[index], self._name
         for step in range(total):
             try:
                 sample = load((index + step) % total)
@@ -198,7 +207,7 @@ def checked_split(split: str) -> str:
     return split
 
 
-def limited(items: list[T], limit: int | None) -> list[T]:
+def _limited(items: list[T], limit: int | None) -> list[T]:
     """`limit` items, spread over the list; None means all. Raises UserError below 1."""
     if limit is None or limit >= len(items):
         return items

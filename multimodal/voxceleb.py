@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from multimodal import audio, pictures, samples
-from multimodal.samples import Counts, Sample, Sounds
+from multimodal.samples import Sample, Sounds
 from shared.errors import UserError
 from shared.images import SUFFIXES
 from shared.seed import derive
@@ -64,13 +64,12 @@ class VoxCeleb(Dataset[Sample]):
         speakers = sorted({item.speaker for item in listed})
         chosen = _of_split(speakers, split, _test_speakers(root))
         listed = [item for item in listed if item.speaker in chosen]
-        self._items, skipped = samples.usable(
-            listed, lambda item: item.file, samples.sound_problem, what="utterances", where=root
-        )
+        self._items, self.counts = samples.usable(
+            listed, lambda item: item.file, samples.sound_problem,
+            of=("voxceleb", split), what="utterances", where=root, limit=limit,
+        )  # fmt: skip
         self._numbers = {speaker: number for number, speaker in enumerate(sorted(chosen))}
-        self.counts = Counts("voxceleb", split, len(listed), len(self._items), 0, skipped)
-        self._items = samples.limited(self._items, limit)
-        self._replacing = samples.Replacing("utterances")
+        self._replacing = samples.Replacing("voxceleb", "utterances")
 
     @property
     def has_faces(self) -> bool:
@@ -86,8 +85,7 @@ class VoxCeleb(Dataset[Sample]):
         return len(self._items)
 
     def __getitem__(self, index: int) -> Sample:
-        index = range(len(self))[index]
-        return self._replacing.load(index, len(self), self._load, "voxceleb")
+        return self._replacing.load(index, len(self), self._load)
 
     def _load(self, index: int) -> Sample:
         speaker = torch.tensor(self._numbers[self._items[index].speaker])
