@@ -54,7 +54,7 @@ class Encoder(nn.Module):
         self._norm_eval = norm_eval
 
     def forward(self, images: Tensor) -> Tensor:
-        """See the class."""
+        """Embeddings (B, D) of the normalised images (B, 3, S, S)."""
         return self.backbone(images)
 
     def train(self, mode: bool = True) -> Encoder:

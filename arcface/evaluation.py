@@ -35,7 +35,7 @@ class Split:
 
     @property
     def chosen(self) -> Tensor:
-        """The numbers of the pictures to embed."""
+        """The numbers of the pictures to embed, int64 (N,)."""
         return torch.arange(len(self.dataset)) if self.numbers is None else self.numbers
 
 

@@ -106,6 +106,7 @@ class Learner:
     def loss(self, images: Tensor, labels: Tensor, step: int) -> Tensor:
         """The mean loss of this process's images or, with a head beside DDP, of all images.
 
+        images (B, 3, S, S) normalised, labels (B,) int64; `step` decides what a sampled head draws.
         Either way DDP's gradients are those of the mean over all images.
         """
         if self.rows is None:

@@ -66,7 +66,7 @@ class Distiller(nn.Module):
     def forward(
         self, images: Tensor, labels: Tensor, embeddings: Tensor, maps: Tensor
     ) -> dict[str, Tensor]:
-        """Terms ArcFace, AT and RKD, unweighted.
+        """Terms ArcFace, AT and RKD, unweighted scalars.
 
         images (B, 3, S, S) normalised, labels (B,), the teacher's embeddings (B, D_t) and maps.
         """
@@ -75,7 +75,10 @@ class Distiller(nn.Module):
     def terms(
         self, images: Tensor, labels: Tensor, embeddings: Tensor, maps: Tensor
     ) -> dict[str, Tensor]:
-        """The terms of this process's images alone, whatever the others do (for validation)."""
+        """The terms of this process's images alone, whatever the others do (for validation).
+
+        Scalars, of inputs as `forward` takes them.
+        """
         return self._form(images, labels, embeddings, maps, World())
 
     def _form(
@@ -97,7 +100,7 @@ class Distiller(nn.Module):
         }
 
     def total(self, terms: dict[str, Tensor], *, arc_only: bool) -> Tensor:
-        """The weighted sum of the terms; of ArcFace alone during the warm-up."""
+        """The weighted sum of the terms, a scalar; of ArcFace alone during the warm-up."""
         total = self.weights.arc * terms["ArcFace"]
         if arc_only:
             return total

@@ -69,7 +69,7 @@ class RecordSource:
         return np.array([self._own_label(int(key)) for key in keys], np.int64)
 
     def identities(self) -> Iterator[np.ndarray]:
-        """The image keys of each identity, in the order of the file."""
+        """The image keys of each identity, int64 (n,), in the order of the file."""
         if not self._identity_keys.size:
             yield from groups(self.keys, self.labels(self.keys))
         elif self._ranges_are_exact():
@@ -166,7 +166,7 @@ class FolderSource:
         return np.array([numbers[self._names[key]] for key in keys], np.int64)
 
     def identities(self) -> Iterator[np.ndarray]:
-        """The image keys of each folder."""
+        """The image keys of each folder, int64 (n,)."""
         yield from groups(self.keys, self.labels(self.keys))
 
     def read(self, key: int) -> bytes:
@@ -191,7 +191,7 @@ class FolderSource:
 
 
 def groups(keys: np.ndarray, labels: np.ndarray) -> list[np.ndarray]:
-    """The keys of each label, in the order in which the labels first appear."""
+    """The keys (N,) of each label (N,), in the order in which the labels first appear."""
     numbers = number_by_appearance(labels)
     order = np.argsort(numbers, kind="stable")
     return np.split(keys[order], np.cumsum(np.bincount(numbers))[:-1])

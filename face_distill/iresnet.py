@@ -101,7 +101,7 @@ class IResNet(nn.Module):
             return self.features(self.fc(flat.float())), feature_map
 
     def forward(self, images: Tensor) -> Tensor:
-        """The embeddings alone."""
+        """The embeddings (B, 512) alone."""
         return self.embed_and_map(images)[0]
 
 

@@ -128,6 +128,7 @@ def split_kinds(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """The sorted distances of the pairs of one person, and of those of two.
 
+    distances, same: (P,), numbers and whether a pair is of one person.
     Raises UserError unless there are pairs of both kinds, ValueError for lengths that differ.
     """
     distances, same = np.asarray(distances, np.float64), np.asarray(same, dtype=bool)

@@ -73,7 +73,7 @@ class Teacher(nn.Module):
         self._preprocess = Preprocess(wanted.image_size, wanted.mean, wanted.std)
 
     def embed_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings and maps of images that are preprocessed already."""
+        """Embeddings (B, D) and maps (B, C, H', W') of preprocessed images (B, 3, H, W)."""
         embeddings, maps = cast(Network, self.network).embed_and_map(images)
         if embeddings.dim() != 2 or maps.dim() != 4 or len(embeddings) != len(maps):
             raise UserError(

@@ -102,7 +102,7 @@ class Parts:
         return range(first, min(first + self.rows_each, self.num_rows))
 
     def write(self, number: int, embeddings: np.ndarray, maps: np.ndarray) -> None:
-        """Keep a part, whole or not at all."""
+        """Keep a part, whole or not at all: embeddings (n, D) and maps (n, …) of its n rows."""
         write_atomic(self._path(number), lambda f: np.savez(f, embedding=embeddings, map=maps))
 
     def assemble(self, labels: np.ndarray) -> None:

@@ -107,7 +107,10 @@ def flip_embeddings(
 
 
 def verify(embed: Callable[[Tensor], Tensor], pairs: Pairs, batch_size: int = 128) -> Accuracy:
-    """Ten-fold accuracy on `pairs` of the `flip_embeddings` that `embed` gives."""
+    """Ten-fold accuracy on `pairs` of the `flip_embeddings` that `embed` gives.
+
+    embed: uint8 images (B, 3, H, W) → embeddings (B, D).
+    """
     embeddings = flip_embeddings(embed, pairs.images, batch_size).numpy()
     return ten_fold_accuracy(embeddings[0::2], embeddings[1::2], pairs.same)
 

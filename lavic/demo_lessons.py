@@ -207,7 +207,7 @@ def _different_looks(rng: random.Random, count: int) -> list[Look]:
 
 
 def lesson_loss(model: Any, rows: list[Row], pad: int) -> Tensor:
-    """The mean of the answers' token losses."""
+    """The mean of the answers' token losses, in nats; a scalar."""
     core = model.model.language_model
     tokens = torch.full((len(rows), max(len(row.tokens) for row in rows)), pad)
     for number, row in enumerate(rows):
@@ -224,7 +224,10 @@ def lesson_loss(model: Any, rows: list[Row], pad: int) -> Tensor:
 
 
 def as_seen(table: Tensor, looks: Tensor) -> Tensor:
-    """What stands for a picture in the lessons: its words' sum, louder or softer, blurred."""
+    """What stands for a picture in the lessons: its words' sum, louder or softer, blurred; (N, D).
+
+    table: (tokens, D), the embeddings; looks: (N, words), the ids of each picture's words.
+    """
     clear = torch.zeros(len(looks), table.shape[1])
     clear[:, WORD_DIMS] = table[looks][..., WORD_DIMS].sum(1)
     clear[:, ANY], clear[:, IS_SEEN] = 1, 2

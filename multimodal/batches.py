@@ -148,6 +148,6 @@ def in_order(
 
 
 def labels_of(batch: Batch, device: torch.device) -> Tensor | None:
-    """Take the labels out of a batch."""
+    """Take the labels (B, classes) out of a batch, to the device; None where it has none."""
     labels = batch.pop("labels", None)
     return None if labels is None else labels.to(device, non_blocking=True)

@@ -134,7 +134,10 @@ class Learner(nn.Module):
 def loss_of(
     task: Task, outputs: Outputs, labels: Tensor | None, options: LossOptions, world: World
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of a batch's outputs, and its parts by name."""
+    """The loss of a batch's outputs, a scalar, and its parts by name, without gradients.
+
+    outputs: features (B, D) and logits (B, classes) of this process; labels: (B, classes).
+    """
     parts: dict[str, Tensor] = {}
     if task.contrasts:
         one, other = (outputs[f"{name}_features"] for name in task.modalities)

@@ -175,7 +175,10 @@ class ClassCentres(nn.Module):
             return softmax_loss(logits, columns, labels != IGNORED, self.world)
 
     def gathered(self, labels: Tensor) -> Tensor:
-        """The labels of all ranks, by rank. Raises UserError for one that is no class."""
+        """The labels of all ranks, int64 (ranks x B,), by rank.
+
+        Raises UserError for one that is no class.
+        """
         labels = gather_with_grad(labels.long(), self.world)
         wrong = labels[((labels < 0) | (labels >= self.num_classes)) & (labels != IGNORED)]
         if len(wrong):

@@ -57,7 +57,7 @@ def decode_rgb(content: bytes) -> Tensor:
 
 
 def read_rgb(path: Path) -> Tensor:
-    """The picture in the file `path`, as `decode_rgb` gives it.
+    """The picture in the file `path` as `decode_rgb` gives it: uint8 (3, H, W).
 
     Raises ValueError, with the reason in a few words, for one that is missing or cannot be read.
     """

@@ -45,7 +45,7 @@ class Amp:
         return torch.autocast(self._device_type, enabled=False)
 
     def backward(self, loss: Tensor) -> None:
-        """Add this loss's gradients (a micro-batch of an accumulated step)."""
+        """Add the gradients of this loss, a scalar (a micro-batch of an accumulated step)."""
         self._scaler.scale(loss).backward()
 
     def step(

@@ -287,7 +287,7 @@ class Positives:
         return len(self.groups)
 
     def of(self, numbers: Tensor) -> Positives:
-        """The same for the queries `numbers` alone, in that order."""
+        """The same for the queries `numbers`, int64 (n,), alone, in that order."""
         return Positives(self.groups[numbers], self.keys, self.num_gallery)
 
     def hits(self, indices: Tensor) -> Tensor:

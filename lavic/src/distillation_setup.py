@@ -62,7 +62,7 @@ class Learner:
             self._start = FixedStart(self.model, self.fixed)
 
     def nll(self, batch: Batch) -> Tensor:
-        """The batch's loss, summed over its labels."""
+        """The batch's loss in nats, summed over its labels; a scalar."""
         return caption_nll(self.model, batch, self.item_ids, self._start)
 
     def train(self) -> None:

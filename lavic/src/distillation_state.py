@@ -26,7 +26,7 @@ class Tally:
         self._labels = self.seen = self.left_out = 0.0
 
     def add(self, nll: Tensor, step: Step) -> None:
-        """Count a step whose labels' losses sum up to `nll` here; the device is not waited for."""
+        """Count a step whose labels' losses sum up to `nll` here, a scalar; the device goes on."""
         self._nll += nll
         self._labels += step.num_labels
         self.left_out += len(step.left_out)

@@ -118,7 +118,10 @@ class _Store:
             raise UserError(f"{directory} cannot be made: {error.strerror}; give --cache") from None
 
     def read(self, wanted: Iterable[str]) -> dict[str, Tensor]:
-        """{digest: vectors} of the wanted pictures that are there; damaged files do not count."""
+        """{digest: vectors (views, D)} of the wanted pictures that are there.
+
+        Damaged files do not count.
+        """
         from safetensors import SafetensorError, safe_open
 
         wanted, found = set(wanted), dict[str, Tensor]()
@@ -138,7 +141,7 @@ class _Store:
         return found
 
     def write(self, vectors: dict[str, Tensor]) -> None:
-        """Keep the vectors of some pictures, in one step."""
+        """Keep the vectors (views, D) of some pictures, in one step."""
         from safetensors.torch import save
 
         names = sorted(vectors)

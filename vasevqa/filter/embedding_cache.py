@@ -88,7 +88,7 @@ class EmbeddingCache:
             self._index()
 
     def table(self, name: str, make: Callable[[], NDArray[np.float32]]) -> NDArray[np.float32]:
-        """A small array that belongs to the model, made once: the prompts' embeddings."""
+        """A small array that belongs to the model, made once: the prompts' embeddings (P, D)."""
         path = self._dir / f"{name}.npy"
         try:
             return np.load(path, allow_pickle=False)

@@ -51,7 +51,7 @@ class Splits:
 
     @property
     def class_weights(self) -> Tensor:
-        """What a picture of each label counts, so that both labels count the same in all."""
+        """What a picture of each label counts, (2,), so that both count the same in all."""
         counts = torch.tensor(self.counts, dtype=torch.float32)
         return counts.sum() / (len(LABELS) * counts)
 

@@ -58,7 +58,8 @@ def measure(
 ) -> Measured:
     """`net` on all ranks' batches, which may differ in number: only sums are exchanged.
 
-    class_weights: what a picture of each label counts in the loss, which without them is not taken.
+    batches: images (B, 3, S, S) and labels (B,). class_weights: (classes,), what a picture of each
+    label counts in the loss, which without them is not taken.
     """
     net.eval()
     cells = torch.zeros(_NUM * _NUM, dtype=torch.float64, device=world.device)

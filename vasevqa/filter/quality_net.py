@@ -42,7 +42,7 @@ class ImageQualityNet(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """The logits."""
+        """The logits (B, num_classes)."""
         return self.resnet(images)
 
 
