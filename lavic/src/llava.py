@@ -13,7 +13,6 @@ width, B rows of L tokens.
 
 from __future__ import annotations
 
-import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lavic.src import hub
 from shared import weights
 from shared.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import LlavaNextForConditionalGeneration
-
-log = logging.getLogger(__name__)
 
 MOST_VIEWS = 5  # of one picture: the whole and up to four tiles
 ITEM_TOKENS = [f"<ItemImageEmb{number}>" for number in range(1, MOST_VIEWS + 1)]
@@ -45,21 +43,23 @@ def load_base(
 
     path_or_id: a directory that exists, else a model id of the Hub; what is not in the cache is
     fetched from there, and a log line says so first.
-    Raises UserError for a directory that is no whole LLaVA-NeXT checkpoint, and for an id that
-    cannot be fetched.
+    Raises UserError for a directory that is no whole LLaVA-NeXT checkpoint, and for a model that
+    cannot be had, within 15 seconds where nobody answers.
     """
+    source, is_local = str(path_or_id), Path(path_or_id).is_dir()
+    if is_local:
+        _check_directory(Path(source))
+    where: Any = {"local_files_only": is_local or not hub.answers_for(source)}
     import transformers
     from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
-    source = str(path_or_id)
-    _check_directory(Path(source)) if Path(source).is_dir() else _announce_download(source)
     try:
         loaded: Any = LlavaNextForConditionalGeneration.from_pretrained(
-            source, dtype=dtype, device_map={"": device}, output_loading_info=True
+            source, dtype=dtype, device_map={"": device}, output_loading_info=True, **where
         )
-        processor = AutoProcessor.from_pretrained(source)
+        processor = AutoProcessor.from_pretrained(source, **where)
     except (OSError, ValueError) as error:
         raise UserError(f"{source} cannot be loaded: {one_line(error)}") from None
     model, report = loaded
@@ -195,22 +195,3 @@ def _check_directory(directory: Path) -> None:
         raise UserError(f"{directory / 'config.json'}: {one_line(error)}") from None
     if kind != "llava_next":
         raise UserError(f"{directory} holds a {kind} model, expected llava_next (LLaVA-v1.6)")
-
-
-def _announce_download(model_id: str) -> None:
-    """Say that `model_id` will be fetched, unless the cache has it."""
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    if isinstance(try_to_load_from_cache(model_id, "config.json"), str):
-        return
-    if constants.HF_HUB_OFFLINE:
-        raise UserError(
-            f"{model_id} is no directory here and not in the cache {constants.HF_HUB_CACHE}, and "
-            "HF_HUB_OFFLINE forbids to fetch it: unset it, or give --model_name a local path"
-        )
-    log.info(
-        "%s is fetched from %s into %s (LLaVA-v1.6-Mistral-7B: 15 GB)",
-        model_id,
-        constants.ENDPOINT,
-        constants.HF_HUB_CACHE,
-    )
