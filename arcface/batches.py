@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from arcface.inshop import Garment
-from shared.errors import UserError, did_you_mean
+from arcface.section import refuse_unknown
+from shared.errors import UserError
 
 _SETTINGS = ("type", "num_classes", "mean", "std", "to_rgb")
 
@@ -97,12 +98,7 @@ def open_preprocess(settings: Any, direction: str = "horizontal") -> Preprocess:
     Raises UserError for settings that are unknown or of a wrong kind, and for BGR.
     """
     name = "data_preprocessor"
-    if not isinstance(settings, dict):
-        raise UserError(f"{name} is {settings!r}, expected dict(mean=…, std=…)")
-    for key in settings:
-        if key not in _SETTINGS:
-            hint = did_you_mean(str(key), _SETTINGS)
-            raise UserError(f"{name} has no setting {key}; allowed: {', '.join(_SETTINGS)}{hint}")
+    refuse_unknown(settings, name, _SETTINGS, "dict(mean=…, std=…)")
     if settings.get("to_rgb", True) is not True:
         raise UserError(f"{name}.to_rgb is {settings['to_rgb']!r}: pictures are RGB here, use True")
     for key in ("mean", "std"):

@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
+from shared.files import make_output
 from shared.launch import launch_alone
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
         data = settings.roots[settings.recipe.query.name]
         sys.stdout.write(f"{checkpoint} on {data}; results go to {out}\n")
         return 0
-    _make_directory(out)
+    make_output(out)
     return _evaluate(cfg, checkpoint, settings, out)
 
 
@@ -90,22 +91,10 @@ def _file(cfg: Config) -> Path:
 def _settings(cfg: Config, checkpoint: Path) -> "Settings":
     from arcface import run_settings
 
+    overrides = run_settings.Overrides(cfg.cfg_options, cfg.data_root)
     if cfg.config:
-        load = run_settings.load
-        return load(cfg.config, cfg.cfg_options, data_root=cfg.data_root, cwd=Path.cwd())
-    return run_settings.load_stored(
-        checkpoint.parent, cfg.cfg_options, data_root=cfg.data_root, cwd=Path.cwd()
-    )
-
-
-def _make_directory(out: Path) -> None:
-    """Find out before the work, not after it, whether the results can be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror}") from None
-    if not os.access(out, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: choose another directory")
+        return run_settings.load(cfg.config, overrides, Path.cwd())
+    return run_settings.load_stored(checkpoint.parent, overrides, Path.cwd())
 
 
 def _evaluate(cfg: Config, checkpoint: Path, settings: "Settings", out: Path) -> int:

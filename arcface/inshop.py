@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 
 from arcface.partition import Picture, read_partition
 from arcface.pipeline import Pipeline, build_pipeline
-from shared.errors import UserError, did_you_mean, one_line
+from arcface.section import refuse_unknown
+from shared.errors import UserError, one_line
 from shared.images import decode_rgb
 
 LIST = "Eval/list_eval_partition.txt"
@@ -147,12 +148,7 @@ def open_inshop(settings: Any, root: Path, name: str, max_bad: float = 0.01) -> 
     name: the dict's key, for messages. root: the found data_root (see config_options.data_roots).
     Raises UserError for settings that are unknown or of a wrong kind.
     """
-    if not isinstance(settings, dict):
-        raise UserError(f"{name} is {settings!r}, expected dict(type='InShop', …)")
-    for key in settings:
-        if key not in _SETTINGS:
-            hint = did_you_mean(str(key), _SETTINGS)
-            raise UserError(f"{name} has no setting {key}; allowed: {', '.join(_SETTINGS)}{hint}")
+    refuse_unknown(settings, name, _SETTINGS, "dict(type='InShop', …)")
     if settings.get("type") != "InShop":
         raise UserError(f"{name}.type is {settings.get('type')!r}, allowed: InShop")
     words = {

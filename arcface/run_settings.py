@@ -63,34 +63,32 @@ class Settings:
         )  # fmt: skip
 
 
-def load(
-    name: str,
-    options: tuple[str, ...] = (),
-    *,
-    cwd: Path,
-    data_root: Path | None = None,
-    scale_lr: bool = False,
-    strict: bool = False,
-) -> Settings:
-    """The settings of the configuration file `name` under `--cfg-options` and the flags beside.
+@dataclass(frozen=True)
+class Overrides:
+    """What a command line lays over a configuration: --cfg-options and the flags beside.
+
+    data_root: of every split. scale_lr: the learning rate follows the batch size. strict: what is
+    not understood is refused, not remarked on.
+    """
+
+    options: tuple[str, ...] = ()
+    data_root: Path | None = None
+    scale_lr: bool = False
+    strict: bool = False
+
+
+def load(name: str, overrides: Overrides, cwd: Path) -> Settings:
+    """The settings of the configuration file `name`, as found from `cwd`, under `overrides`.
 
     Raises UserError for anything not understood and for data that is not there.
     """
-    configuration = config_reader.read_config(config_reader.find_config(name, cwd))
-    return _settle(configuration, options, data_root, scale_lr, strict, cwd)
+    file = config_reader.find_config(name, cwd)
+    return _settle(config_reader.read_config(file), overrides, cwd)
 
 
-def load_stored(
-    run_dir: Path,
-    options: tuple[str, ...] = (),
-    *,
-    cwd: Path,
-    data_root: Path | None = None,
-    scale_lr: bool = False,
-    strict: bool = False,
-) -> Settings:
-    """The settings of the run in `run_dir`, under further options. Raises UserError as `load`."""
-    return _settle(stored_configuration(run_dir), options, data_root, scale_lr, strict, cwd)
+def load_stored(run_dir: Path, overrides: Overrides, cwd: Path) -> Settings:
+    """The settings of the run in `run_dir` under further overrides. Raises UserError as `load`."""
+    return _settle(stored_configuration(run_dir), overrides, cwd)
 
 
 def directory_of(checkpoint: Path) -> Path:
@@ -130,29 +128,22 @@ def changes(run_dir: Path, now: dict[str, Any]) -> list[str]:
         return []
 
 
-def _settle(
-    configuration: dict[str, Any],
-    options: tuple[str, ...],
-    data_root: Path | None,
-    scale_lr: bool,
-    strict: bool,
-    cwd: Path,
-) -> Settings:
-    """Put the options over the configuration and read what comes out."""
+def _settle(configuration: dict[str, Any], overrides: Overrides, cwd: Path) -> Settings:
+    """Put the overrides over the configuration and read what comes out."""
     before = flat(_plain(configuration))
     configuration, remarks = config_options.with_options(
-        configuration, options, known=KNOWN, strict=strict
+        configuration, overrides.options, known=KNOWN, strict=overrides.strict
     )
-    if data_root is not None:
-        configuration = config_options.with_data_root(configuration, str(data_root))
-    if scale_lr:
+    if overrides.data_root is not None:
+        configuration = config_options.with_data_root(configuration, str(overrides.data_root))
+    if overrides.scale_lr:
         scaling = configuration.get("auto_scale_lr") or {}
         configuration["auto_scale_lr"] = {**scaling, "enable": True}
     after = flat(_plain(configuration))
     names = before.keys() | after.keys()
     changed = {n: before.get(n) for n in sorted(names) if before.get(n) != after.get(n)}
     recipe, unread = read_recipe(configuration, cwd)
-    if strict and unread:
+    if overrides.strict and unread:
         raise UserError(f"{unread[0]} (--strict-cfg refuses it)")
     typed = " ".join(remarks)
     remarks += [line for line in unread if line.split(" ")[0] not in typed]  # once is enough

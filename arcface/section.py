@@ -113,6 +113,16 @@ class Section:
         raise UserError(f"{self._dotted(key)} {found}, expected {expected}")
 
 
+def refuse_unknown(settings: Any, name: str, allowed: Sequence[str], form: str) -> None:
+    """Raise UserError unless `settings` is a dict with no keys but `allowed`; form: an example."""
+    if not isinstance(settings, dict):
+        raise UserError(f"{name} is {settings!r}, expected {form}")
+    for key in settings:
+        if key not in allowed:
+            hint = did_you_mean(str(key), allowed)
+            raise UserError(f"{name} has no setting {key}; allowed: {', '.join(allowed)}{hint}")
+
+
 def is_number(value: Any) -> bool:
     """Whether it is a finite int or float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

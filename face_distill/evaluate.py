@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
+from shared.files import make_output
 from shared.launch import launch_alone
 
 # --- configuration: edit here, or type the flag of the same name ----------------------------------
@@ -78,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
         names = ", ".join(file.name for file in files)
         sys.stdout.write(f"{checkpoint} on the tower {tower}, with {names}; results in {out}\n")
         return 0
-    _make_directory(out)
+    make_output(out)
     return _evaluate(replace(cfg, checkpoint=checkpoint, blip_path=tower, out=out), files)
 
 
@@ -108,16 +109,6 @@ def _set_files(data_root: Path) -> list[Path]:
             "(faces_emore brings them), or type --data-root FILE.bin"
         )
     return files
-
-
-def _make_directory(out: Path) -> None:
-    """Find out before the work, not after it, whether the results can be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror}") from None
-    if not os.access(out, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: choose another directory")
 
 
 def _evaluate(cfg: Config, files: list[Path]) -> int:

@@ -21,7 +21,7 @@ sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # 
 
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
-from shared.files import write_atomic, write_json
+from shared.files import make_output, write_atomic, write_json
 from shared.launch import launch_alone
 
 if TYPE_CHECKING:
@@ -93,10 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     if cfg.tool.dry_run:
         return 0
-    try:
-        cfg.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {cfg.out} cannot be made: {error.strerror}") from None
+    make_output(cfg.out)
     return _embed(cfg, inputs, checkpoint)
 
 

@@ -20,7 +20,7 @@ sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # 
 
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError, did_you_mean
-from shared.files import write_json, write_text
+from shared.files import make_output, write_json, write_text
 from shared.launch import launch_alone
 
 RECIPE = Path(__file__).resolve().parent
@@ -70,10 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.tool.dry_run:
         sys.stdout.write(f"{checkpoint}, {cfg.split} splits; results go to {out}\n")
         return 0
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror}") from None
+    make_output(out)
     return _evaluate(cfg, checkpoint, out, run_dir)
 
 

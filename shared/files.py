@@ -109,6 +109,19 @@ def open_lock(run_dir: Path) -> int:
         ) from None
 
 
+def make_output(directory: Path, flag: str = "--out") -> None:
+    """Make the directory that `flag` names, before the work whose results it will hold.
+
+    Raises UserError when it cannot be made, or nothing written there.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{flag} {directory} cannot be made: {error.strerror}") from None
+    if not os.access(directory, os.W_OK):
+        raise UserError(f"{flag} {directory} cannot be written: choose another directory")
+
+
 def remove_stale_temporaries(directory: Path) -> list[Path]:
     """Delete what `write_atomic` left in `directory` when its process was killed.
 

@@ -151,15 +151,16 @@ def _settings(cfg: Config) -> "Settings":
     """The checked recipe; of an explicit --resume PATH the run's own, unless a file is typed."""
     from arcface import run_settings
 
-    paths = {"data_root": cfg.data_root, "cwd": Path.cwd()}
-    flags = {"strict": cfg.strict_cfg, "scale_lr": cfg.auto_scale_lr}
+    overrides = run_settings.Overrides(
+        cfg.cfg_options, cfg.data_root, scale_lr=cfg.auto_scale_lr, strict=cfg.strict_cfg
+    )
     if not cfg.run.is_explicit_resume:
-        return run_settings.load(cfg.config or CONFIG, cfg.cfg_options, **flags, **paths)
+        return run_settings.load(cfg.config or CONFIG, overrides, Path.cwd())
     written = run_settings.directory_of(Path(cfg.run.resume))
     if cfg.config and "config" in cfg.run.typed:
-        settings = run_settings.load(cfg.config, cfg.cfg_options, **flags, **paths)
+        settings = run_settings.load(cfg.config, overrides, Path.cwd())
     else:
-        settings = run_settings.load_stored(written, cfg.cfg_options, **flags, **paths)
+        settings = run_settings.load_stored(written, overrides, Path.cwd())
     before = run_settings.stored_configuration(written)
     run_settings.refuse_changes(before, settings.configuration, cfg.run.resume)
     return settings

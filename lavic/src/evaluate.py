@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root,
 
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
-from shared.files import write_json
+from shared.files import make_output, write_json
 from shared.launch import launch_alone
 
 SRC = Path(__file__).resolve().parent
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.tool.dry_run:
         sys.stdout.write(f"stage {stage}: {adapter} on {cfg.data_root}; results go to {out}\n")
         return 0
-    _make_directory(out)
+    make_output(out)
     return _evaluate(cfg, adapter, stage, out)
 
 
@@ -102,16 +102,6 @@ def _adapter_at(checkpoint: Path) -> Path:
         f"{checkpoint} holds no adapter (adapter_config.json, or a run's {' or '.join(ADAPTERS)}): "
         "train first with ./run_training.sh, or give --checkpoint PATH"
     )
-
-
-def _make_directory(out: Path) -> None:
-    """Find out before the work, not after it, whether the results can be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be made: {error.strerror}") from None
-    if not os.access(out, os.W_OK):
-        raise UserError(f"--out {out} cannot be written: choose another directory")
 
 
 def _evaluate(cfg: Config, adapter: Path, stage: int, out: Path) -> int:

@@ -169,7 +169,8 @@ def test_what_decides_the_numbers_is_told_from_what_does_not(documented):
 def test_settings_of_a_run_can_be_read_back(tmp_path):
     (tmp_path / "Eval").mkdir()
     (tmp_path / "Img").mkdir()
-    settings = run_settings.load(str(DOCUMENTED), data_root=tmp_path, cwd=tmp_path, scale_lr=True)
+    overrides = run_settings.Overrides(data_root=tmp_path, scale_lr=True)
+    settings = run_settings.load(str(DOCUMENTED), overrides, tmp_path)
     assert set(settings.roots.values()) == {tmp_path}
     assert settings.remarks == []
     assert settings.recipe.base_batch_size == 256
@@ -180,7 +181,7 @@ def test_what_options_changed_is_kept_with_the_files_values(tmp_path):
     config = "config/arcface/resnet18-arcface_demo.py"
     (tmp_path / "Img" / "img").mkdir(parents=True)
     (tmp_path / "Eval").mkdir()
-    settings = run_settings.load(config, options, cwd=tmp_path, data_root=tmp_path)
+    settings = run_settings.load(config, run_settings.Overrides(options, tmp_path), tmp_path)
     kept = settings.for_run(RunOptions(), "random")
     assert kept.changed["train_dataloader.batch_size"] == 24
     assert kept.changed["model.head.sample_rate"] is None

@@ -8,6 +8,7 @@ from typing import IO
 import pytest
 
 from shared import files
+from shared.errors import UserError
 
 
 def fail_half_way(stream: IO[bytes]) -> None:
@@ -152,3 +153,14 @@ def test_lines_that_are_no_objects_are_passed_over(tmp_path):
 @pytest.mark.parametrize("name", ["x" * 5000, "nul\0", "missing"])
 def test_what_no_file_can_be_called_is_no_file(tmp_path, name):
     assert not files.is_file(tmp_path / name)
+
+
+def test_an_output_directory_is_made_or_refused_in_one_line(tmp_path, monkeypatch):
+    files.make_output(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"^--to .*/file/c cannot be made: Not a directory$"):
+        files.make_output(tmp_path / "file" / "c", "--to")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    with pytest.raises(UserError, match=r"^--out .*/a cannot be written: choose another"):
+        files.make_output(tmp_path / "a")
