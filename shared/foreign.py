@@ -50,11 +50,13 @@ def run(
     *,
     env: Mapping[str, str] | None = None,
     progress: Progress | None = None,
+    data: Mapping[str, int] | None = None,
 ) -> int:
     """Run a foreign program to its end; the exit code of the run.
 
     0 done; 143 or 130 when it ended after a stop signal to us; 2 and 3 as the program left with
-    them; else 1. progress: what changes in status.json (default: read from logging.jsonl).
+    them; else 1. progress: what changes in status.json (default: read from logging.jsonl). data:
+    counts for the report.
     Raises UserError when the program is missing or a live run holds `run_dir`.
     """
     path = None if env is None else env.get("PATH")
@@ -63,7 +65,9 @@ def run(
     handle = lock.take(run_dir)
     try:
         adopt_orphans()
-        return _Foreign(command, run_dir, options, progress).run(env, handle)
+        program = _Foreign(command, run_dir, options, progress)
+        program.counts(data or {})
+        return program.run(env, handle)
     finally:
         os.close(handle)
 
@@ -87,6 +91,10 @@ class _Foreign:
             **{"command": shlex.join(command)},
             **{"step": 0, "total_steps": options.total_steps or None, "epoch": 0, "eta_s": None},
         )
+
+    def counts(self, data: Mapping[str, int]) -> None:
+        """What the program is given to work on."""
+        self._status.fields["data"] = dict(data)
 
     def run(self, env: Mapping[str, str] | None, handle: int) -> int:
         """Start the program under its guard and wait; the exit code of the run."""

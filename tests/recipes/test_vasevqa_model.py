@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import re
 from dataclasses import dataclass
@@ -61,6 +62,20 @@ def test_the_loss_of_fine_tuning_falls_and_the_status_follows(chain):
     status = status_of(chain.nano.root / "7B")
     assert (status["state"], status["step"], status["total_steps"]) == ("done", 6, 6)
     assert status["last"]["loss"] == pytest.approx(losses[6])
+
+
+def test_each_run_s_page_has_its_flags_its_surroundings_and_its_rows(chain):
+    root = chain.nano.root
+    config = read_json(root / "7B" / "config.json")
+    assert config["settings"]["learning_rate"] == "5e-3"
+    assert config["defaults"]["learning_rate"] == "1e-4"
+    assert config["defaults"]["max_steps"] == "swift's own"
+    assert config["versions"]["ms-swift"] == importlib.metadata.version("ms-swift")
+    rows = len(json.loads(chain.nano.train.read_text(encoding="utf-8")))
+    assert status_of(root / "7B")["data"] == {"rows": rows}
+    for run in ("7B", "GRPO", "merge"):
+        page = (root / run / "report.html").read_text(encoding="utf-8")
+        assert "config.json is missing" not in page and "<td>ms-swift</td>" in page, run
 
 
 def logits_of(model, processor, nano):

@@ -76,7 +76,7 @@ def _flags(documented: list[str], typed: list[str]) -> "tuple[Flags, Flags]":
 
 def _merge(merge: "Merge", flags: "Flags", *, dry: bool) -> int:
     from shared import foreign
-    from vasevqa.model import merging, swift_flags
+    from vasevqa.model import merging, runs, swift_flags
 
     fresh = merge.target.with_name(f".{merge.target.name}.{os.getpid()}")
     named = {"adapters": [str(merge.adapter)], "model": [merge.base], "output_dir": [str(fresh)]}
@@ -87,9 +87,11 @@ def _merge(merge: "Merge", flags: "Flags", *, dry: bool) -> int:
     _check_room(merge)
     command = [sys.executable, str(HERE / "swift_command.py"), *words]
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    options = foreign.ForeignOptions(recipe="vasevqa")
+    options, run_dir = foreign.ForeignOptions(recipe="vasevqa"), merge.target.parent / "merge"
+    runs.refuse_live(run_dir)
+    runs.describe_merge(run_dir, flags | named, shlex.join(["swift", *words]))
     try:
-        code = foreign.run(command, merge.target.parent / "merge", options, env=env)
+        code = foreign.run(command, run_dir, options, env=env)
         if code != DONE:
             return code
         merging.verify(merge, fresh)

@@ -36,11 +36,14 @@ _ADAPT = Path(__file__).resolve().parent / "plugin" / "adapt.py"
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be run. `own` are the flags that stay here; notes are lines for the log."""
+    """What will be run. `own` are the flags that stay here, `documented` those of the script
+    itself; notes are lines for the log.
+    """
 
     script: str
     flags: Flags
     own: Flags = field(default_factory=dict)
+    documented: Flags = field(default_factory=dict)
     world_size: int = 1
     notes: tuple[str, ...] = ()
 
@@ -88,14 +91,15 @@ def make(script: str, documented: list[str], typed: list[str], here: Path, there
     """
     base, base_notes = swift_flags.translate(swift_flags.read(documented))
     own_words, notes = swift_flags.translate(swift_flags.read(typed))
-    flags = paths.absolute(base, there) | paths.absolute(own_words, here)
+    documented_flags = paths.absolute(base, there)
+    flags = documented_flags | paths.absolute(own_words, here)
     own = {name: flags.pop(name) for name in OWN if name in flags}
     if "run_dir" in own:
         flags["output_dir"] = [str(here / swift_flags.text(own, "run_dir"))]
     swift_flags.refuse_unknown(flags)
     if not flags.get("output_dir"):
         raise UserError("--output_dir is not given: name a directory for checkpoints and log")
-    return Plan(script, flags, own, notes=(*base_notes, *notes))
+    return Plan(script, flags, own, documented_flags, notes=(*base_notes, *notes))
 
 
 def for_this_machine(plan: Plan, visible_gpus: int, environ: Mapping[str, str]) -> Plan:

@@ -5,26 +5,33 @@ Standard library only.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import logging
+import os
+import platform
 import re
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shared.device import driver_version, present_gpus
 from shared.errors import UserError
 from shared.files import is_alive, move_aside, read_json, write_json
 from vasevqa.model import swift_flags
 from vasevqa.model.needs import broken_safetensors
 from vasevqa.model.paths import RESUME_WORDS
 from vasevqa.model.plan import Plan
+from vasevqa.model.swift_flags import Flags
 
 log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
 _STAYS = ("run.lock",)
+_PACKAGES = ("ms-swift", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
 
 
 @dataclass(frozen=True)
@@ -95,12 +102,43 @@ def begin(plan: Plan) -> Plan:
 
 
 def describe(plan: Plan) -> None:
-    """Write config.json: flags, what a continued run must share, the command."""
-    command = shlex.join(["swift", *plan.command])
-    base = Path(swift_flags.text(plan.flags, "model"))
-    settings = {"settings": plan.flags, "identity": plan.identity, "command": command}
-    settings["base_files"] = files_of(base)
-    write_json(plan.output_dir / CONFIG, settings)
+    """Write config.json: flags, what a continued run must share, command and environment."""
+    typed = {name: value for name, value in plan.flags.items()
+             if value != plan.documented.get(name)}  # fmt: skip
+    description = {
+        "settings": _words(plan.flags),
+        "defaults": {**dict.fromkeys(typed, "swift's own"), **_words(plan.documented, typed)},
+        "identity": plan.identity,
+        "command": shlex.join(["swift", *plan.command]),
+        "base_files": files_of(Path(swift_flags.text(plan.flags, "model"))),
+        **surroundings(),
+    }
+    write_json(plan.output_dir / CONFIG, description)
+
+
+def describe_merge(run_dir: Path, flags: Flags, command: str) -> None:
+    """Write config.json of a run that merges."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    description = {"settings": _words(flags), "command": command, **surroundings()}
+    write_json(run_dir / CONFIG, description)
+
+
+def surroundings() -> dict[str, dict[str, Any]]:
+    """Versions of what swift stands on, and the machine."""
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    machine = {"system": f"{platform.system()} {platform.release()}", "cpu_cores": os.cpu_count()}
+    if gpus := present_gpus():
+        machine |= {"gpus": gpus, "driver": driver_version()}
+    return {"versions": versions, "environment": machine}
+
+
+def _words(flags: Flags, names: Collection[str] | None = None) -> dict[str, str]:
+    """The flags as they are typed, without their dashes."""
+    chosen = flags if names is None else [name for name in flags if name in names]
+    return {name: shlex.join(flags[name]) for name in chosen}
 
 
 def continuation(run_dir: Path, identity: dict[str, Any], resume: str) -> Checkpoint | None:

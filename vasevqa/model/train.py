@@ -114,17 +114,19 @@ def _run(plan: "Plan", found: "Findings", steps: int) -> int:
     variables = {"TOKENIZERS_PARALLELISM": "false", **bar, **os.environ}
     if "demo" in plan.own:  # all that a demo makes lies in its folder
         variables.setdefault("MODELSCOPE_CACHE", str(HERE.parent / "demo" / "cache"))
-    return _supervise(ready, steps, variables | ({"ROOT_IMAGE_DIR": str(root)} if root else {}))
+    if root:
+        variables["ROOT_IMAGE_DIR"] = str(root)
+    return _supervise(ready, steps, variables, {"rows": found.num_rows})
 
 
-def _supervise(plan: "Plan", steps: int, variables: dict[str, str]) -> int:
+def _supervise(plan: "Plan", steps: int, variables: dict[str, str], data: dict[str, int]) -> int:
     """Run swift with the care our own runs get: lock, status, signals, exit code."""
     from shared import foreign
 
     sys.stdout.write(f"swift {shlex.join(plan.command)}\n")
     command = [sys.executable, str(HERE / "swift_command.py"), *plan.command]
     options = foreign.ForeignOptions(recipe="vasevqa", total_steps=steps)
-    return foreign.run(command, plan.output_dir, options, env=variables)
+    return foreign.run(command, plan.output_dir, options, env=variables, data=data)
 
 
 def _roots() -> list[Path]:
