@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and the decision which one a run continues from.
+"""Checkpoints: files that are whole or not there, and the parts of a run that they hold.
 
 A checkpoint holds plain types only, so torch's default (safe) loading reads it.
 """
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from shared import pickles
-from shared.config import differing
 from shared.errors import UserError, one_line
-from shared.files import read_object, write_atomic
+from shared.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -71,16 +70,6 @@ class DamagedError(Exception):
     """A checkpoint file that cannot be read whole."""
 
 
-@dataclass(frozen=True)
-class Decision:
-    """How a run begins: from `checkpoint` or afresh, `why`, and whether an older run makes room."""
-
-    checkpoint: Path | None = None
-    why: str = ""
-    move_aside: bool = False
-    is_named: bool = False  # the user named this file: no other will do
-
-
 def save(path: Path, state: dict[str, Any], keep: int = 2) -> None:
     """Put `state` at `path` in one step; the `keep - 1` checkpoints before it stay as path.1, …
 
@@ -123,6 +112,13 @@ def previous(path: Path, number: int) -> Path:
     return path.with_name(f"{path.stem}.{number}{path.suffix}") if number else path
 
 
+def older(path: Path) -> list[int]:
+    """The numbers of the checkpoints that stand before the one at `path`, newest first."""
+    names = [found.name for found in path.parent.glob(f"{path.stem}.*{path.suffix}")]
+    numbers = [name[len(path.stem) + 1 : -len(path.suffix)] for name in names]
+    return sorted(int(number) for number in numbers if number.isdigit())
+
+
 def load(path: Path) -> dict[str, Any]:
     """The state in `path`, on the CPU. Every byte is checked (the archive's CRCs).
 
@@ -163,45 +159,12 @@ def find(path: Path, *, explicit: bool) -> tuple[Path, dict[str, Any]] | None:
             raise UserError(
                 f"{error}; give another checkpoint, or --resume auto for the newest whole one"
             ) from None
-    for candidate in (previous(path, number) for number in [0, *sorted(_numbers(path))]):
+    for candidate in (previous(path, number) for number in [0, *older(path)]):
         try:
             return candidate, load(candidate)
         except DamagedError as error:
             log.warning("checkpoint passed over: %s", error)
     return None
-
-
-def decide(
-    run_dir: Path, last: str, resume: str, identity: dict[str, Any], restarted: bool
-) -> Decision:
-    """Whether a run in `run_dir` continues, and from which checkpoint (the contract of --resume).
-
-    identity: the settings that must be the same for an automatic continuation.
-    restarted: the launcher started this process again after a crash; then always continue.
-    """
-    if restarted and (run_dir / last).exists():
-        return Decision(run_dir / last)
-    if resume not in ("auto", "latest", "never"):
-        path = Path(resume)
-        return Decision(path / last if path.is_dir() else path, is_named=path.is_file())
-    if restarted:
-        return Decision()
-    status = read_object(run_dir / "status.json")
-    if not _worth_keeping(run_dir, last, status):
-        return Decision()
-    if resume == "never":
-        return Decision(None, "--resume never", move_aside=True)
-    if not (run_dir / last).exists() and not _numbers(run_dir / last):
-        return Decision(None, "no checkpoint there to continue from", move_aside=True)
-    if status.get("state") == "done":
-        return Decision(None, "the run there is finished", move_aside=True)
-    stored = read_object(run_dir / "config.json").get("identity")
-    changed = differing(stored if isinstance(stored, dict) else {}, identity)
-    if changed:
-        return Decision(
-            None, f"the run there had other settings ({'; '.join(changed)})", move_aside=True
-        )
-    return Decision(run_dir / last)
 
 
 def collect(parts: Parts) -> None:
@@ -222,28 +185,6 @@ def snapshot(parts: Parts, position: Position, generators: list[dict[str, Any]])
         "parts": {name: part.state_dict() for name, part in parts.items()},
         "generators": generators,
     }
-
-
-def of_a_run(path: Path, state: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-    """Both as they are. Raises UserError for weights alone, from which no run can continue."""
-    if not {"position", "world_size", "parts", "generators"} <= state.keys():
-        raise UserError(
-            f"{path} holds weights and no state of a run (optimizer, position): give a checkpoint "
-            "that was saved while training, or --resume auto"
-        )
-    return path, state
-
-
-def check_world_size(path: Path, before: int, now: int, *, allowed: bool) -> None:
-    """Raise UserError when another number of processes wrote the checkpoint, unless `allowed`."""
-    if before == now:
-        return
-    if not allowed:
-        raise UserError(
-            f"{path} was written by {before} process(es), this run has {now}; use --nproc "
-            f"{before}, or --allow-reshard to continue with another order of samples"
-        )
-    log.warning("%d → %d processes: not the same run to the bit from here", before, now)
 
 
 def load_parts(parts: Parts, states: dict[str, Any], path: Path) -> None:
@@ -309,19 +250,3 @@ def _check_shapes(name: str, module: nn.Module, state: dict[str, Any], path: Pat
     if wrong:
         shown = "; ".join(wrong[:5]) + (f"; and {len(wrong) - 5} more" if len(wrong) > 5 else "")
         raise UserError(f"{path}: {name} does not fit this model: {shown}")
-
-
-def _worth_keeping(run_dir: Path, last: str, status: dict[str, Any]) -> bool:
-    """Whether the directory holds anything besides the traces of a run that never took a step."""
-    traces = {"run.lock", "status.json", "config.json", "metrics.jsonl", "tensorboard"}
-    traces.add("report.html")
-    others = [entry for entry in run_dir.iterdir() if entry.name not in traces]
-    return bool(others) or bool(status.get("step"))
-
-
-def _numbers(path: Path) -> list[int]:
-    pattern = f"{path.stem}.*{path.suffix}"
-    names = [
-        found.name[len(path.stem) + 1 : -len(path.suffix)] for found in path.parent.glob(pattern)
-    ]
-    return [int(name) for name in names if name.isdigit()]

@@ -28,12 +28,13 @@ from typing import Any
 
 from torch import Tensor
 
-from shared import checkpoint, distributed, lock, outcome, run_directory, seed, status
-from shared.checkpoint import Decision, Parts, Position
+from shared import checkpoint, distributed, lock, outcome, resume, run_directory, seed, status
+from shared.checkpoint import Parts, Position
 from shared.config import HasRunOptions
 from shared.distributed import World
 from shared.errors import DONE, hint_for, one_line
 from shared.reporter import Plan, Reporter
+from shared.resume import Decision
 from shared.signals import StopRequest, exit_code_for, name_of
 
 log = logging.getLogger(__name__)
@@ -71,9 +72,10 @@ class Run:
 
         Raises UserError when it does not fit or, named explicitly, cannot be read.
         """
-        path = self._decision.checkpoint
-        if path:
-            self._continue_from(path, parts)
+        self.position = resume.continue_from(
+            self._decision, parts, self._world,
+            total_steps=self._plan.total_steps, allow_reshard=self._options.allow_reshard,
+        )  # fmt: skip
         outcome.announce(self._dir)
         if self._world.is_main:
             size = checkpoint.expected_size(parts, self._world.size)
@@ -176,23 +178,6 @@ class Run:
         if self._world.size == 1 and self._reporter:
             failure = outcome.failure_of(error)
             status.close(self._dir, failure.code, failure.message)
-
-    def _continue_from(self, path: Path, parts: Parts) -> None:
-        found = checkpoint.find(path, explicit=self._decision.is_named)
-        if found is None:
-            log.warning("no checkpoint in %s can be read: starting from the beginning", path.parent)
-            return
-        path, state = checkpoint.of_a_run(*found)
-        allowed = self._options.allow_reshard
-        checkpoint.check_world_size(path, state["world_size"], self._world.size, allowed=allowed)
-        checkpoint.load_parts(parts, state["parts"], path)
-        self.position = Position(**state["position"])
-        if self._world.rank < len(state["generators"]):
-            seed.set_state(state["generators"][self._world.rank])
-        step, total = self.position.step, self._plan.total_steps
-        log.info("continuing from %s at step %d of %d", path, step, total)
-        if step >= total:
-            log.info("this run is finished; more --epochs would continue it")
 
     def _write(self, parts: Parts, generators: list[dict[str, Any]]) -> str | None:
         """Write the checkpoint; what went wrong, if the disk refused it."""

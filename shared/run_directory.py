@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from shared import checkpoint
-from shared.checkpoint import Decision
+from shared import resume
 from shared.config import HasRunOptions, RunOptions, settings
 from shared.device import driver_version
 from shared.files import move_aside, write_json
 from shared.reporter import Plan
+from shared.resume import Decision
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,10 @@ def begin(run_dir: Path, plan: Plan, config: HasRunOptions, world_size: int) -> 
     """Decide how the run begins; an older one that is not continued is moved aside."""
     options = config.run
     fresh_demo = options.demo and "resume" not in options.typed
-    resume = "never" if fresh_demo else options.resume
+    typed = "never" if fresh_demo else options.resume
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     identity = _identity(config, world_size)
-    decision = checkpoint.decide(run_dir, plan.last, resume, identity, restarted)
+    decision = resume.decide(run_dir, plan.last, typed, identity, restarted)
     if decision.move_aside:
         aside = move_aside(run_dir, keep=("run.lock",))
         log.info("a new run starts: %s; what was in %s is now in %s", decision.why, run_dir, aside)

@@ -16,8 +16,20 @@ from PIL import Image
 from arcface import config_options, config_reader, partition, recipe, run_settings
 from face_distill import recordio, teacher, verification
 from face_distill import run_settings as face_settings
-from shared import checkpoint, config, files, images, report, run_text, run_view, seed, weights
+from shared import (
+    checkpoint,
+    config,
+    files,
+    images,
+    report,
+    resume,
+    run_text,
+    run_view,
+    seed,
+    weights,
+)
 from shared.checkpoint import DamagedError, Position
+from shared.distributed import World
 from tests.faults.probe_recipe import Config
 from tests.fuzzing import Reader
 
@@ -174,12 +186,10 @@ def _parts() -> tuple[dict[str, Any], torch.optim.Optimizer]:
 
 def _continue_run(directory: Path) -> None:
     """What `Run.restore` does."""
-    decision = checkpoint.decide(directory, "last.pt", "auto", {"lr": 0.1, "seed": 0}, False)
-    found = decision.checkpoint and checkpoint.find(decision.checkpoint, explicit=False)
-    if found:
-        path, state = checkpoint.of_a_run(*found)
-        net, optimizer = _parts()
-        checkpoint.load_parts({**net, "optimizer": optimizer}, state["parts"], path)
+    decision = resume.decide(directory, "last.pt", "auto", {"lr": 0.1, "seed": 0}, False)
+    net, optimizer = _parts()
+    parts, world = {**net, "optimizer": optimizer}, World()
+    resume.continue_from(decision, parts, world, total_steps=10, allow_reshard=False)
 
 
 def _make_safetensors(path: Path) -> None:

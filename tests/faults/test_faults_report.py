@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import checkpoint, report
+from shared import report, resume
 from shared.files import read_json
 from tests.faults.probe_recipe import main
 from tests.harness import PROBE, ROOT, run_here, start, wait_for_step
@@ -114,4 +114,4 @@ def test_a_mistake_before_the_run_leaves_no_page(tmp_path):
 def test_a_page_alone_is_no_run_worth_keeping(tmp_path):
     for name in ("status.json", "config.json", "report.html"):
         (tmp_path / name).write_text("{}")
-    assert not checkpoint.decide(tmp_path, "last.pt", "auto", {}, False).move_aside
+    assert not resume.decide(tmp_path, "last.pt", "auto", {}, False).move_aside

@@ -1,5 +1,4 @@
 import errno
-import json
 import logging
 import os
 import pickle
@@ -13,7 +12,7 @@ import torch
 from torch import nn
 
 from shared import checkpoint
-from shared.checkpoint import DamagedError, Decision, Position, decide, find, load, save
+from shared.checkpoint import DamagedError, Position, find, load, save
 from shared.early_stopping import EarlyStopping
 from shared.errors import UserError
 
@@ -180,13 +179,6 @@ def test_a_damaged_checkpoint_named_explicitly_is_an_error_and_no_other_is_taken
         find(tmp_path / LAST, explicit=True)
 
 
-def test_a_file_of_weights_alone_is_no_checkpoint_of_a_run() -> None:
-    state = {"position": {}, "world_size": 1, "parts": {}, "generators": []}
-    assert checkpoint.of_a_run(Path("last.pt"), state) == (Path("last.pt"), state)
-    with pytest.raises(UserError, match=r"best\.pt holds weights and no state of a run"):
-        checkpoint.of_a_run(Path("best.pt"), {"model_state_dict": {}})
-
-
 def test_ten_checkpoints_are_tried_from_the_newest_on(tmp_path: Path) -> None:
     path = tmp_path / LAST
     save_steps(path, *range(1, 13), keep=12)
@@ -234,117 +226,6 @@ def test_the_refusal_of_code_says_what_to_do(tmp_path: Path) -> None:
     torch.save({"step": Evil(tmp_path / "made")}, tmp_path / LAST)
     with pytest.raises(UserError, match=r"could run code; use a checkpoint written by this"):
         load(tmp_path / LAST)
-
-
-# the decision how a run begins: the contract of --resume
-
-IDENTITY = {"batch_size": 8, "world_size": 1}
-
-
-@pytest.fixture
-def run_dir(tmp_path: Path) -> Path:
-    directory = tmp_path / "run"
-    directory.mkdir()
-    (directory / "run.lock").touch()
-    return directory
-
-
-def leave(run_dir: Path, state: str, step: int = 5, checkpoints: tuple[str, ...] = (LAST,)) -> None:
-    """Leave in `run_dir` what a run in `state` leaves."""
-    status = {"state": state, "step": step}
-    (run_dir / "status.json").write_text(json.dumps(status))
-    (run_dir / "config.json").write_text(json.dumps({"identity": IDENTITY}))
-    for name in checkpoints:
-        (run_dir / name).touch()
-
-
-def test_an_empty_directory_is_begun_in(run_dir: Path) -> None:
-    assert decide(run_dir, LAST, "auto", IDENTITY, restarted=False) == Decision()
-
-
-@pytest.mark.parametrize("state", ["running", "stopped", "failed"])
-@pytest.mark.parametrize("resume", ["auto", "latest"])
-def test_an_interrupted_run_of_the_same_settings_is_continued(
-    run_dir: Path, state: str, resume: str
-) -> None:
-    leave(run_dir, state)
-    decision = decide(run_dir, LAST, resume, IDENTITY, restarted=False)
-    assert decision == Decision(run_dir / LAST)
-
-
-def test_a_finished_run_makes_room(run_dir: Path) -> None:
-    leave(run_dir, "done")
-    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
-    assert decision == Decision(None, "the run there is finished", move_aside=True)
-
-
-def test_a_run_of_other_settings_makes_room_and_the_difference_is_named(run_dir: Path) -> None:
-    leave(run_dir, "failed")
-    now = {"batch_size": 4, "world_size": 2}
-    decision = decide(run_dir, LAST, "auto", now, restarted=False)
-    assert (decision.checkpoint, decision.move_aside) == (None, True)
-    assert "batch_size: 8 → 4; world_size: 1 → 2" in decision.why
-
-
-def test_never_begins_anew_and_keeps_what_was_there(run_dir: Path) -> None:
-    leave(run_dir, "stopped")
-    decision = decide(run_dir, LAST, "never", IDENTITY, restarted=False)
-    assert decision == Decision(None, "--resume never", move_aside=True)
-
-
-def test_a_run_without_a_checkpoint_makes_room(run_dir: Path) -> None:
-    leave(run_dir, "failed", checkpoints=())
-    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
-    assert (decision.checkpoint, decision.move_aside) == (None, True)
-
-
-@pytest.mark.parametrize("resume", ["auto", "never"])
-def test_a_run_that_took_no_step_leaves_nothing_worth_moving(run_dir: Path, resume: str) -> None:
-    leave(run_dir, "failed", step=0, checkpoints=())
-    (run_dir / "metrics.jsonl").touch()
-    (run_dir / "tensorboard").mkdir()
-    (run_dir / "tensorboard" / "events.out.tfevents.1.host.2.0").touch()
-    assert decide(run_dir, LAST, resume, IDENTITY, restarted=False) == Decision()
-
-
-def test_other_peoples_files_are_never_overwritten(run_dir: Path) -> None:
-    (run_dir / "thesis.txt").touch()
-    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
-    assert decision.move_aside
-
-
-def test_when_only_an_older_checkpoint_is_left_the_run_is_continued(run_dir: Path) -> None:
-    leave(run_dir, "failed", checkpoints=("last.1.pt",))
-    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
-    assert decision == Decision(run_dir / LAST)
-
-
-@pytest.mark.parametrize("state", ["done", "running"])
-def test_a_path_is_taken_whatever_the_run_was(run_dir: Path, tmp_path: Path, state: str) -> None:
-    leave(run_dir, state)
-    for target in (run_dir, run_dir / LAST):
-        decision = decide(run_dir, LAST, str(target), {"batch_size": 1}, restarted=False)
-        assert decision == Decision(run_dir / LAST, is_named=target.is_file())
-
-
-@pytest.mark.parametrize("resume", ["auto", "never"])
-def test_processes_started_again_continue_whatever_was_typed(run_dir: Path, resume: str) -> None:
-    leave(run_dir, "running")
-    decision = decide(run_dir, LAST, resume, {"batch_size": 1}, restarted=True)
-    assert decision == Decision(run_dir / LAST)
-
-
-def test_processes_started_again_do_not_go_back_to_the_checkpoint_named_at_first(
-    run_dir: Path,
-) -> None:
-    leave(run_dir, "running", checkpoints=(LAST, "last.1.pt"))
-    decision = decide(run_dir, LAST, str(run_dir / "last.1.pt"), IDENTITY, restarted=True)
-    assert decision == Decision(run_dir / LAST)
-
-
-def test_processes_started_again_before_any_checkpoint_begin_anew(run_dir: Path) -> None:
-    leave(run_dir, "running", checkpoints=())
-    assert decide(run_dir, LAST, "auto", IDENTITY, restarted=True) == Decision()
 
 
 # parts

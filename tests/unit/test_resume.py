@@ -1,0 +1,171 @@
+"""How a run begins: what --resume means for what is there, and what is put back."""
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from shared import checkpoint, seed
+from shared.checkpoint import Position
+from shared.distributed import World
+from shared.errors import UserError
+from shared.resume import Decision, continue_from, decide
+
+LAST = "last.pt"
+IDENTITY = {"batch_size": 8, "world_size": 1}
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / "run.lock").touch()
+    return directory
+
+
+def leave(run_dir: Path, state: str, step: int = 5, checkpoints: tuple[str, ...] = (LAST,)) -> None:
+    """Leave in `run_dir` what a run in `state` leaves."""
+    status = {"state": state, "step": step}
+    (run_dir / "status.json").write_text(json.dumps(status))
+    (run_dir / "config.json").write_text(json.dumps({"identity": IDENTITY}))
+    for name in checkpoints:
+        (run_dir / name).touch()
+
+
+def test_an_empty_directory_is_begun_in(run_dir: Path) -> None:
+    assert decide(run_dir, LAST, "auto", IDENTITY, restarted=False) == Decision()
+
+
+@pytest.mark.parametrize("state", ["running", "stopped", "failed"])
+@pytest.mark.parametrize("resume", ["auto", "latest"])
+def test_an_interrupted_run_of_the_same_settings_is_continued(
+    run_dir: Path, state: str, resume: str
+) -> None:
+    leave(run_dir, state)
+    decision = decide(run_dir, LAST, resume, IDENTITY, restarted=False)
+    assert decision == Decision(run_dir / LAST)
+
+
+def test_a_finished_run_makes_room(run_dir: Path) -> None:
+    leave(run_dir, "done")
+    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
+    assert decision == Decision(None, "the run there is finished", move_aside=True)
+
+
+def test_a_run_of_other_settings_makes_room_and_the_difference_is_named(run_dir: Path) -> None:
+    leave(run_dir, "failed")
+    now = {"batch_size": 4, "world_size": 2}
+    decision = decide(run_dir, LAST, "auto", now, restarted=False)
+    assert (decision.checkpoint, decision.move_aside) == (None, True)
+    assert "batch_size: 8 → 4; world_size: 1 → 2" in decision.why
+
+
+def test_never_begins_anew_and_keeps_what_was_there(run_dir: Path) -> None:
+    leave(run_dir, "stopped")
+    decision = decide(run_dir, LAST, "never", IDENTITY, restarted=False)
+    assert decision == Decision(None, "--resume never", move_aside=True)
+
+
+def test_a_run_without_a_checkpoint_makes_room(run_dir: Path) -> None:
+    leave(run_dir, "failed", checkpoints=())
+    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
+    assert (decision.checkpoint, decision.move_aside) == (None, True)
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_a_run_that_took_no_step_leaves_nothing_worth_moving(run_dir: Path, resume: str) -> None:
+    leave(run_dir, "failed", step=0, checkpoints=())
+    (run_dir / "metrics.jsonl").touch()
+    (run_dir / "tensorboard").mkdir()
+    (run_dir / "tensorboard" / "events.out.tfevents.1.host.2.0").touch()
+    assert decide(run_dir, LAST, resume, IDENTITY, restarted=False) == Decision()
+
+
+def test_other_peoples_files_are_never_overwritten(run_dir: Path) -> None:
+    (run_dir / "thesis.txt").touch()
+    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
+    assert decision.move_aside
+
+
+def test_when_only_an_older_checkpoint_is_left_the_run_is_continued(run_dir: Path) -> None:
+    leave(run_dir, "failed", checkpoints=("last.1.pt",))
+    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
+    assert decision == Decision(run_dir / LAST)
+
+
+@pytest.mark.parametrize("state", ["done", "running"])
+def test_a_path_is_taken_whatever_the_run_was(run_dir: Path, tmp_path: Path, state: str) -> None:
+    leave(run_dir, state)
+    for target in (run_dir, run_dir / LAST):
+        decision = decide(run_dir, LAST, str(target), {"batch_size": 1}, restarted=False)
+        assert decision == Decision(run_dir / LAST, is_named=target.is_file())
+
+
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_processes_started_again_continue_whatever_was_typed(run_dir: Path, resume: str) -> None:
+    leave(run_dir, "running")
+    decision = decide(run_dir, LAST, resume, {"batch_size": 1}, restarted=True)
+    assert decision == Decision(run_dir / LAST)
+
+
+def test_processes_started_again_do_not_go_back_to_the_checkpoint_named_at_first(
+    run_dir: Path,
+) -> None:
+    leave(run_dir, "running", checkpoints=(LAST, "last.1.pt"))
+    decision = decide(run_dir, LAST, str(run_dir / "last.1.pt"), IDENTITY, restarted=True)
+    assert decision == Decision(run_dir / LAST)
+
+
+def test_processes_started_again_before_any_checkpoint_begin_anew(run_dir: Path) -> None:
+    leave(run_dir, "running", checkpoints=())
+    assert decide(run_dir, LAST, "auto", IDENTITY, restarted=True) == Decision()
+
+
+def written(path: Path, world_size: int = 1) -> nn.Linear:
+    """The part of a run whose checkpoint, of step 7 in epoch 2, is at `path`."""
+    net = nn.Linear(2, 1)
+    generators = [seed.get_state() for _ in range(world_size)]
+    checkpoint.save(path, checkpoint.snapshot({"net": net}, Position(7, 2, 1), generators))
+    return net
+
+
+def continued(decision: Decision, net: nn.Module, allow_reshard: bool = False) -> Position:
+    parts = {"net": net}
+    return continue_from(decision, parts, World(), total_steps=7, allow_reshard=allow_reshard)
+
+
+def test_parts_generators_and_position_are_those_of_the_checkpoint(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    before = written(tmp_path / LAST)
+    expected = torch.rand(3)
+    after = nn.Linear(2, 1)
+    assert continued(Decision(tmp_path / LAST), after) == Position(7, 2, 1)
+    assert torch.equal(after.weight, before.weight)
+    assert torch.equal(torch.rand(3), expected)
+    assert caplog.messages == [
+        f"continuing from {tmp_path / LAST} at step 7 of 7",
+        "this run is finished; more --epochs would continue it",
+    ]
+
+
+@pytest.mark.parametrize("decision", [Decision(), Decision(Path("/nowhere/last.pt"))])
+def test_without_a_checkpoint_it_begins_at_the_beginning(decision: Decision) -> None:
+    assert continued(decision, nn.Linear(2, 1)) == Position()
+
+
+def test_another_number_of_processes_has_to_be_allowed(tmp_path: Path) -> None:
+    written(tmp_path / LAST, world_size=2)
+    with pytest.raises(UserError, match=r"written by 2 process.*has 1; use --nproc 2"):
+        continued(Decision(tmp_path / LAST), nn.Linear(2, 1))
+    assert continued(Decision(tmp_path / LAST), nn.Linear(2, 1), allow_reshard=True).step == 7
+
+
+def test_a_file_of_weights_alone_is_no_checkpoint_of_a_run(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "best.pt", {"model_state_dict": {}})
+    with pytest.raises(UserError, match=r"best\.pt holds weights and no state of a run"):
+        continued(Decision(tmp_path / "best.pt", is_named=True), nn.Linear(2, 1))
