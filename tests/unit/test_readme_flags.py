@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from shared.config import ProcessOptions, RunOptions, ToolOptions, leaves
+from shared.foreign import ForeignOptions
 from shared.stages import StageOptions
 from shared.tools import monitor
 from tests.pages import DOCS, IN_BOTH_LANGUAGES, RECIPES, ROOT, Table, spans, tables, text_of
@@ -187,6 +188,12 @@ def test_every_flag_of_the_code_is_on_its_page(recipe: str):
         assert own_flags(config_of(recipe, script)) <= named, script
 
 
+def test_every_flag_of_the_monitor_is_on_the_page_of_tools():
+    page = text_of("shared/tools/README.md")
+    own = {dashed(item.name) for item in fields(monitor.Config()) if item.name != "run_dir"}
+    assert [flag for flag in sorted(own) if not re.search(rf"{flag}\b", page)] == []
+
+
 def test_flags_that_all_share_stand_in_one_place_with_their_defaults():
     found = [table for table in tables(text_of(EVERYDAY)) if table.head[:2] == ["Flag", "Default"]]
     assert len(found) == len(COMMON)
@@ -216,8 +223,8 @@ def test_batches_on_the_page_of_scaling_are_the_codes():
 # the series has its own: tests/unit/test_ddp_series_readme.py
 @pytest.mark.parametrize("page", [p for p in IN_BOTH_LANGUAGES if "ddp_series" not in p])
 def test_every_flag_that_a_page_mentions_exists(page: str):
-    known = set(FOREIGN) | set(flags_of(monitor.Config()))
-    for kind in (*COMMON, ToolOptions):
+    known = set(FOREIGN)
+    for kind in (*COMMON, ToolOptions, ForeignOptions, monitor.Config):
         known |= set(flags_of(kind()))
     for recipe in RECIPES:
         for script in scripts_of(recipe):
