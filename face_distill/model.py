@@ -111,7 +111,7 @@ class Adapter(nn.Module):
         nn.init.zeros_(self.up_proj.bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """What to add to the MLP's output; `hidden` is its input (B, L, D)."""
+        """What to add to the MLP's output, (B, L, D); `hidden` is its input (B, L, D)."""
         return self.scale * self.up_proj(functional.gelu(self.down_proj(hidden)))
 
 

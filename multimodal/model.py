@@ -254,7 +254,7 @@ class ImageTower(nn.Module):
         self.proj = _normal(width, embed_dim, std=width**-0.5)
 
     def forward(self, images: Tensor) -> Encoded:
-        """images: (B, 3, side, side) normalised floats."""
+        """images: (B, 3, side, side) normalised floats; ValueError for another shape."""
         expected = (3, self.image_size, self.image_size)
         if images.shape[1:] != expected:
             raise ValueError(f"images are {tuple(images.shape)}, expected (B, *{expected})")
@@ -288,6 +288,7 @@ class TextTower(nn.Module):
         """input_ids: (B, L) int64, L up to 77. attention_mask: (B, L), non-zero at real tokens.
 
         Without a mask the text ends at its largest id, the end token: 0 pads and is "!" too.
+        Raises ValueError for more tokens.
         """
         length = input_ids.shape[1]
         if length > CONTEXT:
@@ -321,7 +322,7 @@ class AudioTower(nn.Module):
     def forward(self, audio: Tensor, audio_mask: Tensor | None = None) -> Encoded:
         """audio: (B, T, 80) log-mel. audio_mask: (B, T), non-zero at real frames (default: all).
 
-        What stands in other frames has no influence.
+        What stands in other frames has no influence. Raises ValueError for another shape.
         """
         if audio.ndim != 3 or audio.shape[2] != MEL_BINS:
             raise ValueError(f"audio is {tuple(audio.shape)}, expected (B, T, {MEL_BINS})")
