@@ -115,11 +115,9 @@ def test_every_message_on_the_page_of_faults_is_one_that_is_said():
 
 
 def test_every_page_is_one_that_these_tests_read():
-    found = {str(path.relative_to(ROOT)) for path in ROOT.glob("**/README.md")}
-    found |= {str(path.relative_to(ROOT)) for path in ROOT.glob("shared/docs/*.md")}
-    found = {p for p in found if not re.search(r"^(\.|tests/)|/demo/|/venv/|/(out|work)|/\.", p)}
-    twins = {chinese(page) for page in IN_BOTH_LANGUAGES}
-    assert {page for page in found if page not in twins} == set(IN_BOTH_LANGUAGES)
+    rooms = ("README.md", "*/README.md", "shared/*/*.md")  # a run writes its own further below
+    found = {str(path.relative_to(ROOT)) for room in rooms for path in ROOT.glob(room)}
+    assert found - {chinese(page) for page in IN_BOTH_LANGUAGES} == set(IN_BOTH_LANGUAGES)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
