@@ -115,7 +115,7 @@ def test_every_message_on_the_page_of_faults_is_one_that_is_said():
 
 
 def test_every_page_is_one_that_these_tests_read():
-    rooms = ("README.md", "*/README.md", "shared/*/*.md")  # a run writes its own further below
+    rooms = ("README.md", "[!.]*/README.md", "shared/*/*.md")  # a run writes its own further below
     found = {str(path.relative_to(ROOT)) for room in rooms for path in ROOT.glob(room)}
     assert found - {chinese(page) for page in IN_BOTH_LANGUAGES} == set(IN_BOTH_LANGUAGES)
 
