@@ -19,6 +19,7 @@ from shared import retrieval
 from shared.distributed import World
 from shared.loader import make_eval_loader
 from shared.retrieval import MAP_AT, RECALL_AT, Positives, Retrieval
+from shared.rows_of_ranks import gather_rows
 from shared.sampling import eval_indices
 
 Context = Callable[[], AbstractContextManager[Any]]
@@ -111,8 +112,8 @@ class Embedder:
         total = len(chosen)
         rows, readable = self._own(split, chosen)
         places = torch.tensor(eval_indices(total, self._world), dtype=torch.int64)
-        rows = retrieval.gather_rows(rows, places, total, self._world)
-        kept = retrieval.gather_rows(readable[:, None], places, total, self._world)
+        rows = gather_rows(rows, places, total, self._world)
+        kept = gather_rows(readable[:, None], places, total, self._world)
         found = kept[:, 0].nonzero().flatten().cpu()
         return rows[found.to(rows.device)], chosen[found]
 

@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from shared.distributed import World
-from shared.retrieval import Positives, evaluate, unit_rows
+from shared.nearest import unit_rows
+from shared.retrieval import Positives, evaluate
 from tests.benchmarks.measure import conclude
 
 BATCH, BATCHES, DEPTH = 8, 3, 40

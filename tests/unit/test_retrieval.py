@@ -18,10 +18,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared import distributed, retrieval
+from shared import distributed, nearest
 from shared.distributed import World
 from shared.errors import UserError
-from shared.retrieval import Positives, evaluate, evaluate_share, gather_rows, per_query, search
+from shared.nearest import search
+from shared.retrieval import Positives, evaluate, per_query
+from shared.rows_of_ranks import gather_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 ALONE = World()
@@ -42,7 +44,7 @@ def near_ties(count: int, width: int = 16) -> Tensor:
 def ranking(queries: Tensor, gallery: Tensor, k: int) -> list[list[int]]:
     """The k nearest by exact scores, then by row, with Python's integers."""
     units = [
-        (retrieval.unit_rows(side).double() * 2**26).long().tolist() for side in (queries, gallery)
+        (nearest.unit_rows(side).double() * 2**26).long().tolist() for side in (queries, gallery)
     ]
     found = []
     for query in units[0]:
@@ -166,7 +168,7 @@ def test_a_row_of_zeros_scores_zero() -> None:
 
 
 def test_unit_rows_lie_on_the_grid_and_beside_the_true_ones() -> None:
-    units = retrieval.unit_rows(rows(50, 333))
+    units = nearest.unit_rows(rows(50, 333))
     steps = units.double() * 2**26
     true = torch.nn.functional.normalize(rows(50, 333).double())
     assert torch.equal(steps, steps.round())
@@ -189,13 +191,13 @@ def test_lower_precision_asked_for_elsewhere_stays_elsewhere(
 ) -> None:
     seen: list[tuple[Any, ...]] = []
 
-    def nearest(queries: Tensor, gallery: Tensor, *rest: Any) -> Any:
+    def watched(queries: Tensor, gallery: Tensor, *rest: Any) -> Any:
         cuda = torch.backends.cuda.matmul.fp32_precision
         seen.append((cuda, torch.is_autocast_enabled("cpu"), (queries @ gallery.T).dtype))
         return original(queries, gallery, *rest)
 
-    original = retrieval._nearest
-    monkeypatch.setattr(retrieval, "_nearest", nearest)
+    original = nearest._nearest
+    monkeypatch.setattr(nearest, "_nearest", watched)
     expected = ranking(rows(5), near_ties(50), 5)
     with torch.autocast("cpu", torch.bfloat16):
         assert search(rows(5), near_ties(50), 5)[1].tolist() == expected
@@ -203,9 +205,9 @@ def test_lower_precision_asked_for_elsewhere_stays_elsewhere(
 
 
 def test_a_float32_product_errs_less_than_is_allowed_for() -> None:
-    units = retrieval.unit_rows(rows(100, 2048).abs())  # all of one sign: no errors cancel
+    units = nearest.unit_rows(rows(100, 2048).abs())  # all of one sign: no errors cancel
     error = ((units @ units.T).double() - units.double() @ units.double().T).abs().max()
-    assert 0 < error < retrieval._product_error(2048)
+    assert 0 < error < nearest._product_error(2048)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -564,7 +566,7 @@ def padded(world: World) -> dict[str, Any]:
     queries, gallery, query_ids, gallery_ids = shop()
     numbers = torch.arange(32)[world.rank :: 2] % 31
     positives = Positives.same_id(query_ids, gallery_ids)
-    found = evaluate_share(queries[numbers], numbers, gallery, positives, world)
+    found = evaluate(queries[numbers], gallery, positives, world, numbers=numbers)
     return {"padded": [found.metrics, found.num_queries], "own": found.numbers.tolist()}
 
 
