@@ -69,8 +69,11 @@ send_output_to() {
   if [[ /dev/fd/1 -ef /dev/null ]] || ! { : >&1; } 2>/dev/null; then
     exec >>"$1" 2>&1
   else
-    # tee outlives every signal to the group, and a closed pipe: it ends when the last writer has ended
-    exec > >(trap '' HUP INT TERM PIPE && exec tee -a -- "$1" 2>/dev/null) 2>&1
+    # tee outlives every signal to the group, and a closed pipe: it ends when the last writer has ended.
+    # HUP is ignored before it begins: a script that ends at once hangs its terminal up
+    trap '' HUP
+    exec > >(trap '' INT TERM PIPE && exec tee -a -- "$1" 2>/dev/null) 2>&1
+    trap - HUP
   fi
   log_started=yes
 }

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -317,7 +318,7 @@ def test_the_documented_command_pasted_trains(inshop, tmp_path):
 
 def test_the_documents_two_lines_pasted_one_after_the_other_find_the_program(inshop, tmp_path):
     """`cd …/run_scripts`, then `python run_scripts/run_arcface.py`."""
-    there = f"cd {ROOT}/arcface/run_scripts\n"
+    there = f"cd {shlex.quote(f'{ROOT}/arcface/run_scripts')}\n"
     planned = there + DOCUMENTED + f"--dry-run 2>&1 | tee {tmp_path}/cuda.log"
     outcome = paste(planned, tmp_path, data_path=str(inshop))
     assert f"50 epochs of {inshop}, 32 pictures a step = 1 process(es) x 32" in outcome.stdout

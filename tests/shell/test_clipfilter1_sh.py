@@ -117,6 +117,18 @@ def test_the_menu_on_a_terminal(house, script, entry):
     assert terminal.finish() == 0
 
 
+def test_the_last_words_of_a_script_that_ends_at_once_reach_the_terminal(house, script):
+    """The end of a session's first process hangs the terminal up, for the log's tee as well."""
+    terminals = [Terminal(house, script) for _ in range(12)]  # enough to be late at times
+    for terminal in terminals:
+        terminal.wait_for("entry (1-6): ")
+    for terminal in terminals:
+        terminal.type("1")
+    for terminal in terminals:
+        terminal.wait_for("<--analyze_only>")
+        assert terminal.finish() == 0
+
+
 def test_entry_3_asks_for_the_threshold_on_a_terminal(house, script):
     terminal = Terminal(house, script)
     terminal.wait_for("entry (1-6): ")
