@@ -11,10 +11,11 @@ from typing import Any
 
 from arcface import config_options, config_reader
 from arcface.recipe import KNOWN, Recipe, deciding, read_recipe
-from shared.config import RunOptions, differing, option
+from shared.config import RunOptions, option
 from shared.errors import UserError
 from shared.files import read_json
 from shared.run_record import flat
+from shared.settings import differing
 
 _SHOWN = 5  # settings that differ, in one message
 

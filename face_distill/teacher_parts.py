@@ -26,7 +26,6 @@ from typing import IO, Any
 import numpy as np
 
 from face_distill.teacher import EMBEDDING, LABELS, MANIFEST, MAP
-from shared.config import differing
 from shared.errors import UserError, one_line
 from shared.files import (
     move_aside,
@@ -35,6 +34,7 @@ from shared.files import (
     write_atomic,
     write_json,
 )
+from shared.settings import differing
 
 STATUS = "status.json"
 _OURS = (EMBEDDING, MAP, LABELS, MANIFEST, STATUS, "parts")

@@ -19,10 +19,11 @@ from typing import Any, Literal, cast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
 
-from shared.config import RunOptions, differing, leaves, option, parse, parse_known, plain
+from shared.config import RunOptions, option, parse, parse_known
 from shared.errors import UserError
 from shared.files import open_lock
 from shared.launch import launch, world_size
+from shared.settings import differing, leaves, plain
 
 HERE = Path(__file__).resolve().parent
 DATA_SETS = ("coco", "clotho", "audiocaps", "voxceleb")

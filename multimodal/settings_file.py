@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from shared.config import Setting, checked, load_file
 from shared.errors import UserError, did_you_mean
+from shared.settings import Setting
+from shared.settings_file import checked, load_file
 
 MODEL = ("embed_dim", "use_checkpoint", "attention", "dropout", "activation", "pretrained")
 PATHS = ("data_root", "output_dir", "feature_cache")

@@ -20,11 +20,11 @@ from multimodal.report import Report
 from multimodal.stages import Stage
 from multimodal.training_parts import Training
 from shared import distributed, seed
-from shared.config import settings
 from shared.distributed import World
 from shared.estimate import explained_out_of_memory
 from shared.reporter import Plan
 from shared.run import Run
+from shared.settings import settings
 
 if TYPE_CHECKING:
     from multimodal.run_training import Config

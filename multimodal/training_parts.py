@@ -17,11 +17,11 @@ from multimodal.model import FRAMES_A_TOKEN, create_model
 from multimodal.pair_sources import DataOptions, Sources, open_all
 from multimodal.report import environment
 from multimodal.samples import NUM_LABELS
-from shared.config import settings
 from shared.distributed import World
 from shared.early_stopping import EarlyStopping
 from shared.metrics import Mean
 from shared.precision import Amp
+from shared.settings import settings
 
 if TYPE_CHECKING:
     from multimodal.run_training import Config

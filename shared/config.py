@@ -13,24 +13,19 @@ the same flag. Unknown names are refused with the nearest one. Standard library 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import sys
-import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
-from shared.errors import UserError, did_you_mean, one_line
-from shared.files import read_json
-
-_MOST_BRACKETS = 10_000  # in a file of settings
-_RESUME_WORDS = ("auto", "latest", "never")
+from shared import flags, settings_file
+from shared.errors import UserError, one_line
+from shared.settings import Scope, own_names, settings
 
 C = TypeVar("C")
-Scope = Literal["result", "length", "free"]
 
 
 def option(
@@ -122,7 +117,7 @@ class RunOptions:
     @property
     def is_explicit_resume(self) -> bool:
         """Whether --resume names a checkpoint or run directory."""
-        return self.resume not in _RESUME_WORDS
+        return self.resume not in settings_file.RESUME_WORDS
 
 
 @dataclass(frozen=True)
@@ -138,33 +133,6 @@ class ToolOptions:
         "off", "mixed precision; typed alone: auto", const="auto"
     )
     typed: frozenset[str] = frozenset()  # fields the user gave; filled by parse
-
-
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises UserError in place of printing its usage."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
-
-
-class _Extend(argparse.Action):
-    """Texts of a flag typed once or several times, as one tuple."""
-
-    def __call__(self, _parser: Any, namespace: Any, values: Any, _flag: Any = None) -> None:
-        setattr(namespace, self.dest, (*getattr(namespace, self.dest, ()), *values))
-
-
-class Setting(NamedTuple):
-    """One leaf of a configuration: its field, the type it is declared with, its value."""
-
-    field: dataclasses.Field[Any]
-    kind: Any
-    value: Any
-
-    @property
-    def scope(self) -> Scope:
-        """What a resumed run may do with it (see `option`)."""
-        return self.field.metadata.get("scope", "result")
 
 
 class HasRunOptions(Protocol):
@@ -183,14 +151,14 @@ def parse(config_class: type[C], argv: list[str] | None = None, usage: str | Non
     what was not typed from the run that wrote it. Raises UserError for anything not understood.
     """
     defaults = config_class()
-    flags = _read_flags(defaults, sys.argv[1:] if argv is None else argv, usage)
-    own_config = "config" in _names(defaults)  # then --config is not a file of these settings
-    given = _read_file(defaults, None if own_config else flags.get("config")) | flags
-    stored = _read_stored(defaults, given.get("resume"))
-    _refuse_changes(defaults, stored, given)
+    typed = flags.read(defaults, sys.argv[1:] if argv is None else argv, usage)
+    own_config = "config" in own_names(defaults)  # then --config is not a file of these settings
+    given = settings_file.read(defaults, None if own_config else typed.get("config")) | typed
+    stored = settings_file.read_stored(defaults, given.get("resume"))
+    settings_file.refuse_changes(defaults, stored, given)
     resume = {"resume": stored["resume"]} if stored else {}
     config = _build(defaults, stored | given | resume, frozenset(given))
-    if flags.get("print_config"):
+    if typed.get("print_config"):
         sys.stdout.write(json.dumps(settings(config), indent=2, ensure_ascii=False) + "\n")
         raise SystemExit(0)
     return config
@@ -199,17 +167,12 @@ def parse(config_class: type[C], argv: list[str] | None = None, usage: str | Non
 def parse_known(config_class: type[C], argv: list[str]) -> C:
     """Like `parse`, for the settings of `config_class` alone; all others are passed over."""
     defaults = config_class()
-    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    _add_flags(parser, defaults)
-    flags = vars(parser.parse_known_args(dashed(argv))[0])
-    known, path = leaves(defaults), flags.get("config")
-    file = load_file(path) if path and path.suffix != ".py" else {}  # .py: a recipe's own kind
-    given = {
-        name: checked(known[name], value, path)
-        for name, value in ((n.replace("-", "_"), v) for n, v in file.items())
-        if name in known
-    }
-    return _build(defaults, given | flags, frozenset(given | flags))
+    typed = flags.read_known(defaults, argv)
+    path = typed.get("config")
+    given = typed
+    if path and path.suffix != ".py":  # which a recipe reads itself
+        given = settings_file.read_known(defaults, path) | typed
+    return _build(defaults, given, frozenset(given))
 
 
 def parse_own(
@@ -220,62 +183,8 @@ def parse_own(
     Only --help prints; a settings file is that program's.
     """
     defaults = config_class()
-    parser = _Parser(
-        description=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    _add_flags(parser, defaults)
-    flags, rest = parser.parse_known_args(dashed(sys.argv[1:] if argv is None else argv))
-    return _build(defaults, vars(flags), frozenset(vars(flags))), rest
-
-
-def leaves(config: Any) -> dict[str, Setting]:
-    """Every setting of a configuration by name, those of nested dataclasses too.
-
-    A name of the outer dataclass hides the same name of a nested one.
-    """
-    found: dict[str, Setting] = {}
-    hints = typing.get_type_hints(type(config))
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            found = leaves(value) | found
-        elif item.name != "typed":
-            found[item.name] = Setting(item, hints[item.name], value)
-    return found
-
-
-def _names(config: Any) -> set[str]:
-    """The settings of a configuration itself, without those of nested dataclasses."""
-    return {item.name for item in dataclasses.fields(config)} - {"typed"}
-
-
-def settings(
-    config: Any, scopes: tuple[Scope, ...] = ("result", "length", "free")
-) -> dict[str, Any]:
-    """The flat {name: plain JSON value} of a configuration, for the scopes asked for."""
-    return {n: plain(leaf.value) for n, leaf in leaves(config).items() if leaf.scope in scopes}
-
-
-def plain(value: Any) -> Any:
-    """`value` as JSON would give it back: paths as text, tuples as lists."""
-    if isinstance(value, Path):
-        return str(value)
-    if isinstance(value, (tuple, list)):
-        return [plain(item) for item in value]
-    return value
-
-
-def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """'name: old → new' for every setting that is not the same in both."""
-    names = sorted(before.keys() | now.keys())
-    return [
-        f"{name}: {before.get(name)} → {now.get(name)}"
-        for name in names
-        if before.get(name) != now.get(name)
-    ]
+    typed, rest = flags.read_own(defaults, sys.argv[1:] if argv is None else argv, usage)
+    return _build(defaults, typed, frozenset(typed)), rest
 
 
 def _build(defaults: C, given: dict[str, Any], typed: frozenset[str]) -> C:
@@ -284,7 +193,7 @@ def _build(defaults: C, given: dict[str, Any], typed: frozenset[str]) -> C:
     for item in dataclasses.fields(typing.cast(Any, defaults)):
         value = getattr(defaults, item.name)
         if dataclasses.is_dataclass(value):
-            below = {name: given[name] for name in given.keys() - _names(defaults)}
+            below = {name: given[name] for name in given.keys() - own_names(defaults)}
             changes[item.name] = _build(value, below, typed)
         elif item.name == "typed":
             changes[item.name] = typed
@@ -294,196 +203,3 @@ def _build(defaults: C, given: dict[str, Any], typed: frozenset[str]) -> C:
         return dataclasses.replace(typing.cast(Any, defaults), **changes)
     except ValueError as error:
         raise UserError(one_line(error)) from None
-
-
-def _read_flags(defaults: Any, argv: list[str], usage: str | None) -> dict[str, Any]:
-    parser = _Parser(
-        description=usage,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,
-    )
-    _add_flags(parser, defaults)
-    known, unknown = parser.parse_known_args(dashed(argv))
-    if unknown:
-        name = unknown[0].partition("=")[0]
-        near = did_you_mean(name, parser._option_string_actions)
-        raise UserError(f"unknown argument {name}{near or '; --help lists the flags'}")
-    return vars(known)
-
-
-def dashed(argv: list[str]) -> list[str]:
-    """`argv` with the names of long flags in their dashed spelling."""
-    dashed = []
-    for token in argv:
-        name, equals, value = token.partition("=")
-        dashed.append(name.replace("_", "-") + equals + value if name.startswith("--") else token)
-    return dashed
-
-
-def _add_flags(
-    parser: argparse.ArgumentParser, defaults: Any, group: Any = None, hidden: Any = frozenset()
-) -> None:
-    """Add a flag for every setting; each nested dataclass becomes a group of the help."""
-    hints = typing.get_type_hints(type(defaults))
-    for item in dataclasses.fields(defaults):
-        value = getattr(defaults, item.name)
-        if dataclasses.is_dataclass(value):
-            title = (type(value).__doc__ or "").partition(".")[0]
-            inner = parser.add_argument_group(title)
-            _add_flags(parser, value, inner, hidden | _names(defaults))
-        elif item.name not in {"typed", *hidden}:
-            _add_flag(group or parser, Setting(item, hints[item.name], value))
-
-
-def _add_flag(parser: Any, setting: Setting) -> None:
-    metadata, name = setting.field.metadata, setting.field.name
-    names = ["--" + name.replace("_", "-"), *metadata.get("aliases", ())]
-    shown = (
-        "" if setting.value is None or setting.value is False else f" (default: {setting.value})"
-    )
-    options: dict[str, Any] = {"dest": name}
-    options["help"] = (metadata.get("help", "") + shown).replace("%", "%%")
-    if metadata.get("positional"):
-        kind = _reader(_without_none(setting.kind))
-        parser.add_argument(name, type=kind, help=options["help"])
-        return
-    if setting.kind is bool:
-        parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
-        return
-    if metadata.get("const") is not None:
-        options |= {"nargs": "?", "const": metadata["const"]}
-    kind = _without_none(setting.kind)
-    if typing.get_origin(kind) is Literal:
-        parser.add_argument(*names, choices=typing.get_args(kind), **options)
-    elif typing.get_origin(setting.kind) is tuple:
-        parser.add_argument(*names, nargs="+", action=_Extend, metavar="TEXT", **options)
-    else:
-        word = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kind]
-        parser.add_argument(*names, type=_reader(kind), metavar=word, **options)
-
-
-def _reader(kind: type) -> Any:
-    """The function from text to a value of `kind`."""
-    if kind is Path:
-        return lambda text: Path(text).expanduser().absolute()  # relative to where it was typed
-    return kind
-
-
-def _without_none(kind: Any) -> Any:
-    """`int` for `int | None`; any other kind as it is."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return next(part for part in typing.get_args(kind) if part is not type(None))
-    return kind
-
-
-def _read_file(defaults: Any, path: Path | None) -> dict[str, Any]:
-    """The settings of a YAML or JSON file, checked like flags. Raises UserError."""
-    known = leaves(defaults)
-    given: dict[str, Any] = {}
-    for written, value in (load_file(path) if path else {}).items():
-        name = written.replace("-", "_")
-        if name not in known:
-            near = did_you_mean(name, known)
-            raise UserError(
-                f"{path}: unknown setting {written}{near or '; --help lists the names'}"
-            )
-        given[name] = checked(known[name], value, path)
-    return given
-
-
-def load_file(path: Path) -> dict[str, Any]:
-    """The names and values of a YAML or JSON file, unchecked. Raises UserError."""
-    import yaml
-
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        if text.count("[") + text.count("{") > _MOST_BRACKETS:  # yaml's time grows with the square
-            raise ValueError("it nests too deeply")
-        loaded = yaml.safe_load(text) or {}
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"--config {path} cannot be read: {one_line(error)}") from None
-    if not isinstance(loaded, dict):
-        raise UserError(
-            f"--config {path} must hold `name: value` lines, found {type(loaded).__name__}"
-        )
-    return {str(name): value for name, value in loaded.items()}
-
-
-def checked(setting: Setting, value: Any, path: Path | None) -> Any:
-    """`value` from a file as its setting's type; a wrong one is refused by name."""
-    kind, name = _without_none(setting.kind), setting.field.name
-    if value is None and kind is not setting.kind:
-        return None
-    if typing.get_origin(kind) is tuple:
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise UserError(f"{path}: {name} is {value!r}, expected a list of texts")
-    if typing.get_origin(kind) is Literal:
-        allowed = typing.get_args(kind)
-        value = "off" if value is False and "off" in allowed else value  # YAML reads off as false
-        if value not in allowed:
-            raise UserError(f"{path}: {name} is {value!r}, allowed: {', '.join(allowed)}")
-        return value
-    accepted = {bool: (bool,), int: (int,), float: (int, float, str), str: (str, int, float)}
-    if isinstance(value, bool) is (kind is bool) and isinstance(value, accepted.get(kind, (str,))):
-        try:
-            return _reader(kind)(value)
-        except ValueError:
-            pass  # YAML reads 5e-4 as text, which float() accepts; any other text ends below
-    raise UserError(f"{path}: {name} is {value!r}, expected {kind.__name__}")
-
-
-def _read_stored(defaults: Any, resume: str | None) -> dict[str, Any]:
-    """The settings of the run that wrote the checkpoint PATH; {} for auto, latest and never."""
-    if resume is None or resume in _RESUME_WORDS:
-        return {}
-    path = Path(resume).expanduser().absolute()
-    if not path.exists():
-        raise UserError(
-            f"--resume {resume}: no such checkpoint; give a file, a run directory, auto or never"
-        )
-    directory = path if path.is_dir() else path.parent
-    above = directory.parent  # of a recipe that keeps checkpoints in a folder of the run's
-    if (
-        path.is_file()
-        and not (directory / "config.json").is_file()
-        and (above / "config.json").is_file()
-    ):
-        directory = above
-    written = read_json(directory / "config.json")
-    if not isinstance(written, dict) or not isinstance(written.get("settings"), dict):
-        raise UserError(
-            f"--resume {resume}: {directory / 'config.json'} is missing or was not written by a "
-            "run; a checkpoint is resumed from its own run directory"
-        )
-    stored = written["settings"] | {"resume": str(path), "run_dir": str(directory)}
-    kept = {name: leaf for name, leaf in leaves(defaults).items() if name not in _ONE_CALL}
-    return {
-        name: _from_plain(leaf.kind, stored[name]) for name, leaf in kept.items() if name in stored
-    }
-
-
-def _from_plain(kind: Any, value: Any) -> Any:
-    """What `plain` was given, for a setting of this kind."""
-    if isinstance(value, list):
-        return tuple(value)
-    return Path(value) if _without_none(kind) is Path and value else value
-
-
-_ONE_CALL = ("dry_run", "print_config", "config", "allow_reshard")  # asked for anew each time
-
-
-def _refuse_changes(defaults: Any, stored: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise UserError when a given setting would change the numbers of the resumed run."""
-    known = leaves(defaults)
-    refused = [
-        f"{name}: {stored[name]} → {plain(value)}"
-        for name, value in given.items()
-        if known[name].scope == "result" and name in stored and plain(stored[name]) != plain(value)
-    ]
-    if refused:
-        raise UserError(
-            f"--resume {given['resume']} cannot continue with {'; '.join(refused)}; "
-            "leave these flags out, or start anew with --resume never"
-        )

@@ -9,10 +9,10 @@ from typing import Any
 
 from shared import checkpoint, seed
 from shared.checkpoint import Parts, Position
-from shared.config import differing
 from shared.distributed import World
-from shared.errors import UserError
+from shared.errors import UserError, one_line
 from shared.files import read_object
+from shared.settings import differing
 
 log = logging.getLogger(__name__)
 
@@ -87,13 +87,24 @@ def continue_from(
     _check_kind(path, state)
     _check_world_size(path, state["world_size"], world.size, allowed=allow_reshard)
     checkpoint.load_parts(parts, state["parts"], path)
-    if world.rank < len(state["generators"]):
-        seed.set_state(state["generators"][world.rank])
-    position = Position(**state["position"])
+    position = _restored(path, state, world.rank)
     log.info("continuing from %s at step %d of %d", path, position.step, total_steps)
     if position.step >= total_steps:
         log.info("this run is finished; more --epochs would continue it")
     return position
+
+
+def _restored(path: Path, state: dict[str, Any], rank: int) -> Position:
+    """Set the generators of this rank, of those that were saved; the position. Raises UserError."""
+    try:
+        if rank < len(state["generators"]):
+            seed.set_state(state["generators"][rank])
+        return Position(**state["position"])
+    except Exception as error:  # numpy's, torch's and Python's, of many kinds
+        raise UserError(
+            f"{path}: its random states or position do not fit: {one_line(error)}; give another "
+            "checkpoint, or --resume never"
+        ) from None
 
 
 def _check_kind(path: Path, state: dict[str, Any]) -> None:

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from shared import resume
-from shared.config import HasRunOptions, RunOptions, settings
+from shared.config import HasRunOptions, RunOptions
 from shared.device import driver_version
 from shared.files import move_aside, write_json
 from shared.reporter import Plan
 from shared.resume import Decision
+from shared.settings import settings
 
 log = logging.getLogger(__name__)
 

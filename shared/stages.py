@@ -26,7 +26,7 @@ from typing import Any
 
 from shared import outcome, status
 from shared.child import Child
-from shared.config import differing, option, plain
+from shared.config import option
 from shared.errors import (
     DONE,
     FAILED,
@@ -40,6 +40,7 @@ from shared.errors import (
 from shared.files import open_lock, read_json, write_json
 from shared.lock import try_to_lock
 from shared.progress import clock
+from shared.settings import differing, plain
 from shared.signals import StopRequest, exit_code_for, name_of
 
 log = logging.getLogger(__name__)

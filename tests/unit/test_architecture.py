@@ -34,7 +34,7 @@ LIGHT = {
 FOREIGN_TO_SHARED = {"transformers", "peft", "swift", "open_clip"}
 # Who in shared may talk to the process and its user, beside the entry scripts and shared/tools.
 OWNERS = {
-    "argparse": {"shared.config"},
+    "argparse": {"shared.flags"},
     "environment": {
         *("shared.launch", "shared.outcome", "shared.supervisor", "shared.signals"),
         *("shared.distributed", "shared.run_directory"),

@@ -7,17 +7,9 @@ from typing import Any, Literal
 
 import pytest
 
-from shared.config import (
-    RunOptions,
-    ToolOptions,
-    differing,
-    option,
-    parse,
-    parse_known,
-    parse_own,
-    settings,
-)
+from shared.config import RunOptions, ToolOptions, option, parse, parse_known, parse_own
 from shared.errors import UserError
+from shared.settings import differing, settings
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import yaml
 
 from multimodal import run_training, settings_file
 from multimodal.run_training import Config
-from shared.config import leaves
 from shared.errors import UserError
+from shared.settings import leaves
 from tests.harness import ROOT, run_here
 
 # The document's block.
@@ -122,7 +122,7 @@ def test_use_amp_and_amp_are_one_decision(flags, mode):
 def stored(tmp_path) -> Path:
     """A run directory with settings, and a checkpoint below it."""
     cfg = run_training._read_settings(["--batch-size", "3", "--amp", "off", "--epochs", "7"])
-    from shared.config import settings
+    from shared.settings import settings
 
     (tmp_path / "checkpoints").mkdir()
     path = tmp_path / "checkpoints" / "checkpoint_epoch_5.pt"

@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from shared.config import ProcessOptions, RunOptions, ToolOptions, leaves
+from shared.config import ProcessOptions, RunOptions, ToolOptions
 from shared.foreign import ForeignOptions
+from shared.settings import leaves
 from shared.stages import StageOptions
 from shared.tools import monitor
 from tests.pages import DOCS, IN_BOTH_LANGUAGES, RECIPES, ROOT, Table, spans, tables, text_of

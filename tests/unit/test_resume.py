@@ -3,6 +3,7 @@
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -163,6 +164,20 @@ def test_another_number_of_processes_has_to_be_allowed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"written by 2 process.*has 1; use --nproc 2"):
         continued(Decision(tmp_path / LAST), nn.Linear(2, 1))
     assert continued(Decision(tmp_path / LAST), nn.Linear(2, 1), allow_reshard=True).step == 7
+
+
+@pytest.mark.parametrize(
+    "broken", [{"generators": [{"python": [3, [1], None]}]}, {"position": {"page": 3}}]
+)
+def test_states_of_another_form_are_refused_in_one_line(
+    tmp_path: Path, broken: dict[str, Any]
+) -> None:
+    net = written(tmp_path / LAST)
+    checkpoint.save(tmp_path / LAST, checkpoint.load(tmp_path / LAST) | broken)
+    before = seed.get_state()
+    with pytest.raises(UserError, match=r"last\.pt: its random states or position do not fit: "):
+        continued(Decision(tmp_path / LAST), net)
+    seed.set_state(before)
 
 
 def test_a_file_of_weights_alone_is_no_checkpoint_of_a_run(tmp_path: Path) -> None:
