@@ -97,6 +97,25 @@ def test_fault_01_two_processes_stop_together_and_save(nano):
     assert saved and saved.step >= 3
 
 
+@pytest.mark.full
+@pytest.mark.limit(300)
+def test_fault_41_memory_that_runs_out_in_swifts_own_step_ends_with_what_helps(nano, tmp_path):
+    plugin = tmp_path / "greedy.py"
+    plugin.write_text(
+        "import torch\n"
+        "from transformers import Trainer\n"
+        "Trainer.training_step = lambda *_, **__: torch.empty(10**15)\n"
+    )
+    outcome = nano.run("sft", *flags(nano, "greedy", external_plugins=plugin))
+    assert outcome.code == 1, outcome.text[-3000:]
+    assert "DefaultCPUAllocator: can't allocate memory" in outcome.text
+    assert "./sft.sh, " in outcome.text and "out of memory; what helps most: " in outcome.text
+    assert (status_of(nano.root / "greedy")["state"], outcome.last_line[-8:]) == (
+        "failed",
+        "(exit 1)",
+    )
+
+
 MISTAKES = {
     "a model that is not there": (["--model", "/nowhere"], "the model /nowhere is missing"),
     "data that are not there": (["--dataset", "/no.json"], "the data set /no.json is missing"),

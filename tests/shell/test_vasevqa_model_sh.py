@@ -29,6 +29,12 @@ record.write_text(text)
 if os.environ.get("ACTION") == "sleep":
     record.with_name("ready").touch()
     time.sleep(60)
+if os.environ.get("ACTION") == "RAM is full":
+    import torch
+    torch.empty(10**15)
+if os.environ.get("ACTION") == "the GPU is full":
+    import torch
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 if "--output_dir" in words and pathlib.Path(sys.argv[0]).stem == "export":
     made = pathlib.Path(words[words.index("--output_dir") + 1])
     base = pathlib.Path(words[words.index("--model") + 1])
@@ -149,6 +155,35 @@ def test_status_log_and_exit_code_tell_the_same(room):
     log = (room.root / MODEL / "logs" / "latest.log").read_text()
     assert "swift sft --model" in log
     assert log.rstrip().endswith("(exit 1)"), outcome.stdout + "ERR" + outcome.stderr
+
+
+OUT_OF_MEMORY = {
+    "RAM is full": (
+        "sft.sh",
+        "1",
+        "DefaultCPUAllocator: can't allocate memory",
+        "MAX_PIXELS=501760",
+    ),
+    "the GPU is full": ("grpo.sh", "2", "CUDA out of memory.", "--gradient_checkpointing true"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "action", [pytest.param("RAM is full", marks=pytest.mark.full), "the GPU is full"]
+)
+def test_fault_41_a_swift_that_runs_out_of_memory_ends_with_the_plan_and_what_helps(action, room):
+    script, processes, error, helps = OUT_OF_MEMORY[action]
+    variables = {"ACTION": action, "NPROC_PER_NODE": processes, "CUDA_VISIBLE_DEVICES": ""}
+    outcome = room.run(room.root / MODEL / script, env=variables)
+    assert outcome.returncode == 1, outcome.stdout
+    text = outcome.stdout
+    assert error in text and text.index(error) < text.index("in all")
+    advice = [line for line in text.splitlines() if line.startswith("out of memory; what helps")]
+    assert len(advice) == 1, text  # once, of several processes too
+    assert helps in advice[0] and advice[0].count(";") == 3
+    assert "(exit 1)" in text.rstrip().splitlines()[-1]
+    assert advice[0] in (room.root / MODEL / "logs" / "latest.log").read_text()
 
 
 def test_typed_flags_win_and_their_paths_begin_where_they_are_typed(room, tmp_path):

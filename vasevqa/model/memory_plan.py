@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,8 @@ from vasevqa.model import swift_flags
 from vasevqa.model.plan import Plan
 
 DOCUMENTED = {"sft": 24, "grpo": 32}  # GB for the 7B model
-_ADVICE = {
-    "sft": ("--tuner_type lora", "--max_length 2048", "MAX_PIXELS=501760", "a smaller model"),
-    "grpo": ("--tuner_type lora", "--gradient_checkpointing true", "MAX_PIXELS=501760"),
-}
+_FEWER_PIXELS, _SHORTER = 501760, 2048  # what advice lowers MAX_PIXELS and --max_length to
+_COMPLETION = "max_completion_length"
 _PIXELS_A_TOKEN = 28 * 28
 _TEXT = 256  # tokens of question and answer beside the picture
 # Qwen2.5-VL-7B-Instruct, whose size is said when --model is not there to be read.
@@ -41,14 +41,62 @@ def text(plan: Plan, max_pixels: int) -> str:
 
     max_pixels: what larger pictures are scaled down to.
     """
+    table, advice = _reckon(plan, max_pixels)
+    documented = f"the documents say: at least {DOCUMENTED[plan.script]} GB for the 7B model"
+    return f"{table.text(device_memory(), advice)}\n{documented}"
+
+
+def after_failure(plan: Plan, max_pixels: int) -> str:
+    """The same plan once memory has run out, whatever it promised, and what helps most."""
+    table, advice = _reckon(plan, max_pixels)
+    return f"{table.text(device_memory())}\nout of memory; what helps most: {'; '.join(advice)}"
+
+
+def _reckon(plan: Plan, max_pixels: int) -> tuple[MemoryPlan, list[str]]:
+    """The plan, and three settings that help: first those that save most, with what they save."""
     config, name = _config(Path(swift_flags.text(plan.flags, "model")))
     model = on_meta(lambda: AutoModelForImageTextToText.from_config(config))
-    table = MemoryPlan(f"./{plan.script}.sh, {name}, one device, a run with one picture a row")
-    _add_weights(table, plan, model)
-    _add_activations(table, plan, config.text_config, max_pixels // _PIXELS_A_TOKEN)
-    table.add("CUDA context", CUDA_CONTEXT, "kernels and workspaces, about")
-    documented = f"the documents say: at least {DOCUMENTED[plan.script]} GB for the 7B model"
-    return f"{table.text(device_memory(), _ADVICE[plan.script])}\n{documented}"
+
+    def table(plan: Plan, max_pixels: int) -> MemoryPlan:
+        title = f"./{plan.script}.sh, {name}, one device, a run with one picture a row"
+        found = MemoryPlan(title)
+        _add_weights(found, plan, model)
+        _add_activations(found, plan, config.text_config, max_pixels // _PIXELS_A_TOKEN)
+        found.add("CUDA context", CUDA_CONTEXT, "kernels and workspaces, about")
+        return found
+
+    others = {
+        f"--{flag} {value}": table(replace(plan, flags=plan.flags | {flag: [value]}), max_pixels)
+        for flag, value in _smaller(plan).items()
+    }
+    if max_pixels > _FEWER_PIXELS:
+        others[f"MAX_PIXELS={_FEWER_PIXELS}"] = table(plan, _FEWER_PIXELS)
+    found = table(plan, max_pixels)
+    advice = found.advised(others)
+    rest = [other for other in _besides(plan) if not any(other in saving for saving in advice)]
+    return found, [*advice, *rest][:3]
+
+
+def _smaller(plan: Plan) -> dict[str, str]:
+    """Flags that could save memory, and a value for each."""
+    whole, flags = swift_flags.whole, plan.flags
+    changes = {"gradient_checkpointing": "true", "tuner_type": "lora", "torch_dtype": "bfloat16"}
+    changes |= {"per_device_train_batch_size": "1"}
+    if whole(flags, "max_length", 0) > _SHORTER:
+        changes["max_length"] = str(_SHORTER)
+    if plan.world_size > 1:
+        changes["deepspeed"] = "zero3"
+    if plan.is_grpo:  # half of each: the batch stays a multiple of the answers
+        answers, tokens = whole(flags, "num_generations", 8), whole(flags, _COMPLETION, 512)
+        changes |= {"num_generations": str(max(2, answers // 2)), _COMPLETION: str(tokens // 2)}
+    return changes
+
+
+def _besides(plan: Plan) -> list[str]:
+    """What the plan cannot reckon: it knows neither longer rows nor other models and machines."""
+    longest = swift_flags.whole(plan.flags, "max_length", _SHORTER + 1)
+    shorter = [f"--max_length {_SHORTER}"] if longest > _SHORTER else []
+    return [*shorter, "a smaller model", "several GPUs with --deepspeed zero3"]
 
 
 def _config(directory: Path) -> tuple[Any, str]:
@@ -59,13 +107,12 @@ def _config(directory: Path) -> tuple[Any, str]:
 
 
 def _add_weights(table: MemoryPlan, plan: Plan, model: nn.Module) -> None:
-    dtype = _dtype(plan)
-    size = parameter_bytes(model, dtype)
-    table.add("weights", size, f"{sum(p.numel() for p in model.parameters()):,} in {dtype}")
+    dtype, count = _dtype(plan), sum(p.numel() for p in model.parameters())
+    size = _share(plan, 3, parameter_bytes(model, dtype))
+    table.add("weights", size, f"{count:,} in {dtype}")
     if swift_flags.text(plan.flags, "tuner_type", "lora") == "full":
         frozen = sum(p.numel() for n, p in model.named_parameters() if "visual" in n)
-        trained = sum(p.numel() for p in model.parameters())
-        trained -= frozen if swift_flags.is_true(plan.flags, "freeze_vit", True) else 0
+        trained = count - (frozen if swift_flags.is_true(plan.flags, "freeze_vit", True) else 0)
         width, what = dtype.itemsize, f"{trained:,} trained parameters"
         if plan.is_grpo and swift_flags.number(plan.flags, "beta", 0.04):
             table.add("reference model", size, "the weights before training, for the KL term")
@@ -74,8 +121,14 @@ def _add_weights(table: MemoryPlan, plan: Plan, model: nn.Module) -> None:
         trained = sum(_lora(model, rank))
         width, what = 4, f"{trained:,} of rank {rank}, in float32"
         table.add("LoRA", trained * width, what)
-    table.add("gradients", trained * width, what)
-    table.add("AdamW", 2 * trained * width, "two moments of each")
+    table.add("gradients", _share(plan, 2, trained * width), what)
+    table.add("AdamW", _share(plan, 1, 2 * trained * width), "two moments of each")
+
+
+def _share(plan: Plan, stage: int, size: int) -> int:
+    """Bytes of `size` in one process; deepspeed's zeroN spreads what N reaches over all of them."""
+    zero = re.match(r"zero([0-3])", swift_flags.text(plan.flags, "deepspeed"))
+    return size // plan.world_size if zero and int(zero[1]) >= stage else size
 
 
 def _lora(model: nn.Module, rank: int) -> Iterator[int]:
@@ -89,7 +142,7 @@ def _add_activations(table: MemoryPlan, plan: Plan, config: Any, picture: int) -
     batch = swift_flags.whole(plan.flags, "per_device_train_batch_size", 1)
     tokens = picture + _TEXT
     if plan.is_grpo:
-        tokens += swift_flags.whole(plan.flags, "max_completion_length", 512) - _TEXT // 2
+        tokens += swift_flags.whole(plan.flags, _COMPLETION, 512) - _TEXT // 2
     tokens = min(tokens, swift_flags.whole(plan.flags, "max_length", tokens))
     width = 2 if _dtype(plan) is not torch.float32 else 4
     # of each token: what attention and the feed-forward layer keep for their gradients

@@ -15,9 +15,10 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
 from shared.device import present_gpus
-from shared.errors import MissingToolError
+from shared.errors import FAILED, MissingToolError
 from shared.memory import keep_freed_memory
 from shared.prctl import die_with_parent
+from vasevqa.model import out_of_memory
 
 SEVERAL = ("sft", "rlhf")  # commands that torchrun may run
 _VARIABLES = ("NPROC_PER_NODE", "MASTER_PORT", "NNODES", "NODE_RANK", "MASTER_ADDR")
@@ -36,7 +37,14 @@ def main(argv: list[str]) -> None:
     os.register_at_fork(after_in_child=_leave_the_group)
     script = _script(command)
     sys.argv = [str(script), *flags]
-    runpy.run_path(str(script), run_name="__main__")
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    except Exception as error:
+        if command not in SEVERAL or not out_of_memory.is_cause(error):
+            raise
+        sys.excepthook(type(error), error, error.__traceback__)  # as it would end without us
+        out_of_memory.explain(argv)
+        sys.exit(FAILED)
 
 
 def _become_torchrun(argv: list[str]) -> NoReturn:

@@ -1,0 +1,110 @@
+"""What counts as a lack of memory in swift, and what is said after it."""
+
+import contextlib
+import signal
+
+import pytest
+import torch
+
+from vasevqa.model import memory_plan, out_of_memory, plan
+
+
+def allocation_error() -> RuntimeError:
+    """What torch's CPU allocator raises, from itself."""
+    with contextlib.suppress(MemoryError):
+        try:
+            torch.empty(10**15)
+        except RuntimeError as error:
+            return error
+    pytest.skip("this machine promises any memory")
+
+
+def wrapped(cause: Exception) -> Exception:
+    try:
+        raise ValueError("the step failed") from cause
+    except ValueError as error:
+        return error
+
+
+def handled(before: Exception) -> Exception:
+    """An error of its own while `before`, which somebody has caught, was dealt with."""
+    try:
+        try:
+            raise before
+        except Exception:
+            raise KeyError("input_ids")  # noqa: B904
+    except KeyError as error:
+        return error
+
+
+CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total")
+ERRORS = {
+    "the GPU": (CUDA, True),
+    "CUDA itself": (RuntimeError("CUDA error: out of memory"), True),
+    "cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cu`"), True),
+    "another device": (RuntimeError("NPU out of memory. Tried to allocate 20 MiB"), True),
+    "a fork": (OSError(12, "Cannot allocate memory"), True),
+    "Python": (MemoryError(), True),
+    "inside another error": (wrapped(CUDA), True),
+    "one that was dealt with": (handled(CUDA), False),
+    "a shape": (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    "a key": (KeyError("memory"), False),
+}
+
+
+@pytest.mark.parametrize(("error", "expected"), ERRORS.values(), ids=ERRORS)
+def test_a_lack_of_memory_is_known_by_its_wordings(error, expected):
+    assert out_of_memory.is_cause(error) == expected
+
+
+def test_the_allocators_own_words_are_known():
+    assert out_of_memory.is_cause(allocation_error())
+
+
+WORDS = ["--model", "/nowhere", "--torch_dtype", "bfloat16", "--max_length", "4096"]
+
+
+@pytest.fixture(autouse=True)
+def _sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.slow
+def test_one_of_several_processes_explains_and_three_settings_are_named(
+    tmp_path, capsys, monkeypatch
+):
+    words = ["sft", *WORDS, "--tuner_type", "full", "--output_dir", str(tmp_path)]
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with out_of_memory._first(tmp_path) as is_first:  # another rank is at it
+        assert is_first
+        out_of_memory.explain(words)
+        assert capsys.readouterr().err == ""
+    out_of_memory.explain(words)
+    text = capsys.readouterr().err
+    assert "8,292,166,656 in torch.bfloat16" in text
+    last = text.splitlines()[-1]
+    assert last.startswith("out of memory; what helps most: --deepspeed zero3 (saves ")
+    assert last.count(";") == 3 and "--tuner_type lora (saves " in last
+
+
+def test_an_explanation_that_fails_is_a_line_and_no_second_error(tmp_path, capsys):
+    out_of_memory.explain(["sft", *WORDS, "--output_dir", str(tmp_path / "nowhere")])
+    assert capsys.readouterr().err.startswith("no memory plan: ")
+
+
+@pytest.mark.slow
+def test_zero3_divides_weights_gradients_and_moments_by_the_processes(tmp_path):
+    flags = {"model": ["/nowhere"], "tuner_type": ["full"], "freeze_vit": ["false"]}
+    rows = {}
+    for name in ("", "zero2", "zero3"):
+        own = {"deepspeed": [name]} if name else {}
+        found, _ = memory_plan._reckon(plan.Plan("sft", flags | own, world_size=4), 1003520)
+        rows[name] = {what: size for what, size, _ in found.rows}
+    count = 8_292_166_656  # of the model's card, all of them trained
+    assert rows[""]["weights"] == rows["zero2"]["weights"] == pytest.approx(2 * count, abs=1000)
+    assert rows["zero3"]["weights"] == rows[""]["weights"] // 4
+    assert rows["zero3"]["AdamW"] == rows["zero2"]["AdamW"] == 2 * 2 * count // 4
+    assert rows["zero2"]["gradients"] == rows[""]["gradients"] // 4
+    assert rows["zero3"]["activations"] == rows[""]["activations"]

@@ -1,0 +1,72 @@
+"""After swift has run out of memory: the plan of its run, and the three settings that help most.
+
+Standard library only, until there is something to explain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from vasevqa.model import swift_flags
+from vasevqa.model.plan import COMMANDS, Plan
+
+_WORDINGS = (  # of CUDA and other devices, torch's CPU allocator, the kernel, cuBLAS
+    "out of memory",
+    "can't allocate memory",
+    "cannot allocate memory",
+    "cublas_status_alloc_failed",
+)
+
+
+def is_cause(error: BaseException) -> bool:
+    """Whether `error`, or what it was raised from, says that memory ran out."""
+    return any(
+        isinstance(found, MemoryError) or any(word in str(found).lower() for word in _WORDINGS)
+        for found in (error, error.__cause__)
+        if found is not None
+    )
+
+
+def explain(words: Sequence[str]) -> None:
+    """Write plan and advice for the swift command `words` to stderr; of several processes once."""
+    # torchrun ends the others as soon as one has ended; this one ends by itself in two seconds
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        plan = _plan(words)
+        with _first(plan.output_dir) as is_first:
+            if is_first:
+                from vasevqa.model import memory_plan
+
+                pixels = int(os.environ.get("MAX_PIXELS") or 1003520)
+                sys.stderr.write(memory_plan.after_failure(plan, pixels) + "\n")
+    except Exception as problem:  # the error before it is the one that counts
+        sys.stderr.write(f"no memory plan: {problem}\n")
+
+
+def _plan(words: Sequence[str]) -> Plan:
+    script = next(script for script, command in COMMANDS.items() if command == words[0])
+    world_size = int(os.environ.get("WORLD_SIZE") or 1)
+    return Plan(script, swift_flags.read(words[1:]), world_size=world_size)
+
+
+@contextlib.contextmanager
+def _first(directory: Path) -> Iterator[bool]:
+    """Whether no other process is at the same here; all of a run fail at the same step."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_first = True
+    except BlockingIOError:
+        is_first = False
+    except OSError:  # a network file system without locks
+        is_first = True
+    try:
+        yield is_first
+    finally:
+        os.close(handle)
