@@ -211,12 +211,13 @@ def tree(root):
 def test_a_new_decision_moves_files_and_leaves_sources_alone(source, tmp_path, link):
     out = tmp_path / "out"
     first = [("a.txt", "accepted"), ("sub/b.txt", "rejected")]
-    assert list(placing.place(source, out, first, FOLDERS, link)) == ["a.txt", "sub/b.txt"]
+    folders = placing.Folders(source, out, FOLDERS, link)
+    assert list(folders.place(first)) == ["a.txt", "sub/b.txt"]
     assert tree(out) == {"accepted/a.txt", "rejected/sub/b.txt"}
     assert (out / "accepted/a.txt").is_symlink() == link
     before = (out / "rejected/sub/b.txt").lstat().st_ino
     second = [("a.txt", "accepted"), ("sub/b.txt", "accepted")]
-    list(placing.place(source, out, second, FOLDERS, link))
+    list(folders.place(second))
     assert tree(out) == {"accepted/a.txt", "accepted/sub/b.txt"}
     assert (out / "accepted/sub/b.txt").lstat().st_ino == before  # moved, not copied again
     assert (out / "accepted/sub/b.txt").read_text() == "sub/b.txt"
@@ -227,16 +228,17 @@ def test_a_new_decision_moves_files_and_leaves_sources_alone(source, tmp_path, l
 def test_links_become_copies_and_copies_links(source, tmp_path):
     out, files = tmp_path / "out", [("a.txt", "accepted")]
     for link in (True, False, True):
-        list(placing.place(source, out, files, FOLDERS, link))
+        list(placing.Folders(source, out, FOLDERS, link).place(files))
         assert (out / "accepted/a.txt").is_symlink() == link
         assert (source / "a.txt").read_text() == "a.txt"
 
 
 def test_a_changed_source_is_copied_again(source, tmp_path):
     out, files = tmp_path / "out", [("a.txt", "accepted")]
-    list(placing.place(source, out, files, FOLDERS, False))
+    folders = placing.Folders(source, out, FOLDERS, link=False)
+    list(folders.place(files))
     (source / "a.txt").write_text("changed")
-    list(placing.place(source, out, files, FOLDERS, False))
+    list(folders.place(files))
     assert (out / "accepted/a.txt").read_text() == "changed"
 
 
@@ -244,12 +246,13 @@ def test_what_no_report_names_is_moved_aside_and_not_deleted(tmp_path):
     given = [row("a", 1.0)]
     present = np.sort(np.array([Item.of(r).key for r in given], np.uint64))
     out = tmp_path / "out"
+    folders = placing.Folders(tmp_path, out, FOLDERS, link=False)
     for name in ("accepted/a", "accepted/own notes", "rejected/a", "rejected/old/x"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text(name)
     with Ledger.build(tmp_path / "l.db", given, present) as ledger:
         ledger.decide("accepted", "rejected", 0.5)
-        assert placing.move_strays(out, FOLDERS, ledger, tmp_path / "aside") == 3
+        assert folders.move_strays(ledger, tmp_path / "aside") == 3
     assert tree(out) == {"accepted/a"}
     assert tree(tmp_path / "aside") == {"accepted/own notes", "rejected/a", "rejected/old/x"}
 

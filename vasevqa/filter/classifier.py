@@ -81,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
     """Check the input, then sort; the exit code."""
     cfg = parse(Config, argv, __doc__)
     if cfg.tool.demo:
-        cfg = _with_demo(cfg)
+        from vasevqa.filter import demo
+
+        cfg = replace(cfg, **demo.for_classifier(cfg.tool.typed))
     cfg = replace(cfg, model_path=_model_at(cfg))
     _check(cfg)
     if cfg.tool.dry_run:
@@ -97,14 +99,6 @@ def main(argv: list[str] | None = None) -> int:
         cfg.gpu, cfg.tool.device, cfg.tool.typed, world_size(), os.environ
     )  # fmt: skip
     return sort_pictures(cfg, device)
-
-
-def _with_demo(cfg: Config) -> Config:
-    """`cfg` on the built-in pictures, with the model of model.py --demo."""
-    from vasevqa.filter import demo
-
-    changes = demo.for_classifier(cfg.tool.typed)
-    return replace(cfg, **{k: v for k, v in changes.items() if k not in cfg.tool.typed})
 
 
 def _model_at(cfg: Config) -> Path:

@@ -96,7 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     """Check the input, then filter; the exit code."""
     cfg = parse(Config, argv, __doc__)
     if cfg.tool.demo:
-        cfg = _with_demo(cfg)
+        from vasevqa.filter import demo
+
+        cfg = replace(cfg, **demo.for_clipfilter1(cfg.tool.typed))
     _check(cfg)
     if cfg.tool.dry_run:
         from shared.images import find_images
@@ -110,14 +112,6 @@ def main(argv: list[str] | None = None) -> int:
 
     ask = _ask_for_threshold if cfg.confirm and _can_ask(cfg) and world_size() == 1 else None
     return filter_pictures(cfg, ask)
-
-
-def _with_demo(cfg: Config) -> Config:
-    """`cfg` on the pictures that classifier.py --demo kept, with the demo's CLIP."""
-    from vasevqa.filter import demo
-
-    changes = demo.for_clipfilter1(cfg.tool.typed)
-    return replace(cfg, **{k: v for k, v in changes.items() if k not in cfg.tool.typed})
 
 
 def _check(cfg: Config) -> None:

@@ -88,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     """Check the input, then select; the exit code."""
     cfg = parse(Config, argv, __doc__)
     if cfg.tool.demo:
-        cfg = _with_demo(cfg)
+        from vasevqa.filter import demo
+
+        cfg = replace(cfg, **demo.for_clipfilter2(cfg.tool.typed))
     _check(cfg)
     if cfg.tool.dry_run:
         from shared.images import find_images
@@ -99,14 +101,6 @@ def main(argv: list[str] | None = None) -> int:
     from vasevqa.filter.selection import select_views
 
     return select_views(cfg)
-
-
-def _with_demo(cfg: Config) -> Config:
-    """`cfg` on the pictures that clipfilter1.py --demo accepted, with the demo's CLIP."""
-    from vasevqa.filter import demo
-
-    changes = demo.for_clipfilter2(cfg.tool.typed)
-    return replace(cfg, **{k: v for k, v in changes.items() if k not in cfg.tool.typed})
 
 
 def _check(cfg: Config) -> None:

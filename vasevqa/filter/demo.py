@@ -1,5 +1,7 @@
 """Where the demo of the filters lies, and the settings that suit it; built when first needed.
 
+Settings are those of --demo alone: what the user has typed is not among them.
+
 vasevqa/demo/data/images, images2    pictures (vasevqa/demo_vases.py)
 vasevqa/demo/weights/clip            a tiny CLIP (demo_clip.py)
 vasevqa/demo/runs/filter/            what the four scripts make of them, one from another
@@ -21,10 +23,10 @@ QUALITY = RUNS / "quality"
 BEST = "best_image_quality_model.pth"
 
 
-def for_model() -> dict[str, Any]:
+def for_model(typed: Collection[str]) -> dict[str, Any]:
     """Settings of model.py: what suits 240 pictures and two CPU cores."""
     pictures = demo_vases.build_images(DATA)
-    return {
+    settings = {
         "data_dir": pictures.labelled,
         "output_dir": QUALITY,
         "arch": "resnet10",
@@ -34,31 +36,33 @@ def for_model() -> dict[str, Any]:
         "pretrained": "none",
         "workers": 0,
     }
+    return _untyped(settings, typed)
 
 
-def for_classifier(typed: Collection[str] = ()) -> dict[str, Any]:
+def for_classifier(typed: Collection[str]) -> dict[str, Any]:
     """Settings of classifier.py, whose model may be typed."""
     pictures = demo_vases.build_images(DATA)
     model = QUALITY / BEST
     if "model_path" not in typed:
         _made(model, "python model.py --demo")
-    return {"source_dir": pictures.images, "target_dir": SORTED, "model_path": model, "workers": 0}
+    settings = {"source_dir": pictures.images, "target_dir": SORTED, "model_path": model}
+    return _untyped({**settings, "workers": 0}, typed)
 
 
-def for_clipfilter1(typed: Collection[str] = ()) -> dict[str, Any]:
+def for_clipfilter1(typed: Collection[str]) -> dict[str, Any]:
     """Settings of clipfilter1.py, whose pictures may be typed."""
     good = SORTED / "1"
     if "input_dir" not in typed:
         _made(good, "python classifier.py --demo")
-    return {"input_dir": good, "output_dir": FILTERED, **_clip()}
+    return _untyped({"input_dir": good, "output_dir": FILTERED, **_clip()}, typed)
 
 
-def for_clipfilter2(typed: Collection[str] = ()) -> dict[str, Any]:
+def for_clipfilter2(typed: Collection[str]) -> dict[str, Any]:
     """Settings of clipfilter2.py, whose pictures may be typed."""
     accepted = FILTERED / "accepted"
     if "input_dir" not in typed:
         _made(accepted, "python clipfilter1.py --demo")
-    return {"input_dir": accepted, "output_dir": FILTERED, **_clip()}
+    return _untyped({"input_dir": accepted, "output_dir": FILTERED, **_clip()}, typed)
 
 
 def _clip() -> dict[str, Any]:
@@ -66,6 +70,10 @@ def _clip() -> dict[str, Any]:
 
     folder = demo_clip.build(CLIP)
     return {"model_cache_dir": folder, "cache_dir": ROOT / "runs" / "clip_cache", "workers": 0}
+
+
+def _untyped(settings: dict[str, Any], typed: Collection[str]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if name not in typed}
 
 
 def _made(path: Path, command: str) -> None:

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 from shared import distributed
 from shared.distributed import World
-from shared.errors import UserError
-from vasevqa.filter import clip_model, clip_source, decision, filter_report, placing, rows
+from vasevqa.filter import clip_model, clip_source, decision, filter_report, rows
 from vasevqa.filter import prompts as prompt_files
 from vasevqa.filter.decision import Threshold
 from vasevqa.filter.embedding_cache import EmbeddingCache
 from vasevqa.filter.job import Job
-from vasevqa.filter.ledger import Ledger
+from vasevqa.filter.ledger import QUARANTINE, Ledger
+from vasevqa.filter.placing import Folders
 from vasevqa.filter.rows import Parts
 from vasevqa.filter.scoring import Scorer, list_pictures
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ACCEPTED, REJECTED, QUARANTINE = "accepted", "rejected", "quarantine"
+ACCEPTED, REJECTED = "accepted", "rejected"
 FOLDERS = (ACCEPTED, REJECTED, QUARANTINE)
 Ask = Callable[[float], float | None]
 
@@ -125,20 +125,17 @@ class _Filtering:
                 ledger.group_duplicates(ACCEPTED)
                 if self._cfg.dedup:
                     ledger.reject_duplicates(ACCEPTED, REJECTED)
-                _refuse_mostly_unreadable(ledger, self._cfg)
+                ledger.refuse_mostly_unreadable(self._cfg.max_unreadable, "filtered")
         distributed.barrier(self._world)
+
+    @property
+    def _folders(self) -> Folders:
+        return Folders(self._cfg.input_dir, self._cfg.output_dir, FOLDERS, self._cfg.link)
 
     def _place(self) -> bool:
         """This rank's files into their folders; whether the run is to stop."""
-        cfg, world = self._cfg, self._world
         with Ledger(self._database) as ledger:
-            self._job.begin("placing", len(ledger) // world.size)
-            share = ledger.share(world.rank, world.size)
-            for _ in placing.place(cfg.input_dir, cfg.output_dir, share, FOLDERS, cfg.link):
-                self._job.advance()
-                if self._job.asked_to_stop:
-                    break
-        return self._job.meet()
+            return self._folders.place_share(ledger, self._job, self._world)
 
     def _conclude(self, threshold: Threshold) -> int:
         outputs: list[str] = []
@@ -146,7 +143,7 @@ class _Filtering:
         if self._world.is_main:
             cfg = self._cfg
             with Ledger(self._database) as ledger:
-                placing.move_strays(cfg.output_dir, FOLDERS, ledger, cfg.state_dir / "aside")
+                self._folders.move_strays(ledger, cfg.state_dir / "aside")
                 seconds = time.monotonic() - self._began
                 report = filter_report.Report(cfg.input_dir, cfg.output_dir, threshold, seconds)
                 outputs = [str(path) for path in report.write(ledger, self._scorer.prompts)]
@@ -157,15 +154,4 @@ class _Filtering:
             f"{counts.get(REJECTED, 0)} rejected, {counts.get(QUARANTINE, 0)} unreadable",
             outputs=outputs,
             data=counts,
-        )
-
-
-def _refuse_mostly_unreadable(ledger: Ledger, cfg: Config) -> None:
-    unreadable = ledger.counts().get(QUARANTINE, 0)
-    if unreadable > cfg.max_unreadable * len(ledger):
-        row = next(ledger.rows((QUARANTINE,)))
-        raise UserError(
-            f"{unreadable} of {len(ledger)} files cannot be read, more than --max_unreadable "
-            f"{cfg.max_unreadable:g}; the first is {row['filename']} ({row['problem']}); nothing "
-            "was filtered"
         )

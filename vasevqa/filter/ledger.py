@@ -12,8 +12,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from shared.errors import UserError
 from vasevqa.filter.rows import Item, Keys, Row, holds, owner
 
+QUARANTINE = "quarantine"  # the place of what cannot be read
 _SCHEMA = """
 CREATE TABLE files (
     filename TEXT PRIMARY KEY, digest TEXT, score REAL, problem TEXT, place TEXT, row TEXT
@@ -52,13 +54,26 @@ class Ledger:
         self._base.close()
 
     def decide(self, accepted: str, rejected: str, threshold: float) -> None:
-        """Put what scores at least `threshold` to `accepted`, the rest to `rejected`."""
+        """Put what scores at least `threshold` to `accepted`, the rest to `rejected`.
+
+        What could not be read goes into quarantine.
+        """
         self._base.execute(
-            "UPDATE files SET place = CASE WHEN problem IS NOT NULL THEN 'quarantine' "
+            "UPDATE files SET place = CASE WHEN problem IS NOT NULL THEN ? "
             "WHEN score >= ? THEN ? ELSE ? END",
-            (threshold, accepted, rejected),
+            (QUARANTINE, threshold, accepted, rejected),
         )
         self._base.commit()
+
+    def refuse_mostly_unreadable(self, most: float, undone: str) -> None:
+        """Raise UserError when more than the share `most` is in quarantine; undone: what is not."""
+        unreadable = self.counts().get(QUARANTINE, 0)
+        if unreadable > most * len(self):
+            row = next(self.rows((QUARANTINE,)))
+            raise UserError(
+                f"{unreadable} of {len(self)} files cannot be read, more than --max_unreadable "
+                f"{most:g}; the first is {row['filename']} ({row['problem']}); nothing was {undone}"
+            )
 
     def reject_duplicates(self, accepted: str, rejected: str) -> int:
         """Of accepted files with the same content keep the first by name; how many go."""

@@ -84,7 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     """Check the input, then train; the exit code."""
     cfg = parse(Config, argv, __doc__)
     if cfg.run.demo:
-        cfg = _with_demo(cfg)
+        from vasevqa.filter import demo
+
+        cfg = replace(cfg, **demo.for_model(cfg.run.typed))
     if cfg.estimate:
         from vasevqa.filter.quality_memory import plan
 
@@ -104,14 +106,6 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     with explained_out_of_memory(lambda: quality_memory.plan(cfg, world_size())):
         return train(cfg, device, _weight_places())
-
-
-def _with_demo(cfg: Config) -> Config:
-    """`cfg` on the built-in pictures: paths and sizes where none were typed."""
-    from vasevqa.filter import demo
-
-    changes = {k: v for k, v in demo.for_model().items() if k not in cfg.run.typed}
-    return replace(cfg, **changes)
 
 
 def _check(cfg: Config) -> None:

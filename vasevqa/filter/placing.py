@@ -10,29 +10,60 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+from shared.distributed import World
+from vasevqa.filter.job import Job
 from vasevqa.filter.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
 
-def place(
-    source: Path,
-    target: Path,
-    files: Iterable[tuple[str, str]],
-    folders: tuple[str, ...],
-    link: bool,
-) -> Iterator[str]:
-    """Bring each (name, folder) of `files` from `source` to target/folder/name; yields the names.
+@dataclass(frozen=True)
+class Folders:
+    """The folders `names` of `target`, which get files of `source`; link: symbolic links."""
 
-    A file that an earlier decision put into another of the `folders` is moved from there.
-    """
-    for name, folder in files:
-        goal = target / folder / name
-        others = [target / other / name for other in folders if other != folder]
-        _bring(source / name, goal, others, link)
-        yield name
+    source: Path
+    target: Path
+    names: tuple[str, ...]
+    link: bool
+
+    def place(self, files: Iterable[tuple[str, str]]) -> Iterator[str]:
+        """Bring each (name, folder) from the source to target/folder/name; yields the names.
+
+        A file that an earlier decision put into another of the folders is moved from there.
+        """
+        for name, folder in files:
+            goal = self.target / folder / name
+            others = [self.target / other / name for other in self.names if other != folder]
+            _bring(self.source / name, goal, others, self.link)
+            yield name
+
+    def place_share(self, ledger: Ledger, job: Job, world: World) -> bool:
+        """Bring this rank's share of the decided files; whether the run is to stop."""
+        job.begin("placing", len(ledger) // world.size)
+        for _ in self.place(ledger.share(world.rank, world.size)):
+            job.advance()
+            if job.asked_to_stop:
+                break
+        return job.meet()
+
+    def move_strays(self, ledger: Ledger, aside: Path) -> int:
+        """Move what lies here and not where the ledger says into `aside`; how many."""
+        moved = 0
+        for folder in self.names:
+            for path in _files_below(self.target / folder):
+                name = path.relative_to(self.target / folder).as_posix()
+                if ledger.place_of(name) == folder:
+                    continue
+                goal = _free(aside / folder / name)
+                goal.parent.mkdir(parents=True, exist_ok=True)
+                path.replace(goal)
+                moved += 1
+        if moved:
+            log.info("%d file(s) that this run did not decide on are now in %s", moved, aside)
+        return moved
 
 
 def _bring(source: Path, goal: Path, others: list[Path], link: bool) -> None:
@@ -66,23 +97,6 @@ def _put(source: Path, goal: Path, link: bool) -> None:
     else:
         shutil.copy2(source, temporary)  # with its times: a later pass sees the same file
     temporary.replace(goal)
-
-
-def move_strays(target: Path, folders: tuple[str, ...], ledger: Ledger, aside: Path) -> int:
-    """Move what lies in the folders and not where the ledger says into `aside`; how many."""
-    moved = 0
-    for folder in folders:
-        for path in _files_below(target / folder):
-            name = path.relative_to(target / folder).as_posix()
-            if ledger.place_of(name) == folder:
-                continue
-            goal = _free(aside / folder / name)
-            goal.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(goal)
-            moved += 1
-    if moved:
-        log.info("%d file(s) that this run did not decide on are now in %s", moved, aside)
-    return moved
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

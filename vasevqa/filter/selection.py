@@ -16,12 +16,13 @@ from shared.distributed import World
 from shared.errors import UserError
 from shared.files import write_json, write_text
 from shared.page import Page, table
-from vasevqa.filter import clip_model, clip_source, contact_sheet, placing, rows, views
+from vasevqa.filter import clip_model, clip_source, contact_sheet, rows, views
 from vasevqa.filter import prompts as prompt_files
 from vasevqa.filter.embedding_cache import EmbeddingCache
 from vasevqa.filter.filter_report import write_stream
 from vasevqa.filter.job import Job
 from vasevqa.filter.ledger import Ledger
+from vasevqa.filter.placing import Folders
 from vasevqa.filter.rows import Parts, Row
 from vasevqa.filter.scoring import Scorer, list_pictures
 from vasevqa.filter.views import Vase
@@ -106,11 +107,10 @@ def _conclude(
                 f"match --pattern {cfg.pattern}, {len(tally.unreadable)} files cannot be read; "
                 "nothing was selected"
             )
-        chosen = ledger.share(0, 1, BEST_VIEWS)
-        for _ in placing.place(cfg.input_dir, cfg.output_dir, chosen, (BEST_VIEWS,), cfg.link):
+        folders = Folders(cfg.input_dir, cfg.output_dir, (BEST_VIEWS,), cfg.link)
+        for _ in folders.place(ledger.share(0, 1, BEST_VIEWS)):
             pass
-        aside = cfg.state_dir / "aside"
-        placing.move_strays(cfg.output_dir, (BEST_VIEWS,), ledger, aside)
+        folders.move_strays(ledger, cfg.state_dir / "aside")
         outputs = _write(cfg, ledger, tally, time.monotonic() - began)
     return job.finish(
         f"{tally.vases} vases, {tally.views} views, {len(tally.unmatched)} names do not match, "

@@ -16,13 +16,14 @@ from torch.utils.data import Dataset
 
 from shared import distributed, images
 from shared.distributed import World
-from shared.errors import UserError, one_line
+from shared.errors import one_line
 from shared.files import write_atomic
 from shared.loader import make_eval_loader
-from vasevqa.filter import placing, rows
+from vasevqa.filter import rows
 from vasevqa.filter.filter_report import write_stream
 from vasevqa.filter.job import Job
-from vasevqa.filter.ledger import Ledger
+from vasevqa.filter.ledger import QUARANTINE, Ledger
+from vasevqa.filter.placing import Folders
 from vasevqa.filter.predictor import ImageQualityPredictor
 from vasevqa.filter.rows import Item, Parts, Row, file_identity, line_of
 from vasevqa.filter.scoring import list_pictures
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HIGH, LOW, QUARANTINE = "1", "0", "quarantine"
+HIGH, LOW = "1", "0"
 FOLDERS = (LOW, HIGH, QUARANTINE)
 _CHUNK = 4096  # files for which one set of loader workers lives
 
@@ -111,24 +112,17 @@ def _decide(
 ) -> int:
     """Decide on rank 0, bring the files on all, report on rank 0."""
     database = cfg.state_dir / "decision.db"
+    folders = Folders(cfg.source_dir, cfg.target_dir, FOLDERS, cfg.link)
     if world.is_main:
         present = rows.keys_of(cfg.source_dir, names)
         with Ledger.build(database, parts, present) as ledger:
             ledger.decide(HIGH, LOW, cfg.threshold)
-            _refuse_mostly_unreadable(ledger, cfg)
+            ledger.refuse_mostly_unreadable(cfg.max_unreadable, "sorted")
     distributed.barrier(world)
     with Ledger(database) as ledger:
-        job.begin("placing", len(ledger) // world.size)
-        share = ledger.share(world.rank, world.size)
-        for _ in placing.place(cfg.source_dir, cfg.target_dir, share, FOLDERS, cfg.link):
-            job.advance()
-            if job.asked_to_stop:
-                break
-        if job.meet():
+        if folders.place_share(ledger, job, world) or not world.is_main:
             return job.finish()
-        if not world.is_main:
-            return job.finish()
-        placing.move_strays(cfg.target_dir, FOLDERS, ledger, cfg.state_dir / "aside")
+        folders.move_strays(ledger, cfg.state_dir / "aside")
         outputs = _report(cfg, ledger, time.monotonic() - began)
         counts = ledger.counts()
     return job.finish(
@@ -138,17 +132,6 @@ def _decide(
         data={"high quality": counts.get(HIGH, 0), "low quality": counts.get(LOW, 0),
               "unreadable": counts.get(QUARANTINE, 0)},
     )  # fmt: skip
-
-
-def _refuse_mostly_unreadable(ledger: Ledger, cfg: Config) -> None:
-    unreadable = ledger.counts().get(QUARANTINE, 0)
-    if unreadable > cfg.max_unreadable * len(ledger):
-        row = next(ledger.rows((QUARANTINE,)))
-        raise UserError(
-            f"{unreadable} of {len(ledger)} files cannot be read, more than --max_unreadable "
-            f"{cfg.max_unreadable:g}; the first is {row['filename']} ({row['problem']}); nothing "
-            "was sorted"
-        )
 
 
 def _report(cfg: Config, ledger: Ledger, seconds: float) -> list[Path]:
