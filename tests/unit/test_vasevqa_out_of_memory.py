@@ -72,16 +72,14 @@ def _sigterm():
 
 
 @pytest.mark.slow
-def test_one_of_several_processes_explains_and_three_settings_are_named(
-    tmp_path, capsys, monkeypatch
-):
+def test_one_of_several_processes_explains_and_three_settings_are_named(tmp_path, capsys):
     words = ["sft", *WORDS, "--tuner_type", "full", "--output_dir", str(tmp_path)]
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    environ = {"WORLD_SIZE": "4"}
     with out_of_memory._first(tmp_path) as is_first:  # another rank is at it
         assert is_first
-        out_of_memory.explain(words)
+        out_of_memory.explain(words, environ)
         assert capsys.readouterr().err == ""
-    out_of_memory.explain(words)
+    out_of_memory.explain(words, environ)
     text = capsys.readouterr().err
     assert "8,292,166,656 in torch.bfloat16" in text
     last = text.splitlines()[-1]
@@ -90,7 +88,7 @@ def test_one_of_several_processes_explains_and_three_settings_are_named(
 
 
 def test_an_explanation_that_fails_is_a_line_and_no_second_error(tmp_path, capsys):
-    out_of_memory.explain(["sft", *WORDS, "--output_dir", str(tmp_path / "nowhere")])
+    out_of_memory.explain(["sft", *WORDS, "--output_dir", str(tmp_path / "nowhere")], {})
     assert capsys.readouterr().err.startswith("no memory plan: ")
 
 

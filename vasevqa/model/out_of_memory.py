@@ -10,7 +10,7 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vasevqa.model import swift_flags
@@ -33,25 +33,24 @@ def is_cause(error: BaseException) -> bool:
     )
 
 
-def explain(words: Sequence[str]) -> None:
+def explain(words: Sequence[str], environ: Mapping[str, str]) -> None:
     """Write plan and advice for the swift command `words` to stderr; of several processes once."""
     # torchrun ends the others as soon as one has ended; this one ends by itself in two seconds
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     try:
-        plan = _plan(words)
+        plan = _plan(words, int(environ.get("WORLD_SIZE") or 1))
         with _first(plan.output_dir) as is_first:
             if is_first:
                 from vasevqa.model import memory_plan
 
-                pixels = int(os.environ.get("MAX_PIXELS") or 1003520)
+                pixels = int(environ.get("MAX_PIXELS") or 1003520)
                 sys.stderr.write(memory_plan.after_failure(plan, pixels) + "\n")
     except Exception as problem:  # the error before it is the one that counts
         sys.stderr.write(f"no memory plan: {problem}\n")
 
 
-def _plan(words: Sequence[str]) -> Plan:
+def _plan(words: Sequence[str], world_size: int) -> Plan:
     script = next(script for script, command in COMMANDS.items() if command == words[0])
-    world_size = int(os.environ.get("WORLD_SIZE") or 1)
     return Plan(script, swift_flags.read(words[1:]), world_size=world_size)
 
 

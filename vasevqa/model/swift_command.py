@@ -18,7 +18,6 @@ from shared.device import present_gpus
 from shared.errors import FAILED, MissingToolError
 from shared.memory import keep_freed_memory
 from shared.prctl import die_with_parent
-from vasevqa.model import out_of_memory
 
 SEVERAL = ("sft", "rlhf")  # commands that torchrun may run
 _VARIABLES = ("NPROC_PER_NODE", "MASTER_PORT", "NNODES", "NODE_RANK", "MASTER_ADDR")
@@ -40,10 +39,12 @@ def main(argv: list[str]) -> None:
     try:
         runpy.run_path(str(script), run_name="__main__")
     except Exception as error:
+        from vasevqa.model import out_of_memory
+
         if command not in SEVERAL or not out_of_memory.is_cause(error):
             raise
         sys.excepthook(type(error), error, error.__traceback__)  # as it would end without us
-        out_of_memory.explain(argv)
+        out_of_memory.explain(argv, os.environ)
         sys.exit(FAILED)
 
 
