@@ -15,7 +15,7 @@ from pathlib import Path
 from multimodal import audio, clip_ledger, clip_tables
 from multimodal.clip_ledger import Ledger, Wanted
 from shared.errors import UserError, one_line
-from shared.fetch import part_of
+from shared.fetched import part_of
 from shared.transport import DownloadError
 from shared.unpack import Run, unpack
 

@@ -11,16 +11,9 @@ from pathlib import Path
 
 from multimodal.sources import Archive, DataSet, Source
 from shared.errors import UserError
-from shared.fetch import (
-    WEB_ADVICE,
-    DownloadInterrupted,
-    Notes,
-    amount,
-    fetch_all,
-    is_there,
-    part_of,
-    size_of,
-)
+from shared.fetch import WEB_ADVICE, DownloadInterrupted, fetch_all
+from shared.fetched import Notes, is_there, part_of, size_of
+from shared.progress import amount
 from shared.transport import PATIENCE, DownloadError, Line
 from shared.unpack import Run, unpack
 

@@ -27,7 +27,9 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import build_hf_headers
 
 from shared.errors import UserError, did_you_mean, one_line
-from shared.fetch import NOTES, PART, Meter, Notes, fetch_all, fetch_one, is_there, unusable
+from shared.fetch import fetch_all, fetch_one, unusable
+from shared.fetched import NOTES, PART, Notes, is_there
+from shared.progress import Meter
 from shared.transport import PATIENCE, DownloadError, Line, Patience
 
 log = logging.getLogger(__name__)

@@ -15,28 +15,23 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import shutil
-import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import httpx
 
 from shared.errors import INTERRUPTED, UserError, one_line
-from shared.files import read_json, write_json
-from shared.progress import clock
+from shared.fetched import File, Notes, checksum_of, part_of, size_of
+from shared.progress import Meter, amount
 from shared.transport import Advice, DownloadError, Line, TransientError, refusal
 
 log = logging.getLogger(__name__)
 
-NOTES = ".download.json"
-PART = ".part"
 WEB_ADVICE = Advice(
     unreachable="or fetch the file by hand and put it there",
     elsewhere="another source, or by hand",
@@ -44,35 +39,11 @@ WEB_ADVICE = Advice(
     not_allowed="it is not public, or no longer; fetch the file by hand and put it there",
 )
 
-_LINE_EVERY = 10.0  # seconds between lines of progress in a log
-
 
 class DownloadInterrupted(UserError):  # noqa: N818, it is no error
     """Ctrl-C: what was fetched stays; exit code 130."""
 
     exit_code = INTERRUPTED
-
-
-class File(Protocol):
-    """What is to be fetched. size: bytes, None where nobody says.
-
-    checksum: `md5:…`, `sha256:…` or `git:…` (of a git blob), '' where nobody says.
-    """
-
-    @property
-    def name(self) -> str:
-        """Its path below the directory."""
-        ...
-
-    @property
-    def size(self) -> int | None:
-        """Bytes."""
-        ...
-
-    @property
-    def checksum(self) -> str:
-        """What its content has to give."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -218,95 +189,6 @@ def _host(url: str) -> str:
     return httpx.URL(url).host
 
 
-# --- files ----------------------------------------------------------------------------------------
-
-
-def checksum_of(path: Path, like: str) -> str:
-    """The checksum of a file, of the kind of `like`: `md5:…`, `sha256:…` or `git:…`, a blob's."""
-    kind = like.partition(":")[0]
-    if kind == "git":
-        header = b"blob %d\0" % path.stat().st_size
-        digest = hashlib.sha1(header, usedforsecurity=False)
-    else:
-        digest = hashlib.new(kind, usedforsecurity=False)
-    with path.open("rb") as stream:
-        return f"{kind}:{hashlib.file_digest(stream, lambda: digest).hexdigest()}"
-
-
-def is_there(file: File, directory: Path, notes: Notes, *, read_again: bool = False) -> bool:
-    """Whether the file is in the directory, as it should be.
-
-    read_again: compute its checksum although an earlier call did.
-    """
-    path = directory / file.name
-    if not path.is_file() or file.size not in (None, path.stat().st_size):
-        return False
-    if notes.knows(file) and not read_again:
-        return True
-    if file.checksum:
-        log.info("checking %s (%s)", path, amount(path.stat().st_size))
-        if checksum_of(path, file.checksum) != file.checksum:
-            log.warning("%s has another content than it should; it is fetched again", path)
-            return False
-    notes.remember(file)
-    return True
-
-
-class Notes:
-    """What an earlier call has verified, and which file each .part belongs to."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        stored = read_json(directory / NOTES)
-        stored = stored if isinstance(stored, dict) else {}
-        self._files, self._parts = (
-            dict(stored[key]) if isinstance(stored.get(key), dict) else {}
-            for key in ("files", "parts")
-        )
-
-    def save(self) -> None:
-        """Write down what is known, if anything is."""
-        if self._files or self._parts:
-            write_json(self._directory / NOTES, {"files": self._files, "parts": self._parts})
-
-    def knows(self, file: File) -> bool:
-        """Whether the file was verified and has not been touched since."""
-        return self._files.get(file.name) == self._entry(file)
-
-    def remember(self, file: File) -> None:
-        """The file is there and right."""
-        self._files[file.name] = self._entry(file)
-        self._parts.pop(file.name, None)
-
-    def part_size(self, file: File) -> int:
-        """Bytes of the file that an earlier call has left; 0 when they are of another version."""
-        size = size_of(part_of(self._directory / file.name))
-        is_same = file.checksum and self._parts.get(file.name) == file.checksum
-        return size if is_same and (file.size is None or size <= file.size) else 0
-
-    def begin_part(self, file: File) -> None:
-        """Say whose bytes the .part will hold, before the first; drops those of another version."""
-        if not self.part_size(file):
-            part_of(self._directory / file.name).unlink(missing_ok=True)
-        if self._parts.get(file.name) != file.checksum:
-            self._parts[file.name] = file.checksum
-            self.save()
-
-    def _entry(self, file: File) -> list[Any]:
-        status = (self._directory / file.name).stat()
-        return [file.checksum, status.st_size, status.st_mtime_ns]
-
-
-def part_of(path: Path) -> Path:
-    """Where the file's bytes lie until it is whole."""
-    return path.with_name(path.name + PART)
-
-
-def size_of(path: Path) -> int:
-    """Bytes of the file, 0 where there is none."""
-    return path.stat().st_size if path.exists() else 0
-
-
 @contextlib.contextmanager
 def owned(directory: Path) -> Iterator[None]:
     """Make `directory`, and let no other download write there until the block is left.
@@ -350,48 +232,3 @@ def unusable(directory: Path, error: OSError) -> DownloadError:
             f"the disk of {directory} is full: free some space; the same command continues"
         )
     return DownloadError(f"{directory} cannot be used: {one_line(error)}")
-
-
-def amount(size: float) -> str:
-    """9985123456 → '9.99 GB'."""
-    for unit in ("bytes", "kB", "MB"):
-        if size < 999.5:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.2f} GB"
-
-
-class Meter:
-    """How far a fetch is: a bar on a terminal, in a log a line every ten seconds."""
-
-    def __init__(self, total: int, done: int) -> None:
-        self.name = ""
-        self._total, self._done, self._start = total, done, done
-        self._began = self._line_at = time.monotonic()
-        self._bar = None
-        if total > done and sys.stderr.isatty() and sys.stdout.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=total, initial=done, unit="B", unit_scale=True, dynamic_ncols=True
-            )
-
-    def __str__(self) -> str:
-        return f"{amount(self._done)} of {amount(self._total)}"
-
-    def add(self, count: int) -> None:
-        """So many bytes more."""
-        self._done += count
-        if self._bar is not None:
-            self._bar.set_description(self.name, refresh=False)
-            self._bar.update(count)
-        elif self._total and time.monotonic() - self._line_at >= _LINE_EVERY:
-            self._line_at = time.monotonic()
-            speed = (self._done - self._start) / (self._line_at - self._began)
-            left = clock((self._total - self._done) / max(speed, 1.0))
-            log.info("%s: %s, %s/s, %s left", self.name, self, amount(speed), left)
-
-    def close(self) -> None:
-        """Leave the bar's last state on the terminal."""
-        if self._bar is not None:
-            self._bar.close()

@@ -26,7 +26,7 @@ class Progress:
         self._samples_per_step = samples_per_step
         self._began = self._line_at = time.monotonic()
         self._first, self._lines = True, lines
-        self._bar = _open_bar(total_steps, start_step)
+        self._bar = _open_bar(total_steps, start_step, unit="step")
 
     def speed(self, step: int) -> float:
         """Steps a second since this process began to train."""
@@ -74,9 +74,50 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
 
-def _open_bar(total_steps: int, start_step: int) -> Any:
+class Meter:
+    """How far a fetch is: a bar on a terminal, in a log a line every ten seconds."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self.name = ""
+        self._total, self._done, self._start = total, done, done
+        self._began = self._line_at = time.monotonic()
+        self._bar = None
+        if total > done:
+            self._bar = _open_bar(total, done, unit="B", unit_scale=True)
+
+    def __str__(self) -> str:
+        return f"{amount(self._done)} of {amount(self._total)}"
+
+    def add(self, count: int) -> None:
+        """So many bytes more."""
+        self._done += count
+        if self._bar is not None:
+            self._bar.set_description(self.name, refresh=False)
+            self._bar.update(count)
+        elif self._total and time.monotonic() - self._line_at >= _EVERY_SECONDS:
+            self._line_at = time.monotonic()
+            speed = (self._done - self._start) / (self._line_at - self._began)
+            left = clock((self._total - self._done) / max(speed, 1.0))
+            log.info("%s: %s, %s/s, %s left", self.name, self, amount(speed), left)
+
+    def close(self) -> None:
+        """Leave the bar's last state on the terminal."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def amount(size: float) -> str:
+    """9985123456 → '9.99 GB'."""
+    for unit in ("bytes", "kB", "MB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.2f} GB"
+
+
+def _open_bar(total: int, start: int, **units: Any) -> Any:
     if not (sys.stderr and sys.stderr.isatty() and sys.stdout and sys.stdout.isatty()):
         return None
     from tqdm import tqdm
 
-    return tqdm(total=total_steps, initial=start_step, dynamic_ncols=True, unit="step")
+    return tqdm(total=total, initial=start, dynamic_ncols=True, **units)

@@ -25,7 +25,8 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any, NoReturn
 
 from shared.errors import MissingToolError, UserError, one_line
-from shared.fetch import Meter, check_space
+from shared.fetch import check_space
+from shared.progress import Meter
 
 STAGING = ".unpacking"
 LARGEST_GROWTH = 100  # times an archive's own size; text of one letter reaches 1,000

@@ -175,7 +175,7 @@ def test_skip_existing_asks_for_sizes_alone(server, tmp_path, files, monkeypatch
     downloads.mkdir(parents=True)
     for name in ("annotations_trainval2017.zip", "val2017.zip", "train2017.zip"):
         (downloads / name).write_bytes(files[name])
-    monkeypatch.setattr("shared.fetch.checksum_of", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr("shared.fetched.checksum_of", lambda *_: pytest.fail("read"))
     assert download(server, tmp_path, "--datasets", "coco", "--skip-existing") == 0
     assert server.asked("train2017.zip") == []
 

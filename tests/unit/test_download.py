@@ -14,7 +14,7 @@ from collections import namedtuple
 import huggingface_hub
 import pytest
 
-from shared import download, transport
+from shared import download, fetched, progress, transport
 from shared import fetch as fetching
 from shared.download import HubRepository
 from shared.errors import UserError
@@ -91,7 +91,7 @@ def test_only_the_shards_that_the_index_names_for_the_prefix_are_asked_for(hub, 
     tower(hub, tmp_path)
     assert (tmp_path / SHARDS[0]).read_bytes() == WEIGHTS
     assert (tmp_path / "config.json").read_bytes() == CONFIG
-    assert names_in(tmp_path) == {"config.json", INDEX, SHARDS[0], fetching.NOTES}
+    assert names_in(tmp_path) == {"config.json", INDEX, SHARDS[0], fetched.NOTES}
     assert hub.fetched() == {"config.json", INDEX, SHARDS[0]}
 
 
@@ -165,7 +165,7 @@ def test_a_file_without_content_and_one_in_a_folder_are_fetched_too(hub, tmp_pat
 def test_what_is_there_is_not_fetched_again_and_read_only_once(hub, tmp_path, monkeypatch):
     (tmp_path / SHARDS[0]).write_bytes(WEIGHTS)
     fetch(hub, tmp_path, SHARDS[0])
-    monkeypatch.setattr(fetching, "checksum_of", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(fetched, "checksum_of", lambda *_: pytest.fail("read again"))
     fetch(hub, tmp_path, SHARDS[0])
     assert hub.asked(SHARDS[0]) == []
 
@@ -198,7 +198,7 @@ def test_a_plan_says_what_is_missing_and_writes_nothing(hub, tmp_path):
 @pytest.mark.parametrize("notes", ["", "[]", '{"files": 3, "parts": [1]}', '{"files": {"x'])
 def test_damaged_notes_cost_a_check_and_no_more(hub, tmp_path, notes):
     fetch(hub, tmp_path, SHARDS[0])
-    (tmp_path / fetching.NOTES).write_text(notes)
+    (tmp_path / fetched.NOTES).write_text(notes)
     fetch(hub, tmp_path, SHARDS[0])
     assert hub.asked(SHARDS[0]) == [None]
 
@@ -306,7 +306,7 @@ def test_ctrl_c_keeps_what_came_and_says_how_to_go_on(hub, tmp_path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetching.Meter, "add", interrupted)
+        patch.setattr(progress.Meter, "add", interrupted)
         with pytest.raises(DownloadInterrupted, match="the same command continues") as caught:
             fetch(hub, tmp_path, SHARDS[0])
     assert caught.value.exit_code == 130
@@ -447,7 +447,7 @@ def test_wrong_content_is_removed_and_refused(hub, tmp_path, name):
     hub.misbehave(name, hub_server.corrupted, late=False)
     with pytest.raises(DownloadError, match=f"{name} came from .* wrong checksum"):
         fetch(hub, tmp_path, name)
-    assert names_in(tmp_path) <= {fetching.NOTES}
+    assert names_in(tmp_path) <= {fetched.NOTES}
     fetch(hub, tmp_path, name)
     assert (tmp_path / name).read_bytes() == hub.files[name]
 
@@ -612,7 +612,7 @@ def test_two_downloads_do_not_write_into_one_directory(hub, tmp_path):
 
 
 def test_a_log_gets_a_line_of_progress_with_speed_and_time_left(hub, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(fetching, "_LINE_EVERY", 0.0)
+    monkeypatch.setattr(progress, "_EVERY_SECONDS", 0.0)
     with caplog.at_level("INFO"):
         fetch(hub, tmp_path, SHARDS[0])
     lines = [line for line in caplog.messages if line.startswith(SHARDS[0])]
@@ -631,4 +631,4 @@ def test_a_log_gets_a_line_of_progress_with_speed_and_time_left(hub, tmp_path, c
     ],
 )
 def test_amounts_are_short(size, text):
-    assert fetching.amount(size) == text
+    assert progress.amount(size) == text

@@ -5,9 +5,10 @@ import random
 
 import pytest
 
-from shared import fetch
+from shared import fetched
 from shared.errors import UserError
-from shared.fetch import WEB_ADVICE, Notes, WebFile, fetch_all, is_there
+from shared.fetch import WEB_ADVICE, WebFile, fetch_all
+from shared.fetched import Notes, is_there
 from shared.transport import DownloadError, Line, Patience
 from tests import hub_server
 from tests.hub_server import HubServer
@@ -36,7 +37,7 @@ def get(server, directory, name="a.zip", size: int | None = len(CONTENT), checks
 
 def test_md5_is_checked_and_the_file_known_from_then_on(server, tmp_path, monkeypatch):
     assert get(server, tmp_path).read_bytes() == CONTENT
-    monkeypatch.setattr(fetch, "checksum_of", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(fetched, "checksum_of", lambda *_: pytest.fail("read again"))
     file = WebFile("a.zip", len(CONTENT), MD5, "")
     assert is_there(file, tmp_path, Notes(tmp_path))
 
