@@ -92,7 +92,7 @@ def read(run_dir: Path) -> RunRecord:
     record.status = _object(run_dir / "status.json", record.problems)
     record.config = _object(run_dir / "config.json", record.problems)
     record.state = _state(record.status)
-    record.curves = _curves(run_dir / "metrics.jsonl", record.problems)
+    record.curves = _curves(record)
     record.log = _log_of(record)
     record.log_end = log_lines(str(record.log), _LOG_END) if record.log else []
     record.pictures = _pictures(record)
@@ -165,7 +165,8 @@ def _state(status: dict[str, Any]) -> str:
     return str(state)
 
 
-def _curves(path: Path, problems: list[str]) -> dict[str, dict[str, Series]]:
+def _curves(record: RunRecord) -> dict[str, dict[str, Series]]:
+    path, problems = record.run_dir / "metrics.jsonl", record.problems
     curves: dict[str, dict[str, Series]] = {}
     refused = 0
     try:
@@ -182,7 +183,8 @@ def _curves(path: Path, problems: list[str]) -> dict[str, dict[str, Series]]:
                     steps.append(step)
                     values.append(found)
     except FileNotFoundError:
-        problems.append(f"{path.name} is missing")
+        if record.mapping("last"):  # else it is a run that has no losses, as a filter's
+            problems.append(f"{path.name} is missing")
     except OSError as error:
         problems.append(f"{path.name} cannot be read: {one_line(error)}")
     if refused:

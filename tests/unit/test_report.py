@@ -326,6 +326,12 @@ def test_a_missing_file_is_named(run_dir, name):
     assert f"Not shown: {name} is missing." in page_of(run_dir)
 
 
+def test_a_run_without_losses_has_no_metrics_to_miss(run_dir):
+    (run_dir / "metrics.jsonl").unlink()
+    (run_dir / "status.json").write_text(json.dumps(STATUS | {"last": {}}))
+    assert "metrics.jsonl" not in page_of(run_dir)
+
+
 @pytest.mark.parametrize("words", [["nowhere"], ["compare", "one"], ["."]])
 def test_no_run_is_one_line_and_exit_2(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
