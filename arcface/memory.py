@@ -12,7 +12,8 @@ import torch
 from arcface import config_options, config_reader
 from arcface.encoders import Encoder, build_encoder
 from arcface.pipeline import build_pipeline
-from arcface.recipe import KNOWN, Recipe, read_recipe
+from arcface.recipe import Recipe
+from arcface.recipe_reader import KNOWN, read_recipe
 from shared import class_centres, estimate
 from shared.estimate import MemoryPlan
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from arcface import config_options, config_reader
-from arcface.recipe import KNOWN, Recipe, deciding, read_recipe
+from arcface.recipe import Recipe, deciding
+from arcface.recipe_reader import KNOWN, read_recipe
 from shared.config import RunOptions, option
 from shared.errors import UserError
 from shared.files import read_json

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from arcface import config_options, config_reader, partition, recipe, run_settings
+from arcface import config_options, config_reader, partition, recipe, recipe_reader, run_settings
 from face_distill import recordio, teacher, verification
 from face_distill import run_settings as face_settings
 from shared import (
@@ -132,7 +132,7 @@ def _read_recipe(directory: Path) -> None:
     """A configuration whose values were damaged: everything that the recipe makes of them."""
     content = files.read_json(directory / "recipe.json")
     if isinstance(content, dict):
-        recipe.read_recipe(content, directory)
+        recipe_reader.read_recipe(content, directory)
         recipe.deciding(content)
 
 
@@ -218,6 +218,8 @@ def _resume(directory: Path) -> None:
     config.parse(Config, ["--resume", str(directory)])
 
 
+KINDS = ("WEBP", "BMP", "GIF", "TIFF", "PPM")
+
 READERS: dict[str, Reader] = {
     "RecordIO": Reader(_make_records, _read_records),
     "teacher npy": Reader(_make_features, teacher.TeacherFeatures),
@@ -266,6 +268,10 @@ READERS: dict[str, Reader] = {
     ),
     "PNG": Reader(
         put("a.png", picture("PNG")), lambda d: images.read_rgb(d / "a.png"), (ValueError,)
+    ),
+    "other pictures": Reader(
+        together(*(put(f"a.{kind}", picture(kind)) for kind in KINDS)),
+        lambda d: [images.problem(d / f"a.{kind}") for kind in KINDS],
     ),
     "run report": Reader(
         together(

@@ -59,7 +59,8 @@ from arcface.encoders import build_encoder, fill_backbone
 from arcface.inshop import InShop
 from arcface.learner import Learner, class_margins
 from arcface.pipeline import build_pipeline
-from arcface.recipe import KNOWN, Recipe, read_recipe
+from arcface.recipe import Recipe
+from arcface.recipe_reader import KNOWN, read_recipe
 from shared.distributed import World
 from shared.errors import MissingToolError, UserError, one_line
 from shared.precision import Amp

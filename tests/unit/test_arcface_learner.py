@@ -18,7 +18,8 @@ from arcface.config_options import with_options
 from arcface.config_reader import RECIPE, read_config
 from arcface.encoders import Encoder, build_encoder
 from arcface.learner import Learner, RankBuffers, class_margins
-from arcface.recipe import KNOWN, AdaptiveMargins, Recipe, read_recipe
+from arcface.recipe import AdaptiveMargins, Recipe
+from arcface.recipe_reader import KNOWN, read_recipe
 from shared.distributed import World
 from shared.errors import UserError
 from shared.precision import Amp

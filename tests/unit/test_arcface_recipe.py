@@ -7,7 +7,8 @@ import pytest
 from arcface import run_settings
 from arcface.config_options import with_options
 from arcface.config_reader import RECIPE, read_config
-from arcface.recipe import KNOWN, AdaptiveMargins, deciding, read_recipe
+from arcface.recipe import AdaptiveMargins, deciding
+from arcface.recipe_reader import KNOWN, read_recipe
 from shared.config import RunOptions
 from shared.errors import UserError
 
@@ -112,6 +113,17 @@ def test_what_is_not_to_be_had_is_refused_by_name(read, option, message):
     with pytest.raises(UserError) as refused:
         read(option)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("betas", ["3", "(0.9,)", "(0.9,1.0)", "'ab'"])
+def test_betas_that_are_no_pair_below_one_are_refused(read, betas):
+    with pytest.raises(
+        UserError, match=r"optimizer\.betas is .*, expected two numbers in \[0, 1\)"
+    ):
+        read(
+            "optim_wrapper.optimizer={'type': 'AdamW', 'lr': 0.1, 'betas': %s, '_delete_': True}"
+            % betas
+        )
 
 
 @pytest.mark.parametrize(
