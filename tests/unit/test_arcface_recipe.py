@@ -117,13 +117,9 @@ def test_what_is_not_to_be_had_is_refused_by_name(read, option, message):
 
 @pytest.mark.parametrize("betas", ["3", "(0.9,)", "(0.9,1.0)", "'ab'"])
 def test_betas_that_are_no_pair_below_one_are_refused(read, betas):
-    with pytest.raises(
-        UserError, match=r"optimizer\.betas is .*, expected two numbers in \[0, 1\)"
-    ):
-        read(
-            "optim_wrapper.optimizer={'type': 'AdamW', 'lr': 0.1, 'betas': %s, '_delete_': True}"
-            % betas
-        )
+    optimizer = f"{{'type': 'AdamW', 'lr': 0.1, 'betas': {betas}, '_delete_': True}}"
+    with pytest.raises(UserError, match=r"betas is .*, expected two numbers in \[0, 1\)"):
+        read(f"optim_wrapper.optimizer={optimizer}")
 
 
 @pytest.mark.parametrize(
