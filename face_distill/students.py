@@ -14,7 +14,7 @@ from face_distill.preprocess import Preprocess
 from shared import weights
 from shared.distributed import World
 from shared.early_stopping import EarlyStopping
-from shared.files import read_json, write_atomic, write_json
+from shared.files import read_object, write_atomic, write_json
 
 if TYPE_CHECKING:
     from face_distill.face_batches import FaceBatches
@@ -60,7 +60,7 @@ def verify_before(cfg: Config, world: World, student: FaceStudent, step: int) ->
         return None
     note = cfg.run_dir / "verification.json"
     if step > 0:
-        written = read_json(note) or {}
+        written = read_object(note)
         return written.get("before") if written.get("pairs") == str(cfg.verify) else None
     before = _accuracy(cfg, world, student)
     write_json(note, {"pairs": str(cfg.verify), "before": before})

@@ -16,8 +16,6 @@ import math
 import os
 import shutil
 import time
-import zipfile
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,8 +38,6 @@ STATUS = "status.json"
 _OURS = (EMBEDDING, MAP, LABELS, MANIFEST, STATUS, "parts")
 _MOST_PARTS = 1000  # more files than that would make a directory slow
 _DYING = 2.0  # seconds that the workers of a killed process, which share its lock, may live on
-
-_DAMAGE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 
 log = logging.getLogger(__name__)
 
@@ -160,7 +156,7 @@ class Parts:
                 f"{path} is missing: --out has to be a directory that all processes share; type "
                 "the same command again, it computes what is missing"
             ) from None
-        except _DAMAGE as error:
+        except Exception as error:  # damage shows in any of a dozen ways
             path.unlink(missing_ok=True)
             raise UserError(
                 f"{path} was damaged ({one_line(error)}) and is deleted: type the same command "

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import math
 import os
 from pathlib import Path
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16_000  # Hz
 NUM_MELS = 80
@@ -114,9 +117,12 @@ class FeatureCache:
         """log_mel of the whole file, float32 (T, 80). Raises AudioError as read_waveform does."""
         stored = self._place(path)
         try:
-            return torch.from_numpy(np.load(stored, allow_pickle=False)).float()
-        except (OSError, ValueError, EOFError):
-            features = log_mel(read_waveform(path)).half()
+            found = np.load(stored, allow_pickle=False)
+            if found.dtype == np.float16 and found.shape[1:] == (NUM_MELS,):
+                return torch.from_numpy(found).float()
+        except Exception:  # not there yet, or damaged, which shows in any of a dozen ways
+            log.debug("%s is made", stored)
+        features = log_mel(read_waveform(path)).half()
         _save(stored, features.numpy())
         return features.float()
 

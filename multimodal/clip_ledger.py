@@ -36,7 +36,9 @@ class Ledger:
     def __init__(self, root: Path) -> None:
         self._path = root / "clips.jsonl"
         self._status = {
-            row["key"]: row["status"] for row in read_json_lines(self._path) if "key" in row
+            row["key"]: str(row.get("status"))
+            for row in read_json_lines(self._path)
+            if isinstance(row.get("key"), str)
         }
 
     def add(self, wanted: Wanted, status: str, reason: str, source: str) -> None:

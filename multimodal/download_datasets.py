@@ -27,7 +27,7 @@ sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # 
 
 from shared.config import option, parse
 from shared.errors import DONE, INTERRUPTED, MissingToolError, UserError, did_you_mean, one_line
-from shared.files import read_json, write_json
+from shared.files import read_object, write_json
 from shared.launch import launch_alone
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ def _try(work: Callable[[], str], name: str) -> Outcome:
 def _conclude(outcomes: list[Outcome], data_root: Path) -> int:
     """Print and write what became of each; the exit code: a failure's, a missing step's last."""
     if data_root.is_dir():
-        noted = read_json(data_root / SUMMARY) or {}
+        noted = read_object(data_root / SUMMARY)
         write_json(data_root / SUMMARY, noted | {item.name: item.text for item in outcomes})
     for outcome in outcomes:
         print(f"{outcome.name:<10} {'failed: ' if outcome.code else ''}{outcome.text}")

@@ -115,7 +115,10 @@ def add_section(path: Path, name: str, content: Any) -> None:
     report = read_json(path)
     if not isinstance(report, dict) or report.get("schema") != SCHEMA:
         raise UserError(f"{path} is no report of a training: give a reports/report_*.json")
-    _write(path, report | {name: content, "updated_at": status.now()})
+    try:
+        _write(path, report | {name: content, "updated_at": status.now()})
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise UserError(f"{path} is a damaged report: {one_line(error)}") from None
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -26,7 +26,7 @@ sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # 
 
 from shared.config import option, parse_own
 from shared.errors import DONE, FAILED, MISSING_TOOL, UserError, did_you_mean
-from shared.files import read_json
+from shared.files import read_object
 from shared.launch import launch_alone
 from shared.stages import Stage, StageOptions, command_stage, run_stages
 
@@ -261,7 +261,7 @@ def _report(cfg: Config) -> int:
     path = newest(cfg.output_dir)
     if path is None:
         raise UserError(f"{cfg.output_dir / 'reports'} holds no report: run the training stage")
-    outcomes = read_json(cfg.data_root / "downloads.json") or {}
+    outcomes = read_object(cfg.data_root / "downloads.json")
     left_out = [
         {"data set": name, "why": outcomes.get(name, why)}
         for name in cfg.datasets or FETCHED

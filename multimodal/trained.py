@@ -18,7 +18,7 @@ from multimodal.model import MultimodalModel, create_model
 from multimodal.samples import collate
 from shared import weights
 from shared.distributed import World
-from shared.errors import UserError
+from shared.errors import UserError, one_line
 from shared.images import Skipped
 from shared.loader import make_eval_loader
 from shared.precision import Amp
@@ -71,12 +71,19 @@ def open_trained(path: Path, device: torch.device) -> Trained:
     about = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if not isinstance(about.get("model"), dict) or "model_state_dict" not in about:
         raise UserError(f"{path} was not written by run_training.py: give one of its checkpoints")
-    model = create_model(**about["model"])
+    try:
+        model = create_model(**about["model"])
+        head = _keyword_head(about.get("keyword_head") or {})
+        settings, keywords = dict(about.get("settings") or {}), list(about.get("keywords") or [])
+    except UserError:
+        raise
+    except Exception as error:  # what a damaged file says of the model fails in many ways
+        raise UserError(
+            f"{path} describes no model ({one_line(error)}): it is damaged, give another checkpoint"
+        ) from None
     weights.load_strict(model, state, source=path)
-    head = _keyword_head(about.get("keyword_head") or {})
     return Trained(
-        model.to(device).eval(), path, dict(about.get("settings") or {}),
-        str(about.get("stage") or "unknown"), list(about.get("keywords") or []),
+        model.to(device).eval(), path, settings, str(about.get("stage") or "unknown"), keywords,
         head.to(device).eval() if head else None,
     )  # fmt: skip
 

@@ -147,7 +147,7 @@ def _test_speakers(root: Path) -> set[str]:
     lists = [path for path in (root / "vox1_meta.csv", root / "vox2_meta.csv") if path.is_file()]
     named: set[str] = set()
     for path in lists:
-        for line in path.read_text(encoding="utf-8-sig").splitlines()[1:]:
+        for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[1:]:
             words = line.split()
             if words and words[-1] == "test":
                 named.update(word for word in words if _SPEAKER.fullmatch(word))

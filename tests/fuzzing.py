@@ -49,11 +49,16 @@ _TOKENS = (
 
 @dataclass(frozen=True)
 class Reader:
-    """One reader. allowed: errors that it promises beside UserError."""
+    """One reader.
+
+    allowed: errors that it promises beside UserError. slowness: what the number of cases is divided
+    by.
+    """
 
     make: Callable[[Path], Any]
     read: Callable[[Path], Any]
     allowed: tuple[type[BaseException], ...] = ()
+    slowness: int = 1
 
 
 @dataclass

@@ -16,14 +16,14 @@ import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
 from shared import page, report
 from shared.config import option, parse
 from shared.errors import DONE, INTERRUPTED, STOPPED
-from shared.files import open_lock, read_json, write_text
+from shared.files import open_lock, read_object, write_text
 from shared.launch import launch_alone
 from shared.stages import Stage, StageOptions, command_stage, run_stages
 from shared.status import Status
@@ -109,7 +109,7 @@ def _counted(stage: Stage, status: Status) -> Stage:
 
 def _close(status: Status, code: int, output: Path) -> None:
     """Write how the chain ended, with the accuracy before and after as its result."""
-    scores: Any = read_json(output / "evaluation" / "vqa.json") or {}
+    scores = read_object(output / "evaluation" / "vqa.json")
     before, after = (scores.get(name) or {} for name in ("before", "metrics"))
     result = {
         "name": "VQA accuracy",
@@ -130,7 +130,7 @@ def _close(status: Status, code: int, output: Path) -> None:
 
 def _show(state_dir: Path, names: list[str]) -> None:
     """Write report.html of the chain, with a page that says when each stage was done."""
-    markers = [(name, read_json(state_dir / f"{name}.json") or {}) for name in names]
+    markers = [(name, read_object(state_dir / f"{name}.json")) for name in names]
     rows = [(name, done.get("finished_at"), done.get("seconds")) for name, done in markers]
     sheet = page.Page("Stages")
     sheet.add(page.table(("stage", "done at", "seconds"), rows))

@@ -8,6 +8,7 @@ Adapters written under older transformers have other names for the same modules;
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from pathlib import Path
@@ -112,15 +113,27 @@ def _settings(directory: Path) -> LoraConfig:
         targets = sorted(modern_name(str(target)) for target in targets)
     if not targets:
         raise UserError(f"{path} names no target_modules")
-    return LoraConfig(
-        r=content["r"],
-        lora_alpha=content["lora_alpha"],
-        lora_dropout=content.get("lora_dropout", 0.0),
-        target_modules=targets,
-        exclude_modules=content.get("exclude_modules"),
-        use_rslora=bool(content.get("use_rslora")),
-        task_type=content.get("task_type"),
-    )
+    numbers: dict[str, Any] = {"lora_dropout": 0.0} | {
+        name: content[name] for name in ("r", "lora_alpha", "lora_dropout") if name in content
+    }
+    bad = [name for name in ("r", "lora_alpha", "lora_dropout") if not _is_number(numbers, name)]
+    if bad:
+        raise UserError(f"{path}: {bad[0]} is no number: copy the adapter again")
+    try:
+        return LoraConfig(
+            **numbers,
+            target_modules=targets,
+            exclude_modules=content.get("exclude_modules"),
+            use_rslora=bool(content.get("use_rslora")),
+            task_type=content.get("task_type"),
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path} does not describe a LoRA adapter: {one_line(error)}") from None
+
+
+def _is_number(values: dict[str, Any], name: str) -> bool:
+    value = values.get(name, "")
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _weights(directory: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from lavic.src.json_lines import read_objects
-from shared.errors import UserError
+from shared.errors import UserError, one_line
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ def _of_items(path: Path) -> Iterator[tuple[str, str]]:
         raise UserError(f"{path} is no UTF-8 text ({error.reason})") from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} line {error.lineno}: {error.msg}; is the file whole?") from None
+    except (ValueError, RecursionError) as error:  # digits or brackets without end
+        raise UserError(f"{path} cannot be read: {one_line(error)}; is the file whole?") from None
     if not isinstance(items, dict):
         raise UserError(f"{path} must hold one object of items, found {type(items).__name__}")
     for asin, item in items.items():

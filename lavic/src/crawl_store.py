@@ -41,8 +41,11 @@ class Folder:
                 f"{directory} cannot be written ({one_line(error)}): choose another --data-root"
             ) from None
         self._directory, self._lock = directory, threading.Lock()
-        rows = read_json_lines(directory / VERIFIED)
-        self._known = {row["name"]: (row["size"], row["time"]) for row in rows if len(row) == 3}
+        self._known = {
+            row["name"]: (row["size"], row["time"])
+            for row in read_json_lines(directory / VERIFIED)
+            if row.keys() == {"name", "size", "time"} and isinstance(row["name"], str)
+        }
 
     def holds(self, name: str) -> bool:
         """Whether a whole picture of this name is there; one not known yet is decoded."""

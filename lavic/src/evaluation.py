@@ -23,7 +23,7 @@ from lavic.src.recommend_evaluation import answer
 from lavic.src.recommend_setup import Sources, assemble
 from shared.distributed import World
 from shared.errors import UserError
-from shared.files import read_json
+from shared.files import read_object
 from shared.images import Skipped
 from shared.loader import make_eval_loader
 from shared.precision import Amp
@@ -46,7 +46,7 @@ def of_vision(cfg: Config, adapter: Path, device: torch.device) -> Results:
     base, processor = load_base(base_name, device, dtype)
     item_ids = add_item_tokens(base, processor.tokenizer)
     model = load_adapter(base, adapter)
-    trained = (read_json(adapter.parent / "config.json") or {}).get("settings", {})
+    trained = read_object(adapter.parent / "config.json").get("settings", {})
     slots, longest = trained.get("slots", "fixed5"), trained.get("max_length", 2048)
     pad = processor.tokenizer.pad_token_id or processor.tokenizer.eos_token_id
     loader = make_eval_loader(
@@ -74,7 +74,9 @@ def of_vision(cfg: Config, adapter: Path, device: torch.device) -> Results:
 
 def of_recommender(cfg: Config, adapter: Path, device: torch.device, out: Path) -> Results:
     """The test figures of stage 2's adapter; every answer goes to `out` as in a training."""
-    about = read_json(adapter / ABOUT) or {}
+    about = read_object(adapter / ABOUT)
+    if not {"candidate_type", "category", "max_length", "slots"} <= about.keys():
+        raise UserError(f"{adapter / ABOUT} is damaged: copy the adapter's directory again")
     kind = cfg.candidate_type or about["candidate_type"]
     category = cfg.category or about["category"]
     test = read_conversations(cfg.data_root / category / "test.jsonl", kind)[: cfg.limit]

@@ -133,10 +133,17 @@ class _Store:
                         continue
                     counts = file.get_tensor("views").tolist()
                     parts = file.get_tensor("vectors").split(counts)
-            except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                    pairs = list(zip(names, parts, strict=True))
+            except (
+                SafetensorError,
+                OSError,
+                LookupError,
+                TypeError,
+                ValueError,
+                RuntimeError,
+            ) as error:
                 log.warning("vectors passed over, they are computed again: %s (%s)", path, error)
                 continue
-            pairs = zip(names, parts, strict=True)
             found |= {name: part.clone() for name, part in pairs if name in wanted}
         return found
 

@@ -17,7 +17,7 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
 from shared.config import RunOptions, option, parse
-from shared.files import open_lock, read_json
+from shared.files import open_lock, read_object
 from shared.launch import launch, world_size
 
 SRC = Path(__file__).resolve().parent
@@ -148,8 +148,8 @@ def _log_dir(cfg: Config) -> Path:
     """Where TensorBoard's events go: on with those of an unfinished run, else the next number."""
     if cfg.log_dir:
         return cfg.log_dir
-    if (read_json(cfg.run_dir / "status.json") or {}).get("state") not in (None, "done"):
-        settings = (read_json(cfg.run_dir / "config.json") or {}).get("settings", {})
+    if read_object(cfg.run_dir / "status.json").get("state") not in (None, "done"):
+        settings = read_object(cfg.run_dir / "config.json").get("settings", {})
         if settings.get("log_dir"):
             return Path(settings["log_dir"])
     beside = cfg.run_dir.parent / "lightning_logs"

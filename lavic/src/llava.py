@@ -191,7 +191,7 @@ def _check_directory(directory: Path) -> None:
     weights.read(directory)  # mapped, not read: it knows pointers, pages and files that are cut off
     try:
         kind = AutoConfig.from_pretrained(directory).model_type
-    except (OSError, ValueError) as error:
+    except Exception as error:  # transformers' own and Python's: a value may be wrong in many ways
         raise UserError(f"{directory / 'config.json'}: {one_line(error)}") from None
     if kind != "llava_next":
         raise UserError(f"{directory} holds a {kind} model, expected llava_next (LLaVA-v1.6)")

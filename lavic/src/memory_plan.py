@@ -83,7 +83,7 @@ def configuration(model_name: str) -> Any:
     try:
         content = json.loads((path if path.is_file() else _REAL).read_text(encoding="utf-8"))
         return LlavaNextConfig(**content)
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # transformers' own and Python's: a value may be wrong in many ways
         raise UserError(f"{path} is no configuration of a LLaVA-NeXT: {one_line(error)}") from None
 
 

@@ -315,7 +315,7 @@ def test_a_table_of_a_model_is_made_once_and_again_when_it_is_damaged(tmp_path):
             made.append(1)
             return np.arange(6, dtype=np.float32).reshape(2, 3)
 
-        with EmbeddingCache(tmp_path, "model", 4) as cache:
+        with EmbeddingCache(tmp_path, "model", 3) as cache:
             return cache.table("prompts", make).tolist()
 
     assert table() == table() == [[0, 1, 2], [3, 4, 5]]

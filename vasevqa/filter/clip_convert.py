@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shared import weights
 from shared.errors import UserError
-from shared.files import read_json
+from shared.files import read_object
 
 _BLOCK = re.compile(r"(vision|text)_model\.encoder\.layers\.(\d+)\.(.+)")
 _IN_BLOCK = {
@@ -51,7 +51,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], dict[str, Any], dict[str,
 
     Raises UserError when the folder is not whole or holds another activation.
     """
-    config = read_json(folder / "config.json") or {}
+    config = read_object(folder / "config.json")
     return _model_cfg(folder, config), _preprocess_cfg(folder), _state(weights.read(folder))
 
 
@@ -93,7 +93,7 @@ def _model_cfg(folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def _preprocess_cfg(folder: Path) -> dict[str, Any]:
     """Mean, standard deviation and resampling, where the folder has its own."""
-    written = read_json(folder / "preprocessor_config.json") or {}
+    written = read_object(folder / "preprocessor_config.json")
     names = {"image_mean": "mean", "image_std": "std"}
     found: dict[str, Any] = {
         new: tuple(written[old]) for old, new in names.items() if old in written

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,8 @@ from numpy.typing import NDArray
 
 from shared.errors import UserError, one_line
 from shared.files import write_atomic
+
+log = logging.getLogger(__name__)
 
 DIGEST = 16
 _TEXT = f"S{DIGEST}"
@@ -91,11 +94,14 @@ class EmbeddingCache:
         """A small array that belongs to the model, made once: the prompts' embeddings (P, D)."""
         path = self._dir / f"{name}.npy"
         try:
-            return np.load(path, allow_pickle=False)
-        except (OSError, ValueError):  # not there yet, or damaged
-            made = make()
-            write_atomic(path, lambda stream: np.save(stream, made), durable=False)
-            return made
+            found = np.load(path, allow_pickle=False)
+            if found.dtype == np.float32 and found.shape[1:] == self._row["vector"].shape:
+                return found
+        except Exception:  # not there yet, or damaged, which shows in any of a dozen ways
+            log.debug("%s is made", path)
+        made = make()
+        write_atomic(path, lambda stream: np.save(stream, made), durable=False)
+        return made
 
     def _index(self) -> None:
         """Map every row there is, and sort the digests."""

@@ -164,5 +164,5 @@ ORDERS = {
 
 
 def _columns(row: Row) -> tuple[Any, ...]:
-    text = json.dumps(row, ensure_ascii=False)
+    text = json.dumps(row)
     return row["filename"], row.get("digest"), row.get("score"), row.get("problem"), text

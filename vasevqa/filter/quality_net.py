@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from shared.checkpoint import load as load_checkpoint
 from shared.errors import UserError
 
 log = logging.getLogger(__name__)
+
+_ARCH = re.compile(r"(wide_)?resne(x)?t\d+(_\d+x?\d*d?)?")
 
 CLASSES = ("low", "high")
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -50,7 +53,10 @@ def _backbone(arch: str) -> ResNet:
     """A ResNet with random weights; resnet10 has one plain block a stage."""
     if arch == "resnet10":
         return ResNet(BasicBlock, [1, 1, 1, 1])
-    return getattr(models, arch)(weights=None)
+    build = getattr(models, arch, None) if _ARCH.fullmatch(arch) else None
+    if build is None:
+        raise UserError(f"{arch} is no ResNet of torchvision: name resnet10, resnet18, resnet50 …")
+    return build(weights=None)
 
 
 def start_from(net: ImageQualityNet, path: Path) -> None:

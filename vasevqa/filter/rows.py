@@ -91,7 +91,7 @@ class Parts:
         """Every row, of every process that ever wrote here."""
         for path in sorted(self.directory.glob("part-*.jsonl")):
             for row in read_json_lines(path):
-                if isinstance(row, dict) and {"filename", "size", "mtime_ns"} <= row.keys():
+                if _is_whole(row):
                     yield row
 
     def pending(self, root: Path, names: Iterable[str]) -> list[Item]:
@@ -125,6 +125,19 @@ def file_identity(path: Path) -> str:
 def line_of(row: Row) -> str:
     """A row as its line."""
     return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _is_whole(row: Row) -> bool:
+    """Whether a row says what `Item.of` and the ledger ask it for, in texts that UTF-8 has."""
+    texts = [row.get("filename"), row.get("digest") or "", row.get("problem") or ""]
+    if not all(isinstance(text, str) for text in texts):
+        return False
+    whole = isinstance(row.get("size"), int) and isinstance(row.get("mtime_ns"), int)
+    try:
+        "".join(texts).encode()  # type: ignore[arg-type]
+    except UnicodeEncodeError:
+        return False
+    return whole and isinstance(row.get("score") or 0.0, int | float)
 
 
 def _number(text: str) -> int:

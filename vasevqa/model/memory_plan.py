@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
+from shared.errors import UserError, one_line
 from shared.estimate import CUDA_CONTEXT, MemoryPlan, device_memory, on_meta, parameter_bytes
 from shared.files import read_json
 from vasevqa.model import swift_flags
@@ -102,7 +103,14 @@ def _besides(plan: Plan) -> list[str]:
 def _config(directory: Path) -> tuple[Any, str]:
     found = read_json(directory / "config.json")
     if isinstance(found, dict) and found.get("model_type") == "qwen2_5_vl":
-        return Qwen2_5_VLConfig.from_pretrained(directory), str(directory)
+        try:
+            return Qwen2_5_VLConfig.from_pretrained(directory), str(directory)
+        except (
+            Exception
+        ) as error:  # transformers' own and others: a value may be wrong in many ways
+            raise UserError(
+                f"{directory / 'config.json'} describes no Qwen2.5-VL: {one_line(error)}"
+            ) from None
     return Qwen2_5_VLConfig(**_SEVEN_BILLION), f"Qwen2.5-VL-7B ({directory} is not there)"
 
 

@@ -144,7 +144,7 @@ def _shapes(directory: Path) -> Iterator[tuple[str, list[int]]]:
             header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
         for name, entry in header.items():
             if name != "__metadata__":
-                yield name, entry["shape"]
+                yield name, entry.get("shape", [])
 
 
 def _differences(merge: Merge, merged: Path, count: int = 3) -> Iterator[tuple[str, float]]:

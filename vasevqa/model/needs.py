@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from shared.errors import MissingToolError
-from shared.files import read_json
+from shared.files import read_json, read_object
 from vasevqa.model import swift_flags
 from vasevqa.model.paths import is_local
 
@@ -60,8 +60,12 @@ def model(flags: Mapping[str, list[str]], *, is_grpo: bool) -> Iterator[str]:
 
 def weights(directory: Path) -> Iterator[str]:
     """What is wrong with the weight files of a model directory, as lines."""
-    index = read_json(directory / "model.safetensors.index.json")
-    names = set(index["weight_map"].values()) if index else {"model.safetensors"}
+    path = directory / "model.safetensors.index.json"
+    index = read_object(path).get("weight_map")
+    if path.exists() and not (isinstance(index, dict) and all(map(_is_name, index.values()))):
+        yield f"{path} has no readable weight_map: download this file again"
+        return
+    names = set(index.values()) if index else {"model.safetensors"}
     if not index and not (directory / "model.safetensors").exists():
         if any(directory.glob("pytorch_model*.bin")):
             return
@@ -70,6 +74,10 @@ def weights(directory: Path) -> Iterator[str]:
     for name in sorted(names):
         if reason := broken_safetensors(directory / name):
             yield f"{directory / name} {reason}: download this file again"
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and Path(value).name == value and "\0" not in value
 
 
 def broken_safetensors(path: Path) -> str | None:

@@ -11,10 +11,9 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 from shared.errors import one_line
-from shared.files import read_json, write_json
+from shared.files import read_object, write_json
 
 SAMPLE = 64
 MOST_PIXELS = 178_956_970  # Pillow's limit, above which it takes a picture for a bomb
@@ -56,7 +55,7 @@ def check_all(paths: Sequence[Path], memory: Path, report: Report) -> dict[Path,
 
     report: called after every block with the number checked and the number to check.
     """
-    known: dict[str, Any] = read_json(memory) or {}
+    known = {n: row for n, row in read_object(memory).items() if isinstance(row, list) and row[1:]}
     stamps = {path: _stamp(path) for path in paths}
     todo = [path for path in paths if known.get(str(path), [None])[0] != stamps[path]]
     for start in range(0, len(todo), _BLOCK):

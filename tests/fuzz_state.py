@@ -1,0 +1,482 @@
+"""Readers of what runs keep, of models' folders and of answers of the net; for tests/fuzzing.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
+
+import numpy as np
+import torch
+
+from face_distill import embed, evaluation, exported, model, teacher_parts
+from lavic.src import (
+    adapter_files,
+    adapters,
+    crawl_list,
+    crawl_store,
+    item_vectors,
+    llava,
+    memory_plan,
+    recommend_results,
+)
+from multimodal import (
+    audio,
+    clip_ledger,
+    report,
+    run_training,
+    settings_file,
+    trained,
+    voxceleb,
+)
+from multimodal import embed as multimodal_embed
+from multimodal import model as multimodal_model
+from shared import download, fetched, modelscope, safe_html, settings, stages
+from shared.distributed import World
+from shared.foreign_log import JsonLinesProgress
+from shared.transport import DownloadError
+from tests.fuzz_readers import SETTINGS, STATUS, picture, put, together
+from tests.fuzzing import Reader
+from vasevqa.filter import clip_convert, clip_source, quality_net
+from vasevqa.filter import rows as filter_rows
+from vasevqa.filter.embedding_cache import EmbeddingCache, digest_of
+from vasevqa.filter.ledger import Ledger
+from vasevqa.model import memory_plan as swift_memory
+from vasevqa.model import merging, needs, pictures, plan, runs
+
+CPU = torch.device("cpu")
+
+
+def tensors(name: str, **shapes: tuple[int, ...]) -> Callable[[Path], Any]:
+    """What writes a .safetensors file of ones."""
+    from safetensors.torch import save_file
+
+    return put(name, lambda path: save_file({n: torch.ones(s) for n, s in shapes.items()}, path))
+
+
+def hollow(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors of these shapes that take four bytes each in a file."""
+    return {name: torch.zeros((), dtype=t.dtype).expand(t.shape) for name, t in state.items()}
+
+
+# --- face_distill ---------------------------------------------------------------------------------
+
+PLAN = {"num_images": 5, "batch_size": 2, "embedding_shape": [3], "map_shape": [2, 2]}
+BLIP = {
+    "model_type": "blip-2", "text_config": {"hidden_size": 8},
+    "vision_config": {"model_type": "blip_2_vision_model", "hidden_size": 8,
+                      "num_hidden_layers": 2, "image_size": 28, "patch_size": 14},
+}  # fmt: skip
+
+
+def _make_parts(directory: Path) -> None:
+    parts = teacher_parts.Parts(directory, PLAN)
+    for number in parts.begin() or []:
+        rows = len(parts.rows(number))
+        parts.write(number, np.ones((rows, 3), np.float32), np.ones((rows, 2, 2), np.float32))
+
+
+def _assemble(directory: Path) -> None:
+    """As a killed extraction goes on; on a copy, which it changes."""
+    copy = Path(shutil.copytree(directory, directory.parent / "copy"))
+    try:
+        parts = teacher_parts.Parts(copy, PLAN)
+        if not parts.begin():
+            parts.assemble(np.arange(5))
+    finally:
+        for left in copy.parent.glob("copy*"):
+            shutil.rmtree(left)
+
+
+def _read_tower(directory: Path) -> None:
+    exported.base_model(directory)
+    exported.is_export(directory)
+    model._vision_config(directory)
+    model._tower_state(directory)
+
+
+def _read_teacher_rows(directory: Path) -> None:
+    pair_set: Any = SimpleNamespace(num_images=4, path="a.bin", image_numbers=np.arange(4))
+    evaluation._distances_of_rows(directory / "a.npy", pair_set)
+
+
+# --- lavic ----------------------------------------------------------------------------------------
+
+ADAPTER = {
+    "peft_type": "LORA", "base_model_name_or_path": "owner/name", "r": 2, "lora_alpha": 4,
+    "lora_dropout": 0.1, "target_modules": ["vision_tower.q_proj", "k_proj"], "use_rslora": False,
+}  # fmt: skip
+CATALOGUE = {"B1": {"images": [{"large": "https://images.example/a.jpg"}, {"large": 3}]}, "B2": {}}
+SEEN = [{"name": f"B{n}_0.jpg", "size": 600, "time": 17_000 + n} for n in range(4)]
+LOST = [{"split": "train", "name": f"B{n}_0.jpg", "url": "u", "reason": "404"} for n in range(3)]
+LLAVA = {"model_type": "llava_next", "text_config": {"model_type": "mistral", "hidden_size": 8},
+         "vision_config": {"model_type": "clip_vision_model"}}  # fmt: skip
+
+
+def lines(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def _read_adapter(directory: Path) -> None:
+    adapter_files.stage_of(directory)
+    adapter_files.base_of(directory)
+    adapters._settings(directory)
+    adapters._weights(directory)
+
+
+def _read_crawl_list(path: Path) -> None:
+    for found in crawl_list.pictures_of("train", path):
+        crawl_list.why_unusable(found)
+
+
+def _read_crawl_notes(directory: Path) -> None:
+    folder = crawl_store.Folder(directory)
+    for row in SEEN:
+        folder.holds(row["name"])
+    folder.close()
+    crawl_store.Failures(directory / crawl_store.FAILURES, {"valid"}).close()
+
+
+def _read_llava(directory: Path) -> None:
+    llava._check_directory(directory)
+    memory_plan.configuration(str(directory))
+
+
+# --- multimodal -----------------------------------------------------------------------------------
+
+MM_SETTINGS = """\
+model:
+  size: tiny
+  embed_dim: 128
+training:
+  batch_size: 4
+  learning_rate: 3e-4
+  datasets: [coco, clotho]
+paths:
+  data_root: data
+"""
+MM_REPORT = {
+    "schema": report.SCHEMA, "name": "run", "status": "done", "data": [{"data_set": "coco"}],
+    "stages": [{"stage": "a", "epochs": 1}],
+}  # fmt: skip
+CLIPS = [{"key": f"abc_{n}", "split": "train", "status": "ok", "reason": ""} for n in range(3)]
+
+
+def _make_trained(path: Path) -> None:
+    made = multimodal_model.create_model("nano", num_classes=3, embed_dim=16)
+    about = {"size": "nano", "num_classes": 3, "embed_dim": 16}
+    head = torch.nn.Linear(16, 2).state_dict()
+    content = {"model": about, "settings": {"a": 1}, "keywords": ["dog"], "keyword_head": head}
+    torch.save(content | {"model_state_dict": hollow(made.state_dict())}, path)
+
+
+def _read_clip_ledger(directory: Path) -> None:
+    ledger = clip_ledger.Ledger(directory)
+    ledger.is_gone(cast(Any, SimpleNamespace(key="abc_1")))
+
+
+def _read_mm_settings(path: Path) -> None:
+    known = settings.leaves(run_training.Config())
+    settings_file.read(path, known)
+
+
+def _make_features(directory: Path) -> None:
+    import soundfile
+
+    soundfile.write(directory / "a.wav", np.sin(np.arange(1600) / 7).astype(np.float32), 16_000)
+    audio.FeatureCache(directory / "cache").features(directory / "a.wav")
+
+
+# --- vasevqa --------------------------------------------------------------------------------------
+
+FOUND = [
+    {"filename": f"tray/{n}.jpg", "size": n, "mtime_ns": n, "digest": f"{n:032x}", "score": n / 4}
+    for n in range(4)
+]
+STATE = {"global_step": 6, "log_history": [{"loss": 0.5, "step": 6}]}
+RUN = {"identity": {"seed": 1, "model": "m"}, "base_files": [["model.safetensors", 1, 2]]}
+QWEN = {"model_type": "qwen2_5_vl", "hidden_size": 8}
+CLIP = {"model_type": "clip", "projection_dim": 8,
+        "vision_config": {"hidden_size": 8, "num_attention_heads": 2, "image_size": 32},
+        "text_config": {"hidden_size": 8, "num_attention_heads": 2}}  # fmt: skip
+PREPARE = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.2, 0.2, 0.2], "resample": 3}
+SWIFT_LOG = [
+    {"loss": 0.5, "epoch": 1.0, "global_step/max_steps": f"{n}/4", "memory(GiB)": 1.5,
+     "train_speed(s/it)": 0.2, "learning_rate": 1e-4}
+    for n in range(1, 5)
+] + [{"best_model_checkpoint": "v0/checkpoint-4"}]  # fmt: skip
+
+
+def _read_rows(directory: Path) -> None:
+    parts = filter_rows.Parts(directory / "rows", World())
+    parts.pending(directory, ["tray/1.jpg", "a.jpg"])
+    keys = np.sort(np.array([filter_rows.Item.of(row).key for row in FOUND], np.uint64))
+    with Ledger.build(directory.parent / "ledger.db", parts, keys) as ledger:
+        ledger.decide("accepted", "rejected", 0.5)
+        ledger.group_duplicates("accepted")
+        list(ledger.rows(order="vase"))
+
+
+def _make_cache(directory: Path) -> None:
+    with EmbeddingCache(directory, "model", 3) as cache:
+        cache.add([digest_of(b"a"), digest_of(b"b")], np.ones((2, 3), np.float32))
+        cache.table("prompts", lambda: np.ones((2, 3), np.float32))
+
+
+def _read_cache(directory: Path) -> None:
+    with EmbeddingCache(directory, "model", 3) as cache:
+        cache.get(digest_of(b"a"))
+        cache.table("prompts", lambda: np.ones((2, 3), np.float32))
+        cache.add([digest_of(b"c")], np.ones((1, 3), np.float32))
+        assert cache.get(digest_of(b"c")) is not None
+
+
+def _continue_swift(directory: Path) -> None:
+    runs._why_not(directory, {"seed": 1})
+    runs.refuse_live(directory)
+    runs.named(directory)
+
+
+def _read_swift_model(directory: Path) -> None:
+    problems = list(needs.model({"model": [str(directory)]}, is_grpo=False))
+    plan.architecture(str(directory))
+    swift_memory._config(directory)
+    if not problems:
+        dict(merging._shapes(directory))
+
+
+def _read_merge_notes(directory: Path) -> None:
+    merging._noted_files(directory / "checkpoint-6")
+    merging._recorded_base(directory / "checkpoint-6")
+
+
+def _follow_swift(directory: Path) -> None:
+    content = (directory / "logging.jsonl").read_bytes()
+    (directory / "metrics.jsonl").unlink(missing_ok=True)
+    (directory / "logging.jsonl").write_bytes(b"")
+    follow = JsonLinesProgress(directory)
+    (directory / "logging.jsonl").write_bytes(content)
+    json.dumps(follow(), allow_nan=False)
+
+
+def _read_clip(directory: Path) -> None:
+    clip_source.find(directory)
+    clip_convert.read_folder(directory)
+
+
+def _make_net(path: Path) -> None:
+    net = quality_net.ImageQualityNet(arch="resnet10")
+    state = hollow(net.state_dict())
+    torch.save({"arch": "resnet10", "image_size": 32, "model_state_dict": state}, path)
+
+
+class Tags(HTMLParser):
+    """What a browser would find in a page."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: list[tuple[str, str | None]] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes += attrs
+
+
+# --- shared ---------------------------------------------------------------------------------------
+
+REMOTE = [download.RemoteFile("a.bin", 10, "sha256:" + "0" * 64)]
+NOTED = {"files": {"a.bin": [REMOTE[0].checksum, 10, 5]}, "parts": {"a.bin": REMOTE[0].checksum}}
+BLOB = {"Type": "blob", "Path": "a", "Size": 3, "Sha256": "a" * 64}
+LISTING = {"Data": {"Files": [{"Type": "tree", "Path": "x"}, BLOB]}}
+HTML = """<h1 onclick="x()">A</h1><script>alert(1)</script><table><tr><td>1</td></tr></table>
+<img src="data:image/png;base64,AAAA" alt="a"><a href="javascript:x">b</a><svg viewBox="0 0 1 1">
+<path d="M0 0"/></svg><!-- c --><style>p{}</style>&lt;&#x41;<p style="x">d<b>e</p>"""
+
+
+def _read_notes(directory: Path) -> None:
+    notes = fetched.Notes(directory)
+    notes.knows(REMOTE[0])
+    notes.part_size(REMOTE[0])
+
+
+def _read_listing(directory: Path) -> None:
+    content = (directory / "listing.json").read_bytes()
+    with mock.patch.object(modelscope, "_content", lambda *_: content):
+        modelscope.open_repository("a/b", "master", endpoint="http://localhost")
+
+
+def _read_index(directory: Path) -> None:
+    content = (directory / "index.json").read_bytes()
+    files = {download._INDEX: download.RemoteFile(download._INDEX, len(content), "")}
+    hub = download.HubRepository("a/b", "c", "http://localhost", files, cast(Any, None))
+    with mock.patch.object(download.HubRepository, "read", lambda *_: content):
+        hub.weight_files("b")
+
+
+def _read_html(directory: Path) -> None:
+    text = (directory / "page.html").read_bytes().decode("utf-8", "replace")
+    seen = Tags()
+    seen.feed(str(safe_html.harmless(text)))
+    assert not seen.tags & {"script", "style", "iframe", "object", "form", "a"}
+    assert not [name for name, _ in seen.attributes if name.startswith("on") or name == "style"]
+    assert not [value for _, value in seen.attributes if "script:" in (value or "").lower()]
+
+
+def _run_stages(directory: Path) -> None:
+    made = stages.Stage("train", lambda: 0, {"rows": 3, "files": ["a"]}, (directory,))
+    assert stages.run_stages([made], stages.StageOptions(), directory) == 0
+
+
+READERS: dict[str, Reader] = {
+    "teacher parts": Reader(_make_parts, _assemble),
+    "teacher rows": Reader(
+        put("a.npy", lambda path: np.save(path, np.ones((4, 3), np.float32))), _read_teacher_rows
+    ),
+    "BLIP-2 folder": Reader(
+        together(
+            put("config.json", json.dumps(BLIP)),
+            tensors("model.safetensors", **{"vision_model.a": (2, 3), "other": (1,)}),
+        ),
+        _read_tower,
+    ),
+    "names of embeddings": Reader(
+        put("out.json", '{"files": ["a.jpg"]}'),
+        lambda d: embed._prepare_out(d / "out.npy", d / "out.json"),
+    ),
+    "student's notes": Reader(
+        together(
+            put("config.json", json.dumps(SETTINGS | {"identity": {"lr": 0.1}})),
+            put("verification.json", '{"pairs": "lfw.bin", "before": 0.5, "after": 0.75}'),
+        ),
+        lambda d: (exported._training(d / "best.pth"), exported._verification(d / exported.BEST)),
+    ),
+    "lavic adapter": Reader(
+        together(
+            put("adapter_config.json", json.dumps(ADAPTER)),
+            tensors("adapter_model.safetensors", a=(2, 3)),
+        ),
+        _read_adapter,
+    ),
+    "lavic vectors": Reader(
+        lambda d: item_vectors._Store(d).write({"ab": torch.ones(2, 3), "cd": torch.ones(1, 3)}),
+        lambda d: item_vectors._Store(d).read(["ab", "ef"]),
+    ),
+    "lavic crawl items": Reader(
+        put("items.json", json.dumps(CATALOGUE)), lambda d: _read_crawl_list(d / "items.json")
+    ),
+    "lavic crawl lines": Reader(
+        put("a.jsonl", lines({"image_name": "B1_0.jpg", "image": "https://images.example/b.jpg"})),
+        lambda d: _read_crawl_list(d / "a.jsonl"),
+    ),
+    "lavic crawl notes": Reader(
+        together(
+            put(crawl_store.VERIFIED, lines(*SEEN)),
+            put(crawl_store.FAILURES, lines(*LOST)),
+            put("B1_0.jpg", picture("JPEG")),
+        ),
+        _read_crawl_notes,
+    ),
+    "lavic summary": Reader(
+        put("results_summary.csv", "category,run,HitRatio@1\nbeauty,1,0.5\n"),
+        recommend_results.read_summary,
+    ),
+    "lavic model folder": Reader(
+        together(
+            put("config.json", json.dumps(LLAVA)),
+            put("tokenizer_config.json", "{}"),
+            tensors("model.safetensors", a=(2, 3)),
+        ),
+        _read_llava,
+    ),
+    "multimodal settings": Reader(
+        put("c.yaml", MM_SETTINGS), lambda d: _read_mm_settings(d / "c.yaml")
+    ),
+    "multimodal report": Reader(
+        put("report.json", json.dumps(MM_REPORT)),
+        lambda d: report.add_section(d / "report.json", "left_out", [{"data set": "a"}]),
+    ),
+    "multimodal clips": Reader(put("clips.jsonl", lines(*CLIPS)), _read_clip_ledger),
+    "multimodal speakers": Reader(
+        put("vox1_meta.csv", "id\tname\tset\nid10270\tA\ttest\nid10271\tB\tdev\n"),
+        voxceleb._test_speakers,
+    ),
+    "multimodal texts": Reader(
+        put("texts.txt", "a dog\n\n a  cat \n"),
+        lambda d: multimodal_embed._lines(d / "texts.txt", "texts"),
+    ),
+    "multimodal features": Reader(
+        _make_features,
+        lambda d: audio.FeatureCache(d / "cache").features(d / "a.wav"),
+        (audio.AudioError,),
+    ),
+    "multimodal checkpoint": Reader(
+        put("best_model.pt", _make_trained),
+        lambda d: trained.open_trained(d / "best_model.pt", CPU),
+        slowness=5,
+    ),
+    "vasevqa filter rows": Reader(put("rows/part-0000.jsonl", lines(*FOUND)), _read_rows),
+    "vasevqa embedding cache": Reader(_make_cache, _read_cache),
+    "vasevqa quality net": Reader(
+        put("best.pth", _make_net),
+        lambda d: quality_net.load_trained(d / "best.pth", CPU),
+        slowness=10,
+    ),
+    "vasevqa CLIP folder": Reader(
+        together(
+            put("config.json", json.dumps(CLIP)),
+            put("preprocessor_config.json", json.dumps(PREPARE)),
+            tensors("model.safetensors", **{"visual_projection.weight": (2, 3), "logit_scale": ()}),
+        ),
+        _read_clip,
+    ),
+    "vasevqa swift run": Reader(
+        together(
+            put("status.json", json.dumps(STATUS | {"state": "stopped"})),
+            put("config.json", json.dumps(RUN)),
+            put("v0/checkpoint-6/trainer_state.json", json.dumps(STATE)),
+            tensors("v0/checkpoint-6/model.safetensors", a=(2, 3)),
+        ),
+        _continue_swift,
+    ),
+    "vasevqa model folder": Reader(
+        together(
+            put("config.json", json.dumps(QWEN)),
+            put("model.safetensors.index.json", '{"weight_map": {"a": "one.safetensors"}}'),
+            tensors("one.safetensors", a=(2, 3)),
+        ),
+        _read_swift_model,
+    ),
+    "vasevqa merge notes": Reader(
+        together(
+            put("config.json", json.dumps(RUN)),
+            put("checkpoint-6/args.json", '{"model": "m"}'),
+            put("checkpoint-6/adapter_config.json", json.dumps(ADAPTER)),
+        ),
+        _read_merge_notes,
+    ),
+    "vasevqa checked pictures": Reader(
+        together(
+            put("seen.json", '{"a.png": [[1, 2], null], "b.png": [[3, 4], "empty"]}'),
+            put("a.png", picture("PNG")),
+        ),
+        lambda d: pictures.check_all([d / "a.png"], d / "seen.json", lambda *_: None),
+    ),
+    "swift's log": Reader(put("logging.jsonl", lines(*SWIFT_LOG)), _follow_swift),
+    "stage markers": Reader(_run_stages, _run_stages),
+    "download notes": Reader(
+        together(put(fetched.NOTES, json.dumps(NOTED)), put("a.bin", b"0123456789")), _read_notes
+    ),
+    "ModelScope's listing": Reader(
+        put("listing.json", json.dumps(LISTING)), _read_listing, (DownloadError,)
+    ),
+    "Hub's index": Reader(
+        put("index.json", '{"weight_map": {"b.a": "one.safetensors"}}'), _read_index
+    ),
+    "foreign HTML": Reader(put("page.html", HTML), _read_html),
+}
