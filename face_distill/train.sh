@@ -10,10 +10,6 @@ recipe=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 # shellcheck source=../shared/shell/common.sh
 source "$recipe/../shared/shell/common.sh"
 
-logs=$recipe/logs
-for word in "$@"; do
-  [[ $word != --demo ]] || logs=$recipe/demo/runs/logs
-done
 find_python face_distill torch torchvision transformers
-starts_run "$@" && start_log "$logs" training
+log_run "$recipe" training "$@"
 run_python "$recipe/train_distill.py" "$@"

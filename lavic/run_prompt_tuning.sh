@@ -20,13 +20,9 @@ settings=(
   --finetune_output_dir ./out_finetuned
 )
 
-logs=$recipe/logs
-for word in "$@"; do
-  # the demo has data and sizes of its own
-  [[ $word != --demo ]] || { logs=$recipe/demo/runs/logs && settings=(); }
-done
+! is_demo "$@" || settings=() # it has data and sizes of its own
 settings=("${settings[@]/#..\//$recipe/}")
 settings=("${settings[@]/#.\//$recipe/src/}")
 find_python lavic torch torchvision transformers peft accelerate
-starts_run "$@" && start_log "$logs" prompt_tuning
+log_run "$recipe" prompt_tuning "$@"
 run_python "$recipe/src/prompt_tuning.py" ${settings[@]+"${settings[@]}"} "$@"

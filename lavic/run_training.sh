@@ -21,13 +21,9 @@ settings=(
   --output_dir ./out_distilled
 )
 
-logs=$recipe/logs
-for word in "$@"; do
-  # the demo has data and sizes of its own
-  [[ $word != --demo ]] || { logs=$recipe/demo/runs/logs && settings=(); }
-done
+! is_demo "$@" || settings=() # it has data and sizes of its own
 settings=("${settings[@]/#..\//$recipe/}")
 settings=("${settings[@]/#.\//$recipe/src/}")
 find_python lavic torch torchvision transformers peft accelerate
-starts_run "$@" && start_log "$logs" training
+log_run "$recipe" training "$@"
 run_python "$recipe/src/knowledge_distillation.py" ${settings[@]+"${settings[@]}"} "$@"

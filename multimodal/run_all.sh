@@ -10,12 +10,9 @@ recipe=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 # shellcheck source=../shared/shell/common.sh
 source "$recipe/../shared/shell/common.sh"
 
-logs=$recipe/logs packages=(torch torchvision open_clip soundfile soxr msgspec tensorboard)
-for word in "$@"; do
-  [[ $word != --demo ]] || logs=$recipe/demo/runs/logs
-done
+packages=(torch torchvision open_clip soundfile soxr msgspec tensorboard)
 if starts_run "$@"; then
-  start_log "$logs" run_all
+  log_run "$recipe" run_all "$@"
   # the only stage that needs no Python of the recipe's: it makes one where there is none
   (find_python multimodal "${packages[@]}") 2>/dev/null || bash "$recipe/setup_environment.sh" || exit
 fi

@@ -9,10 +9,6 @@ recipe=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 # shellcheck source=../shared/shell/common.sh
 source "$recipe/../shared/shell/common.sh"
 
-logs=$recipe/logs
-for word in "$@"; do
-  [[ $word != --demo ]] || logs=$recipe/demo/runs/logs
-done
 find_python vasevqa swift torch open_clip
-starts_run "$@" && start_log "$logs" run_all
+log_run "$recipe" run_all "$@"
 run_python "$recipe/run_all.py" "$@"

@@ -2,11 +2,14 @@
 # What every recipe's script needs; sourced, never run. A script's first line of code makes sure of bash:
 #   [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 # then:  find_python RECIPE PACKAGE…     sets PYTHON_FOUND, or ends with exit 3
-#        start_log DIRECTORY NAME        sends all output to DIRECTORY/NAME_<time>.log as well
+#        log_run PLACE NAME "$@"         sends all output to PLACE/logs/NAME_<time>.log as well (log.sh)
 #        run_python SCRIPT [ARGUMENTS]   becomes the Python launcher: same process id, so signals reach it
 # Nothing here changes the directory: a path that the user typed stays relative to where it was typed.
 
 repository=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd -P) || exit 1
+
+# shellcheck source=log.sh
+source "$repository/shared/shell/log.sh"
 
 complain() { printf '%s\n' "$*" >&2; }
 
@@ -39,43 +42,6 @@ find_python() {
     "run $repository/setup.sh, or activate your own environment and" \
     "pip install -r $repository/$recipe/requirements.txt"
   exit 3
-}
-
-# Whether the arguments start a run; those that only answer leave no log behind.
-starts_run() { [[ ! " $* " =~ " "(-h|--help|--(print.config|dry.run|estimate))" " ]]; }
-
-start_log() {
-  local directory=$1 name file number=1
-  name=$2_$(date +%Y%m%d_%H%M%S)
-  file=$name.log
-  mkdir -p -- "$directory" 2>/dev/null
-  # noclobber takes the name for this run alone: two runs may start in the same second
-  until (set -C && : >"$directory/$file") 2>/dev/null; do
-    if [[ ! -e $directory/$file ]]; then
-      complain "no log file: $directory cannot be written"
-      return
-    fi
-    file=$name.$((++number)).log
-  done
-  ln -sfn -- "$file" "$directory/latest.log" 2>/dev/null
-  echo "$$" >"$directory/run.pid" # exec keeps it: the process to signal
-  [[ $directory == /* ]] || directory=$PWD/$directory
-  export TOOLKIT_LOG=$directory/$file # for status.json, and for whoever watches the run
-  send_output_to "$directory/$file"
-}
-
-# Under nohup with > /dev/null, or with stdout closed, the file gets everything alone; else both do.
-send_output_to() {
-  if [[ /dev/fd/1 -ef /dev/null ]] || ! { : >&1; } 2>/dev/null; then
-    exec >>"$1" 2>&1
-  else
-    # tee outlives every signal to the group, and a closed pipe: it ends when the last writer has ended.
-    # HUP is ignored before it begins: a script that ends at once hangs its terminal up
-    trap '' HUP
-    exec > >(trap '' INT TERM PIPE && exec tee -a -- "$1" 2>/dev/null) 2>&1
-    trap - HUP
-  fi
-  log_started=yes
 }
 
 # Words as a shell would take them, quoted only where needed.

@@ -12,7 +12,7 @@ import pytest
 from tests.harness import ROOT
 
 SCRIPT = ROOT / "vasevqa" / "filter" / "clipfilter1.sh"
-FILES = ("vasevqa/filter/clipfilter1.sh", "shared/shell/common.sh")
+FILES = ("vasevqa/filter/clipfilter1.sh", "shared/shell/common.sh", "shared/shell/log.sh")
 ENTRIES = {
     "1": ["--analyze_only"],
     "2": ["--confirm"],

@@ -31,7 +31,7 @@ print(json.dumps({"pid": os.getpid(), "cwd": os.getcwd(), "argv": sys.argv[1:],
 @pytest.fixture
 def recipe(house):
     """A house with one recipe, demo/go.sh, and the root environment .venv."""
-    house.take("shared/shell/common.sh")
+    house.take("shared/shell/common.sh", "shared/shell/log.sh")
     house.script = house.write("demo/go.sh", SCRIPT)
     house.write("demo/job.py", JOB)
     house.root_python = house.python(".venv/bin/python", "root")
@@ -170,6 +170,22 @@ def test_a_log_directory_of_ones_own_is_named_in_full(recipe):
     lines = recipe.run(recipe.script, cwd=recipe.bin.parent).stdout.splitlines()
     (log,) = (recipe.bin.parent / "logs").glob("training_*.log")
     assert lines[-1] == str(log)
+
+
+@pytest.mark.parametrize("place", ["recipe", "recipe/model"])
+def test_a_run_is_logged_beside_its_script_and_a_demo_in_the_demo(recipe, place):
+    text = recipe.script.read_text().replace("/../shared/", "/..$UP/shared/")
+    text = text.replace('starts_run "$@" && start_log "$recipe/logs"', 'log_run "$recipe"')
+    text = text.replace("training\n", 'training "$@"\n')
+    script, env = recipe.write(f"{place}/go.sh", text), {"UP": "/.." * place.count("/")}
+    recipe.write(f"{place}/job.py", JOB)
+    beside, demo = recipe.root / place / "logs", recipe.root / "recipe" / "demo" / "runs" / "logs"
+    answer(recipe.run(script, "--help", "--demo", env=env))
+    assert not beside.exists() and not demo.exists()
+    answer(recipe.run(script, "--name", "my --demo of it", env=env))
+    assert len(list(beside.glob("training_*.log"))) == 1 and not demo.exists()
+    answer(recipe.run(script, "--demo", env=env))
+    assert len(list(demo.glob("training_*.log"))) == len(list(beside.glob("training_*.log"))) == 1
 
 
 def test_errors_are_in_the_log_too(recipe):

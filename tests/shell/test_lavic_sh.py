@@ -9,7 +9,7 @@ from lavic.src.knowledge_distillation import Config
 from shared.config import parse
 
 SCRIPT = "lavic/run_training.sh"
-FILES = (SCRIPT, "lavic/monitor_training.sh", "shared/shell/common.sh")
+FILES = (SCRIPT, "lavic/monitor_training.sh", "shared/shell/common.sh", "shared/shell/log.sh")
 LINES = [
     line
     for line in Path(__file__).resolve().parents[2].joinpath(SCRIPT).read_text().splitlines()

@@ -51,7 +51,9 @@ def room(house, tmp_path):
     shared = [f"shared/{path.name}" for path in (REPOSITORY / "shared").glob("*.py")]
     room = REPOSITORY / MODEL
     own = [str(path.relative_to(REPOSITORY)) for path in room.rglob("*.py")]
-    house.take(*shared, *own, "shared/shell/common.sh", "vasevqa/__init__.py")
+    house.take(
+        *shared, *own, "shared/shell/common.sh", "shared/shell/log.sh", "vasevqa/__init__.py"
+    )
     house.take(*(f"{MODEL}/{name}" for name in ("sft.sh", "grpo.sh", "merge.sh", "prompt.txt")))
     house.take(f"{MODEL}/hf2megatron.sh")
     fake, real = tmp_path / "fake" / "swift", Path(importlib.util.find_spec("swift").origin).parent

@@ -76,8 +76,6 @@ case $entry in
     ;;
 esac
 
-logs=$filter/logs
-[[ " $* " != *" --demo "* ]] || logs=$filter/../demo/runs/logs
 find_python vasevqa torch torchvision open_clip
-starts_run "$@" && start_log "$logs" clipfilter1
+log_run "$filter" clipfilter1 "$@"
 run_python "$filter/clipfilter1.py" ${flags[@]+"${flags[@]}"} "$@"

@@ -50,8 +50,6 @@ arguments=(
   --ddp_find_unused_parameters false
 )
 
-logs=$model/logs
-[[ " $* " != *" --demo "* ]] || logs=$model/../demo/runs/logs
 find_python vasevqa swift torch
-starts_run "$@" && start_log "$logs" grpo
+log_run "$model" grpo "$@"
 run_python "$model/train.py" grpo "${arguments[@]}" --- "$@"

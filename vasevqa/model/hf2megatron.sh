@@ -20,5 +20,5 @@ arguments=(
 )
 
 find_python vasevqa swift torch
-starts_run "$@" && start_log "$model/logs" hf2megatron
+log_run "$model" hf2megatron "$@"
 run_python "$model/to_megatron.py" "${arguments[@]}" --- "$@"

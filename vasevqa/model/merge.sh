@@ -16,8 +16,6 @@ arguments=(
   --output_dir ./output/checkpoint-merged
 )
 
-logs=$model/logs
-[[ " $* " != *" --demo "* ]] || logs=$model/../demo/runs/logs
 find_python vasevqa swift torch
-starts_run "$@" && start_log "$logs" merge
+log_run "$model" merge "$@"
 run_python "$model/merge.py" "${arguments[@]}" --- "$@"

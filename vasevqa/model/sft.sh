@@ -41,8 +41,6 @@ arguments=(
   --dataset_num_proc 4
 )
 
-logs=$model/logs
-[[ " $* " != *" --demo "* ]] || logs=$model/../demo/runs/logs
 find_python vasevqa swift torch
-starts_run "$@" && start_log "$logs" sft
+log_run "$model" sft "$@"
 run_python "$model/train.py" sft "${arguments[@]}" --- "$@"
