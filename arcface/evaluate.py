@@ -98,12 +98,12 @@ def _settings(cfg: Config, checkpoint: Path) -> "Settings":
 
 
 def _evaluate(cfg: Config, checkpoint: Path, settings: "Settings", out: Path) -> int:
-    from arcface import evaluation_report, testing
+    from arcface import evaluation_report, trained
     from shared import report
     from shared.device import resolve
 
     device = resolve(cfg.tool.device, 0, os.environ)
-    result = testing.run(
+    result = trained.evaluate(
         settings, checkpoint, device,
         amp=cfg.tool.amp, batch_size=cfg.batch_size, limit=cfg.limit,
     )  # fmt: skip

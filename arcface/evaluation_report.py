@@ -7,7 +7,7 @@ from typing import Any
 
 from arcface.contact_sheet import contact_sheet
 from arcface.log_lines import in_percent
-from arcface.testing import Tested
+from arcface.trained import Tested
 from shared.files import write_json, write_text
 
 SCHEMA = 1

@@ -20,10 +20,10 @@ from arcface.run_settings import RunSettings, Settings
 from arcface.splits import TrainingData
 from arcface.weight_files import load_weights
 from shared import distributed, seed
+from shared.allocator import keep_freed_memory
 from shared.checkpoint import Parts, Position
 from shared.distributed import World
 from shared.errors import UserError
-from shared.memory import keep_freed_memory
 from shared.precision import Amp
 from shared.reporter import Plan
 from shared.retrieval import MAP_AT, RECALL_AT

@@ -30,7 +30,7 @@ LIGHT = {
         "foreign",
         "run_text",
     )
-} | {"shared.report", "shared.memory"}
+} | {"shared.report", "shared.allocator"}
 FOREIGN_TO_SHARED = {"transformers", "peft", "swift", "open_clip"}
 # Who in shared may talk to the process and its user, beside the entry scripts and shared/tools.
 OWNERS = {

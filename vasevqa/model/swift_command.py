@@ -14,9 +14,9 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
+from shared.allocator import keep_freed_memory
 from shared.device import present_gpus
 from shared.errors import FAILED, MissingToolError
-from shared.memory import keep_freed_memory
 from shared.prctl import die_with_parent
 
 SEVERAL = ("sft", "rlhf")  # commands that torchrun may run

@@ -1,4 +1,4 @@
-"""A trained encoder on the queries and the gallery of its configuration."""
+"""A trained encoder out of its checkpoint, tested on the queries and gallery of its configuration."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Tested:
     data: Path
 
 
-def run(
+def evaluate(
     settings: Settings,
     checkpoint: Path,
     device: torch.device,
