@@ -1,4 +1,4 @@
-"""A trained encoder out of its checkpoint, tested on the queries and gallery of its configuration."""
+"""A trained encoder out of its checkpoint, tested on its configuration's queries and gallery."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from face_distill import roc, trained, verification
-from face_distill.verification import Accuracy, Pairs
+from face_distill.pair_files import Pairs, read_pairs
+from face_distill.verification import Accuracy
 from shared.errors import UserError, one_line
 from shared.images import printable
 
@@ -62,11 +63,11 @@ Results = dict[str, dict[str, Figures]]  # of each set's name, of each model
 def read_set(path: Path, limit: int | None = None) -> PairSet:
     """The pairs in `path`, or `limit` of them: of each kind its share, spread over the file.
 
-    Every image is decoded once. Raises UserError for a file that `verification.read_pairs` refuses,
+    Every image is decoded once. Raises UserError for a file that `read_pairs` refuses,
     a broken image (by its number in the file), too few pairs for ten folds, and pairs of one kind
     alone.
     """
-    pairs = verification.read_pairs(path)
+    pairs = read_pairs(path)
     try:
         roc.split_kinds(np.zeros(len(pairs.same)), pairs.same)
         chosen = _spread(pairs.same, limit or len(pairs.same))

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from face_distill import attention_maps, model, verification
 from face_distill.model import FaceStudent
+from face_distill.pair_files import read_pairs
 from face_distill.preprocess import Preprocess
 from shared import weights
 from shared.distributed import World
@@ -102,7 +103,7 @@ def _accuracy(cfg: Config, world: World, student: FaceStudent) -> float:
     student.eval()
     accuracy = verification.verify(
         lambda images: student(preprocess(images.to(world.device)))[0],
-        verification.read_pairs(cfg.verify),
+        read_pairs(cfg.verify),
     )
     student.train()
     return accuracy.mean

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from arcface import config_options, config_reader, partition, recipe, recipe_reader, run_settings
-from face_distill import recordio, teacher, verification
+from face_distill import pair_files, recordio, teacher, verification
 from face_distill import run_settings as face_settings
 from shared import (
     checkpoint,
@@ -96,7 +96,7 @@ def _make_old_pairs(path: Path) -> None:
 
 
 def _read_pairs(path: Path) -> None:
-    pairs = verification.read_pairs(path)
+    pairs = pair_files.read_pairs(path)
     verification.decode(pairs.images[:2])
 
 

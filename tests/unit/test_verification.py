@@ -10,13 +10,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from face_distill.pair_files import Pairs, read_pairs
 from face_distill.verification import (
-    Pairs,
     accuracy_of,
     decode,
     flip_embeddings,
     fold_numbers,
-    read_pairs,
     squared_distances,
     ten_fold_accuracy,
     verify,

@@ -1,0 +1,169 @@
+"""Pair files in insightface's `.bin` form, pickles, read without running their code. N pairs."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import UserError
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Encoded images (JPEG or PNG) of N pairs, and whether each pair shows one person."""
+
+    images: list[bytes]  # 2 N: first and second image of pair 0, of pair 1, …
+    same: NDArray[np.bool_]  # (N,)
+
+
+def read_pairs(path: Path) -> Pairs:
+    """The pairs of a verification set in insightface's `.bin` form (lfw.bin, cfp_fp.bin, …).
+
+    The file is a pickle of (encoded images, same-person flags). It is read by an unpickler that
+    builds bytes, lists, numbers and arrays of bytes or bools, and refuses everything else before
+    any of it runs. Raises UserError when the file is missing, cut off, refused or of another form.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} is missing: expected a verification set such as lfw.bin")
+    images, same = _unpickle(path)
+    if len(images) != 2 * len(same) or not same:
+        raise UserError(
+            f"{path} is no verification set: expected two images for every flag, got "
+            f"{len(images)} images and {len(same)} flags"
+        )
+    if not all(isinstance(flag, (bool, int, np.bool_)) for flag in same):
+        raise UserError(f"{path}: same-person flags must be true or false")
+    return Pairs([_encoded(image, path) for image in images], np.array(same, dtype=bool))
+
+
+def _listed(value: list[Any] | tuple[Any, ...] | _Array) -> list[Any]:
+    """`value` as a list, with real arrays in place of the stand-ins."""
+    if isinstance(value, _Array):
+        return list(value.rebuilt())
+    return [v.rebuilt() if isinstance(v, _Array) else v for v in value]
+
+
+def _encoded(image: Any, path: Path) -> bytes:
+    """One image of the file as bytes."""
+    if isinstance(image, (bytes, bytearray)):
+        return bytes(image)
+    if isinstance(image, np.ndarray) and image.ndim == 1 and image.dtype == np.uint8:
+        return image.tobytes()
+    raise UserError(
+        f"{path}: images must be encoded bytes (JPEG or PNG), got {type(image).__name__}"
+    )
+
+
+def _unpickle(path: Path) -> tuple[list[Any], list[Any]]:
+    """The two lists of a pair file. Raises UserError when it holds anything else."""
+    try:
+        content = path.read_bytes()
+        _check_memo(content)
+        # Files written by Python 2 hold their images as its str: these come as bytes.
+        images, same = _PairUnpickler(io.BytesIO(content), encoding="bytes").load()
+        return _listed(images), _listed(same)
+    except _RefusedError as error:
+        raise UserError(
+            f"{path} is refused: it asks for {error}, which a verification set does not need and "
+            "which could run code; get the file from its original source"
+        ) from error
+    except Exception as error:  # a damaged pickle fails in any of a dozen ways, none of them a bug
+        raise UserError(f"{path} is cut off or no verification set: download it again") from error
+
+
+def _check_memo(content: bytes) -> None:
+    """Raise ValueError for a memo number that no writer gives.
+
+    Writers number their objects one after the other; the unpickler makes room for the number it
+    reads, so five damaged bytes could ask for 32 GB.
+    """
+    for count, (opcode, argument, _) in enumerate(pickletools.genops(content)):
+        if "PUT" in opcode.name and isinstance(argument, int) and argument > count:
+            raise ValueError(f"memo number {argument} after {count} operations")
+
+
+class _RefusedError(Exception):
+    """The pickle names something outside the few that pair files need."""
+
+
+class _Dtype:
+    """Stands for numpy's dtype while unpickling; uint8 and bool only."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        name = code.decode() if isinstance(code, bytes) else str(code)
+        if name.lstrip("|") not in ("u1", "b1", "uint8", "bool"):
+            raise _RefusedError(f"an array of {name}")
+        self.kind = np.dtype(name)
+
+    def __setstate__(self, _: Any) -> None:
+        """Byte order and the like mean nothing to single bytes."""
+
+
+class _Array:
+    """Stands for numpy's array while unpickling: shape, kind and raw bytes."""
+
+    def __init__(self, *_: Any) -> None:
+        self.parts: tuple[Any, ...] = ()
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.parts = tuple(state[1:])  # version; shape, dtype, Fortran order, bytes
+
+    def rebuilt(self) -> NDArray[Any]:
+        """The array. Raises ValueError when its parts do not fit each other."""
+        shape, dtype, is_fortran, raw = self.parts
+        order = "F" if is_fortran else "C"
+        return np.frombuffer(raw, dtype.kind).reshape(shape, order=order)
+
+
+def _from_buffer(raw: Any, dtype: _Dtype, shape: Any, order: Any) -> _Array:
+    """Stands for numpy's reader of arrays in pickle protocol 5."""
+    array = _Array()
+    array.__setstate__((1, shape, dtype, order == "F", raw))
+    return array
+
+
+def _scalar(dtype: _Dtype, raw: bytes) -> bool | int:
+    """Stands for numpy's scalars: one bool or byte."""
+    return np.frombuffer(raw, dtype.kind)[0].item()
+
+
+def _latin1(text: str, encoding: str) -> bytes:
+    """Stands for codecs.encode, by which Python 3 writes bytes into pickles of protocol 2."""
+    if encoding != "latin1":
+        raise _RefusedError(f"the text encoding {encoding!r}")
+    return text.encode("latin1")
+
+
+def _no_bytes() -> bytes:
+    """Stands for bytes(), by which protocol 2 writes an empty value."""
+    return b""
+
+
+_NUMPY_CORES = ("numpy.core", "numpy._core")  # before and since numpy 2
+_ALLOWED: dict[tuple[str, str], Any] = {
+    ("numpy", "ndarray"): _Array,
+    ("numpy", "dtype"): _Dtype,
+    ("_codecs", "encode"): _latin1,
+    ("__builtin__", "bytes"): _no_bytes,
+    ("builtins", "bytes"): _no_bytes,
+    **{(f"{core}.multiarray", "_reconstruct"): _Array for core in _NUMPY_CORES},
+    **{(f"{core}.multiarray", "scalar"): _scalar for core in _NUMPY_CORES},
+    **{(f"{core}.numeric", "_frombuffer"): _from_buffer for core in _NUMPY_CORES},
+}
+
+
+class _PairUnpickler(pickle.Unpickler):
+    """Builds plain values; each name it meets becomes one of our own stand-ins or an error."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        try:
+            return _ALLOWED[module, name]
+        except KeyError:
+            raise _RefusedError(f"{module}.{name}") from None
