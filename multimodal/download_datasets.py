@@ -32,7 +32,7 @@ from shared.launch import launch_alone
 
 if TYPE_CHECKING:
     from multimodal.clip_sources import YouTube
-    from multimodal.getting import Options
+    from multimodal.downloading import Options
     from multimodal.sources import DataSet
 
 RECIPE = Path(__file__).resolve().parent
@@ -87,19 +87,19 @@ def main(argv: list[str] | None = None) -> int:
     _check_source(cfg)
     if cfg.demo:
         return _make_demo(cfg)
-    from multimodal import getting
+    from multimodal import downloading
     from multimodal.sources import DATA_SETS
 
     data_sets = [DATA_SETS[name] for name in chosen]
     if cfg.mirror:
-        data_sets = [getting.pointed_at(item, cfg.mirror) for item in data_sets]
+        data_sets = [downloading.pointed_at(item, cfg.mirror) for item in data_sets]
     options = _options(cfg)
-    needs = [getting.need_of(item, _root(cfg, item), options) for item in data_sets]
+    needs = [downloading.need_of(item, _root(cfg, item), options) for item in data_sets]
     for item, need in zip(data_sets, needs, strict=True):
         print(f"{item.name:<10} {need.fetch:>15,} bytes to fetch {need.disk:>16,} bytes of disk")
     if cfg.dry_run:
         return DONE
-    getting.check_space(needs, cfg.data_root)
+    downloading.check_space(needs, cfg.data_root)
     outcomes = [_try(lambda item=item: _get(cfg, item, options), item.name) for item in data_sets]
     return _conclude(outcomes, cfg.data_root)
 
@@ -135,7 +135,7 @@ def _make_demo(cfg: Config) -> int:
 
 
 def _options(cfg: Config) -> "Options":
-    from multimodal.getting import Options
+    from multimodal.downloading import Options
 
     key = os.environ.get("VOXCELEB_KEY") or None
     return Options(cfg.skip_existing, cfg.verify, cfg.delete_archives, _run, key)
@@ -148,12 +148,12 @@ def _root(cfg: Config, data_set: "DataSet") -> Path:
 
 def _get(cfg: Config, data_set: "DataSet", options: "Options") -> str:
     """Get one data set; what there is to say of it."""
-    from multimodal import getting
+    from multimodal import downloading
 
     root = _root(cfg, data_set)
     if data_set.needs_key and not options.key and not cfg.mirror:
         return _by_hand(data_set, root)
-    getting.get(data_set, root, options)
+    downloading.get(data_set, root, options)
     if data_set.clips:
         return _get_clips(cfg, root)
     return _look_at_lists(root) if root.name == "coco" else "complete"
@@ -172,10 +172,10 @@ def _look_at_lists(root: Path) -> str:
 
 
 def _by_hand(data_set: "DataSet", root: Path) -> str:
-    from multimodal import getting
+    from multimodal import downloading
     from multimodal.sources import VOXCELEB_BY_HAND
 
-    if any(getting.is_unpacked(archive, root) for archive in data_set.archives):
+    if any(downloading.is_unpacked(archive, root) for archive in data_set.archives):
         return "there, put by hand"
     print(VOXCELEB_BY_HAND.replace("{root}", str(root)))
     raise MissingToolError("VOXCELEB_KEY is not set: see the two ways above")

@@ -178,12 +178,12 @@ def _preflight(cfg: Config, rest: list[str]) -> int:
         return 2
     if cfg.skip_download or cfg.demo:
         return DONE
-    from multimodal import getting
+    from multimodal import downloading
     from multimodal.sources import DATA_SETS
 
-    chosen, options = cfg.datasets or FETCHED, getting.Options()
-    needs = [getting.need_of(DATA_SETS[name], cfg.data_root / name, options) for name in chosen]
-    getting.check_space(needs, cfg.data_root)
+    chosen, options = cfg.datasets or FETCHED, downloading.Options()
+    needs = [downloading.need_of(DATA_SETS[name], cfg.data_root / name, options) for name in chosen]
+    downloading.check_space(needs, cfg.data_root)
     if not any(need.fetch for need in needs):
         return DONE
     for line in _will_be_skipped(cfg, chosen):
@@ -276,12 +276,12 @@ def _report(cfg: Config) -> int:
 
 def _lacking(cfg: Config, name: str) -> str:
     """Why a data set cannot be trained on, '' when it can."""
-    from multimodal import getting
+    from multimodal import downloading
     from multimodal.sources import DATA_SETS
 
     root = cfg.data_root / name
     forms = [form for form in DATA_SETS.values() if form.name.removesuffix("2014") == name]
-    reasons = [getting.lacking(form, root) for form in forms]
+    reasons = [downloading.lacking(form, root) for form in forms]
     return "" if cfg.demo or not all(reasons) else reasons[0]
 
 

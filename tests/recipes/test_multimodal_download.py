@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import pytest
 
-from multimodal import demo, download_datasets, getting, sources
+from multimodal import demo, download_datasets, downloading, sources
 from multimodal.datasets import AudioCaps, Clotho, Coco, VoxCeleb
 from multimodal.sources import DOWNLOADS, Archive, DataSet, Source
 from shared.errors import UserError
@@ -107,7 +107,7 @@ def table(files, monkeypatch):
         ),
     }
     monkeypatch.setattr(sources, "DATA_SETS", data_sets)
-    monkeypatch.setattr(getting, "PATIENCE", QUICK)
+    monkeypatch.setattr(downloading, "PATIENCE", QUICK)
     return data_sets
 
 
@@ -234,7 +234,7 @@ def test_dry_run_says_what_it_takes_and_asks_nobody(server, tmp_path, capsys):
 
 def test_the_real_tables_need_of_the_disk(tmp_path, monkeypatch):
     """COCO: 20.4 GB of archives and about as much unpacked."""
-    need = getting.need_of(sources.COCO, tmp_path, getting.Options())
+    need = downloading.need_of(sources.COCO, tmp_path, downloading.Options())
     assert need.fetch == 252_907_541 + 815_585_330 + 19_336_861_798 + 2_000_000
     assert 40e9 < need.disk < 45e9
 
@@ -262,7 +262,7 @@ def test_voxcelebs_key_goes_into_the_address_and_into_no_message(
     server, tmp_path, table, monkeypatch, capsys, caplog
 ):
     monkeypatch.setenv("VOXCELEB_KEY", "secret-key")
-    keyed = getting.pointed_at(table["voxceleb"], f"{server.url}/cdn/x?key={{key}}&file=")
+    keyed = downloading.pointed_at(table["voxceleb"], f"{server.url}/cdn/x?key={{key}}&file=")
     monkeypatch.setitem(sources.DATA_SETS, "voxceleb", keyed)
     flags = ["--datasets", "voxceleb", "--data-root", str(tmp_path)]
     assert download_datasets.main(flags) == 2  # the server knows no /cdn/x
