@@ -43,7 +43,7 @@ def filter_(tmp_path_factory) -> Path:
         "demo", "logs", "__pycache__", "images", "images[0-9]", "filtered*", ".*"
     )
     shutil.copytree(ROOT / "vasevqa" / "filter", root / "vasevqa" / "filter", ignore=ours)
-    for name in ("__init__.py", "demo_vases.py"):
+    for name in ("__init__.py", "demo_vases.py", "demo_vase_pictures.py"):
         shutil.copy(ROOT / "vasevqa" / name, root / "vasevqa" / name)
     # a copy: shared/launch.py puts the directory above it, links followed, first on the path
     shutil.copytree(ROOT / "shared", root / "shared", ignore=ours)
