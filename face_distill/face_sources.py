@@ -13,7 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from face_distill.recordio import RecordError, RecordReader
+from face_distill.record_reader import RecordReader
+from face_distill.recordio import RecordError
 from shared.errors import UserError
 
 FLOAT32_EXACT = 1 << 24  # from here on, not every key can be written as a float32 label

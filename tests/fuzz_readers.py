@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from arcface import config_options, config_reader, partition, recipe, recipe_reader, run_settings
-from face_distill import pair_files, recordio, teacher, verification
+from face_distill import pair_files, record_reader, recordio, teacher, verification
 from face_distill import run_settings as face_settings
 from shared import (
     checkpoint,
@@ -71,7 +71,7 @@ def _make_records(directory: Path) -> None:
 
 
 def _read_records(directory: Path) -> None:
-    reader = recordio.RecordReader(directory / "train.rec", directory / "train.idx")
+    reader = record_reader.RecordReader(directory / "train.rec", directory / "train.idx")
     for key in reader.keys:
         recordio.unpack(reader.read(int(key)), "record")
     list(recordio.scan(directory / "train.rec"))

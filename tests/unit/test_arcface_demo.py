@@ -150,18 +150,6 @@ def test_a_finished_build_is_kept_and_a_partial_one_is_drawn_again(tmp_path, sma
     assert digests(paths) == digest
 
 
-def test_a_build_that_fails_leaves_no_marker(tmp_path, small, monkeypatch):
-    paths = demo.build(tmp_path)
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(demo, "_write_annotations", fail)
-    with pytest.raises(OSError, match="disk full"):
-        demo.build(tmp_path, seed=1)
-    assert not (paths.root / "demo.json").exists()
-
-
 def test_another_seed_leaves_no_picture_of_the_one_before(tmp_path, small):
     demo.build(tmp_path, seed=0)
     paths = demo.build(tmp_path, seed=1)

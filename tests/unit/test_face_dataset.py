@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader
 
 from face_distill import face_sources
 from face_distill.FaceDataset import FaceDataset
-from face_distill.recordio import RecordReader, pack, write_records
+from face_distill.record_reader import RecordReader
+from face_distill.recordio import pack, write_records
 from shared.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

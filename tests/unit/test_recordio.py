@@ -7,17 +7,8 @@ import struct
 import numpy as np
 import pytest
 
-from face_distill.recordio import (
-    RecordError,
-    RecordFile,
-    RecordReader,
-    encode,
-    pack,
-    read_index,
-    scan,
-    unpack,
-    write_records,
-)
+from face_distill.record_reader import RecordReader, read_index
+from face_distill.recordio import RecordError, RecordFile, encode, pack, scan, unpack, write_records
 
 MAGIC = b"\x0a\x23\xd7\xce"
 
