@@ -20,7 +20,6 @@ from typing import Any
 
 from shared.errors import UserError, one_line
 from shared.files import read_object, write_json
-from shared.lock import try_to_lock
 
 log = logging.getLogger(__name__)
 
@@ -69,13 +68,19 @@ def _alone(marker: Path) -> Iterator[None]:
             "copy that is"
         ) from None
     try:
-        if not try_to_lock(handle):
-            log.info("another process is at work on %s: waiting for it", marker.parent)
-            with contextlib.suppress(OSError):  # a network file system without locks
-                fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # a network file system without locks
+            _wait_for(handle, marker.parent)
         yield
     finally:
         os.close(handle)
+
+
+def _wait_for(handle: int, directory: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.info("another process is at work on %s: waiting for it", directory)
+        fcntl.flock(handle, fcntl.LOCK_EX)
 
 
 def _empty(part: Path) -> None:

@@ -1,7 +1,10 @@
 """What is made once: whole, by one process at a time, anew when anything is amiss."""
 
+import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -215,6 +218,16 @@ def test_the_marker_names_what_was_made(maker):
         "seed": 3,
         "files": ["data/b.txt", "data/deep/a.txt", "list.json"],
     }
+
+
+def test_a_file_system_without_locks_costs_the_waiting_alone(maker, monkeypatch, caplog):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    maker.build()
+    assert maker.calls == 1 and not caplog.messages
 
 
 @pytest.mark.parametrize("damaged", ["", "[]", '{"version": 1, "seed": 0}', '{"files": 7}'])
