@@ -148,6 +148,28 @@ def start(
     return Running(command, environment(**env))
 
 
+_PACED = """
+import runpy, sys, time
+sys.path.insert(0, sys.argv[1])
+from shared import metrics
+first, seconds, log = int(sys.argv[2]), float(sys.argv[3]), metrics.Metrics.log
+def slowly(self, step, *more):
+    log(self, step, *more)
+    time.sleep(seconds if step >= first else 0)
+metrics.Metrics.log = slowly
+del sys.argv[:4]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def paced(script: Path, step: int, seconds: float = 0.5) -> list[object]:
+    """What to start in place of `script` to meet it at `step`: from there on it takes its time.
+
+    For a run of one process; what it computes stays the same.
+    """
+    return ["-c", _PACED, ROOT, step, seconds, script]
+
+
 def environment(**changes: str) -> dict[str, str]:
     """The environment for a run: this one without what steers runs, with a new token."""
     kept = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
@@ -245,10 +267,12 @@ def status_of(run_dir: Path) -> dict[str, Any]:
 
 
 def free_port() -> int:
-    """A TCP port of the loopback that nobody holds at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A TCP port of the loopback that nobody holds, and that no connection is given by chance."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)  # below what the kernel gives out
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def moments(number: int, longest: float, seed: int = 0) -> Iterator[float]:

@@ -64,7 +64,7 @@ def stopped(once: Any) -> Callable[[int, int], tuple[Path, dict[str, Any]]]:
     """
 
     def build(run_dir: Path, ranks: int, workers: int) -> dict[str, Any]:
-        args = ["--nproc", ranks, "--workers", workers, "--run-dir", run_dir, "--step-ms", 50]
+        args = ["--nproc", ranks, "--workers", workers, "--run-dir", run_dir, "--step-ms", 100]
         with start([PROBE, *args]) as running:
             wait_for_step(run_dir, 20 // ranks, running)
             running.signal(signal.SIGTERM, group=workers > 0)

@@ -18,6 +18,7 @@ from shared.errors import UserError
 from tests.faults import probe_recipe
 from tests.harness import (
     PROBE,
+    Running,
     killed_saves,
     losses,
     run_here,
@@ -133,14 +134,22 @@ def fill(disk: Path) -> Path:
     return ballast
 
 
+def fill_beside(running: Running, disk: Path) -> Path:
+    """Fill the disk between two steps of the run."""
+    running.signal(signal.SIGSTOP)
+    ballast = fill(disk)
+    running.signal(signal.SIGCONT)
+    return ballast
+
+
 @pytest.mark.limit(150)
 def test_fault_13_full_disk_costs_a_checkpoint_not_the_run(small_disk):
     run_dir = small_disk / "run"
-    args = [PROBE, "--width", 50000, "--step-ms", 50, "--run-dir", run_dir]
+    args = [PROBE, "--epochs", 1, "--width", 50000, "--step-ms", 150, "--run-dir", run_dir]
     with start(args) as running:
         wait_for_step(run_dir, 6, running)
         wait_until((run_dir / "last.pt").exists, "the checkpoint of step 5", running=running)
-        ballast = fill(small_disk)
+        ballast = fill_beside(running, small_disk)
         running.wait_for_text("the checkpoint of step 10 was not written")
         assert step_of(run_dir / "last.pt") == 5
         assert not list(run_dir.glob("*.tmp.*"))
@@ -150,17 +159,17 @@ def test_fault_13_full_disk_costs_a_checkpoint_not_the_run(small_disk):
     assert "No space left on device" in outcome.text
     assert "free some space" in outcome.text
     assert "training goes on" in outcome.text
-    assert step_of(run_dir / "last.pt") == 48
+    assert step_of(run_dir / "last.pt") == 16
     assert status_of(run_dir)["state"] == "done"
 
 
 @pytest.mark.limit(150)
 def test_fault_13_full_disk_at_the_end_is_not_called_a_saved_run(small_disk):
     run_dir = small_disk / "run"
-    args = [PROBE, "--width", 50000, "--step-ms", 50, "--run-dir", run_dir]
+    args = [PROBE, "--width", 50000, "--step-ms", 150, "--run-dir", run_dir]
     with start(args) as running:
         wait_for_step(run_dir, 6, running)
-        fill(small_disk)
+        fill_beside(running, small_disk)
         running.wait_for_text("was not written")
         running.signal(signal.SIGTERM)
         outcome = running.finish()
@@ -173,10 +182,10 @@ def test_fault_13_full_disk_at_the_end_is_not_called_a_saved_run(small_disk):
 @pytest.mark.limit(150)
 def test_fault_13_full_disk_stops_the_run_where_that_was_asked_for(small_disk):
     run_dir = small_disk / "run"
-    args = ["--width", 50000, "--step-ms", 100, "--on-full-disk", "stop", "--run-dir", run_dir]
+    args = ["--width", 50000, "--step-ms", 150, "--on-full-disk", "stop", "--run-dir", run_dir]
     with start([PROBE, *args]) as running:
         wait_for_step(run_dir, 6, running)
-        ballast = fill(small_disk)
+        ballast = fill_beside(running, small_disk)
         outcome = running.finish()
     ballast.unlink()
     assert outcome.code == 1

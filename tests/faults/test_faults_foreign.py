@@ -145,7 +145,7 @@ def test_a_stop_lets_the_program_save_once_and_leaves_nothing(tmp_path, number, 
 def test_the_same_request_twice_in_a_moment_is_one(tmp_path):
     with swift(tmp_path) as running:
         running.signal(signal.SIGTERM)
-        time.sleep(0.1)
+        time.sleep(0.02)
         running.signal(signal.SIGTERM)
         outcome = running.finish()
     assert outcome.code == 143

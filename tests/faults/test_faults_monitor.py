@@ -8,6 +8,7 @@ import os
 import pty
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.harness import (
 )
 
 pytestmark = [pytest.mark.serial, pytest.mark.slow]
+REDRAWN = "\x1b[H\x1b[2J"
 MONITOR = ROOT / "shared" / "tools" / "monitor.py"
 
 
@@ -55,12 +57,14 @@ def script(tmp_path: Path) -> Path:
 
 def test_a_run_under_nohup_is_watched_to_its_end(tmp_path, script):
     run_dir = tmp_path / "run"
-    args = ["bash", script, "--step-ms", 60, "--run-dir", run_dir]
+    args = ["bash", script, "--step-ms", 80, "--run-dir", run_dir]
     with start(args, program=["nohup"]) as running:
         wait_for_step(run_dir, 3, running)
         with start([MONITOR, run_dir, "--follow", "--every", 0.2]) as watching:
             running.signal(signal.SIGHUP, group=True)  # the terminal is closed
-            wait_until(lambda: seen(run_dir)["step"], "a step in status.json", running=running)
+            wait_until(lambda: status_of(run_dir).get("step"), "a step", running=running)
+            running.signal(signal.SIGSTOP)  # so that it is met on its way
+            watching.wait_for_text("probe: RUNNING  step")
             view = seen(run_dir)
             assert (view["state"], view["recipe"], view["pid"]) == ("running", "probe", running.pid)
             assert view["total_steps"] == 48
@@ -71,6 +75,7 @@ def test_a_run_under_nohup_is_watched_to_its_end(tmp_path, script):
             )
             assert Path(view["log"]).read_text().startswith("20")
             assert watch(run_dir).text.startswith("probe: RUNNING\n")
+            running.signal(signal.SIGCONT)
             assert running.finish().code == 0
             followed = watching.finish(timeout=20)
     assert followed.code == 0
@@ -83,7 +88,7 @@ def test_a_run_under_nohup_is_watched_to_its_end(tmp_path, script):
 
 def test_ctrl_c_ends_the_watching_and_not_the_run(tmp_path):
     run_dir = tmp_path / "run"
-    with start([PROBE, "--step-ms", 100, "--run-dir", run_dir]) as running:
+    with start([PROBE, "--epochs", 100, "--step-ms", 100, "--run-dir", run_dir]) as running:
         wait_for_step(run_dir, 2, running)
         with start([MONITOR, run_dir, "--follow", "--every", 0.2]) as watching:
             watching.wait_for_text("RUNNING")
@@ -98,7 +103,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_run(tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stop_lets_the_run_save_and_tells_how_it_ended(tmp_path, ranks):
     run_dir = tmp_path / "run"
-    args = ["--step-ms", 100, "--nproc", ranks, "--run-dir", run_dir]
+    args = ["--epochs", 100, "--step-ms", 100, "--nproc", ranks, "--run-dir", run_dir]
     with start([PROBE, *args]) as running:
         wait_for_step(run_dir, 3, running)
         stopped = watch(run_dir, "--stop")
@@ -125,7 +130,7 @@ def test_a_run_that_breaks_is_failed_with_its_last_errors(tmp_path, script):
 
 def test_a_run_that_was_killed_is_stale_and_cannot_be_stopped(tmp_path):
     run_dir = tmp_path / "run"
-    with start([PROBE, "--step-ms", 100, "--run-dir", run_dir]) as running:
+    with start([PROBE, "--epochs", 100, "--step-ms", 100, "--run-dir", run_dir]) as running:
         wait_for_step(run_dir, 3, running)
         running.signal(signal.SIGKILL)
         running.finish()
@@ -138,29 +143,31 @@ def test_a_run_that_was_killed_is_stale_and_cannot_be_stopped(tmp_path):
 
 def test_a_live_terminal_is_redrawn_until_the_run_ends(tmp_path):
     run_dir = tmp_path / "run"
-    with start([PROBE, "--step-ms", 60, "--run-dir", run_dir]) as running:
+    with start([PROBE, "--step-ms", 30, "--run-dir", run_dir]) as running:
         wait_for_step(run_dir, 2, running)
+        running.signal(signal.SIGSTOP)  # so that it is met on its way
         ours, theirs = pty.openpty()
         command = [sys.executable, str(MONITOR), str(run_dir), "--every", "0.2"]
         streams = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
         with Running(command, environment(), **streams) as watching:
             os.close(theirs)
-            text = read_to_the_end(ours)
+            text = read_until(ours, lambda text: text.count(REDRAWN) > 2)
+            running.signal(signal.SIGCONT)
+            text += read_until(ours)
+            os.close(ours)
             assert watching.finish(timeout=10).code == 0
         assert running.finish().code == 0
-    assert text.count("\x1b[H\x1b[2J") > 2
     assert "Ctrl-C leaves; the run goes on" in text
     assert text.rindex("probe: DONE") > text.rindex("probe: RUNNING")
 
 
-def read_to_the_end(terminal: int) -> str:
-    """What is written to a terminal until its last writer has left."""
-    chunks = []
+def read_until(terminal: int, is_enough: Callable[[str], bool] = lambda _: False) -> str:
+    """What is written to a terminal until it is enough, or until its last writer has left."""
+    text = ""
     with contextlib.suppress(OSError):  # EIO: nobody is left
-        while chunk := os.read(terminal, 65536):
-            chunks.append(chunk)
-    os.close(terminal)
-    return b"".join(chunks).decode()
+        while not is_enough(text) and (chunk := os.read(terminal, 65536)):
+            text += chunk.decode(errors="replace")
+    return text
 
 
 def test_the_stop_waits_longer_than_the_launcher():

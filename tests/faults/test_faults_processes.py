@@ -113,7 +113,7 @@ def test_fault_03_lost_terminal_saves_and_leaves(tmp_path):
     ours, theirs = pty.openpty()
     terminal = {"stdin": theirs, "stdout": theirs, "stderr": theirs, "start_new_session": False}
     command = ["setsid", "--ctty", "--wait", sys.executable, str(PROBE), "--run-dir", str(run_dir)]
-    with Running([*command, "--step-ms", "50"], environment(), **terminal) as running:
+    with Running([*command, "--step-ms", "100"], environment(), **terminal) as running:
         os.close(theirs)
         wait_for_step(run_dir, 3, running)
         os.close(ours)  # the kernel sends SIGHUP, and every further write to the terminal fails

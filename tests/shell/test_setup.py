@@ -83,7 +83,7 @@ def test_a_second_call_is_silent_and_asks_pip_nothing(site):
     result = site.run(site.setup)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert len(pip_calls(site)) == 1
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10  # 0.1 s on a quiet machine
 
 
 def test_a_changed_lock_is_installed_into_the_same_environment(site):
@@ -194,7 +194,7 @@ def test_a_full_disk_during_the_installation_is_explained(site):
     assert "TMPDIR=" in result.stderr.splitlines()[-1]
 
 
-def wait_for(condition, seconds: float = 10) -> None:
+def wait_for(condition, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -207,7 +207,7 @@ def test_an_interruption_ends_pip_and_leaves_no_stamp(site, number, code):
     wait_for(lambda: pip_calls(site))
     time.sleep(0.1)
     os.kill(process.pid, number)
-    process.communicate(timeout=5)
+    process.communicate(timeout=60)
     assert process.returncode == code
     assert not site.stamp.exists()
     assert site.run(site.setup).returncode == 0
@@ -217,7 +217,7 @@ def test_after_a_kill_the_next_call_installs_again(site):
     process = site.start(site.setup, env={"PIP_SECONDS": "30"})
     wait_for(lambda: pip_calls(site))
     os.killpg(process.pid, signal.SIGKILL)
-    process.communicate(timeout=5)
+    process.communicate(timeout=60)
     assert site.run(site.setup).returncode == 0
     assert len(pip_calls(site)) == 2
 

@@ -117,7 +117,7 @@ def test_ticks_come_while_the_child_runs_and_it_shares_what_is_kept(tmp_path):
             python(text), tick=lambda: ticks.append(time.monotonic()), keep=[handle]
         )
     os.close(handle)
-    assert (code, len(ticks)) == (0, 1)
+    assert code == 0 and ticks  # one a second, from the first second on
     assert (tmp_path / "kept").read_text() == "shared"
 
 

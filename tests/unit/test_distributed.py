@@ -6,7 +6,6 @@ variables; rank 0 writes what both saw.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,9 +28,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]  # the group: 
 def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw, by rank."""
     path = tmp_path_factory.mktemp("ranks") / "report.json"
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
+    from tests.harness import free_port
+
+    port = str(free_port())
     common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(WORLD)}
     processes = []
     for rank in range(WORLD):

@@ -66,7 +66,7 @@ def write_items(root: Path, shop: PictureServer, *, valid: int = 1) -> Path:
 
 
 def crawl(root: Path, *flags: object) -> Outcome:
-    return run_here(crawl_images.main, ["--data-root", root, "--timeout", 2, *flags])
+    return run_here(crawl_images.main, ["--data-root", root, "--timeout", 20, *flags])
 
 
 def failures(root: Path) -> dict[str, dict[str, Any]]:
@@ -124,14 +124,18 @@ def test_a_file_that_was_truncated_after_it_was_noted_is_fetched_again(shop, tmp
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [cut(200), drop, status(503), status(429, retry_after="0"), status(500), hang(2.6)],
-    ids=["cut", "no answer", "503", "429", "500", "silent"],
+    ("fault", "timeout"),
+    [
+        *((fault, 20) for fault in (cut(200), drop, status(503), status(500))),
+        (status(429, retry_after="0"), 20),
+        (hang(8), 2),
+    ],
+    ids=["cut", "no answer", "503", "500", "429", "silent"],
 )
-def test_what_goes_away_is_tried_again(shop, tmp_path, fault):
+def test_what_goes_away_is_tried_again(shop, tmp_path, fault, timeout):
     root = write_items(tmp_path / "data", shop)
     shop.misbehave("B000000001_0.jpg", fault)
-    outcome = crawl(root, "--timeout", 1)
+    outcome = crawl(root, "--timeout", timeout)
     assert outcome.code == 0, outcome.text
     assert shop.times_asked("B000000001_0.jpg") == 2
     assert there(root)["B000000001_0.jpg"] == shop.files["B000000001_0.jpg"]
@@ -211,7 +215,7 @@ def test_retry_after_is_honoured_for_the_whole_host(shop, tmp_path):
     assert crawl(root, "--workers", 1).code == 0
     asked = [when for when, _ in shop.arrivals]
     assert shop.arrivals[0][1] == "B000000000_0.jpg"
-    assert 1.0 <= asked[1] - asked[0] < 3.0
+    assert 1.0 <= asked[1] - asked[0] < 10.0
 
 
 def test_a_host_that_asks_for_an_hour_is_left_alone(shop, tmp_path):
@@ -250,7 +254,7 @@ def test_a_host_that_nobody_answers_for_is_given_up_at_once(shop, tmp_path):
     (root / "item2meta_train.json").write_text(json.dumps(items))
     began = time.monotonic()
     outcome = crawl(root, "--per-host", 4)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 30
     assert outcome.code == 1 and len(failures(root)) == 61
     assert f"127.0.0.1:{port} cannot be reached" in outcome.text
     assert len(there(root, "valid")) == 1

@@ -26,7 +26,7 @@ def archive(pickled: bytes) -> io.BytesIO:
 def test_a_class_with_an_endless_name_is_refused_at_once(tmp_path):
     path = tmp_path / "last.pt"
     path.write_bytes(archive(ENDLESS).getvalue())
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(DamagedError, match="a class whose name has 1,000,011"):
         checkpoint.load(path)
     with pytest.raises(UserError, match="damaged"):
@@ -34,7 +34,7 @@ def test_a_class_with_an_endless_name_is_refused_at_once(tmp_path):
     (tmp_path / "old.pth").write_bytes(ENDLESS)
     with pytest.raises(UserError, match="damaged"):
         weights.read(tmp_path / "old.pth")
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
 
 
 def test_long_texts_and_many_tensors_are_no_names(tmp_path):

@@ -6,7 +6,6 @@ torchrun's variables, and `test_retrieval.py peak CHUNK`.
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -464,9 +463,9 @@ def answer(world: World) -> dict[str, Any]:
 def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw, by rank."""
     path = tmp_path_factory.mktemp("ranks") / "report.json"
-    with socket.socket() as probe:
-        probe.bind(("localhost", 0))
-        port = str(probe.getsockname()[1])
+    from tests.harness import free_port
+
+    port = str(free_port())
     common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2"}
     processes = [
         start("ranks", str(path), environ=common | {"RANK": rank, "LOCAL_RANK": rank})

@@ -2,6 +2,7 @@ import json
 import logging
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -225,7 +226,7 @@ from shared.stages import Stage, StageOptions, command_stage, run_stages
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 def wait():
     print("at work", flush=True)
-    time.sleep(1.0)
+    time.sleep(2.0)
     return 0
 second = {
     "function": lambda: Stage("b", wait),
@@ -275,11 +276,11 @@ def test_a_stage_that_is_done_in_spite_of_the_stop_counts_as_done(tmp_path, kind
 
 @pytest.mark.serial
 def test_a_second_signal_ends_a_stage_at_once(tmp_path):
-    text = CHAIN.replace("time.sleep(1.0)", "time.sleep(0.7); print('half'); time.sleep(60)")
+    text = CHAIN.replace("time.sleep(2.0)", "time.sleep(60)")
     with start(["-c", text, ROOT, tmp_path, "function", ""], PYTHONUNBUFFERED="1") as running:
         running.wait_for_text("\nat work")
         running.signal(signal.SIGINT)
-        running.wait_for_text("half")
+        time.sleep(0.7)  # signals closer together count as one request
         running.signal(signal.SIGINT)
         outcome = running.finish(timeout=20)
     assert outcome.code == 130
