@@ -9,6 +9,8 @@ from shared.errors import UserError
 from shared.files import read_json
 
 SETTINGS = "adapter_config.json"
+# What the stages leave in their run directories.
+DISTILLED, RECOMMENDER = "vision_lora_adapter_best", "trained_lora_adapter"
 ABOUT, VISION = "recommender.json", "vision_lora_adapter"  # stage 2's, beside its adapter
 
 
@@ -18,6 +20,14 @@ def stage_of(adapter: Path) -> int | None:
     if "vision_tower" in targets:
         return 1
     return 2 if "language_model" in targets and (adapter / ABOUT).is_file() else None
+
+
+def trained_in(directory: Path) -> Path | None:
+    """The adapter that `directory` is, or that a run has left in it."""
+    for path in (directory, directory / RECOMMENDER, directory / DISTILLED):
+        if (path / SETTINGS).is_file():
+            return path
+    return None
 
 
 def base_of(adapter: Path, typed: str | None = None) -> str:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from lavic.src.adapter_files import SETTINGS
 from shared import weights
 from shared.errors import UserError, one_line
 from shared.files import read_json
@@ -23,7 +24,7 @@ from shared.files import read_json
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 _OLDEST_TOPS = ("vision_tower.", "multi_modal_projector.", "language_model.model.")
 _IN_MODEL = re.compile(r"\.(lora_[AB])\.default\.")
 

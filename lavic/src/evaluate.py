@@ -24,7 +24,6 @@ from shared.launch import launch_alone
 
 SRC = Path(__file__).resolve().parent
 DATA = SRC.parent / "data"
-ADAPTERS = ("trained_lora_adapter", "vision_lora_adapter_best")  # in run directories
 RESULTS = "evaluation.json"
 
 
@@ -95,13 +94,15 @@ def _with_demo(cfg: Config) -> Config:
 
 def _adapter_at(checkpoint: Path) -> Path:
     """The adapter that `--checkpoint` means. Raises UserError when there is none."""
-    for path in (checkpoint, *(checkpoint / name for name in ADAPTERS)):
-        if (path / "adapter_config.json").is_file():
-            return path
-    raise UserError(
-        f"{checkpoint} holds no adapter (adapter_config.json, or a run's {' or '.join(ADAPTERS)}): "
-        "train first with ./run_training.sh, or give --checkpoint PATH"
-    )
+    from lavic.src.adapter_files import DISTILLED, RECOMMENDER, SETTINGS, trained_in
+
+    found = trained_in(checkpoint)
+    if found is None:
+        raise UserError(
+            f"{checkpoint} holds no adapter ({SETTINGS}, or a run's {RECOMMENDER} or {DISTILLED}): "
+            "train first with ./run_training.sh, or give --checkpoint PATH"
+        )
+    return found
 
 
 def _evaluate(cfg: Config, adapter: Path, stage: int, out: Path) -> int:

@@ -22,7 +22,6 @@ from shared.launch import launch, world_size
 
 SRC = Path(__file__).resolve().parent
 DATA = SRC.parent / "data"
-ADAPTER = "vision_lora_adapter_best"  # in the output directory
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,9 @@ class Config:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        if self.max_samples != "all" and not (self.max_samples.isdigit() and int(self.max_samples)):
-            raise ValueError(f"max_samples must be a number above 0 or all, got {self.max_samples}")
+        from lavic.src.sample_limit import most
+
+        most(self.max_samples)
 
     @property
     def run_dir(self) -> Path:
@@ -86,7 +86,9 @@ class Config:
     @property
     def adapter_dir(self) -> Path:
         """Where the best adapter goes."""
-        return self.run_dir / ADAPTER
+        from lavic.src.adapter_files import DISTILLED
+
+        return self.run_dir / DISTILLED
 
     @property
     def samples_per_step(self) -> int:

@@ -78,10 +78,9 @@ class Config:
             raise ValueError(
                 "eval_batch_size must be 1 or more, num_workers, weight_decay 0 or more"
             )
-        if self.max_samples != "all" and (
-            not self.max_samples.isdecimal() or int(self.max_samples) < 1
-        ):
-            raise ValueError(f"max_samples must be a number from 1, or all; got {self.max_samples}")
+        from lavic.src.sample_limit import most
+
+        most(self.max_samples)
 
     @property
     def run_dir(self) -> Path:
@@ -143,10 +142,11 @@ def main(argv: list[str] | None = None) -> int:
 def _with_demo(cfg: Config) -> Config:
     """`cfg` on the built-in data: its paths and sizes where none were typed."""
     from lavic import demo
+    from lavic.src.adapter_files import DISTILLED, SETTINGS
 
     paths = demo.build(SRC.parent / "demo")
-    adapter = paths.distilled / "vision_lora_adapter_best"
-    if "model_dir" not in cfg.run.typed and not (adapter / "adapter_config.json").is_file():
+    adapter = paths.distilled / DISTILLED
+    if "model_dir" not in cfg.run.typed and not (adapter / SETTINGS).is_file():
         raise UserError("the demo's stage 1 has not been trained: type ./run_training.sh --demo")
     changes = DEMO | {
         "model_dir": adapter,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Dataset
 
+from lavic.src import sample_limit
 from lavic.src.catalogue import read_titles
 from lavic.src.conversations import (
     Conversation,
@@ -138,4 +139,4 @@ def _in_batches(prompts: list[Prompt], size: int, pad_id: int) -> list[Batch]:
 
 def _first(cfg: Config, split: str) -> list[Conversation]:
     found = read_conversations(cfg.conversations(split), cfg.candidate_type)
-    return found if cfg.max_samples == "all" else found[: int(cfg.max_samples)]
+    return found[: sample_limit.most(cfg.max_samples)]

@@ -106,5 +106,11 @@ def write_summary(directory: Path, rows: Sequence[dict[str, Any]]) -> Path:
     return directory / SUMMARY
 
 
+def keep_summary(directory: Path, earlier: Sequence[dict[str, Any]]) -> None:
+    """Have the rows of earlier runs at hand, also after these were moved aside."""
+    if earlier and not (directory / SUMMARY).exists():
+        write_summary(directory, earlier)
+
+
 def _share(part: int, whole: int) -> float:
     return part / whole if whole else 0.0

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lavic.src import recommend_data, recommend_results
-from lavic.src.adapter_files import ABOUT, VISION
-from lavic.src.adapters import adapter_parameters, save_adapter
+from lavic.src.adapter_files import ABOUT, RECOMMENDER, VISION
+from lavic.src.adapters import WEIGHTS, adapter_parameters, save_adapter
 from lavic.src.conversations import Request
 from lavic.src.recommend_data import Batch, Talks, read_talks
 from lavic.src.recommend_evaluation import Outcome, answer, validation_loss
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from lavic.src.prompt_tuning import Config
 
 log = logging.getLogger(__name__)
-
-ADAPTER = "trained_lora_adapter"
 
 
 def train(cfg: Config) -> int:
@@ -134,7 +132,8 @@ def _loop(
     parts = {"adapter": adapter, "optimizer": optimizer, "amp": amp, "record": record}
     parts |= {"requests": SameRequests(talks.train)}
     position = run.restore(parts)
-    _keep_summary(cfg, world, earlier)
+    if world.is_main:
+        recommend_results.keep_summary(cfg.run_dir, earlier)
     if cfg.evaluate_before and position.step == 0:
         before = _test(cfg, world, run, talks, built, "before training")
         if before is None:
@@ -207,7 +206,7 @@ def _validate(
 
 def _save_adapter(cfg: Config, built: Built) -> None:
     """Write trained_lora_adapter/, with all that using it needs beside the base model."""
-    directory = cfg.run_dir / ADAPTER
+    directory = cfg.run_dir / RECOMMENDER
     save_adapter(built.recommender.model, built.processor, directory)  # type: ignore[arg-type]
     (directory / VISION).mkdir(exist_ok=True)
     for path in cfg.adapter.iterdir():
@@ -262,7 +261,7 @@ def _conclude(
         "after": outcome.metrics["recall@1"],
         "higher_is_better": True,
     }
-    outputs = [cfg.run_dir / ADAPTER, answers, cfg.run_dir / recommend_results.SUMMARY]
+    outputs = [cfg.run_dir / RECOMMENDER, answers, cfg.run_dir / recommend_results.SUMMARY]
     return run.finish(result=result, outputs=[str(path) for path in outputs])
 
 
@@ -271,16 +270,9 @@ def _take_best(cfg: Config, world: World, built: Built, record: Record) -> None:
     from shared import weights
 
     if 0 < record.best_epoch < cfg.num_epochs:
-        path = cfg.run_dir / ADAPTER / "adapter_model.safetensors"
+        path = cfg.run_dir / RECOMMENDER / WEIGHTS
         Adapter(built.recommender.model).load_state_dict(weights.read(path))
     distributed.barrier(world)
-
-
-def _keep_summary(cfg: Config, world: World, earlier: list[dict[str, Any]]) -> None:
-    """Have the rows of earlier runs at hand, also after these were moved aside."""
-    there = (cfg.run_dir / recommend_results.SUMMARY).exists()
-    if world.is_main and earlier and not there:
-        recommend_results.write_summary(cfg.run_dir, earlier)
 
 
 def _summary_row(

@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from lavic.src import sample_limit
 from lavic.src.catalogue import Sample, read_samples
 from shared.errors import UserError
 
@@ -40,11 +41,12 @@ def open_samples(cfg: Config) -> Found:
 
 def choose(samples: list[Sample], most: str, seed: int | None) -> list[Sample]:
     """The first `most` samples (a number, or all); with a seed as many at random, in order."""
-    if most == "all" or int(most) >= len(samples):
+    limit = sample_limit.most(most)
+    if limit is None or limit >= len(samples):
         return samples
     if seed is None:
-        return samples[: int(most)]
-    chosen = random.Random(seed).sample(range(len(samples)), int(most))
+        return samples[:limit]
+    chosen = random.Random(seed).sample(range(len(samples)), limit)
     return [samples[index] for index in sorted(chosen)]
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lavic.src import sample_limit
 from lavic.src.catalogue import Sample, read_samples, read_titles
 from lavic.src.sample_choice import SameSamples, choose
 from shared.errors import UserError
@@ -190,3 +191,14 @@ def test_a_run_does_not_go_on_with_other_samples():
     SameSamples(samples_of(3)).load_state_dict(state)
     with pytest.raises(ValueError, match=r"3 training samples then, 4 now"):
         SameSamples(samples_of(4)).load_state_dict(state)
+
+
+@pytest.mark.parametrize(("text", "expected"), [("all", None), ("1", 1), ("5000", 5000)])
+def test_a_limit_of_samples_is_a_number_or_all(text, expected):
+    assert sample_limit.most(text) == expected
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "", "²"])
+def test_any_other_limit_of_samples_is_refused(text):
+    with pytest.raises(ValueError, match=f"a number above 0 or all, got {text}$"):
+        sample_limit.most(text)
