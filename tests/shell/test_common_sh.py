@@ -211,11 +211,11 @@ def test_a_reader_that_leaves_does_not_end_the_run(recipe):
     assert process.stdout
     process.stdout.readline()
     process.stdout.close()
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=60) == 0
     wait_for(lambda: "line 299" in the_log(recipe).read_text())
 
 
-def wait_for(condition, seconds: float = 10) -> None:
+def wait_for(condition, seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -238,7 +238,7 @@ def test_a_signal_to_the_script_reaches_python(recipe):
     process = recipe.start(recipe.script)
     wait_for(lambda: "ready" in logged(recipe))
     os.kill(process.pid, signal.SIGTERM)
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 143
     assert out.splitlines()[-1] == "saved"
     assert the_log(recipe).read_text().splitlines()[-1] == "saved"
@@ -253,7 +253,7 @@ def test_the_log_outlives_a_signal_to_the_whole_group(recipe, number):
     process = recipe.start(recipe.script)
     wait_for(lambda: "ready" in logged(recipe))
     os.killpg(process.pid, number)
-    out, _ = process.communicate(timeout=10)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 0
     assert out.endswith("after\n")
     assert the_log(recipe).read_text().endswith("after\n")
@@ -328,5 +328,5 @@ def test_the_real_train_script_answers_help_quickly_from_anywhere_and_leaves_no_
     )
     assert result.returncode == 0, result.stderr
     assert "--batch-size" in result.stdout
-    assert time.monotonic() - started < 3  # 0.3 s on a quiet machine
+    assert time.monotonic() - started < 10  # 0.3 s on a quiet machine
     assert (sorted(logs.glob("*")) if logs.exists() else []) == before
