@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from shared.files import read_json, read_json_lines
-from tests.harness import ROOT, losses, run_here, start, status_of, wait_until
+from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_until
 from tests.vase_filter_nano import pixels, write_clip, write_picture, write_quality_set, write_views
 from vasevqa.filter import classifier, clipfilter1, clipfilter2, model
 from vasevqa.filter.quality_net import ImageQualityNet
@@ -134,7 +134,7 @@ def test_a_training_that_is_ended_becomes_the_undisturbed_one(tmp_path, number):
         assert running.finish().code == 0, running.text
     out = [*flags, "--output_dir", tmp_path / "out"]
     run_dir = tmp_path / "out" / ".quality_model"
-    with start([FILTER / "model.py", *out]) as running:
+    with start([*paced(FILTER / "model.py", 12), *out]) as running:
         reached = lambda: max(losses(run_dir), default=0) >= 12  # noqa: E731
         wait_until(reached, "step 12", running=running)
         running.signal(number)

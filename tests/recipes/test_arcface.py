@@ -16,7 +16,7 @@ from arcface import demo, evaluation, learner
 from arcface.run_scripts import run_arcface
 from shared.files import read_json_lines
 from tests.arcface_nano import EPOCHS, SCRIPT, STEPS_AN_EPOCH, build_inshop, write_config
-from tests.harness import ROOT, losses, run_here, start, status_of, wait_for_step
+from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step
 
 STEPS = EPOCHS * STEPS_AN_EPOCH
 TRAIN_LINE = re.compile(
@@ -179,7 +179,7 @@ def undisturbed(inshop, tmp_path_factory):
 @pytest.mark.serial
 def test_sigterm_saves_and_resume_gives_the_undisturbed_run(flags, undisturbed, tmp_path):
     run_dir = tmp_path / "work"
-    with start([SCRIPT, *flags, "--log-every", 1]) as running:
+    with start([*paced(SCRIPT, 6), *flags, "--log-every", 1]) as running:
         wait_for_step(run_dir, 6, running)
         running.signal(signal.SIGTERM)
         assert running.finish().code == 143
@@ -196,7 +196,7 @@ def test_sigterm_saves_and_resume_gives_the_undisturbed_run(flags, undisturbed, 
 @pytest.mark.serial
 def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, undisturbed, tmp_path):
     run_dir = tmp_path / "work"
-    with start([SCRIPT, *flags, "--log-every", 1, "--save-every", 3]) as running:
+    with start([*paced(SCRIPT, 7), *flags, "--log-every", 1, "--save-every", 3]) as running:
         wait_for_step(run_dir, 7, running)
         running.signal(signal.SIGKILL)
         running.finish()

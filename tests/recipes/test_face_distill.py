@@ -14,7 +14,7 @@ import torch
 
 from face_distill import demo, model, train_distill
 from shared.files import read_json, read_json_lines
-from tests.harness import ROOT, losses, run_here, start, status_of, wait_for_step
+from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step
 
 SCRIPT = ROOT / "face_distill" / "train_distill.py"
 STEPS_AN_EPOCH = 5  # 20 images, 4 a step
@@ -154,7 +154,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(flags, tmp_pat
     options = [*flags, "--workers", workers]
     assert run_here(train_distill.main, [*options, "--run-dir", tmp_path / "whole"]).code == 0
     run_dir = tmp_path / "checkpoints"
-    with start([SCRIPT, *options]) as running:
+    with start([*paced(SCRIPT, 7), *options]) as running:
         wait_for_step(run_dir, 7, running, key="Loss/Total")
         running.signal(signal.SIGTERM)
         assert running.finish().code == 143
@@ -172,7 +172,7 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, tmp_pat
     options = [*flags, "--save-every", 3]
     assert run_here(train_distill.main, [*options, "--run-dir", tmp_path / "whole"]).code == 0
     run_dir = tmp_path / "checkpoints"
-    with start([SCRIPT, *options]) as running:
+    with start([*paced(SCRIPT, 8), *options]) as running:
         wait_for_step(run_dir, 8, running, key="Loss/Total")
         running.signal(signal.SIGKILL)
         running.finish()

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lavic.src import prompt_tuning
 from shared.files import read_json, read_json_lines
-from tests.harness import ROOT, losses, run_here, start, status_of, wait_for_step
+from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step
 from tests.lavic_talks import nano
 
 SCRIPT = ROOT / "lavic" / "src" / "prompt_tuning.py"
@@ -131,7 +131,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(flags, tmp_pat
     whole = [*options, "--finetune_output_dir", tmp_path / "whole"]
     assert run_here(prompt_tuning.main, whole).code == 0
     run_dir = tmp_path / "out"
-    with start([SCRIPT, *options]) as running:
+    with start([*paced(SCRIPT, 6), *options]) as running:
         wait_for_step(run_dir, 6, running, key="train_loss")
         running.signal(signal.SIGTERM)
         assert running.finish().code == 143, running.text
@@ -153,7 +153,7 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, tmp_pat
     whole = [*options, "--finetune_output_dir", tmp_path / "whole"]
     assert run_here(prompt_tuning.main, whole).code == 0
     run_dir = tmp_path / "out"
-    with start([SCRIPT, *options]) as running:
+    with start([*paced(SCRIPT, 7), *options]) as running:
         wait_for_step(run_dir, 7, running, key="train_loss")
         running.signal(signal.SIGKILL)
         running.finish()
