@@ -3,12 +3,15 @@
 SIGTERM, kill -9 and exact resumes are in tests/recipes/test_lavic_distillation.py.
 """
 
+import math
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from lavic.src import knowledge_distillation
+from lavic.src import crawl_images, knowledge_distillation
+from lavic.src.distillation_state import Best
 from tests.harness import ROOT, environment, run_here
 from tests.lavic_nano import build_nano, flags_of
 
@@ -84,3 +87,27 @@ def test_fault_34_paths_with_spaces_quotes_and_chinese_characters(flags, tmp_pat
     assert outcome.code == 0, outcome.text
     assert (strange / "vision_lora_adapter_best" / "adapter_model.safetensors").is_file()
     assert not list(tmp_path.rglob("X"))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_fault_17_a_validation_that_is_not_finite_is_never_the_best(bad):
+    best = Best()
+    assert not best.update(bad, 1) and best.result is None
+    assert best.update(2.0, 2) and not best.update(bad, 3)
+    assert (best.loss, best.epoch) == (2.0, 2)
+    again = Best()
+    again.load_state_dict(best.state_dict())
+    assert not again.update(bad, 4) and not again.update(2.5, 5) and again.update(1.5, 6)
+
+
+@pytest.mark.parametrize("place", ["below a file", "/proc/no/such"])
+def test_fault_15_a_folder_that_no_crawl_can_write_is_one_line(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    root = tmp_path / "file" / "data" if place == "below a file" else Path(place)
+    items = tmp_path / "item2meta_train.json"
+    items.write_text('{"B1": {"images": [{"large": "http://127.0.0.1:9/a.jpg"}]}}')
+    flags = ["--data-root", root, "--train-only", "--train-data", items]
+    outcome = run_here(crawl_images.main, flags)
+    assert outcome.code == 2, outcome.text
+    assert outcome.last_line.startswith("error: ") and str(root) in outcome.last_line
+    assert "Traceback" not in outcome.text

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from multimodal import run_training
+from multimodal import download_datasets, run_training
 from shared.files import read_json
 from tests import multimodal_data
-from tests.harness import ROOT, losses, run_here, start, status_of, wait_for_step
+from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step
 
 SCRIPT = ROOT / "multimodal" / "run_training.py"
 STEPS = 58  # 2 epochs of each stage: 18, 20 and 20 steps
@@ -59,7 +59,7 @@ def test_01_19_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(
     """In each of the stages, mid-epoch, with dropout and modality dropout."""
     output = tmp_path / "outputs"
     flags = flags_for(data, output, "--workers", workers)
-    with start([SCRIPT, *flags]) as running:
+    with start([*paced(SCRIPT, step), *flags]) as running:
         wait_for_step(output, step, running)
         running.signal(signal.SIGTERM)
         assert running.finish().code == 143
@@ -80,7 +80,7 @@ def test_01_19_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(
 def test_05_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(data, undisturbed, tmp_path):
     output = tmp_path / "outputs"
     flags = flags_for(data, output, "--save-every", 4)
-    with start([SCRIPT, *flags]) as running:
+    with start([*paced(SCRIPT, 22), *flags]) as running:
         wait_for_step(output, 22, running)
         running.signal(signal.SIGKILL)
         running.finish()
@@ -130,7 +130,7 @@ def test_kill_campaign_any_moment_leaves_a_run_that_continues_exactly(data, undi
     output, kills = tmp_path / "outputs", 0
     flags = flags_for(data, output, "--save-every", 3)
     for step in (3, 9, 18, 19, 25, 38, 39, 48, 57):
-        with start([SCRIPT, *flags]) as running:
+        with start([*paced(SCRIPT, step), *flags]) as running:
             wait_for_step(output, step, running)
             running.signal(signal.SIGKILL)
             running.finish()
@@ -139,3 +139,15 @@ def test_kill_campaign_any_moment_leaves_a_run_that_continues_exactly(data, undi
     outcome = run_here(run_training.main, flags)
     assert outcome.code == 0, outcome.text
     assert losses(output) == undisturbed and kills == 9
+
+
+def test_fault_15_a_place_that_cannot_be_written_is_one_line(tmp_path, data):
+    (tmp_path / "file").write_text("")
+    root = tmp_path / "file" / "data"
+    for outcome in (
+        run_here(run_training.main, flags_for(data, root)),
+        run_here(download_datasets.main, ["--datasets", "coco", "--data-root", root]),
+    ):
+        assert outcome.code == 2, outcome.text
+        assert "cannot be" in outcome.last_line and str(root) in outcome.last_line
+        assert "Traceback" not in outcome.text
