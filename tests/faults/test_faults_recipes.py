@@ -1,0 +1,76 @@
+"""Row 16 of the fault matrix in the recipes' own loops: gradients that are not finite."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from arcface.run_scripts import run_arcface
+from lavic.src import knowledge_distillation
+from multimodal import run_training
+from shared.precision import Amp
+from tests import arcface_nano, lavic_nano, multimodal_data, vase_filter_nano
+from tests.harness import run_here
+from vasevqa.filter import model
+
+
+def arcface(root: Path) -> tuple[Any, list[object], Path]:
+    data = arcface_nano.build_inshop(root / "data")
+    config = arcface_nano.write_config(root / "nano.py")
+    flags = ["--config", config, "--data-root", data, "--work-dir", root / "run"]
+    return run_arcface.main, [*flags, "--save-every", 1], root / "run"
+
+
+def lavic(root: Path) -> tuple[Any, list[object], Path]:
+    flags = lavic_nano.flags_of(lavic_nano.build_nano(root / "nano"), root / "run")
+    return knowledge_distillation.main, [*flags, "--save-every", 1], root / "run"
+
+
+def multimodal(root: Path) -> tuple[Any, list[object], Path]:
+    data = multimodal_data.build(root / "data").data_root
+    flags = ["--data-root", data, "--output-dir", root / "run", "--model-size", "nano"]
+    flags += ["--batch-size", 4, "--epochs", 3, "--workers", 0, "--clip-seconds", 1]
+    return run_training.main, [*flags, "--save-every", 1, "--no-use-checkpoint"], root / "run"
+
+
+def vasevqa(root: Path) -> tuple[Any, list[object], Path]:
+    data = vase_filter_nano.write_quality_set(root / "data", each=12)
+    flags = ["--data_dir", data, "--arch", "resnet10", "--image_size", 32, "--pretrained", "none"]
+    flags += ["--batch_size", 4, "--workers", 0, "--save_every", 1, "--output_dir", root / "run"]
+    return model.main, flags, root / "run" / ".quality_model"
+
+
+def is_finite(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return not value.is_floating_point() or bool(value.isfinite().all())
+    if isinstance(value, dict):
+        return all(map(is_finite, value.values()))
+    return all(map(is_finite, value)) if isinstance(value, list) else True
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [arcface, lavic, multimodal, vasevqa])
+def test_fault_16_no_recipe_saves_a_step_that_is_not_finite(recipe, tmp_path, monkeypatch):
+    """The third step on, one parameter's gradient is NaN: the run ends, its weights are whole."""
+    main, flags, run_dir = recipe(tmp_path)
+    step, taken = Amp.step, [0]
+
+    def poisoned(amp: Amp, optimizer: Any, parameters: Any, **more: Any) -> float:
+        parameters, taken[0] = list(parameters), taken[0] + 1
+        if taken[0] > 2:
+            next(p for p in parameters if p.grad is not None).grad.fill_(math.nan)
+        return step(amp, optimizer, parameters, **more)
+
+    monkeypatch.setattr(Amp, "step", poisoned)
+    outcome = run_here(main, [*flags, "--max-bad-steps", 2])
+    assert outcome.code == 1, outcome.text
+    assert "not finite for 2 steps in a row" in outcome.last_line and taken == [4]
+    assert outcome.text.count("this step is not applied") == 1
+    saved = [*run_dir.glob("last.p*"), *run_dir.glob("*.pth")]
+    assert saved, sorted(run_dir.iterdir())
+    for path in saved:
+        assert is_finite(torch.load(path, weights_only=True)["parts"]), path
