@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import threading
@@ -19,6 +18,7 @@ from shared.files import (
     write_atomic,
 )
 from shared.images import problem
+from shared.lock import try_to_lock
 
 VERIFIED = ".verified.jsonl"
 FAILURES = "crawl_failures.jsonl"
@@ -122,11 +122,7 @@ def take_lock(data_root: Path) -> Callable[[], None]:
         raise UserError(
             f"{data_root} cannot be written ({one_line(error)}): choose another --data-root"
         ) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    if not try_to_lock(handle):
         os.close(handle)
-        raise UserError(
-            f"another crawl is at work in {data_root}: wait for it, or stop it"
-        ) from None
+        raise UserError(f"another crawl is at work in {data_root}: wait for it, or stop it")
     return lambda: os.close(handle)

@@ -6,10 +6,10 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from shared import checkpoint, distributed, seed
@@ -57,24 +57,53 @@ def train(cfg: Config, device: str, weight_places: Sequence[Path]) -> int:
     return code
 
 
+class _Learner:
+    """Net, loss, optimizer and schedule, as they are trained together."""
+
+    def __init__(self, cfg: Config, net: ImageQualityNet, splits: Splits, world: World) -> None:
+        self.net, self._device = net, world.device
+        self._wrapped = distributed.wrap(net, world)
+        self.optimizer = torch.optim.Adam(
+            net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay
+        )
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
+            self.optimizer, T_max=cfg.num_epochs
+        )
+        self.criterion = nn.CrossEntropyLoss(weight=splits.class_weights.to(world.device))
+        self.amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
+
+    @property
+    def parts(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        own = {"model": self.net, "optimizer": self.optimizer, "schedule": self.schedule}
+        return own | {"amp": self.amp}
+
+    @property
+    def lr(self) -> float:
+        """The learning rate of the step that comes next."""
+        return float(self.schedule.get_last_lr()[0])
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """One optimizer step on images (B, 3, S, S) and labels (B,); its loss, a scalar."""
+        with self.amp.autocast():
+            logits = self._wrapped(images.to(self._device, non_blocking=True))
+            loss = self.criterion(logits, labels.to(self._device))
+        self.amp.backward(loss)
+        self.amp.step(self.optimizer, self.net.parameters())
+        return loss
+
+
 def _loop(
-    cfg: Config,
-    world: World,
-    run: Run,
-    net: ImageQualityNet,
-    data: tuple[Splits, int, Skipped],
+    cfg: Config, world: World, run: Run, net: ImageQualityNet, data: tuple[Splits, int, Skipped]
 ) -> int:
     splits, batch, skipped = data
     pictures = quality_data.training_pictures(cfg.data_dir, splits, cfg.image_size)
-    wrapped = distributed.wrap(net, world)
-    optimizer = torch.optim.Adam(net.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=cfg.num_epochs)
-    criterion = nn.CrossEntropyLoss(weight=splits.class_weights.to(world.device))
-    amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
-    stopping = EarlyStopping(cfg.patience or sys.maxsize)
+    learner, stopping = (
+        _Learner(cfg, net, splits, world),
+        EarlyStopping(cfg.patience or sys.maxsize),
+    )
     mean_loss, history = Mean(world.device), History()
-    parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "amp": amp}
-    parts |= {"stopping": stopping, "mean_loss": mean_loss, "history": history}
+    parts = learner.parts | {"stopping": stopping, "mean_loss": mean_loss, "history": history}
     position = run.restore(parts)
     if position.step == 0:
         history.before = measure(net, _fixed(cfg, splits.test, world), world).accuracy
@@ -85,14 +114,10 @@ def _loop(
             pictures, batch, world, seed=cfg.run.seed, workers=cfg.workers,
             epoch=position.epoch, offset=position.batch,
         ):  # fmt: skip
-            with amp.autocast():
-                logits = wrapped(images.to(world.device, non_blocking=True))
-                loss = criterion(logits, labels.to(world.device))
-            amp.backward(loss)
-            amp.step(optimizer, net.parameters())
+            loss = learner.step(images, labels)
             mean_loss.add(loss, len(labels))
             position.advance()
-            run.log({"loss": loss, "lr": schedule.get_last_lr()[0]})
+            run.log({"loss": loss, "lr": learner.lr})
             stop = run.should_stop()
             if stop or position.step % cfg.run.save_every == 0:
                 # rank 0's state is saved for all: let each hold an equal share of the sums
@@ -100,12 +125,12 @@ def _loop(
                 run.save(parts)
             if stop:
                 return run.finish()
-        measured = measure(net, _fixed(cfg, splits.val, world), world, criterion.weight)
+        measured = measure(net, _fixed(cfg, splits.val, world), world, learner.criterion.weight)
         improved = stopping.update(1 - measured.accuracy)
-        _report(cfg, run, history, measured, mean_loss, world, float(schedule.get_last_lr()[0]))
+        _report(cfg, run, history, measured, mean_loss, world, learner.lr)
         if improved:
-            _save_best(cfg, world, net, optimizer, position.epoch, measured.accuracy)
-        schedule.step()
+            _save_best(cfg, world, net, learner.optimizer, position.epoch, measured.accuracy)
+        learner.schedule.step()
         mean_loss.reset()
         position.next_epoch()
         run.save(parts)

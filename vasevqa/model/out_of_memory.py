@@ -6,13 +6,13 @@ Standard library only, until there is something to explain.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from shared.lock import try_to_lock
 from vasevqa.model import swift_flags
 from vasevqa.model.plan import COMMANDS, Plan
 
@@ -59,13 +59,6 @@ def _first(directory: Path) -> Iterator[bool]:
     """Whether no other process is at the same here; all of a run fail at the same step."""
     handle = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_first = True
-    except BlockingIOError:
-        is_first = False
-    except OSError:  # a network file system without locks
-        is_first = True
-    try:
-        yield is_first
+        yield try_to_lock(handle)
     finally:
         os.close(handle)
