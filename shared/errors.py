@@ -98,6 +98,21 @@ _HINTS: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 
 
+_MEMORY = (  # CUDA and other devices, torch's CPU allocator, the kernel, cuBLAS
+    *("out of memory", "can't allocate memory", "cannot allocate memory"),
+    "cublas_status_alloc_failed",
+)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error`, or what it was raised from, says that memory ran out, of whatever kind."""
+    return any(
+        isinstance(found, MemoryError) or any(word in str(found).lower() for word in _MEMORY)
+        for found in (error, error.__cause__)
+        if found is not None
+    )
+
+
 def hint_for(text: str) -> str | None:
     """What a failure's message means and what to do next, or None when nothing is known."""
     lowered = text.lower()

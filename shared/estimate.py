@@ -21,6 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from shared.errors import is_out_of_memory
+
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
@@ -128,7 +130,7 @@ def explained_out_of_memory(reckon: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower():
+        if is_out_of_memory(error):
             try:
                 log.error("out of memory; what --estimate says of this run:\n%s", reckon())
             except Exception as problem:  # the first error is the one that counts
@@ -174,7 +176,7 @@ class MemoryPlan:
     def text(self, devices: Sequence[tuple[str, int]] = (), advice: Sequence[str] = ()) -> str:
         """The table, then whether it fits on each of `devices` (as `device_memory` gives them).
 
-        advice: settings that save most, the best first; said unless it fits on every GPU here.
+        advice: settings that save most, the best first.
         """
         rows = [(what, _gigabytes(size), how) for what, size, how in self.rows]
         rows.append(("in all", _gigabytes(self.total), "of each device"))
@@ -184,7 +186,7 @@ class MemoryPlan:
         lines += [self._verdict(name, size) for name, size in devices]
         if not devices:
             lines.append("no GPU is visible here: the figures are for one that has the memory")
-        if advice and not (devices and all(size >= self.total for _, size in devices)):
+        if advice:
             lines.append("what helps most: " + "; ".join(advice))
         return "\n".join(lines)
 

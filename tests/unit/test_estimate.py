@@ -69,16 +69,16 @@ def test_the_table_adds_up():
 
 
 @pytest.mark.parametrize(
-    "size, verdict, advised",
+    "size, verdict",
     [
-        (20_000_000_000, "card, 20.00 GB: fits, with 2.87 GB to spare", False),
-        (16_000_000_000, "card, 16.00 GB: does not fit: it is short of 1.13 GB", True),
+        (20_000_000_000, "card, 20.00 GB: fits, with 2.87 GB to spare"),
+        (16_000_000_000, "card, 16.00 GB: does not fit: it is short of 1.13 GB"),
     ],
 )
-def test_a_device_is_told_whether_it_fits(size, verdict, advised):
+def test_a_device_is_told_whether_it_fits(size, verdict):
     lines = plan().text([("card", size)], ["--batch-size 1", "--amp bf16"]).splitlines()
     assert lines[4] == verdict
-    assert (lines[-1] == "what helps most: --batch-size 1; --amp bf16") == advised
+    assert lines[-1] == "what helps most: --batch-size 1; --amp bf16"
 
 
 class Block(nn.Module):

@@ -16,22 +16,6 @@ from shared.lock import try_to_lock
 from vasevqa.model import swift_flags
 from vasevqa.model.plan import COMMANDS, Plan
 
-_WORDINGS = (  # of CUDA and other devices, torch's CPU allocator, the kernel, cuBLAS
-    "out of memory",
-    "can't allocate memory",
-    "cannot allocate memory",
-    "cublas_status_alloc_failed",
-)
-
-
-def is_cause(error: BaseException) -> bool:
-    """Whether `error`, or what it was raised from, says that memory ran out."""
-    return any(
-        isinstance(found, MemoryError) or any(word in str(found).lower() for word in _WORDINGS)
-        for found in (error, error.__cause__)
-        if found is not None
-    )
-
 
 def explain(words: Sequence[str], environ: Mapping[str, str]) -> None:
     """Write plan and advice for the swift command `words` to stderr; of several processes once."""

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root,
 
 from shared.allocator import keep_freed_memory
 from shared.device import present_gpus
-from shared.errors import FAILED, MissingToolError
+from shared.errors import FAILED, MissingToolError, is_out_of_memory
 from shared.prctl import die_with_parent
 
 SEVERAL = ("sft", "rlhf")  # commands that torchrun may run
@@ -39,10 +39,10 @@ def main(argv: list[str]) -> None:
     try:
         runpy.run_path(str(script), run_name="__main__")
     except Exception as error:
+        if command not in SEVERAL or not is_out_of_memory(error):
+            raise
         from vasevqa.model import out_of_memory
 
-        if command not in SEVERAL or not out_of_memory.is_cause(error):
-            raise
         sys.excepthook(type(error), error, error.__traceback__)  # as it would end without us
         out_of_memory.explain(argv, os.environ)
         sys.exit(FAILED)
