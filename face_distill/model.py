@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from shared import weights
-from shared.errors import UserError
+from shared.errors import UserError, one_line
 from shared.files import read_json
 
 if TYPE_CHECKING:  # importing transformers' models takes seconds; only load_tower needs them
@@ -63,7 +63,10 @@ def _vision_config(path: Path) -> Blip2VisionConfig:
             f"{file} describes {content.get('model_type')!r}, not BLIP-2 (model_type 'blip-2' or "
             f"{Blip2VisionConfig.model_type!r}): give the directory that download_weight.py wrote"
         )
-    return Blip2VisionConfig.from_dict(vision)
+    try:
+        return Blip2VisionConfig.from_dict(vision)
+    except Exception as error:  # transformers' own and others: a value may be wrong in many ways
+        raise UserError(f"{file} describes no vision tower: {one_line(error)}") from None
 
 
 def _tower_state(path: Path) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ def read(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for section, content in load_file(path).items():
         if section not in sections:
-            near = did_you_mean(section, sections) or f"; expected {', '.join(sections)}"
+            near = did_you_mean(str(section), sections) or f"; expected {', '.join(sections)}"
             raise UserError(f"{path}: unknown section {section}{near}")
         if not isinstance(content, dict | None):
             raise UserError(f"{path}: {section} must hold `name: value` lines, found {content!r}")
@@ -62,12 +62,14 @@ def _hint(name: str, sections: dict[str, dict[str, str]]) -> str:
     for place, one in full.items():
         if one == name:
             return f"; it belongs below {place.partition('.')[0]}"
-    near = did_you_mean(name, full.values())
+    near = did_you_mean(str(name), full.values())
     return near or "; run_training.py --help lists the names"
 
 
 def _rooted(setting: Setting, value: Any) -> Any:
     """A relative path from the recipe's directory on; any other value as it is."""
     if setting.field.name in PATHS and isinstance(value, str):
-        return str(Path(__file__).resolve().parent / Path(value).expanduser())
+        if value.startswith("~"):
+            return value  # the home directory is looked up where every path is read
+        return str(Path(__file__).resolve().parent / value)
     return value

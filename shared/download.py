@@ -189,7 +189,7 @@ class HubRepository:
         try:
             weight_map = json.loads(self.read(_INDEX))["weight_map"]
             shards = {shard for name, shard in weight_map.items() if name.startswith(prefix)}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise UserError(f"{_INDEX} of {self.repo_id} has no readable weight_map") from None
         if not shards:
             raise UserError(

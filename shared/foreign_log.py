@@ -55,7 +55,7 @@ class JsonLinesProgress:
             whole = text[: text.rfind(b"\n") + 1]
             self._offsets[path] = stream.tell() - len(text) + len(whole)
             for line in whole.splitlines():
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, RecursionError):
                     found = json.loads(line)
                     if isinstance(found, dict):
                         yield found
@@ -65,7 +65,7 @@ class JsonLinesProgress:
         if outputs:
             return {"outputs": list(dict.fromkeys(outputs))}
         step, _, total = str(line.get(_POSITION, "")).partition("/")
-        if not (step.isdigit() and total.isdigit()):
+        if not (step.isdigit() and total.isdigit() and len(step) + len(total) < 30):
             return {}
         values = numbers(line)
         epoch = max(0, math.ceil(values.pop("epoch", 0) or 0) - 1)  # theirs counts what is behind
@@ -93,7 +93,7 @@ def numbers(line: dict[str, Any]) -> dict[str, float | None]:
     for name, value in line.items():
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             continue
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             number = float(value)
             found[_NAMES.get(name, name)] = number if math.isfinite(number) else None
     for theirs, ours, factor in (

@@ -16,6 +16,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import struct
 import warnings
 from collections import Counter, deque
 from collections.abc import Collection
@@ -185,6 +186,9 @@ def _decode_quickly(content: bytes, is_jpeg: bool) -> Tensor:
     return image
 
 
+_DAMAGE = (OverflowError, MemoryError, TypeError, LookupError, struct.error)  # within Pillow
+
+
 def _decode_with_pillow(content: bytes) -> Tensor:
     import numpy as np
     import torch
@@ -194,7 +198,7 @@ def _decode_with_pillow(content: bytes) -> Tensor:
         with Image.open(io.BytesIO(content)) as image:
             upright = ImageOps.exif_transpose(image).convert("RGB")
             return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError) as error:
+    except (OSError, SyntaxError, ValueError, *_DAMAGE) as error:
         raise ValueError(one_line(error)) from None
 
 

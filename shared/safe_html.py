@@ -8,6 +8,7 @@ is left out; text is escaped anew; what was left open is closed. Standard librar
 
 from __future__ import annotations
 
+import contextlib
 import re
 from html.parser import HTMLParser
 
@@ -42,8 +43,9 @@ _DEEPEST = 200  # levels of tags: no page that people read has more
 def harmless(html: str) -> Markup:
     """What of `html` may stand in a page of ours; headings two levels lower."""
     reader = _Reader()
-    reader.feed(html)
-    reader.close()
+    with contextlib.suppress(AssertionError):  # html.parser's, for a declaration that is none
+        reader.feed(html)
+        reader.close()
     return Markup(reader.result())
 
 

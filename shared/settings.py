@@ -77,8 +77,16 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def reader_of(kind: type) -> Any:
     """The function from text to a value of `kind`."""
     if kind is Path:
-        return lambda text: Path(text).expanduser().absolute()  # relative to where it was typed
+        return _path
     return kind
+
+
+def _path(text: Any) -> Path:
+    """Absolute, from where it was typed. Raises ValueError for the home of a user unknown here."""
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:
+        raise ValueError(f"{text}: {error}") from None
 
 
 def without_none(kind: Any) -> Any:

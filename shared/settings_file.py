@@ -77,7 +77,7 @@ def checked(setting: Setting, value: Any, path: Path | None) -> Any:
     if isinstance(value, bool) is (kind is bool) and isinstance(value, accepted.get(kind, (str,))):
         try:
             return reader_of(kind)(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass  # YAML reads 5e-4 as text, which float() accepts; any other text ends below
     raise UserError(f"{path}: {name} is {value!r}, expected {kind.__name__}")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lavic.src.conversations import Conversation
+from shared.errors import UserError
 from shared.files import write_text
 
 SUMMARY = "results_summary.csv"
@@ -93,7 +94,10 @@ def read_summary(directory: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", errors="replace", newline="") as lines:
-        return list(csv.DictReader(lines))
+        try:
+            return list(csv.DictReader(lines))
+        except csv.Error as error:
+            raise UserError(f"{path} is damaged ({error}): mend it or move it away") from None
 
 
 def write_summary(directory: Path, rows: Sequence[dict[str, Any]]) -> Path:

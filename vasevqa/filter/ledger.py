@@ -159,7 +159,7 @@ ORDERS = {
     "filename": "filename",
     "best": "score DESC, filename",
     "worst": "score, filename",
-    "vase": "json_extract(row, '$.vase'), filename",
+    "vase": "CASE WHEN json_valid(row) THEN json_extract(row, '$.vase') END, filename",
 }
 
 

@@ -143,7 +143,7 @@ def _shapes(directory: Path) -> Iterator[tuple[str, list[int]]]:
         with path.open("rb") as stream:
             header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
         for name, entry in header.items():
-            if name != "__metadata__":
+            if name != "__metadata__" and isinstance(entry, dict):
                 yield name, entry.get("shape", [])
 
 

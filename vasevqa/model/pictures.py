@@ -6,6 +6,7 @@ goes on. Results are kept, by path, size and time of change.
 
 from __future__ import annotations
 
+import json
 import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -50,12 +51,22 @@ def check(paths: Iterable[Path], workers: int = 8) -> dict[Path, str]:
         return {path: reason for path, reason in found if reason}
 
 
+def _is_note(name: str, row: object) -> bool:
+    """Whether this is what `check_all` writes of a picture: [stamp, reason or None]."""
+    if not (isinstance(row, list) and len(row) == 2 and isinstance(row[1], str | None)):
+        return False
+    try:
+        return bool(json.dumps([name, row], ensure_ascii=False, allow_nan=False).encode())
+    except (ValueError, RecursionError):
+        return False
+
+
 def check_all(paths: Sequence[Path], memory: Path, report: Report) -> dict[Path, str]:
     """{path: reason} over all pictures; those that `memory` knows unchanged are not read again.
 
     report: called after every block with the number checked and the number to check.
     """
-    known = {n: row for n, row in read_object(memory).items() if isinstance(row, list) and row[1:]}
+    known = {n: row for n, row in read_object(memory).items() if _is_note(n, row)}
     stamps = {path: _stamp(path) for path in paths}
     todo = [path for path in paths if known.get(str(path), [None])[0] != stamps[path]]
     for start in range(0, len(todo), _BLOCK):
