@@ -11,7 +11,6 @@ width.
 
 from __future__ import annotations
 
-import logging
 import random
 from dataclasses import dataclass, field
 from functools import cache
@@ -38,27 +37,12 @@ from lavic.src.prompts import (
     RECOMMEND_MARK,
 )
 
-log = logging.getLogger(__name__)
-
 ID_DIMS, WORD_DIMS = slice(0, 40), slice(40, 60)  # of the width; the rest is for everything else
 ANY, IS_ID, IS_WORD, IS_SEEN = 60, 61, 62, 63  # flags
 SLOTS = 5
 BLUR = 0.15
-DESCRIPTIONS, CHOICES = 8, 8  # a step
-PASSED = 0.5  # of the exam; guessing gives 0.1
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How the lessons are taken: steps in all and in short rows, learning rate, its warm-up."""
-
-    steps: int
-    short_steps: int
-    rate: float
-    warmup: int
-
-
-PACES = (Pace(300, 180, 3e-3, 20), Pace(450, 270, 1.5e-3, 60))  # the next where one has failed
+STEPS, SHORT_STEPS, DESCRIPTIONS, CHOICES = 300, 180, 8, 8
+LEARNING_RATE = 3e-3
 
 
 class Words:
@@ -70,7 +54,7 @@ class Words:
         self.titles = [self.of(f": {item.title}\n") for item in items]
         everything = (*PRODUCT_COLOURS, *PRODUCT_SHAPES, *PRODUCT_PATTERNS, *BACKGROUNDS)
         self.look = {word: self.of(f" {word}")[0] for word in everything}
-        self.end, self.pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+        self.end = tokenizer.eos_token_id
         self.slots = [len(tokenizer) + number for number in range(SLOTS)]  # spare rows, as later
 
     @cache  # noqa: B019, as long-lived as its cache
@@ -224,11 +208,6 @@ def _different_looks(rng: random.Random, count: int) -> list[Look]:
 
 def lesson_loss(model: Any, rows: list[Row], pad: int) -> Tensor:
     """The mean of the answers' token losses, in nats; a scalar."""
-    return nn.functional.cross_entropy(*answers(model, rows, pad))
-
-
-def answers(model: Any, rows: list[Row], pad: int) -> tuple[Tensor, Tensor]:
-    """Logits (A, tokens) where something is to be said, and what it is (A)."""
     core = model.model.language_model
     tokens = torch.full((len(rows), max(len(row.tokens) for row in rows)), pad)
     for number, row in enumerate(rows):
@@ -240,7 +219,8 @@ def answers(model: Any, rows: list[Row], pad: int) -> tuple[Tensor, Tensor]:
     hidden = core(inputs_embeds=embeds, use_cache=False).last_hidden_state
     said = [(number, place) for number, row in enumerate(rows) for place in row.answers]
     numbers, places = _columns(said)
-    return model.lm_head(hidden[numbers, places - 1]), tokens[numbers, places]
+    logits = model.lm_head(hidden[numbers, places - 1])
+    return nn.functional.cross_entropy(logits, tokens[numbers, places])
 
 
 def as_seen(table: Tensor, looks: Tensor) -> Tensor:
@@ -261,38 +241,19 @@ def _columns(pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
 
 
 def teach(model: Any, tokenizer: Any, items: list[Item], seed: int) -> None:
-    """Arrange the language model and let it take its lessons; slower where it fails the exam."""
+    """Arrange the language model, and let it take its lessons."""
     words, rng = Words(tokenizer, items), random.Random(seed)
-    for pace in PACES:
-        arrange(model, words)
-        _take_lessons(model, words, rng, pace)
-        if (right := exam(model, words)) >= PASSED:
-            return
-        log.info("the tiny model chooses rightly in %.0f %% of its exercises alone", 100 * right)
-
-
-def exam(model: Any, words: Words, count: int = 40) -> float:
-    """The share of `count` exercises of lesson two, drawn from a seed, whose id is named."""
-    rng, right = random.Random(0), 0
-    with torch.no_grad():
-        for _ in range(count):
-            logits, wanted = answers(model, [choosing(words, rng, 10, is_short=False)], words.pad)
-            right += int(logits[0].argmax() == wanted[0])
-    return right / count
-
-
-def _take_lessons(model: Any, words: Words, rng: random.Random, pace: Pace) -> None:
+    arrange(model, words)
     pupils = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    optimizer = torch.optim.AdamW(pupils, lr=pace.rate, weight_decay=0.0)
-    for step in range(pace.steps):
+    optimizer = torch.optim.AdamW(pupils, lr=LEARNING_RATE, weight_decay=0.0)
+    for step in range(STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = pace.rate * min((step + 1) / pace.warmup, 1.05 - step / pace.steps)
-        is_short = step < pace.short_steps
+            group["lr"] = LEARNING_RATE * min((step + 1) / 20, 1.05 - step / STEPS)
         for rows in (
             [describing(words, rng) for _ in range(DESCRIPTIONS)],
-            [choosing(words, rng, 10, is_short=is_short) for _ in range(CHOICES)],
+            [choosing(words, rng, 10, is_short=step < SHORT_STEPS) for _ in range(CHOICES)],
         ):
-            lesson_loss(model, rows, words.pad).backward()
+            lesson_loss(model, rows, tokenizer.pad_token_id).backward()
         nn.utils.clip_grad_norm_(pupils, 1.0)
         optimizer.step()
         optimizer.zero_grad()
