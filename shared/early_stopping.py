@@ -9,6 +9,19 @@ from typing import Any
 log = logging.getLogger(__name__)
 
 
+def has_stalled(best_epoch: int, epoch: int, patience: int | None) -> bool:
+    """Whether the last `patience` of `epoch` epochs brought nothing better than `best_epoch`.
+
+    Epochs count from 1, 0 is none; without a patience nothing stalls. For recipes that keep the
+    best epoch among their results, which makes the decision the same on every rank and after a
+    resume.
+    """
+    stalled = patience is not None and epoch - best_epoch >= patience
+    if stalled:
+        log.info("nothing better for %d epoch(s), after epoch %d: training ends", patience, epoch)
+    return stalled
+
+
 class EarlyStopping:
     """Counts updates without a new lowest value.
 

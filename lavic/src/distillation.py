@@ -15,6 +15,7 @@ from lavic.src.distillation_state import Best, Tally
 from lavic.src.sample_choice import Found, SameSamples, refuse_unusable
 from shared import distributed, seed
 from shared.distributed import World
+from shared.early_stopping import has_stalled
 from shared.errors import UserError
 from shared.files import write_text
 from shared.images import Skipped
@@ -80,7 +81,9 @@ def _loop(session: Session, run: Run, samples: SameSamples) -> int:
     position = run.restore(parts)
     if cfg.validate_before_training and position.step == 0:
         best.before = _validate(session, run)
-    while position.epoch < cfg.num_epochs:
+    while position.epoch < cfg.num_epochs and not has_stalled(
+        best.epoch, position.epoch, cfg.patience
+    ):
         for step in session.data.training(position):
             labels = int(distributed.total(torch.tensor(step.num_labels), world))
             loss, norm = torch.zeros((), device=world.device), 0.0

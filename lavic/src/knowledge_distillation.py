@@ -39,6 +39,9 @@ class Config:
     batch_size: int = option(1, "samples of one forward pass, a process")
     grad_accum: int = option(1, "forward passes of one optimizer step")
     num_epochs: int = option(1, "passes over the samples", scope="length")
+    patience: int | None = option(
+        None, "epochs without a lower val_loss before training ends", scope="length"
+    )
     lr: float = option(5e-5, "learning rate, the same throughout")
     weight_decay: float = option(1e-5, "AdamW's weight decay")
     max_samples: str = option("all", "train on the first N samples, or all")
@@ -74,6 +77,8 @@ class Config:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}")
         from lavic.src.sample_limit import most
 
         most(self.max_samples)

@@ -43,6 +43,9 @@ class Config:
     lr: float = option(5e-5, "AdamW's learning rate")
     weight_decay: float = option(1e-5, "AdamW's weight decay")
     num_epochs: int = option(1, "passes over the training conversations", scope="length")
+    patience: int | None = option(
+        None, "epochs without a lower val_loss before training ends", scope="length"
+    )
     item_meta_path: Path = option(
         DATA / "item2meta_train.json", "the products' titles", scope="free"
     )
@@ -78,6 +81,8 @@ class Config:
             raise ValueError(
                 "eval_batch_size must be 1 or more, num_workers, weight_decay 0 or more"
             )
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1, got {self.patience}")
         from lavic.src.sample_limit import most
 
         most(self.max_samples)

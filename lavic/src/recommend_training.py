@@ -23,6 +23,7 @@ from lavic.src.recommend_prompts import label_tokens
 from lavic.src.recommend_setup import Built, build
 from shared import distributed
 from shared.distributed import World
+from shared.early_stopping import has_stalled
 from shared.files import write_json
 from shared.precision import Amp
 from shared.reporter import Plan
@@ -140,7 +141,9 @@ def _loop(
             run.save(parts)
             return run.finish()
         record.before = before.metrics["recall@1"]
-    while position.epoch < cfg.num_epochs:
+    while position.epoch < cfg.num_epochs and not has_stalled(
+        record.best_epoch, position.epoch, cfg.patience
+    ):
         recommender.train()
         for batches in recommend_data.training_batches(
             cfg, talks, built.encoder, built.pad_id, world, position

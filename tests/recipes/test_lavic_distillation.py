@@ -85,6 +85,16 @@ def test_the_language_model_is_not_touched_and_the_loss_falls(flags, run_dir, pa
     assert (run_dir / "last.pt").stat().st_size < 3 * 4 * size + 200_000  # adapter and two moments
 
 
+def test_a_training_without_a_lower_val_loss_ends_after_its_patience(flags, run_dir):
+    outcome = train([*flags, "--num_epochs", 9, "--patience", 2, "--lr", 3.0])
+    assert outcome.code == 0, outcome.text
+    validated = [row["val_loss"] for row in rows(run_dir, "val")]
+    best = validated.index(min(validated)) + 1
+    assert len(validated) == best + 2 < 9, validated
+    assert "nothing better for 2 epoch(s)" in outcome.text
+    assert status_of(run_dir)["state"] == "done"
+
+
 def test_accumulated_batches_and_two_processes_are_one_large_batch(flags, tmp_path):
     """4 samples a step: at once, two by two, one by one, and on two processes; dropout off."""
     shared = [*flags, "--lora_dropout", 0, "--num_epochs", 1]

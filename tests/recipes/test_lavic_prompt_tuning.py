@@ -146,6 +146,16 @@ def test_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(flags, tmp_pat
     assert all((ours[name] == theirs[name]).all() for name in theirs)
 
 
+def test_a_tuning_that_stalls_ends_and_tests_its_best_epoch(flags, tmp_path):
+    stalling = ["--num_epochs", 9, "--patience", 1, "--lr", 1.0, "--no-evaluate-before"]
+    outcome = run_here(prompt_tuning.main, [*flags, *stalling])
+    assert outcome.code == 0, outcome.text
+    validated = [row["val_loss"] for row in rows(tmp_path / "out", "val")]
+    best = validated.index(min(validated)) + 1
+    assert len(validated) == best + 1 < 9, validated
+    assert f"after epoch {best}: Recall@1" in outcome.text
+
+
 @pytest.mark.slow
 @pytest.mark.serial
 def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, tmp_path):

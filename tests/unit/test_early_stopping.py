@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from shared.early_stopping import EarlyStopping
+from shared.early_stopping import EarlyStopping, has_stalled
 
 
 def test_it_stops_after_as_many_updates_without_a_new_low_as_it_has_patience() -> None:
@@ -56,3 +56,11 @@ def test_the_state_continues_in_another_instance() -> None:
     for value in (1.0, 1.0):
         assert not after.update(value)
     assert after.should_stop
+
+
+@pytest.mark.parametrize(
+    ("best_epoch", "epoch", "patience", "stalled"),
+    [(3, 3, 1, False), (3, 4, 1, True), (3, 4, 2, False), (0, 2, 2, True), (1, 99, None, False)],
+)
+def test_epochs_behind_the_best_one_are_counted(best_epoch, epoch, patience, stalled) -> None:
+    assert has_stalled(best_epoch, epoch, patience) == stalled
