@@ -83,8 +83,7 @@ def _open(cfg: Config) -> "HubRepository":
     from shared import modelscope
     from shared.download import OFFICIAL_ENDPOINT, HubRepository
 
-    wanted = os.environ.get("USE_MODELSCOPE_HUB", "").lower() in ("1", "true", "yes")
-    if cfg.source == "modelscope" or (cfg.source == "auto" and wanted):
+    if modelscope.is_wanted(cfg.source, os.environ):
         return modelscope.open_repository(
             cfg.repo_id or MODELSCOPE_REPO_ID,
             cfg.revision or MODELSCOPE_REVISION,

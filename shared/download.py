@@ -38,6 +38,7 @@ OFFICIAL_ENDPOINT = "https://huggingface.co"
 
 Kind = Literal["model", "dataset"]
 
+_OTHER_FORMS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".gguf")
 _INDEX, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
@@ -133,6 +134,12 @@ class HubRepository:
             f"{self.repo_id} at {self.commit} has {has}: give a repository or revision with "
             f"{_SINGLE_FILE} or {_INDEX}"
         )
+
+    def one_copy(self) -> list[str]:
+        """All files, but for weights that are there as safetensors too."""
+        is_whole = any(name.endswith(".safetensors") for name in self.files)
+        left_out = _OTHER_FORMS if is_whole else ()
+        return [name for name in self.files if not name.endswith((".gitattributes", *left_out))]
 
     def plan(self, names: Iterable[str], directory: Path) -> Plan:
         """What of `names` is in `directory`, checked, and what has to be fetched; writes nothing.

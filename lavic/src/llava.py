@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lavic.src import hub
-from shared import weights
+from shared import modelscope, weights
 from shared.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -41,12 +41,14 @@ def load_base(
 ) -> tuple[LlavaNextForConditionalGeneration, Any]:
     """The model, frozen, in eval and on `device`, and its processor.
 
-    path_or_id: a directory that exists, else a model id of the Hub; what is not in the cache is
-    fetched from there, and a log line says so first.
+    path_or_id: a directory that exists, else a model id of the Hub, or of ModelScope where
+    USE_MODELSCOPE_HUB=1; what is not in the cache is fetched, and a log line says so first.
     Raises UserError for a directory that is no whole LLaVA-NeXT checkpoint, and for a model that
     cannot be had, within 15 seconds where nobody answers.
     """
     source, is_local = str(path_or_id), Path(path_or_id).is_dir()
+    if not is_local and (copy := modelscope.asked_copy(source)):
+        source, is_local = str(copy), True
     if is_local:
         _check_directory(Path(source))
     where: Any = {"local_files_only": is_local or not hub.answers_for(source)}
@@ -69,6 +71,7 @@ def load_base(
             f"{source} lacks {len(lacking)} weights of a LLaVA-NeXT ({', '.join(lacking[:3])}): "
             "check that it is the right checkpoint, or fetch it again"
         )
+    model.name_or_path = str(path_or_id)  # what adapters note as their base: no cache's path
     return model.requires_grad_(False).eval(), processor
 
 

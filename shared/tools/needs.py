@@ -90,7 +90,7 @@ NEEDS: dict[str, tuple[Need, ...]] = {
         Need(
             "{hub}/models--llava-hf--llava-v1.6-mistral-7b-hf/snapshots/*/config.json",
             f"{_LLAVA}, 15 GB (fetched by the first run)",
-            f"hf download {_LLAVA}",
+            f"hf download {_LLAVA}   (or: USE_MODELSCOPE_HUB=1 for the first run)",
             optional=True,
         ),
         Need(
@@ -121,7 +121,8 @@ NEEDS: dict[str, tuple[Need, ...]] = {
         Need(
             "vasevqa/filter/model/*",
             "CLIP ViT-B-32 for the filters (fetched by their first run)",
-            "hf download timm/vit_base_patch32_clip_224.openai --local-dir vasevqa/filter/model",
+            "python shared/tools/fetch_model.py timm/vit_base_patch32_clip_224.openai "
+            "vasevqa/filter/model",
             alternatives=(
                 "vasevqa/filter/CLIP/model/*",
                 "{hub}/models--timm--vit_base_patch32_clip_224.openai/snapshots/*/*",
@@ -131,8 +132,8 @@ NEEDS: dict[str, tuple[Need, ...]] = {
         Need(
             f"{_QWEN_HERE}/config.json",
             f"{_QWEN}, 17 GB",
-            f"hf download {_QWEN} --local-dir {_QWEN_HERE}   (or: modelscope download --model "
-            f"{_QWEN} --local_dir {_QWEN_HERE})",
+            f"python shared/tools/fetch_model.py {_QWEN} {_QWEN_HERE}   (or: with "
+            "--source modelscope)",
         ),
         Need(
             "vasevqa/model/data/video_training_dataset.json",

@@ -81,6 +81,10 @@ ELSEWHERE = {
     "HF_ENDPOINT=https://hf-mirror.com python download_weight.py": "the same",
     "python shared/tools/monitor.py --recipe lavic": "tests/full/test_lavic_commands.py",
     "python shared/tools/monitor.py --stop": "tests/faults/test_faults_monitor.py",
+    "python shared/tools/fetch_model.py OWNER/NAME DIRECTORY": (
+        "a local server: tests/unit/test_modelscope.py"
+    ),
+    "python shared/tools/fetch_model.py OWNER/NAME DIRECTORY --source modelscope": "the same",
     "python shared/tools/monitor.py --notify URL": "a local server: tests/unit/test_monitor.py",
     "torchrun --nproc_per_node=4 run_training.py": "tests/full/test_multimodal_commands.py",
     "torchrun --nproc_per_node 4 model.py": "tests/full/test_vasevqa_filter_commands.py",

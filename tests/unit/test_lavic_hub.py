@@ -18,6 +18,7 @@ from tests import hub_server
 from tests.harness import ROOT, environment
 from tests.hub_server import COMMIT, REPO_ID, HubServer
 from tests.lavic_nano import build_nano, flags_of
+from tests.modelscope_server import ModelScopeServer
 
 CPU = torch.device("cpu")
 NOBODY = "http://127.0.0.1:9"  # the port of a service that is nowhere
@@ -110,3 +111,17 @@ def test_fault_48_without_a_network_a_model_is_refused_in_one_line_with_its_host
     assert last.startswith("error: nobody/none is no directory here and not in the cache ")
     assert "nobody.invalid cannot be reached" in last and "HF_ENDPOINT=https://" in last
     assert "Traceback" not in done.stderr
+
+
+def test_modelscope_serves_where_it_is_asked_for(paths, tmp_path, monkeypatch):
+    files = {path.name: path.read_bytes() for path in paths.weights.iterdir() if path.is_file()}
+    with ModelScopeServer(files) as server:
+        monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
+        monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "modelscope"))
+        model, processor = load_base(REPO_ID, CPU, torch.float32)
+    local, _ = load_base(paths.weights, CPU, torch.float32)
+    theirs = local.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in model.state_dict().items())
+    assert processor.tokenizer.get_vocab()
+    assert model.name_or_path == REPO_ID  # what an adapter notes; a cache's path is nobody else's

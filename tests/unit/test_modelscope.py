@@ -7,6 +7,7 @@ import pytest
 from face_distill import download_weight
 from shared import modelscope
 from shared.errors import UserError
+from shared.tools import fetch_model
 from shared.transport import DownloadError, Patience
 from tests import hub_server
 from tests.harness import free_port, run_here
@@ -102,7 +103,7 @@ def test_a_host_that_cannot_be_reached_is_named():
         modelscope.open_repository(REPO_ID, "master", endpoint=endpoint, patience=QUICK)
 
 
-@pytest.mark.parametrize("repo_id", ["", "owner", "a/b/c", "/b", "a/\n"])
+@pytest.mark.parametrize("repo_id", ["", "owner", "a/b/c", "/b", "a/\n", "../b"])
 def test_what_is_no_repository_is_refused(repo_id):
     with pytest.raises(UserError, match="no owner/name"):
         modelscope.open_repository(repo_id, "master", endpoint="http://127.0.0.1:1")
@@ -147,6 +148,71 @@ def test_download_weight_takes_modelscope_by_flag_and_by_variable(
     assert not (tmp_path / SHARDS[1]).exists()
     assert "holds 4 verified files" in ended.text
     assert not any("authorization" in request.headers for request in server.requests)
+
+
+WHOLE = set(FILES) | {"tokenizer.json"}
+PICKLED = {"pytorch_model.bin": b"the same again", "tf_model.h5": b"and again"}
+
+
+@pytest.fixture
+def model_server():
+    with ModelScopeServer({**FILES, **PICKLED, "tokenizer.json": b"{}"}) as server:
+        yield server
+
+
+def test_a_model_is_fetched_in_one_form_by_the_tool(model_server, tmp_path):
+    words = [REPO_ID, tmp_path, "--source", "modelscope", "--endpoint", model_server.url]
+    shown = run_here(fetch_model.main, [*words, "--dry-run"])
+    assert shown.code == 0 and "pytorch_model.bin" not in shown.text, shown.text
+    assert not (tmp_path / "config.json").exists()
+    ended = run_here(fetch_model.main, words)
+    assert ended.code == 0, ended.text
+    assert f"{tmp_path} holds {len(WHOLE)} verified files of {REPO_ID}" in ended.text
+    assert all((tmp_path / name).is_file() for name in WHOLE)
+    assert not any((tmp_path / name).exists() for name in PICKLED)
+
+
+def test_the_tool_takes_the_hub_too(tmp_path):
+    with hub_server.HubServer({"config.json": b"{}", "pytorch_model.bin": b"weights"}) as hub:
+        ended = run_here(fetch_model.main, [REPO_ID, tmp_path, "--endpoint", hub.url])
+    assert ended.code == 0, ended.text
+    assert (tmp_path / "pytorch_model.bin").read_bytes() == b"weights"  # in its only form
+
+
+def local_copy(url, cache):
+    environ = {"MODELSCOPE_CACHE": str(cache), "MODELSCOPE_ENDPOINT": url}
+    return modelscope.local_copy(REPO_ID, environ, patience=QUICK)
+
+
+def test_a_local_copy_is_fetched_once_and_serves_while_nobody_answers(model_server, tmp_path):
+    place = local_copy(model_server.url, tmp_path)
+    assert place == tmp_path / "models" / REPO_ID
+    assert all((place / name).is_file() for name in WHOLE)
+    local_copy(model_server.url, tmp_path)
+    assert len(model_server.of("config.json")) == 1
+    assert local_copy(f"http://127.0.0.1:{free_port()}", tmp_path) == place
+
+
+def test_a_local_copy_that_is_not_whole_does_not_serve(model_server, tmp_path):
+    model_server.misbehave(SHARDS[0], lambda answer: setattr(answer, "status", 403))
+    with pytest.raises(UserError, match=SHARDS[0]):
+        local_copy(model_server.url, tmp_path)
+    with pytest.raises(DownloadError, match="cannot be reached"):
+        local_copy(f"http://127.0.0.1:{free_port()}", tmp_path)
+
+
+def test_no_local_copy_leaves_the_cache(tmp_path):
+    with pytest.raises(UserError, match="no owner/name"):
+        modelscope.local_copy("../b", {"MODELSCOPE_CACHE": str(tmp_path / "cache")})
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "variable", "wanted"),
+    [("auto", "1", True), ("auto", "", False), ("hub", "1", False), ("modelscope", "", True)],
+)
+def test_the_flag_decides_before_the_variable(source, variable, wanted):
+    assert modelscope.is_wanted(source, {"USE_MODELSCOPE_HUB": variable}) == wanted
 
 
 def test_the_test_server_speaks_as_modelscopes_own_client_expects(server, tmp_path):
