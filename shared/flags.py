@@ -96,7 +96,7 @@ def _add_flag(parser: Any, setting: Setting) -> None:
     options["help"] = (metadata.get("help", "") + shown).replace("%", "%%")
     if metadata.get("positional"):
         kind = reader_of(without_none(setting.kind))
-        parser.add_argument(name, type=kind, help=options["help"])
+        parser.add_argument(name, type=kind, help=metadata["help"].replace("%", "%%"))
         return
     if setting.kind is bool:
         parser.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
