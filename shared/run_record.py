@@ -183,7 +183,8 @@ def _curves(record: RunRecord) -> dict[str, dict[str, Series]]:
                     steps.append(step)
                     values.append(found)
     except FileNotFoundError:
-        if record.mapping("last"):  # else it is a run that has no losses, as a filter's
+        # else it is a run that has no losses, as a filter's
+        if any(number(value) is not None for value in record.mapping("last").values()):
             problems.append(f"{path.name} is missing")
     except OSError as error:
         problems.append(f"{path.name} cannot be read: {one_line(error)}")

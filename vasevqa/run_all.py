@@ -23,13 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 from shared import page, report
 from shared.config import option, parse
 from shared.errors import DONE, INTERRUPTED, STOPPED
-from shared.files import open_lock, read_object, write_text
+from shared.files import open_lock, read_object, write_json, write_text
 from shared.launch import launch_alone
+from shared.settings import settings
 from shared.stages import Stage, StageOptions, command_stage, run_stages
 from shared.status import Status
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 log = logging.getLogger(__name__)
 RECIPE = Path(__file__).resolve().parent
@@ -63,8 +64,9 @@ def main(argv: list[str] | None = None) -> int:
     os.close(open_lock(state_dir))
     status = Status(state_dir, recipe="vasevqa", pid=os.getpid(), total_steps=len(commands))
     stages = [command_stage(name, words, outputs=made) for name, words, made in commands]
-    status.write(step=0)
-    code = run_stages([_counted(stage, status) for stage in stages], options, state_dir)
+    # nothing is written before the first stage: another process may be at work here
+    counted = [_counted(stage, status, lambda: _describe(cfg, state_dir)) for stage in stages]
+    code = run_stages(counted, options, state_dir)
     _close(status, code, RECIPE / "demo" / "runs" if cfg.demo else MODEL / "output")
     _show(state_dir, [name for name, *_ in commands])
     return code
@@ -96,12 +98,20 @@ def _commands(cfg: Config) -> "Iterator[tuple[str, list[str | Path], tuple[Path,
         yield "evaluate", [python, MODEL / "evaluate.py", *demo], (output / "evaluation",)
 
 
-def _counted(stage: Stage, status: Status) -> Stage:
+def _describe(cfg: Config, state_dir: Path) -> None:
+    from vasevqa.model.runs import surroundings
+
+    described = {"settings": settings(cfg), "command": shlex.join(sys.argv), **surroundings()}
+    write_json(state_dir / "config.json", described)
+
+
+def _counted(stage: Stage, status: Status, describe: "Callable[[], None]") -> Stage:
     """`stage`, which tells the status that it began."""
 
     def run() -> int:
         step = status.fields.get("step", 0) + 1
         status.write(step=step, last={"stage": stage.name})
+        describe()
         return stage.run()
 
     return replace(stage, run=run)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from shared.files import read_json, write_json
+import os
+
+from shared.files import open_lock, read_json, write_json
+from shared.lock import try_to_lock
 from shared.stages import Stage
 from shared.status import Status
+from tests.harness import run_here
 from vasevqa import run_all
 
 DOCUMENTED = ["classifier", "clipfilter1", "clipfilter2", "sft", "merge", "grpo", "merge2"]
@@ -40,7 +44,7 @@ def test_the_result_is_the_accuracy_before_and_after(tmp_path):
     )
     (tmp_path / "flow").mkdir()
     status = Status(tmp_path / "flow", recipe="vasevqa")
-    run_all._counted(Stage("sft", lambda: 0), status).run()
+    run_all._counted(Stage("sft", lambda: 0), status, lambda: None).run()
     run_all._close(status, 0, tmp_path)
     found = read_json(tmp_path / "flow" / "status.json")
     assert (found["state"], found["step"], found["last"]) == ("done", 1, {"stage": "sft"})
@@ -58,10 +62,33 @@ def test_the_chain_has_a_page_with_its_stages_and_its_result(tmp_path):
     (tmp_path / "7B").mkdir()
     (tmp_path / "7B" / "report.html").write_text("of the training")
     status = Status(flow, recipe="vasevqa")
-    run_all._counted(Stage("merge", lambda: 1), status).run()
+    run_all._counted(Stage("merge", lambda: 1), status, lambda: None).run()
     run_all._close(status, 1, tmp_path)
     run_all._show(flow, ["sft", "merge"])
     text = (flow / "report.html").read_text()
     assert "Failed (exit code 1): stage merge" in text
     assert "2026-01-01T00:00:00Z" in text and "12.5" in text
     assert str(tmp_path / "7B" / "report.html") in text and "of the training" not in text
+
+
+def test_a_stage_that_is_none_and_a_chain_at_work_leave_what_is_there(tmp_path):
+    os.close(open_lock(tmp_path))
+    write_json(tmp_path / "status.json", {"state": "running", "pid": 1})
+    outcome = run_here(run_all.main, ["--only", "sfd", "--state-dir", tmp_path])
+    assert outcome.code == 2 and "did you mean sft?" in outcome.text
+    handle = open_lock(tmp_path)
+    assert try_to_lock(handle)
+    outcome = run_here(run_all.main, ["--only", "sft", "--state-dir", tmp_path])
+    assert outcome.code == 2 and "at work in another process" in outcome.text
+    os.close(handle)
+    assert read_json(tmp_path / "status.json") == {"state": "running", "pid": 1}
+
+
+def test_the_first_stage_describes_the_chain(tmp_path):
+    cfg = run_all.parse(run_all.Config, ["--keep", "0.5"])
+    status = Status(tmp_path, recipe="vasevqa")
+    run_all._counted(
+        Stage("sft", lambda: 0), status, lambda: run_all._describe(cfg, tmp_path)
+    ).run()
+    config = read_json(tmp_path / "config.json")
+    assert config["settings"]["keep"] == 0.5 and "ms-swift" in config["versions"]
