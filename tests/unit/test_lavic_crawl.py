@@ -150,7 +150,9 @@ def test_a_length_that_lies_is_found_out(shop, tmp_path):
     shop.misbehave("B000000002_0.jpg", too_short)
     assert crawl(root).code == 0
     assert there(root) | there(root, "valid") == shop.files
-    assert shop.times_asked("B000000001_0.jpg") == shop.times_asked("B000000002_0.jpg") == 2
+    # what is left of a body in a connection that is kept may cost the next request there a try
+    asked = [shop.times_asked(f"B00000000{number}_0.jpg") for number in (1, 2)]
+    assert all(2 <= times <= 3 for times in asked), asked
 
 
 def test_what_stays_broken_is_listed_with_its_reason_and_leaves_no_file(shop, tmp_path):
