@@ -225,6 +225,13 @@ def ranks_of(running: Running) -> dict[int, int]:
     return found
 
 
+def finished(outcome: subprocess.CompletedProcess[str]) -> str:
+    """What a command wrote that ended well; AssertionError, with the end of it, otherwise."""
+    said = outcome.stdout + outcome.stderr
+    assert outcome.returncode == 0, f"{outcome.args[-1]}\n{said[-4000:]}"
+    return said
+
+
 def wait_until(
     condition: Callable[[], Any],
     what: str,

@@ -20,7 +20,7 @@ import pytest
 
 from shared.files import read_json
 from tests import multimodal_data
-from tests.harness import ROOT, environment, free_port, status_of, wait_until
+from tests.harness import ROOT, environment, finished, free_port, status_of, wait_until
 
 pytestmark = [pytest.mark.full, pytest.mark.serial, pytest.mark.limit(1800)]
 
@@ -128,12 +128,6 @@ def typed(command: str, house: Path, *more: str) -> subprocess.CompletedProcess[
         ["bash", "-c", " ".join([command, *more])], cwd=house, env=in_this_house(),
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
-
-
-def finished(outcome: subprocess.CompletedProcess[str]) -> str:
-    said = outcome.stdout + outcome.stderr
-    assert outcome.returncode == 0, f"{outcome.args[-1]}\n{said[-4000:]}"
-    return said
 
 
 def test_training_leaves_what_the_page_lists(trained):

@@ -21,7 +21,7 @@ import pytest
 from shared.files import read_json, read_json_lines
 from tests import vase_filter_nano, vasevqa_nano
 from tests.full.test_vasevqa_filter_commands import COMMANDS as OF_THE_FILTER
-from tests.harness import ROOT, environment, processes_of, status_of, wait_until
+from tests.harness import ROOT, environment, finished, processes_of, status_of, wait_until
 
 pytestmark = [pytest.mark.full, pytest.mark.serial, pytest.mark.limit(1800)]
 
@@ -165,12 +165,6 @@ def typed(command: str, house: Path, place: str = "model") -> subprocess.Complet
         ["bash", "-c", command], cwd=house / place, env=in_this_house(house),
         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=900,
     )  # fmt: skip
-
-
-def finished(outcome: subprocess.CompletedProcess[str]) -> str:
-    said = outcome.stdout + outcome.stderr
-    assert outcome.returncode == 0, f"{outcome.args[-1]}\n{said[-4000:]}"
-    return said
 
 
 def smaller(command: str) -> str:
