@@ -100,6 +100,7 @@ ERRORS = {
     "CUDA itself": (RuntimeError("CUDA error: out of memory"), True),
     "cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cu`"), True),
     "another device": (RuntimeError("NPU out of memory. Tried to allocate 20 MiB"), True),
+    "torch in RAM": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
     "a fork": (OSError(12, "Cannot allocate memory"), True),
     "Python": (MemoryError(), True),
     "inside another error": (wrapped(CUDA), True),
