@@ -105,9 +105,7 @@ def _config(directory: Path) -> tuple[Any, str]:
     if isinstance(found, dict) and found.get("model_type") == "qwen2_5_vl":
         try:
             return Qwen2_5_VLConfig.from_pretrained(directory), str(directory)
-        except (
-            Exception
-        ) as error:  # transformers' own and others: a value may be wrong in many ways
+        except Exception as error:  # of many kinds: a value may be wrong in many ways
             raise UserError(
                 f"{directory / 'config.json'} describes no Qwen2.5-VL: {one_line(error)}"
             ) from None
