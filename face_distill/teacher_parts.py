@@ -10,12 +10,10 @@ Parts count only for the plan they were made by. A directory with another extrac
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 from face_distill.teacher import EMBEDDING, LABELS, MANIFEST, MAP
+from shared import lock
 from shared.errors import UserError, one_line
 from shared.files import (
     move_aside,
@@ -37,7 +36,6 @@ from shared.settings import differing
 STATUS = "status.json"
 _OURS = (EMBEDDING, MAP, LABELS, MANIFEST, STATUS, "parts")
 _MOST_PARTS = 1000  # more files than that would make a directory slow
-_DYING = 2.0  # seconds that the workers of a killed process, which share its lock, may live on
 
 log = logging.getLogger(__name__)
 
@@ -171,15 +169,8 @@ def locked(out: Path) -> Iterator[None]:
 
     Raises UserError when it cannot be written, or another live extraction holds it.
     """
+    handle = lock.take(out, "--out")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = os.open(out, os.O_RDONLY)
-        if not os.access(out, os.W_OK):
-            raise PermissionError("permission denied")
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be used: {one_line(error)}; type another") from None
-    try:
-        _take(handle, out)
         yield
     finally:
         os.close(handle)
@@ -205,19 +196,3 @@ def _is_complete(out: Path, num_rows: int) -> bool:
     except (OSError, ValueError, EOFError):
         return False
     return all(len(array) == num_rows for array in arrays)
-
-
-def _take(handle: int, out: Path) -> None:
-    deadline = time.monotonic() + _DYING
-    while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"--out {out} is in use by another extraction: wait for it, or type another"
-                ) from None
-            time.sleep(0.05)
-        except OSError:  # some network file systems lock no directories
-            return

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from shared.errors import UserError, one_line
+from shared.processes import is_alive
 
 _TEMPORARY = re.compile(r"\.tmp\.(\d+)$")
 
@@ -94,7 +95,7 @@ def cut_json_lines(path: Path, keep: Callable[[dict[str, Any]], bool]) -> None:
         write_text(path, "".join(line + "\n" for line in kept))
 
 
-def open_lock(run_dir: Path) -> int:
+def open_lock(run_dir: Path, flag: str = "--run-dir") -> int:
     """The descriptor of run.lock in `run_dir`; both are made. Raises UserError if they cannot be.
 
     Entry scripts call it (and close it) before they load anything slow.
@@ -105,7 +106,7 @@ def open_lock(run_dir: Path) -> int:
     except OSError as error:
         raise UserError(
             f"the run directory {run_dir} cannot be written: {one_line(error)}; choose another "
-            "--run-dir"
+            f"{flag}"
         ) from None
 
 
@@ -134,20 +135,6 @@ def remove_stale_temporaries(directory: Path) -> list[Path]:
             path.unlink(missing_ok=True)
             stale.append(path)
     return stale
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process with this id runs on this host (a zombie does not)."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    with contextlib.suppress(OSError):
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return state != "Z"
-    return True
 
 
 def is_file(path: Path) -> bool:

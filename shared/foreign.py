@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared import guard, lock, outcome
+from shared import guard, lock, outcome, processes
 from shared.child import Child
 from shared.config import option
 from shared.errors import DONE, FAILED, MISSING_TOOL, USER_ERROR, MissingToolError
@@ -87,7 +87,7 @@ class _Foreign:
         self._progress = progress or JsonLinesProgress(run_dir)
         self._status = Status(
             run_dir,
-            **{"recipe": options.recipe, "pid": os.getpid(), "log": outcome.log_file()},
+            **{"recipe": options.recipe, "log": outcome.log_file()},
             **{"command": shlex.join(command)},
             **{"step": 0, "total_steps": options.total_steps or None, "epoch": 0, "eta_s": None},
         )
@@ -99,7 +99,7 @@ class _Foreign:
     def run(self, env: Mapping[str, str] | None, handle: int) -> int:
         """Start the program under its guard and wait; the exit code of the run."""
         keeper = [sys.executable, guard.__file__, str(os.getpid()), str(self._timeout)]
-        older = guard.children()  # the log's tee, where a script has become this process
+        older = processes.children()  # the log's tee, where a script has become this process
         with Child() as child:  # to the end: the last words are not lost to a late signal
             self._status.write()
             # the guard shares the lock: no new run begins while it ends what a killed one has left

@@ -25,6 +25,7 @@ if __name__ == "__main__":  # imported, it leaves the importer's path as it is
 
 from shared.errors import FAILED
 from shared.prctl import adopt_orphans, die_with_parent
+from shared.processes import children
 
 KILLED = 128 + signal.SIGKILL
 PARENT_DIED = signal.SIGUSR1
@@ -101,6 +102,9 @@ class Family:
             self._asked_at = time.monotonic()
             self._kill_at = self._asked_at + self._seconds
             # also after Ctrl-C: Python's subprocess.run, which launchers use, kills its child then
+            if self._code is not None:  # it is collected, and its number may be another's
+                _send(children(), signal.SIGTERM)
+                return
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._pid, signal.SIGTERM)
 
@@ -141,16 +145,6 @@ def end_children(patience: float = _UNKILLABLE, spare: Collection[int] = ()) -> 
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
         time.sleep(0.02)
-
-
-def children() -> list[int]:
-    """This process's children."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            if int(entry.read_text().rpartition(")")[2].split()[1]) == os.getpid():
-                found.append(int(entry.parent.name))
-    return found
 
 
 def _send(pids: list[int], number: signal.Signals) -> None:

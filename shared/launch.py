@@ -24,7 +24,7 @@ from typing import NoReturn
 if __name__ == "__main__":  # imported, it leaves the importer's path as it is
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
-from shared import logs, outcome
+from shared import logs, outcome, processes
 from shared.config import ProcessOptions, option, parse, parse_known
 from shared.device import check_mask, present_gpus, visible_gpus
 from shared.errors import (
@@ -33,6 +33,7 @@ from shared.errors import (
     UserError,
     one_line,
 )
+from shared.files import write_json
 from shared.flags import dashed
 from shared.outcome import Failure
 from shared.prctl import die_with_parent
@@ -172,7 +173,7 @@ def _work(main: Main, argv: list[str]) -> NoReturn:
     _settle_for_cpu()
     if ours:
         pid_file = Path(os.environ[outcome.NOTES]) / f"pid.{rank}"
-        pid_file.write_text(str(os.getpid()))
+        write_json(pid_file, processes.describe(os.getpid()), durable=False)
     result = _guard(main, argv, rank)
     if not isinstance(result, Failure):
         if not ours and rank == 0:

@@ -17,9 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shared import processes
 from shared.errors import one_line
 from shared.files import is_file
-from shared.run_view import is_that_process, log_lines
+from shared.run_view import log_lines
 
 PAGES = "pages"  # of a run directory: the pictures and tables that a recipe adds to the report
 EVALUATION = "evaluation"  # where its evaluate.py writes: of what lies there, the pages
@@ -155,13 +156,12 @@ def _object(path: Path, problems: list[str]) -> dict[str, Any]:
 
 def _state(status: dict[str, Any]) -> str:
     """How the run stands, as its status says it and its process bears out."""
-    state, pid, began = (status.get(name) for name in ("state", "pid", "started_at"))
+    state = status.get("state")
     if state not in ("done", "stopped", "failed", "running"):
         return "unknown"
-    if state == "running" and status.get("host") == socket.gethostname() and type(pid) is int:
-        began = began if isinstance(began, str) else None
-        if not (0 < pid < 2**31 and is_that_process(pid, began)):
-            return "killed"
+    is_here = status.get("host") == socket.gethostname()
+    if state == "running" and is_here and not processes.is_same(status):
+        return "killed"
     return str(state)
 
 

@@ -17,8 +17,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from shared import lock
-from shared.files import is_alive, read_object
+from shared import lock, processes
+from shared.files import read_object
 
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
 RUNNING, STARTING, STALE = "running", "starting", "stale"
@@ -103,11 +103,11 @@ def view(run_dir: Path) -> View:
 
 # What a status says, by its types: a file that was damaged or written by hand may say anything.
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("recipe", "state", "reason", "host", "log"), str),
+    **dict.fromkeys(("recipe", "state", "reason", "host", "log", "pid_born"), str),
     **dict.fromkeys(("started_at", "updated_at"), str),
     **dict.fromkeys(("pid", "exit_code", "world_size", "step", "total_steps", "epoch"), int),
     **dict.fromkeys(("eta_s", "memory_bytes"), (int, float)),
-    **{"last": dict, "result": dict, "outputs": list},
+    **{"last": dict, "result": dict, "outputs": list, "pid_command": list},
 }
 
 
@@ -133,19 +133,6 @@ _COPIED = (
 )
 
 
-def is_that_process(pid: int | None, started_at: str | None) -> bool:
-    """Whether `pid` lives on this host and is as old as the run: numbers are given out again."""
-    if not pid or not is_alive(pid):
-        return False
-    try:
-        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-        booted = re.search(r"^btime (\d+)", Path("/proc/stat").read_text(), re.M)
-    except (OSError, IndexError, ValueError):
-        return True  # not Linux: the number has to do
-    born = int(booted[1] if booted else 0) + ticks / os.sysconf("SC_CLK_TCK")
-    return not started_at or born <= _seconds(started_at) + 2.0
-
-
 def warnings_of(log: str | None, number: int = 5) -> list[str]:
     """The last lines of a log that warn or tell of an error."""
     found = [line for line in log_lines(log) if _WARNING.search(line)]
@@ -169,14 +156,14 @@ def _state(run_dir: Path, status: dict[str, Any], rows: _Rows) -> tuple[str, str
     """The state that the files and the machine agree on, and what is worth saying about it."""
     said, pid, host = status.get("state"), status.get("pid"), status.get("host")
     is_here = host in (None, socket.gethostname())
-    is_there = is_here and is_that_process(pid, status.get("started_at"))
+    is_there = is_here and processes.is_same(status)
     if is_here and not is_there and lock.is_held(run_dir):
         return STARTING, "a process holds the directory: a run begins, or its last one is ending"
     if said != RUNNING:
         known = said in (DONE, FAILED, STOPPED)
         return (str(said), "") if known else (STALE, "status.json is missing or not readable")
     if is_here and not is_there:
-        return STALE, f"process {pid} is gone without a word; the same command goes on"
+        return STALE, f"process {pid} not found; the same command continues the run"
     age = _age(status) or 0.0
     limit = max(_SILENCE, _STEPS_OF_SILENCE / (rows.last.get("steps_per_s") or 1.0))
     where = "" if is_here else f"on {host}, whose processes cannot be seen from here"

@@ -1,19 +1,20 @@
 """status.json: where a run is and how it ended, for people, monitors and the launcher.
 
-Fields: schema recipe state(running|done|stopped|failed) exit_code reason pid host world_size step
-total_steps epoch eta_s started_at updated_at last{} best{} result{} outputs[] log memory_bytes
-data{}. Standard library only.
+Fields: schema recipe state(running|done|stopped|failed) exit_code reason pid host pid_born
+pid_command[] world_size step total_steps epoch eta_s started_at updated_at last{} best{} result{}
+outputs[] log memory_bytes data{}. Standard library only.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import socket
+import os
 import time
 from pathlib import Path
 from typing import Any
 
+from shared import processes
 from shared.files import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -22,9 +23,12 @@ _EVERY = 2.0  # seconds between updates while training
 
 
 class Status:
-    """The status of one run, kept in `run_dir/status.json` by rank 0."""
+    """The status of one run, kept in `run_dir/status.json` by rank 0.
 
-    def __init__(self, run_dir: Path, **fields: Any) -> None:
+    pid: the process to signal in order to stop the run; by default this one.
+    """
+
+    def __init__(self, run_dir: Path, *, pid: int | None = None, **fields: Any) -> None:
         self._path = run_dir / "status.json"
         self._written_at = -math.inf
         self.fields: dict[str, Any] = {
@@ -32,7 +36,7 @@ class Status:
             "state": "running",
             "exit_code": None,
             "reason": None,
-            "host": socket.gethostname(),
+            **processes.describe(pid or os.getpid()),
             "started_at": now(),
             "last": {},
             "best": {},

@@ -7,6 +7,7 @@ workers' death signal follows the thread that forked them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -18,10 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from shared import outcome
+from shared import outcome, processes
 from shared.config import ProcessOptions
 from shared.errors import DONE, FAILED, INTERRUPTED, STOPPED, UserError, one_line
-from shared.files import is_alive, read_json
+from shared.files import read_json, read_object
 from shared.outcome import Failure
 
 log = logging.getLogger(__name__)
@@ -75,12 +76,10 @@ class _Stops:
     def kill_workers(self) -> None:
         """SIGKILL to every worker's process group that still lives."""
         for path in self._notes.glob("pid.*"):
-            pid = int(path.read_text() or 0)
-            if pid and is_alive(pid):
-                try:
-                    os.killpg(pid, signal.SIGKILL)
-                except (ProcessLookupError, PermissionError):
-                    continue
+            noted = read_object(path)
+            if processes.is_same(noted):  # one that has ended may have left its number to another
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(noted["pid"], signal.SIGKILL)
 
 
 def _agent_options(options: ProcessOptions, count: int, notes: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -36,7 +37,7 @@ from multimodal import (
 )
 from multimodal import embed as multimodal_embed
 from multimodal import model as multimodal_model
-from shared import download, fetched, modelscope, safe_html, settings, stages
+from shared import download, fetched, lock, modelscope, safe_html, settings, stages
 from shared.distributed import World
 from shared.foreign_log import JsonLinesProgress
 from shared.transport import DownloadError
@@ -238,7 +239,7 @@ def _read_cache(directory: Path) -> None:
 
 def _continue_swift(directory: Path) -> None:
     runs._why_not(directory, {"seed": 1})
-    runs.refuse_live(directory)
+    os.close(lock.take(directory))
     runs.named(directory)
 
 

@@ -33,7 +33,7 @@ from unittest import mock
 
 import torch
 
-from shared import checkpoint, files
+from shared import checkpoint, files, processes
 from shared import launch as launching
 from shared import outcome as outcomes
 from shared.files import read_json, read_json_lines
@@ -102,7 +102,7 @@ class Running:
     def processes(self) -> list[int]:
         """The run's live processes; one that is dying, and holds its locks still, is among them."""
         found = processes_of(self.token)
-        self._seen = {pid for pid in self._seen if files.is_alive(pid)} | set(found)
+        self._seen = {pid for pid in self._seen if processes.is_alive(pid)} | set(found)
         return sorted(self._seen)
 
     def signal(self, number: int, *, group: bool = False) -> None:

@@ -23,15 +23,16 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
-from shared import lock, logs, run_text
+from shared import lock, logs, processes, run_text
 from shared.config import option, parse
 from shared.errors import DONE, FAILED, USER_ERROR, UserError, did_you_mean
-from shared.run_view import RUNNING, STALE, STARTING, View, is_that_process, log_lines, view
+from shared.files import read_object
+from shared.run_view import RUNNING, STALE, STARTING, View, log_lines, view
 
 ROOT = Path(__file__).resolve().parents[2]
 # where each recipe's documented runs, and those that were moved aside, keep their status
@@ -144,14 +145,21 @@ def beginning(recipes: list[str], root: Path, known: list[View]) -> list[View]:
     found = []
     for path in (root / recipe / place / "run.pid" for recipe in recipes for place in LOGS):
         with contextlib.suppress(OSError, ValueError):
-            pid, written = int(path.read_text()), path.stat().st_mtime
-            moment = datetime.fromtimestamp(written, UTC).isoformat()
-            if is_that_process(pid, moment) and pid not in [other.pid for other in known]:
+            pid = int(path.read_text())
+            if _is_script_of(root, path, pid) and pid not in [other.pid for other in known]:
                 log = str((path.parent / "latest.log").resolve())
                 recipe = path.relative_to(root).parts[0]
                 note = "the run has no status yet: models and data are being loaded"
                 found.append(View(str(path.parent), STARTING, note, recipe, pid=pid, log=log))
     return found
+
+
+def _is_script_of(root: Path, pid_file: Path, pid: int) -> bool:
+    """Whether a process wrote `pid_file`: it is older, and runs something of the recipe."""
+    born, recipe = processes.born_at(pid), root / pid_file.relative_to(root).parts[0]
+    if not processes.is_alive(pid) or born is None or born > pid_file.stat().st_mtime + 1:
+        return False
+    return processes.runs_below(pid, recipe)
 
 
 def seen(run_dir: Path) -> View:
@@ -291,25 +299,30 @@ def tail(run: View, every: float) -> None:
 def stop(run: View) -> int:
     """Send SIGTERM to the run's launcher and wait until it has saved and left; the exit code.
 
-    Raises UserError for a run on another host.
+    Raises UserError when that process cannot be proven to be the run's.
     """
+    run_dir = Path(run.run_dir)
+    status = read_object(run_dir / "status.json")
+    if run.state in ENDED:
+        raise UserError(f"nothing to stop: {run_text.short(run)}")
     if run.host not in (None, os.uname().nodename):
         raise UserError(f"the run is on {run.host}: stop it there with kill -TERM {run.pid}")
-    if run.state in ENDED or not is_that_process(run.pid, run.started_at):
-        raise UserError(f"nothing to stop: {run_text.short(run)}")
-    pid = run.pid or 0
+    pid = run.pid or 1
+    if not processes.is_same(status) or pid == 1 or not lock.is_held_by(run_dir, pid):
+        raise UserError(
+            f"nothing was signalled: process {run.pid} is not known to be the run in {run_dir} (it "
+            "is gone, or the run has not taken its directory yet); a process that you know is "
+            "stopped with kill -TERM"
+        )
     os.kill(pid, signal.SIGTERM)
     print(f"SIGTERM to process {pid}: it saves and leaves", flush=True)
     deadline = time.monotonic() + PATIENCE
-    while is_that_process(pid, run.started_at):
+    while processes.is_same(status):
         if time.monotonic() > deadline:
             print(f"process {pid} has not ended in {PATIENCE:.0f} s", file=sys.stderr)
             return FAILED
         time.sleep(0.1)
-    ended = view(Path(run.run_dir))
-    if run.step is None:
-        print(f"process {pid} has ended before its first step; its log: {run.log}")
-        return DONE
+    ended = view(run_dir)
     print(f"{run_text.headline(ended)}: {ended.reason or ended.note}")
     return DONE if ended.state in ("done", "stopped") else FAILED
 

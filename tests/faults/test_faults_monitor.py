@@ -136,7 +136,7 @@ def test_a_run_that_was_killed_is_stale_and_cannot_be_stopped(tmp_path):
         running.finish()
     found = watch(run_dir)
     assert (found.code, found.text.splitlines()[0]) == (1, "probe: STALE")
-    assert f"process {running.pid} is gone" in found.text
+    assert f"process {running.pid} not found" in found.text
     assert watch(run_dir, "--stop").code == 2
     assert status_of(run_dir)["state"] == "running"  # looking changes nothing
 

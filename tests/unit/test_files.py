@@ -7,7 +7,7 @@ from typing import IO
 
 import pytest
 
-from shared import files
+from shared import files, processes
 from shared.errors import UserError
 
 
@@ -113,10 +113,10 @@ def test_temporaries_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path)
 def test_a_zombie_is_not_alive() -> None:
     process = subprocess.Popen([sys.executable, "-S", "-c", ""])
     os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and not yet waited for
-    assert not files.is_alive(process.pid)
+    assert not processes.is_alive(process.pid)
     process.wait()
-    assert files.is_alive(os.getpid())
-    assert not files.is_alive(process.pid)
+    assert processes.is_alive(os.getpid())
+    assert not processes.is_alive(process.pid)
 
 
 def test_move_aside_takes_the_first_free_number_and_keeps_what_is_named(tmp_path: Path) -> None:

@@ -136,10 +136,18 @@ def test_a_script_that_still_loads_its_models_is_seen_by_its_pid_file(house, cap
     logs.mkdir()
     (logs / "training_1.log").write_text("2026 | ERROR: none yet\n")
     (logs / "latest.log").symlink_to("training_1.log")
-    (logs / "run.pid").write_text(f"{os.getpid()}\n")
-    code, text = run(capsys, house, "--recipe", "lavic")
+    (house / "lavic/train.py").write_text("import time; time.sleep(600)")
+    with subprocess.Popen([sys.executable, str(house / "lavic/train.py")]) as script:
+        (logs / "run.pid").write_text(f"{script.pid}\n")
+        code, text = run(capsys, house, "--recipe", "lavic")
+        refused, why = run(capsys, house, "--recipe", "lavic", "--stop")
+        (logs / "run.pid").write_text(f"{os.getpid()}\n")  # alive, and of no recipe
+        other = run(capsys, house, "--recipe", "lavic")[1]
+        script.kill()
     assert (code, text.splitlines()[0]) == (0, "lavic: STARTING")
     assert str(logs / "training_1.log") in text
+    assert (refused, "has not taken its directory yet" in why) == (2, True)
+    assert "STARTING" not in other
     # once it has a status, that tells more
     write(house / "lavic/src/out_distilled", recipe="lavic")
     assert run(capsys, house, "--recipe", "lavic")[1].startswith("lavic: RUNNING")
@@ -177,17 +185,6 @@ def test_a_run_on_another_host_is_stopped_there(tmp_path, capsys):
     code, text = run(capsys, tmp_path, "--stop", str(tmp_path))
     assert code == 2
     assert f"on elsewhere: stop it there with kill -TERM {os.getpid()}" in text
-
-
-def test_a_process_that_has_the_number_by_chance_is_not_stopped(tmp_path, capsys):
-    other = subprocess.Popen(["sleep", "60"])
-    try:
-        write(tmp_path, pid=other.pid, started_at="2001-01-01T00:00:00Z")
-        assert run(capsys, tmp_path, "--stop", str(tmp_path))[0] == 2
-        assert other.poll() is None
-    finally:
-        other.kill()
-        other.wait()
 
 
 def test_the_menu_answers_its_six_words(tmp_path, capsys, monkeypatch):

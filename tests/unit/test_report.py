@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import report, report_comparison, report_curves, run_record, status
+from shared import processes, report, report_comparison, report_curves, run_record, status
 from shared.errors import UserError
 from shared.page import Page, line_chart, table, thumbnail
 from shared.safe_html import harmless
@@ -231,8 +231,7 @@ def test_an_output_in_the_run_directory_is_named_from_there(run_dir):
         (
             {
                 "state": "running",
-                "pid": os.getpid(),
-                "host": socket.gethostname(),
+                **processes.describe(os.getpid()),
                 "eta_s": 200.0,
                 "started_at": status.now(),
             },

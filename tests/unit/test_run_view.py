@@ -2,7 +2,6 @@ import fcntl
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from shared import run_view
-from shared.run_view import is_that_process, log_lines, view, warnings_of
+from shared import processes
+from shared.run_view import log_lines, view, warnings_of
 
 
 def write(run_dir: Path, age: float = 0.0, **fields: Any) -> Path:
@@ -20,7 +19,8 @@ def write(run_dir: Path, age: float = 0.0, **fields: Any) -> Path:
     stamp = lambda seconds: time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))  # noqa: E731
     status = {
         **{"schema": 1, "recipe": "probe", "state": "running", "exit_code": None, "reason": None},
-        **{"pid": os.getpid(), "host": socket.gethostname(), "world_size": 2, "step": 30},
+        **processes.describe(os.getpid()),
+        **{"world_size": 2, "step": 30},
         **{"total_steps": 120, "epoch": 1, "eta_s": 90.0, "last": {}, "best": {}, "outputs": []},
         **{"started_at": stamp(time.time() - age), "updated_at": stamp(time.time() - age)},
         **{"memory_bytes": 7 << 20, "log": None},
@@ -68,21 +68,19 @@ def test_an_ended_run_is_what_its_status_says(tmp_path, gone, state, code):
 def test_a_run_whose_process_is_gone_is_stale(tmp_path, gone):
     seen = view(write(tmp_path, pid=gone))
     assert seen.state == "stale"
-    assert f"process {gone} is gone" in seen.note
+    assert f"process {gone} not found" in seen.note
 
 
 def test_a_run_whose_number_was_given_out_again_is_stale(tmp_path):
-    started = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() - 86400))
-    # our own process is younger than that run
-    assert view(write(tmp_path, started_at=started)).state == "stale"
+    assert view(write(tmp_path, pid_born="an earlier boot 17")).state == "stale"
+    assert view(write(tmp_path, pid_command=["python", "another.py"])).state == "stale"
 
 
 @pytest.mark.parametrize(
     ("age", "steps_per_s", "state"),
     [(500, 10.0, "running"), (700, 10.0, "stale"), (700, 0.02, "running"), (1100, 0.02, "stale")],
 )
-def test_silence_counts_by_the_time_of_a_step(tmp_path, monkeypatch, age, steps_per_s, state):
-    monkeypatch.setattr(run_view, "is_that_process", lambda *_: True)
+def test_silence_counts_by_the_time_of_a_step(tmp_path, age, steps_per_s, state):
     log(tmp_path, train(1, loss=1.0, steps_per_s=steps_per_s))
     seen = view(write(tmp_path, age))
     assert seen.state == state
@@ -110,19 +108,10 @@ def test_a_status_that_cannot_be_read_is_stale(tmp_path, text):
     assert view(tmp_path).state == "stale"
 
 
-def test_the_time_left_runs_on_between_heartbeats(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_view, "is_that_process", lambda *_: True)
+def test_the_time_left_runs_on_between_heartbeats(tmp_path):
     assert view(write(tmp_path, 40)).eta_s == pytest.approx(50, abs=2)
     assert view(write(tmp_path, 100)).eta_s == 0.0
     assert view(write(tmp_path, eta_s=None)).eta_s is None
-
-
-def test_a_process_is_the_runs_when_it_lives_and_is_as_old(gone):
-    now = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    assert is_that_process(os.getpid(), now)
-    assert not is_that_process(os.getpid(), "2001-01-01T00:00:00Z")
-    assert not is_that_process(gone, now)
-    assert not is_that_process(None, now)
 
 
 # the numbers

@@ -13,6 +13,7 @@ import pytest
 
 from face_distill import teacher_parts
 from face_distill.teacher_parts import Parts
+from shared import lock
 from shared.errors import UserError
 from tests.harness import ROOT
 
@@ -177,7 +178,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_computed(tmp_pat
 
 
 def test_two_extractions_into_one_directory_do_not_meet(tmp_path, monkeypatch):
-    monkeypatch.setattr(teacher_parts, "_DYING", 0.1)
+    monkeypatch.setattr(lock, "_DYING", 0.1)
     holder = (
         "import sys, pathlib; from face_distill.teacher_parts import locked\n"
         "with locked(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
@@ -187,19 +188,19 @@ def test_two_extractions_into_one_directory_do_not_meet(tmp_path, monkeypatch):
     with subprocess.Popen(command, cwd=ROOT, **pipes) as other:
         assert other.stdout.readline() == b"held\n"
         with (
-            pytest.raises(UserError, match="in use by another extraction"),
+            pytest.raises(UserError, match="in use by a live run"),
             teacher_parts.locked(tmp_path),
         ):
             pytest.fail("both hold it")
         other.stdin.close()
     with teacher_parts.locked(tmp_path):
-        assert list(tmp_path.iterdir()) == []  # the lock leaves no file among the features
+        assert [path.name for path in tmp_path.iterdir()] == ["run.lock"]
 
 
 def test_an_out_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "out").write_text("")
     with (
-        pytest.raises(UserError, match=r"--out .*out cannot be used"),
+        pytest.raises(UserError, match=r"out cannot be written.* choose another --out"),
         teacher_parts.locked(tmp_path / "out"),
     ):
         pytest.fail("a file is no directory")

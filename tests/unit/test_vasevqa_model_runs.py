@@ -110,14 +110,6 @@ def test_resume_from_checkpoint_keeps_the_run_it_belongs_to(tmp_path):
     assert named.is_dir()
 
 
-def test_a_live_run_is_left_alone(tmp_path):
-    write_json(tmp_path / "status.json", {"state": "running", "pid": os.getpid()})
-    with pytest.raises(UserError, match=f"live run .pid {os.getpid()}"):
-        runs.refuse_live(tmp_path)
-    write_json(tmp_path / "status.json", {"state": "running", "pid": 2**22 + 1})
-    runs.refuse_live(tmp_path)
-
-
 # --- merging --------------------------------------------------------------------------------------
 
 

@@ -7,8 +7,6 @@ writer. In memory lie the digests (24 bytes a picture); the embeddings are mappe
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import logging
 import os
@@ -21,6 +19,7 @@ from numpy.typing import NDArray
 
 from shared.errors import UserError, one_line
 from shared.files import write_atomic
+from shared.lock import try_to_lock
 
 log = logging.getLogger(__name__)
 
@@ -124,8 +123,7 @@ class EmbeddingCache:
         number = 0
         while True:
             stream = (self._dir / f"{number:04d}.rows").open("a+b")
-            with contextlib.suppress(OSError):
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if try_to_lock(stream.fileno()):
                 whole = stream.tell() // self._row.itemsize * self._row.itemsize
                 os.ftruncate(stream.fileno(), whole)
                 return stream

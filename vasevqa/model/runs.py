@@ -19,7 +19,7 @@ from typing import Any
 
 from shared.device import driver_version, present_gpus
 from shared.errors import UserError
-from shared.files import is_alive, move_aside, read_json, write_json
+from shared.files import move_aside, read_json, write_json
 from vasevqa.model import swift_flags
 from vasevqa.model.needs import broken_safetensors
 from vasevqa.model.paths import RESUME_WORDS
@@ -176,21 +176,6 @@ def named(path: Path) -> Checkpoint:
     if found is None:
         raise UserError(f"{path} is no whole checkpoint (trainer_state.json or weights): name one")
     return found
-
-
-def refuse_live(run_dir: Path) -> None:
-    """Raise UserError when a run is at work in the directory."""
-    status = read_json(run_dir / "status.json")
-    if isinstance(status, dict) and _is_live(status):
-        raise UserError(
-            f"{run_dir} is in use by a live run (pid {status['pid']}); wait for it, stop it with "
-            f"kill -TERM {status['pid']}, or type another --output_dir"
-        )
-
-
-def _is_live(status: dict[str, Any]) -> bool:
-    pid = status.get("pid")
-    return status.get("state") == "running" and isinstance(pid, int) and is_alive(pid)
 
 
 def _why_not(run_dir: Path, identity: dict[str, Any]) -> str:

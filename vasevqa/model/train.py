@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root,
 
 from shared import logs
 from shared.errors import DONE, USER_ERROR
-from shared.files import open_lock
 from shared.launch import launch_alone
 
 if TYPE_CHECKING:
@@ -100,13 +99,13 @@ def _check_and_run(plan: "Plan") -> int:
 
 
 def _run(plan: "Plan", found: "Findings", steps: int) -> int:
+    from shared import lock
     from vasevqa.model import runs, training_files
 
     if "dry_run" in plan.own:
         sys.stdout.write(f"swift {shlex.join(plan.command)}\n")
         return DONE
-    runs.refuse_live(plan.output_dir)
-    os.close(open_lock(plan.output_dir))
+    os.close(lock.take(plan.output_dir, "--output_dir"))  # before anything there is changed
     continued = runs.begin(plan)
     runs.describe(plan)
     ready, root = training_files.given_to_swift(continued, found.files)
