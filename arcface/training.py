@@ -49,9 +49,18 @@ class Job:
 
 def train(job: Job) -> int:
     """Train, validate, save; the exit code."""
-    options, recipe = job.stored.run, job.recipe
-    _check_best(recipe)
+    options = job.stored.run
+    _check_best(job.recipe)
     world = distributed.setup(options.device, options.timeout)
+    with Run(job.stored, world, job.run_dir, "arcface") as run:
+        code = _train(job, world, run)
+    distributed.cleanup(world)
+    return code
+
+
+def _train(job: Job, world: World, run: Run) -> int:
+    """What is trained on, the learner, and the loop; the exit code."""
+    options, recipe = job.stored.run, job.recipe
     seed.seed_all(options.seed)
     torch.backends.cudnn.benchmark = recipe.cudnn_benchmark
     if world.device.type == "cpu":
@@ -70,14 +79,7 @@ def train(job: Job) -> int:
         recipe.lr_for(total_batch),
         sum(p.numel() for part in (learner.encoder, learner.head) for p in part.parameters()) / 1e6,
     )
-    steps = recipe.epochs * data.steps_per_epoch
-    plan = Plan(  # the lines are log_lines.py's
-        "arcface", steps, total_batch, lines=False, data=_counts(data, test)
-    )
-    with Run(job.stored, world, job.run_dir, plan) as run:
-        code = _loop(job, world, run, learner, data, test)
-    distributed.cleanup(world)
-    return code
+    return _loop(job, world, run, learner, data, test)
 
 
 def _counts(data: TrainingData, test: tuple[Split, Split] | None) -> dict[str, int]:
@@ -102,7 +104,9 @@ def _loop(
     lines = TrainLines(recipe.log_interval, data.steps_per_epoch, recipe.epochs, world)
     files = EpochFiles(job.run_dir, "last.pt", recipe.checkpoints, recipe.epochs)
     parts = {**learner.parts(), "amp": amp, "record": record}
-    position = run.restore(parts)
+    steps, batch = recipe.epochs * data.steps_per_epoch, recipe.train.batch_size * world.size
+    plan = Plan(steps, batch, lines=False, data=_counts(data, test))  # log_lines.py has the lines
+    position = run.restore(parts, plan)
     _settle(world, files, position, record, learner)
     if test and recipe.val_before_train and position.step == 0:
         record.before = _validate(recipe, world, run, learner, data, test, amp)

@@ -102,7 +102,11 @@ def _make_room(out: Path) -> None:
         return
     if not out.is_dir() or not is_export(out):
         raise UserError(f"--out {out} holds something else than an export: choose another --out")
-    log.info("%s held another export, which is now in %s", out, move_aside(out))
+    log.info(
+        "%s held another export, which is now in %s",
+        out,
+        move_aside(out, [path.name for path in out.iterdir()]),
+    )
 
 
 if __name__ == "__main__":

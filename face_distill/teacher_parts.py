@@ -182,8 +182,7 @@ def _clear(out: Path, plan: dict[str, Any], found: Any) -> None:
     if not any(path.exists() for path in features) and not list((out / "parts").glob("*.npz")):
         shutil.rmtree(out / "parts", ignore_errors=True)
         return
-    others = [entry.name for entry in out.iterdir() if entry.name not in _OURS]
-    aside = move_aside(out, keep=tuple(others))
+    aside = move_aside(out, [name for name in _OURS if (out / name).exists()])
     why = "they were not made by this command"
     if isinstance(found, dict):
         why = "; ".join(differing(found, plan)) or "they are not complete"

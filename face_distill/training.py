@@ -30,22 +30,28 @@ log = logging.getLogger(__name__)
 def train(cfg: Config) -> int:
     """Train the adapters and the ArcFace head; the exit code."""
     world = distributed.setup(cfg.run.device, cfg.run.timeout)
+    with Run(
+        cfg, world, cfg.run_dir, "face_distill", last="last.pth", tensorboard=cfg.tensorboard
+    ) as run:
+        code = _train(cfg, world, run)
+    distributed.cleanup(world)
+    return code
+
+
+def _train(cfg: Config, world: World, run: Run) -> int:
+    """The faces, the student, and the loop; the exit code."""
     seed.seed_all(cfg.run.seed)
     data = open_batches(cfg)
     distiller = build(cfg, data, world)
     data.input_size = distiller.student.image_size
     steps = steps_per_epoch(data.num_training, cfg.batch_size // world.size, world.size)
-    plan = Plan(
-        "face_distill", cfg.epochs * steps, cfg.batch_size, cfg.tensorboard, "last.pth",
-        data=data.counts,
-    )  # fmt: skip
-    with Run(cfg, world, cfg.run_dir, plan) as run:
-        code = _loop(cfg, world, run, distiller, data)
-    distributed.cleanup(world)
-    return code
+    plan = Plan(cfg.epochs * steps, cfg.batch_size, data=data.counts)
+    return _loop(cfg, world, run, plan, distiller, data)
 
 
-def _loop(cfg: Config, world: World, run: Run, distiller: Distiller, data: FaceBatches) -> int:
+def _loop(
+    cfg: Config, world: World, run: Run, plan: Plan, distiller: Distiller, data: FaceBatches
+) -> int:
     student, wrapped = distiller.student, distributed.wrap(distiller, world)
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -55,7 +61,7 @@ def _loop(cfg: Config, world: World, run: Run, distiller: Distiller, data: FaceB
     stopping, mean_loss = EarlyStopping(cfg.patience), Mean(world.device)
     parts = {"optimizer": optimizer, "schedule": schedule, "amp": amp, "stopping": stopping}
     parts |= {"student": students.Trainable(student), "mean_loss": mean_loss, **head.parts}
-    position = run.restore(parts)
+    position = run.restore(parts, plan)
     before = students.verify_before(cfg, world, student, position.step)
     while position.epoch < cfg.epochs and not stopping.should_stop:
         arc_only = position.epoch < cfg.warmup_epochs

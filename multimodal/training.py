@@ -35,11 +35,12 @@ log = logging.getLogger(__name__)
 def train(cfg: Config) -> int:
     """Train through the stages; the exit code."""
     world = distributed.setup(cfg.run.device, cfg.run.timeout)
-    seed.seed_all(cfg.run.seed)
-    training = Training(cfg, world)
-    steps, rows = training.total_steps, training.rows
-    plan = Plan("multimodal", steps, rows, cfg.tensorboard, data=training.sources.sizes)
-    with Run(cfg, world, cfg.run_dir, plan) as run, _log_file(cfg.run_dir, world):
+    with (
+        Run(cfg, world, cfg.run_dir, "multimodal", tensorboard=cfg.tensorboard) as run,
+        _log_file(cfg.run_dir, world),
+    ):
+        seed.seed_all(cfg.run.seed)
+        training = Training(cfg, world)
         training.announce()
         reports, metrics = cfg.run_dir / "reports", cfg.run_dir / "metrics.jsonl"
         facts = training.facts()
@@ -54,7 +55,8 @@ def train(cfg: Config) -> int:
 
 def _loop(training: Training, run: Run, report: Report) -> int:
     cfg, world, parts = training.cfg, training.world, training.parts
-    position = run.restore(parts)
+    plan = Plan(training.total_steps, training.rows, data=training.sources.sizes)
+    position = run.restore(parts, plan)
     files = _checkpoint_files(training)
     if position.step == 0:
         training.history.before = _recalls(training)

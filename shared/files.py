@@ -9,7 +9,7 @@ import contextlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -137,6 +137,11 @@ def remove_stale_temporaries(directory: Path) -> list[Path]:
     return stale
 
 
+def is_temporary(name: str) -> bool:
+    """Whether `write_atomic` gives such a name to a file that it has not put in place yet."""
+    return _TEMPORARY.search(name) is not None
+
+
 def is_file(path: Path) -> bool:
     """Whether there is such a file; False also for what no file can be called."""
     try:
@@ -145,18 +150,17 @@ def is_file(path: Path) -> bool:
         return False
 
 
-def move_aside(path: Path, keep: tuple[str, ...] = ()) -> Path:
-    """Move what is in the directory `path` to the first free `path.1`, `path.2`, …
+def move_aside(path: Path, names: Iterable[str]) -> Path:
+    """Move the entries `names` of the directory `path` to the first free `path.1`, `path.2`, …
 
-    `path` itself stays, with the entries named in `keep`. Returns the new directory.
+    What else is in `path` stays. Returns the new directory.
     """
     number = 1
     while (aside := path.with_name(f"{path.name}.{number}")).exists():
         number += 1
     aside.mkdir()
-    for entry in sorted(path.iterdir()):
-        if entry.name not in keep:
-            entry.rename(aside / entry.name)
+    for name in sorted(names):
+        (path / name).rename(aside / name)
     return aside
 
 

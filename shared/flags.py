@@ -108,6 +108,15 @@ def _add_flag(parser: Any, setting: Setting) -> None:
         parser.add_argument(*names, choices=typing.get_args(kind), **options)
     elif typing.get_origin(setting.kind) is tuple:
         parser.add_argument(*names, nargs="+", action=_Extend, metavar="TEXT", **options)
+    elif kind is Path:
+        parser.add_argument(*names, type=_typed_path, metavar="PATH", **options)
     else:
-        word = {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kind]
+        word = {int: "N", float: "X", str: "TEXT"}[kind]
         parser.add_argument(*names, type=reader_of(kind), metavar=word, **options)
+
+
+def _typed_path(text: str) -> Any:
+    """The path of a flag; an empty one, as of a variable that is not set, is refused by name."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the path is empty (an unset variable?): name one")
+    return reader_of(Path)(text)

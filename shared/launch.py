@@ -180,7 +180,7 @@ def _work(main: Main, argv: list[str]) -> NoReturn:
             outcome.close_with_status(result)
         _leave(result)
     outcome.leave_word(result)
-    if not ours and (rank == 0 or result.kind != "user"):
+    if not ours and (rank == 0 or result.kind not in ("user", "stopped")):
         outcome.report(result, outcome.run_dir())
     _leave(result.code)
 

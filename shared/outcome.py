@@ -44,12 +44,21 @@ _TIMED_OUT = re.compile(
 
 
 class StopNow(BaseException):
-    """The second stop signal: leave without saving. The last checkpoint is whole."""
+    """A stop signal that saves nothing: the second one, or one before the first step.
+
+    code: of the process that leaves by it.
+    """
+
+    def __init__(self, text: str, code: int = FAILED) -> None:
+        super().__init__(text)
+        self.code = code
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How a process ended badly. kind: user, error, timeout or peer_lost (a consequence)."""
+    """How a process ended badly. kind: user, error, timeout, peer_lost (a consequence) or stopped
+    (by a signal, before there was anything to save).
+    """
 
     rank: int
     code: int
@@ -108,6 +117,11 @@ def leave_page(run_dir: Path | None) -> None:
 
 def report(failure: Failure, run_dir: Path | None) -> int:
     """Print a failure once, at the end of the output, close the run's status; its exit code."""
+    if failure.kind == "stopped":
+        status.close(run_dir, failure.code, failure.message, "stopped")
+        leave_page(run_dir)
+        closing_line(failure.code, failure.message)
+        return failure.code
     if failure.kind == "user":
         status.close(run_dir, failure.code, failure.message)
         leave_page(run_dir)
@@ -142,7 +156,8 @@ def failure_of(error: BaseException, rank: int = 0) -> Failure:
         text = "interrupted before training began"
         return Failure(rank, INTERRUPTED, "user", text, at=time.time())
     if isinstance(error, StopNow):
-        return Failure(rank, FAILED, "error", str(error), at=time.time())
+        kind = "error" if error.code == FAILED else "stopped"
+        return Failure(rank, error.code, kind, str(error), at=time.time())
     text = _essence(error)
     kind = (
         "timeout"

@@ -7,45 +7,37 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared import outcome, status
 from shared.checkpoint import Position
 from shared.device import memory_in_use
 from shared.metrics import Metrics
 from shared.progress import Progress
+from shared.status import Status, finite
 
 
 @dataclass(frozen=True)
 class Plan:
     """What a run is going to do."""
 
-    recipe: str
     total_steps: int
     samples_per_step: int = 0  # over all processes, for the throughput
-    tensorboard: Path | None = None  # default: tensorboard/ in the run directory
-    last: str = "last.pt"  # name of the checkpoint that a resume continues from
     lines: bool = True  # progress lines in logs; False where the recipe writes its own
     data: Mapping[str, Any] = field(default_factory=dict)  # counts of what is trained on
 
 
 class Reporter:
-    """The sinks of one run, from `start` on; what was recorded after it is cut away."""
+    """The sinks of one run, from `start` on; what was recorded after it is cut away.
 
-    def __init__(self, run_dir: Path, plan: Plan, world_size: int, start: Position) -> None:
-        board = plan.tensorboard or run_dir / "tensorboard"
-        self._plan = plan
+    board: TensorBoard's directory.
+    """
+
+    def __init__(self, run_dir: Path, board: Path, status: Status, plan: Plan,
+                 start: Position) -> None:  # fmt: skip
+        self._plan, self._status = plan, status
         self._metrics = Metrics(run_dir / "metrics.jsonl", board, start)
         self._progress = Progress(
             plan.total_steps, start.step, plan.samples_per_step, lines=plan.lines
         )
-        self._status = status.Status(
-            run_dir,
-            recipe=plan.recipe,
-            pid=outcome.launcher_pid(),
-            world_size=world_size,
-            total_steps=plan.total_steps,
-            log=outcome.log_file(),
-            data=dict(plan.data),
-        )
+        status.fields |= {"total_steps": plan.total_steps, "data": dict(plan.data), "reason": None}
         self.write_status(start)
 
     def record(self, position: Position, split: str, numbers: dict[str, float]) -> None:
@@ -54,10 +46,10 @@ class Reporter:
         if self._plan.samples_per_step:
             speed["samples_per_s"] = round(speed["steps_per_s"] * self._plan.samples_per_step, 2)
         extra = speed if split == "train" else {}
-        self._metrics.log(position.step, position.epoch, split, status.finite(numbers | extra))
+        self._metrics.log(position.step, position.epoch, split, finite(numbers | extra))
         if split == "train":
             self._progress.show(position.step, position.epoch, numbers)
-        self._status.fields["best" if split == "best" else "last"] |= status.finite(numbers)
+        self._status.fields["best" if split == "best" else "last"] |= finite(numbers)
         self.tick(position)
 
     def tick(self, position: Position) -> None:

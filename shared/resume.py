@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared import checkpoint, seed
+from shared import checkpoint, seed, status
 from shared.checkpoint import Parts, Position
 from shared.distributed import World
 from shared.errors import UserError, one_line
@@ -16,10 +16,16 @@ from shared.settings import differing
 
 log = logging.getLogger(__name__)
 
+# what a run that never took a step leaves
+_TRACES = {"status.json", "config.json", "metrics.jsonl", "tensorboard", "report.html"}
+
 
 @dataclass(frozen=True)
 class Decision:
-    """How a run begins: from `checkpoint` or afresh, `why`, and whether an older run makes room."""
+    """How a run begins: from `checkpoint` or afresh, and whether an older run makes room.
+
+    why: in words; "" where the options say it.
+    """
 
     checkpoint: Path | None = None
     why: str = ""
@@ -42,14 +48,17 @@ def decide(
         return Decision(path / last if path.is_dir() else path, is_named=path.is_file())
     if restarted:
         return Decision()
-    status = read_object(run_dir / "status.json")
-    if not _worth_keeping(run_dir, last, status):
+    state = read_object(run_dir / "status.json")
+    written = status.files_of(run_dir)
+    if not written:
+        _refuse_others_files(run_dir, last)
+    if not (state.get("step") or written - _TRACES):
         return Decision()
     if resume == "never":
-        return Decision(None, "--resume never", move_aside=True)
+        return Decision(move_aside=True)
     if not (run_dir / last).exists() and not checkpoint.older(run_dir / last):
         return Decision(None, "no checkpoint there to continue from", move_aside=True)
-    if status.get("state") == "done":
+    if state.get("state") == "done":
         return Decision(None, "the run there is finished", move_aside=True)
     stored = read_object(run_dir / "config.json").get("identity")
     changed = differing(stored if isinstance(stored, dict) else {}, identity)
@@ -60,12 +69,15 @@ def decide(
     return Decision(run_dir / last)
 
 
-def _worth_keeping(run_dir: Path, last: str, status: dict[str, Any]) -> bool:
-    """Whether the directory holds anything besides the traces of a run that never took a step."""
-    traces = {"run.lock", "status.json", "config.json", "metrics.jsonl", "tensorboard"}
-    traces.add("report.html")
-    others = [entry for entry in run_dir.iterdir() if entry.name not in traces]
-    return bool(others) or bool(status.get("step"))
+def _refuse_others_files(run_dir: Path, last: str) -> None:
+    """Raise UserError when the run would write over files that no run of this toolkit wrote."""
+    names = ("status.json", "config.json", "metrics.jsonl", last)
+    found = [name for name in names if (run_dir / name).exists()]
+    if found:
+        raise UserError(
+            f"{run_dir} holds {', '.join(found)} and no run of this toolkit that wrote them: choose"
+            " another --run-dir, or move them away"
+        )
 
 
 def continue_from(

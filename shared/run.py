@@ -1,7 +1,8 @@
 """One run: its directory, lock, settings, status, metrics and checkpoints.
 
-    with Run(cfg, world, run_dir, Plan("probe", total_steps)) as run:
-        position = run.restore(parts)
+    with Run(cfg, world, run_dir, "probe") as run:
+        …                                             # load models and data
+        position = run.restore(parts, Plan(total_steps))
         while position.epoch < cfg.epochs:
             for batch in make_loader(..., epoch=position.epoch, offset=position.batch):
                 ...
@@ -33,55 +34,64 @@ from shared.checkpoint import Parts, Position
 from shared.config import HasRunOptions
 from shared.distributed import World
 from shared.errors import DONE, hint_for, one_line
+from shared.files import read_object
 from shared.reporter import Plan, Reporter
 from shared.resume import Decision
 from shared.signals import StopRequest, exit_code_for, name_of
+from shared.status import Status
 
 log = logging.getLogger(__name__)
 
 
 class Run:
-    """See the module's docstring. Verbs: restore, log, should_stop, save, finish."""
+    """See the module's docstring. Verbs: restore, log, should_stop, save, finish.
 
-    def __init__(self, config: HasRunOptions, world: World, run_dir: Path, plan: Plan) -> None:
+    recipe: whose run it is. last: name of the checkpoint that a resume continues from.
+    tensorboard: where events go; default: tensorboard/ in the run directory.
+    """
+
+    def __init__(self, config: HasRunOptions, world: World, run_dir: Path, recipe: str, *,
+                 last: str = "last.pt", tensorboard: Path | None = None) -> None:  # fmt: skip
         self.position = Position()
-        self._config, self._world, self._dir, self._plan = config, world, run_dir, plan
-        self._options = config.run
-        self._last = run_dir / plan.last
+        self._config, self._world, self._dir, self._recipe = config, world, run_dir, recipe
+        self._options, self._plan = config.run, Plan(0)
+        self._last, self._board = run_dir / last, tensorboard
         self._stop_every = 1 if world.device.type == "cpu" else 20  # the exchange waits for the GPU
         self._stop, self._stopped_by, self._decision = StopRequest(), 0, Decision()
-        self._lock: int | None = None  # these two on rank 0 alone
+        self._unsaved = ""  # why the newest checkpoint is not on the disk
+        self._lock: int | None = None  # these three on rank 0 alone
+        self._status: Status | None = None
         self._reporter: Reporter | None = None
 
     def __enter__(self) -> Run:
         try:
+            self._stop.has_loop = False
             self._stop.install()
             if self._world.is_main:
-                self._lock = lock.take(self._dir)
-                self._decision = run_directory.begin(
-                    self._dir, self._plan, self._config, self._world.size
-                )
+                self._begin()
             self._decision = distributed.broadcast_object(self._decision, self._world)
+            outcome.announce(self._dir)
         except BaseException:
             self._let_go()
             raise
         return self
 
-    def restore(self, parts: Parts) -> Position:
+    def restore(self, parts: Parts, plan: Plan) -> Position:
         """Load the state to continue from into `parts`, if there is one; the position to begin at.
 
         Raises UserError when it does not fit or, named explicitly, cannot be read.
         """
+        self._plan = plan
         self.position = resume.continue_from(
             self._decision, parts, self._world,
-            total_steps=self._plan.total_steps, allow_reshard=self._options.allow_reshard,
+            total_steps=plan.total_steps, allow_reshard=self._options.allow_reshard,
         )  # fmt: skip
-        outcome.announce(self._dir)
-        if self._world.is_main:
+        if self._status:
             size = checkpoint.expected_size(parts, self._world.size)
             checkpoint.check_space(self._dir, size, self._options.keep)
-            run_directory.describe(self._dir, self._config, self._world.size)
-            self._reporter = Reporter(self._dir, self._plan, self._world.size, self.position)
+            board = self._board or self._dir / "tensorboard"
+            self._reporter = Reporter(self._dir, board, self._status, plan, self.position)
+        self._stop.has_loop = True
         return self.position
 
     def log(self, values: Mapping[str, float | Tensor], split: str = "train") -> None:
@@ -120,6 +130,7 @@ class Run:
         generators = distributed.gather_objects(seed.get_state(), self._world)
         problem = self._write(parts, generators) if self._world.is_main else None
         problem = distributed.broadcast_object(problem, self._world)
+        self._unsaved = problem or ""
         if problem and (self._stopped_by or self._options.on_full_disk == "stop"):
             raise OSError(problem)
         if problem:
@@ -136,14 +147,18 @@ class Run:
     ) -> int:
         """Close the run as done, or as stopped and saved; its exit code. The last verb.
 
-        result: {name, before, after, higher_is_better}. reason: why it is done, for people.
+        result: {name, before, after, higher_is_better}. reason: why it is done, for people. Raises
+        OSError when the last checkpoint could not be written: what was trained is not on the disk.
         """
+        if self._unsaved:
+            raise OSError(self._unsaved)
         step, total = self.position.step, self._plan.total_steps
         code, state, reason = DONE, "done", reason or f"{step} steps"
         if self._stopped_by:
             code, state = exit_code_for(self._stopped_by), "stopped"
             name = name_of(self._stopped_by)
-            reason = f"{name}: saved at step {step} of {total}; the same command continues it"
+            how = run_directory.how_to_continue(self._options)
+            reason = f"{name}: saved at step {step} of {total}; {how}"
         if self._reporter:
             ending = {"state": state, "exit_code": code, "reason": reason}
             self._reporter.write_status(
@@ -166,6 +181,25 @@ class Run:
         finally:
             self._let_go()
 
+    def _begin(self) -> None:
+        """Take the directory, move aside an older run that is not continued, say what begins."""
+        self._lock = lock.take(self._dir)
+        self._decision = run_directory.begin(
+            self._dir, self._last.name, self._board, self._config, self._world.size
+        )
+        is_continued = self._decision.checkpoint is not None
+        known = read_object(self._dir / "status.json") if is_continued else {}
+        self._status = Status(
+            self._dir,
+            pid=outcome.launcher_pid(),
+            recipe=self._recipe,
+            world_size=self._world.size,
+            log=outcome.log_file(),
+            **{name: known.get(name, 0) for name in ("step", "epoch", "total_steps")},
+        )
+        run_directory.describe(self._dir, self._config, self._world.size)
+        self._status.write(reason="models and data are being loaded")
+
     def _let_go(self) -> None:
         self._stop.remove()
         if self._lock is not None:
@@ -174,10 +208,13 @@ class Run:
 
     def _close_after(self, error: BaseException) -> None:
         """Say in the status how the run broke; of several processes only the launcher knows."""
-        error.add_note(f"at step {self.position.step + 1} of {self._plan.total_steps}")
-        if self._world.size == 1 and self._reporter:
-            failure = outcome.failure_of(error)
-            status.close(self._dir, failure.code, failure.message)
+        if self._plan.total_steps:
+            error.add_note(f"at step {self.position.step + 1} of {self._plan.total_steps}")
+        failure = outcome.failure_of(error)
+        is_stopped = failure.kind == "stopped"
+        if self._status and (self._world.size == 1 or is_stopped):
+            state = "stopped" if is_stopped else "failed"
+            status.close(self._dir, failure.code, failure.message, state)
 
     def _write(self, parts: Parts, generators: list[dict[str, Any]]) -> str | None:
         """Write the checkpoint; what went wrong, if the disk refused it."""

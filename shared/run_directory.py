@@ -14,36 +14,60 @@ from typing import Any
 
 import torch
 
-from shared import resume
+from shared import resume, status
 from shared.config import HasRunOptions, RunOptions
 from shared.device import driver_version
 from shared.files import move_aside, write_json
-from shared.reporter import Plan
 from shared.resume import Decision
 from shared.settings import settings
 
 log = logging.getLogger(__name__)
 
+_EVENTS = "events.out.tfevents.*"
 _PACKAGES = {  # module → its package
     **{name: name for name in ("numpy", "torchvision", "transformers", "peft", "safetensors")},
     **{"open_clip": "open_clip_torch", "PIL": "pillow", "soundfile": "soundfile"},
 }
 
 
-def begin(run_dir: Path, plan: Plan, config: HasRunOptions, world_size: int) -> Decision:
-    """Decide how the run begins; an older one that is not continued is moved aside."""
+def begin(run_dir: Path, last: str, tensorboard: Path | None, config: HasRunOptions,
+          world_size: int) -> Decision:  # fmt: skip
+    """Decide how the run begins; an older one that is not continued is moved aside.
+
+    last: name of the checkpoint to continue from. tensorboard: where events go, unless into the
+    run directory. Raises UserError when files that are not a run's stand in the way.
+    """
     options = config.run
-    fresh_demo = options.demo and "resume" not in options.typed
-    typed = "never" if fresh_demo else options.resume
+    resume_from = options.resume if is_continued(options) or options.is_explicit_resume else "never"
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     identity = _identity(config, world_size)
-    decision = resume.decide(run_dir, plan.last, typed, identity, restarted)
+    decision = resume.decide(run_dir, last, resume_from, identity, restarted)
     if decision.move_aside:
-        aside = move_aside(run_dir, keep=("run.lock",))
-        log.info("a new run starts: %s; what was in %s is now in %s", decision.why, run_dir, aside)
-        if plan.tensorboard and plan.tensorboard.is_dir():
-            move_aside(plan.tensorboard)
+        aside = status.move_aside(run_dir)
+        why = decision.why or _why_anew(options)
+        log.info("a new run starts: %s; the run in %s is now in %s", why, run_dir, aside)
+        events = [path.name for path in tensorboard.glob(_EVENTS)] if tensorboard else []
+        if tensorboard and events:
+            move_aside(tensorboard, events)
     return decision
+
+
+def is_continued(options: RunOptions) -> bool:
+    """Whether the same command, typed again, continues an interrupted run; a demo starts anew."""
+    is_fresh_demo = options.demo and "resume" not in options.typed
+    return options.resume in ("auto", "latest") and not is_fresh_demo
+
+
+def how_to_continue(options: RunOptions) -> str:
+    """What to type in order to continue a run that was stopped."""
+    flag = "" if is_continued(options) else " with --resume auto"
+    return f"the same command{flag} continues it"
+
+
+def _why_anew(options: RunOptions) -> str:
+    if "resume" in options.typed:
+        return f"--resume {options.resume}"
+    return "a demo starts anew" if options.demo else "--resume auto was not typed"
 
 
 def describe(run_dir: Path, config: Any, world_size: int) -> None:

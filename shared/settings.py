@@ -82,7 +82,12 @@ def reader_of(kind: type) -> Any:
 
 
 def _path(text: Any) -> Path:
-    """Absolute, from where it was typed. Raises ValueError for the home of a user unknown here."""
+    """Absolute, from where it was typed.
+
+    Raises ValueError for an empty text, and for the home of a user unknown here.
+    """
+    if not str(text).strip():
+        raise ValueError("the path is empty")
     try:
         return Path(text).expanduser().absolute()
     except RuntimeError as error:

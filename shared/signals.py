@@ -1,5 +1,6 @@
 """The first SIGTERM, SIGINT or SIGHUP asks the loop to save and leave; the second ends at once.
 
+Before a loop looks for requests (`has_loop`) there is nothing to save: the first ends at once.
 Standard library only. A signal that is ignored when the run starts (SIGHUP under nohup) stays so.
 """
 
@@ -22,6 +23,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.number = 0  # the signal received, 0 for none: ranks exchange it as an integer
+        self.has_loop = True
         self._at = 0.0
         self._previous: dict[int, object] = {}
 
@@ -44,6 +46,8 @@ class StopRequest:
             )  # the others are being torn down: there is nothing to save and none to wait for
         if self.number == 0:
             self.number, self._at = number, time.monotonic()
+            if not self.has_loop:
+                raise StopNow(f"{name_of(number)} before the first step", exit_code_for(number))
         elif time.monotonic() - self._at > _SAME_REQUEST:
             raise StopNow(f"second {name_of(number)}: ended without saving")
 

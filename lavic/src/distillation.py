@@ -50,6 +50,14 @@ class Session:
 def train(cfg: Config, found: Found) -> int:
     """Train the adapter; the exit code."""
     world = distributed.setup(cfg.run.device, cfg.run.timeout)
+    with Run(cfg, world, cfg.run_dir, "lavic", tensorboard=cfg.log_dir) as run:
+        code = _train(cfg, found, world, run)
+    distributed.cleanup(world)
+    return code
+
+
+def _train(cfg: Config, found: Found, world: World, run: Run) -> int:
+    """The model, its data, and the loop; the exit code."""
     refuse_unusable(found.train, "training")
     refuse_unusable(found.valid, "validation")
     steps = steps_per_epoch(len(found.train), cfg.samples_per_step, world.size)
@@ -64,21 +72,18 @@ def train(cfg: Config, found: Found) -> int:
     session = Session(cfg, world, learner, amp, data, tally, Best(), Skipped("samples"))
     samples = cfg.samples_per_step * world.size
     counts = {"training samples": len(found.train), "validation samples": len(found.valid)}
-    plan = Plan("lavic", cfg.num_epochs * steps, samples, cfg.log_dir, data=counts)
-    with Run(cfg, world, cfg.run_dir, plan) as run:
-        log.info("%d sample(s) a step, %d steps an epoch, weights in %s", samples, steps, dtype)
-        code = _loop(session, run, SameSamples(found.train))
-    distributed.cleanup(world)
-    return code
+    log.info("%d sample(s) a step, %d steps an epoch, weights in %s", samples, steps, dtype)
+    plan = Plan(cfg.num_epochs * steps, samples, data=counts)
+    return _loop(session, run, plan, SameSamples(found.train))
 
 
-def _loop(session: Session, run: Run, samples: SameSamples) -> int:
+def _loop(session: Session, run: Run, plan: Plan, samples: SameSamples) -> int:
     cfg, world, learner, amp = session.cfg, session.world, session.learner, session.amp
     trained, tally, best = learner.parameters, session.tally, session.best
     optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
     parts = {"adapter": learner, "optimizer": optimizer, "amp": amp, "samples": samples}
     parts |= {"tally": tally, "best": best}
-    position = run.restore(parts)
+    position = run.restore(parts, plan)
     if cfg.validate_before_training and position.step == 0:
         best.before = _validate(session, run)
     while position.epoch < cfg.num_epochs and not has_stalled(

@@ -39,20 +39,23 @@ log = logging.getLogger(__name__)
 def train(cfg: Config) -> int:
     """Train the language model's adapter, test before and after; the exit code."""
     world = distributed.setup(cfg.run.device, cfg.run.timeout)
-    talks = read_talks(cfg)
-    steps = steps_per_epoch(len(talks.train), cfg.samples_a_step, world.size)
-    built = build(cfg, talks, world)
     earlier = recommend_results.read_summary(cfg.run_dir)  # before a finished run is moved aside
+    with Run(cfg, world, cfg.run_dir, "lavic") as run:
+        talks = read_talks(cfg)
+        code = _loop(cfg, world, run, talks, build(cfg, talks, world), earlier)
+    distributed.cleanup(world)
+    return code
+
+
+def _plan(cfg: Config, talks: Talks, world: World) -> Plan:
+    """How much is trained, which is logged, too."""
     a_step = cfg.samples_a_step * world.size
     log.info(
         "%d requests to learn from | %d a step = %d process(es) x %d x %d",
         len(talks.train), a_step, world.size, cfg.batch_size, cfg.grad_accum,
     )  # fmt: skip
-    plan = Plan("lavic", cfg.num_epochs * steps, a_step, data=talks.counts)
-    with Run(cfg, world, cfg.run_dir, plan) as run:
-        code = _loop(cfg, world, run, talks, built, earlier)
-    distributed.cleanup(world)
-    return code
+    steps = steps_per_epoch(len(talks.train), cfg.samples_a_step, world.size)
+    return Plan(cfg.num_epochs * steps, a_step, data=talks.counts)
 
 
 @dataclass
@@ -132,7 +135,7 @@ def _loop(
     amp = Amp(built.amp_mode, world.device, max_bad_steps=cfg.run.max_bad_steps)
     parts = {"adapter": adapter, "optimizer": optimizer, "amp": amp, "record": record}
     parts |= {"requests": SameRequests(talks.train)}
-    position = run.restore(parts)
+    position = run.restore(parts, _plan(cfg, talks, world))
     if world.is_main:
         recommend_results.keep_summary(cfg.run_dir, earlier)
     if cfg.evaluate_before and position.step == 0:

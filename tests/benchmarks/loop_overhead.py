@@ -88,8 +88,8 @@ def ours(batches: Callable[[], Batches], log_every: int, directory: Path) -> Gen
     config = Config(replace(RunOptions(device="cpu"), log_every=log_every, save_every=NEVER))
     amp = Amp("off", torch.device("cpu"))
     parts: dict[str, Any] = {"model": net, "optimizer": optimizer, "amp": amp}
-    with Run(config, World(), directory, Plan("bench", NEVER)) as run:
-        position = run.restore(parts)
+    with Run(config, World(), directory, "bench") as run:
+        position = run.restore(parts, Plan(NEVER))
         while True:
             for points, labels in batches():
                 with amp.autocast():
@@ -109,8 +109,8 @@ def hooks_alone(directory: Path) -> Generator[int]:
     """What `Run` adds to a step and nothing else, a step at a time."""
     loss = torch.tensor(0.5, requires_grad=True) * 2
     amp = Amp("off", torch.device("cpu"))
-    with Run(Config(), World(), directory, Plan("bench", NEVER)) as run:
-        position = run.restore({})
+    with Run(Config(), World(), directory, "bench") as run:
+        position = run.restore({}, Plan(NEVER))
         while True:
             with amp.autocast():
                 pass

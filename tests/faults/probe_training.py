@@ -42,6 +42,14 @@ class Points(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 def train(cfg: Any, run_dir: Path) -> int:
     """Train the net; the exit code."""
     world = distributed.setup(cfg.run.device, cfg.run.timeout)
+    with Run(cfg, world, run_dir, "probe") as run:
+        code = build_and_fit(cfg, world, run)
+    distributed.cleanup(world)
+    return code
+
+
+def build_and_fit(cfg: Any, world: World, run: Run) -> int:
+    """Build what is trained, then train it; the exit code."""
     seed.seed_all(cfg.run.seed)
     data = Points(cfg.num_points, cfg.augment)
     net = nn.Sequential(
@@ -58,20 +66,18 @@ def train(cfg: Any, run_dir: Path) -> int:
     }
     inject(cfg.fault, 0, world, torch.zeros(()))
     steps = steps_per_epoch(len(data), cfg.batch_size, world.size)
-    with Run(cfg, world, run_dir, Plan("probe", cfg.epochs * steps)) as run:
-        code = fit(cfg, world, data, parts, run)
-    distributed.cleanup(world)
-    return code
+    return fit(cfg, world, data, parts, (run, Plan(cfg.epochs * steps)))
 
 
-def fit(cfg: Any, world: World, data: Points, parts: Parts, run: Run) -> int:
+def fit(cfg: Any, world: World, data: Points, parts: Parts, begun: tuple[Run, Plan]) -> int:
     """The loop; the exit code."""
     model: Any = distributed.wrap(parts["model"], world)  # type: ignore[arg-type]
     optimizer: Any = parts["optimizer"]
     schedule: Any = parts["schedule"]
     amp: Any = parts["amp"]
     stopping: Any = parts["stopping"]
-    position, loss = run.restore(parts), torch.zeros(())
+    run, plan = begun
+    position, loss = run.restore(parts, plan), torch.zeros(())
     while position.epoch < cfg.epochs:
         loader = make_loader(
             data,

@@ -119,13 +119,13 @@ def test_a_zombie_is_not_alive() -> None:
     assert not processes.is_alive(process.pid)
 
 
-def test_move_aside_takes_the_first_free_number_and_keeps_what_is_named(tmp_path: Path) -> None:
+def test_move_aside_takes_the_first_free_number_and_what_is_named(tmp_path: Path) -> None:
     run = tmp_path / "run"
     (tmp_path / "run.1").mkdir()
     (run / "sub").mkdir(parents=True)
     for name in ("run.lock", "last.pt"):
         (run / name).write_text(name)
-    aside = files.move_aside(run, keep=("run.lock",))
+    aside = files.move_aside(run, ["last.pt", "sub"])
     assert aside == tmp_path / "run.2"
     assert [path.name for path in run.iterdir()] == ["run.lock"]
     assert sorted(path.name for path in aside.iterdir()) == ["last.pt", "sub"]

@@ -67,7 +67,7 @@ def test_a_run_of_other_settings_makes_room_and_the_difference_is_named(run_dir:
 def test_never_begins_anew_and_keeps_what_was_there(run_dir: Path) -> None:
     leave(run_dir, "stopped")
     decision = decide(run_dir, LAST, "never", IDENTITY, restarted=False)
-    assert decision == Decision(None, "--resume never", move_aside=True)
+    assert decision == Decision(move_aside=True)
 
 
 def test_a_run_without_a_checkpoint_makes_room(run_dir: Path) -> None:
@@ -85,10 +85,13 @@ def test_a_run_that_took_no_step_leaves_nothing_worth_moving(run_dir: Path, resu
     assert decide(run_dir, LAST, resume, IDENTITY, restarted=False) == Decision()
 
 
-def test_other_peoples_files_are_never_overwritten(run_dir: Path) -> None:
+@pytest.mark.parametrize("name", [LAST, "config.json", "status.json", "metrics.jsonl"])
+def test_other_peoples_files_are_never_overwritten(run_dir: Path, name: str) -> None:
     (run_dir / "thesis.txt").touch()
-    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
-    assert decision.move_aside
+    assert decide(run_dir, LAST, "auto", IDENTITY, restarted=False) == Decision()
+    (run_dir / name).write_text('{"model_type": "llava"}')
+    with pytest.raises(UserError, match=f"holds {name} and no run of this toolkit"):
+        decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
 
 
 def test_when_only_an_older_checkpoint_is_left_the_run_is_continued(run_dir: Path) -> None:

@@ -39,7 +39,10 @@ def no_announcement(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def open_run(run_dir: Path, total_steps: int = 6, config: Config | None = None) -> Run:
-    return Run(config or Config(), World(), run_dir, Plan("test", total_steps))
+    run = Run(config or Config(), World(), run_dir, "test")
+    restore = run.restore
+    run.restore = lambda states: restore(states, Plan(total_steps))  # type: ignore[method-assign]
+    return run
 
 
 def parts() -> dict[str, Any]:

@@ -25,7 +25,6 @@ from shared import distributed, lock, outcome, run_directory
 from shared import status as statuses
 from shared.distributed import World
 from shared.errors import DONE
-from shared.files import move_aside
 from shared.progress import Progress
 from shared.signals import StopRequest, exit_code_for, name_of
 from shared.status import Status
@@ -53,8 +52,8 @@ class Job:
         if self._world.is_main:
             try:
                 self._lock = lock.take(self._dir)
-                if self._config.resume == "never" and len(list(self._dir.iterdir())) > 1:
-                    log.info("earlier results are now in %s", move_aside(self._dir, ("run.lock",)))
+                if self._config.resume == "never" and (aside := statuses.move_aside(self._dir)):
+                    log.info("earlier results are now in %s", aside)
             except Exception as error:
                 problem = error
         if distributed.any_rank(problem is not None, self._world):

@@ -37,6 +37,14 @@ log = logging.getLogger(__name__)
 def train(cfg: Config, device: str, weight_places: Sequence[Path]) -> int:
     """Train; the exit code. weight_places: folders that may hold weights of ImageNet."""
     world = distributed.setup(device, cfg.run.timeout)
+    with Run(cfg, world, cfg.run_dir, "vasevqa/filter") as run:
+        code = _train(cfg, world, run, weight_places)
+    distributed.cleanup(world)
+    return code
+
+
+def _train(cfg: Config, world: World, run: Run, weight_places: Sequence[Path]) -> int:
+    """The pictures, the network, and the loop; the exit code."""
     seed.seed_all(cfg.run.seed)
     found = quality_data.find_labelled(cfg.data_dir)
     good, skipped = quality_data.leave_out_unreadable(
@@ -50,11 +58,8 @@ def train(cfg: Config, device: str, weight_places: Sequence[Path]) -> int:
     log.info("%d + %d pictures to train with, %d steps an epoch, %d pictures a step = %d "
              "process(es) x %d", *splits.counts, steps, batch * world.size, world.size,
              batch)  # fmt: skip
-    plan = Plan("vasevqa/filter", cfg.num_epochs * steps, batch * world.size, data=splits.sizes)
-    with Run(cfg, world, cfg.run_dir, plan) as run:
-        code = _loop(cfg, world, run, net.to(world.device), (splits, batch, skipped))
-    distributed.cleanup(world)
-    return code
+    plan = Plan(cfg.num_epochs * steps, batch * world.size, data=splits.sizes)
+    return _loop(cfg, world, run, plan, net.to(world.device), (splits, batch, skipped))
 
 
 class _Learner:
@@ -94,7 +99,12 @@ class _Learner:
 
 
 def _loop(
-    cfg: Config, world: World, run: Run, net: ImageQualityNet, data: tuple[Splits, int, Skipped]
+    cfg: Config,
+    world: World,
+    run: Run,
+    plan: Plan,
+    net: ImageQualityNet,
+    data: tuple[Splits, int, Skipped],
 ) -> int:
     splits, batch, skipped = data
     pictures = quality_data.training_pictures(cfg.data_dir, splits, cfg.image_size)
@@ -104,7 +114,7 @@ def _loop(
     )
     mean_loss, history = Mean(world.device), History()
     parts = learner.parts | {"stopping": stopping, "mean_loss": mean_loss, "history": history}
-    position = run.restore(parts)
+    position = run.restore(parts, plan)
     if position.step == 0:
         history.before = measure(net, _fixed(cfg, splits.test, world), world).accuracy
         _move_best_aside(cfg, world)

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from shared.errors import UserError
 from vasevqa.model.swift_flags import Flags
 
 ALWAYS = ("output_dir", "resume_from_checkpoint", "logging_dir", "external_plugins", "resume")
@@ -43,6 +44,8 @@ def is_local(value: str) -> bool:
 
 def _value(name: str, value: str, base: Path) -> str:
     ending = BY_ENDING.get(name)
+    if name in (*ALWAYS, "run_dir") and not value.strip():
+        raise UserError(f"--{name} is empty (an unset variable?): name a path")
     if name == "resume" and value in RESUME_WORDS:
         return value
     if name in ALWAYS or (ending and value.endswith(ending)):

@@ -12,14 +12,15 @@ import os
 import platform
 import re
 import shlex
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from shared import status
 from shared.device import driver_version, present_gpus
 from shared.errors import UserError
-from shared.files import move_aside, read_json, write_json
+from shared.files import read_json, write_json
 from vasevqa.model import swift_flags
 from vasevqa.model.needs import broken_safetensors
 from vasevqa.model.paths import RESUME_WORDS
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
 _NUMBERED = re.compile(r"checkpoint-(\d+)")
-_STAYS = ("run.lock",)
 _PACKAGES = ("ms-swift", "torch", "transformers", "trl", "peft", "accelerate", "deepspeed")
 
 
@@ -154,11 +154,11 @@ def continuation(run_dir: Path, identity: dict[str, Any], resume: str) -> Checkp
             log.info("continuing the interrupted run from %s", last.path)
             return last
     else:
-        why = "--resume never"
-    if _holds_a_run(run_dir):
-        aside = move_aside(run_dir, keep=_STAYS)
+        why = "it is not continued"
+    _refuse_others_checkpoints(run_dir)
+    if aside := status.move_aside(run_dir):
         log.info(
-            "a new run starts (%s): what was in %s is now in %s",
+            "a new run starts (%s): the run in %s is now in %s",
             why or "no checkpoint", run_dir, aside,
         )  # fmt: skip
     return None
@@ -191,13 +191,14 @@ def _why_not(run_dir: Path, identity: dict[str, Any]) -> str:
     return f"settings differ: {', '.join(changed)}" if changed else ""
 
 
-def _holds_a_run(run_dir: Path) -> bool:
-    return any(_entries(run_dir))
-
-
-def _entries(run_dir: Path) -> Iterator[Path]:
-    if run_dir.is_dir():
-        yield from (path for path in run_dir.iterdir() if path.name not in _STAYS)
+def _refuse_others_checkpoints(run_dir: Path) -> None:
+    """Raise UserError where a run of swift's own left checkpoints that would be written over."""
+    found = None if status.files_of(run_dir) else newest(run_dir)
+    if found:
+        raise UserError(
+            f"{run_dir} holds {found.path.name} of a run that this toolkit did not start: continue "
+            f"it with --resume_from_checkpoint {found.path}, or type another --output_dir"
+        )
 
 
 def _whole(path: Path, step: int) -> Checkpoint | None:

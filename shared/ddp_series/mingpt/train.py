@@ -90,13 +90,14 @@ def fit(cfg: Config, world: World, gpt: GPT, data: Text) -> int:
     from shared.sampling import steps_per_epoch
 
     steps = cfg.epochs * steps_per_epoch(len(data.learned), cfg.batch_size, world.size)
-    plan = Plan("mingpt", steps, cfg.batch_size * world.size, last="snapshot.pt")
+    plan = Plan(steps, cfg.batch_size * world.size)
     optimizer = optim.AdamW(parameter_groups(gpt, cfg.weight_decay), lr=cfg.lr)
     schedule = optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=cfg.lr / 10)
     ddp, amp = distributed.wrap(gpt, world), Amp(cfg.run.amp, world.device)
     parts: Parts = {"model": gpt, "optimizer": optimizer, "schedule": schedule, "amp": amp}
-    with Run(cfg, world, cfg.run.run_dir or Path("mingpt_run").absolute(), plan) as run:
-        at = run.restore(parts)
+    with Run(cfg, world, cfg.run.run_dir or Path("mingpt_run").absolute(),
+             "mingpt", last="snapshot.pt") as run:  # fmt: skip
+        at = run.restore(parts, plan)
         while at.epoch < cfg.epochs:
             now: Any = {"seed": cfg.run.seed, "epoch": at.epoch, "offset": at.batch}
             for codes, following in make_loader(
