@@ -137,15 +137,14 @@ def _loop(
             if record.update(metrics, epoch, recipe.checkpoints.best):
                 run.log(in_percent(metrics), split="best")
         position.next_epoch()
-        _save(run, learner, parts)
-        if world.is_main:
+        if _save(run, learner, parts) and world.is_main:
             files.epoch_done(epoch, record, learner.weights)
     return run.finish(result=_result(record), outputs=[str(path) for path in files.all()])
 
 
-def _save(run: Run, learner: Learner, parts: Parts) -> None:
+def _save(run: Run, learner: Learner, parts: Parts) -> bool:
     learner.collect()
-    run.save(parts)
+    return run.save(parts)
 
 
 def _settle(

@@ -5,17 +5,16 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from face_distill import attention_maps, model, verification
 from face_distill.model import FaceStudent
 from face_distill.pair_files import read_pairs
 from face_distill.preprocess import Preprocess
-from shared import weights
+from shared import checkpoint, weights
 from shared.distributed import World
 from shared.early_stopping import EarlyStopping
-from shared.files import read_object, write_atomic, write_json
+from shared.files import read_object, write_json
 
 if TYPE_CHECKING:
     from face_distill.face_batches import FaceBatches
@@ -51,8 +50,9 @@ def save_epoch(
     if not (names and world.is_main):
         return
     state = student.state_dict() if cfg.full_checkpoint else model.trainable_state(student)
-    for name in names:
-        write_atomic(cfg.run_dir / name, lambda stream: torch.save(state, stream))
+    for path in (cfg.run_dir / name for name in names):
+        with checkpoint.beside(path):
+            checkpoint.save(path, state, keep=1)
 
 
 def verify_before(cfg: Config, world: World, student: FaceStudent, step: int) -> float | None:
@@ -64,7 +64,8 @@ def verify_before(cfg: Config, world: World, student: FaceStudent, step: int) ->
         written = read_object(note)
         return written.get("before") if written.get("pairs") == str(cfg.verify) else None
     before = _accuracy(cfg, world, student)
-    write_json(note, {"pairs": str(cfg.verify), "before": before})
+    with checkpoint.beside(note):
+        write_json(note, {"pairs": str(cfg.verify), "before": before})
     return before
 
 
@@ -87,10 +88,9 @@ def conclude(
         return ending
     model.load_student(student, best)
     after = _accuracy(cfg, world, student)
-    write_json(
-        cfg.run_dir / "verification.json",
-        {"pairs": str(cfg.verify), "before": before, "after": after},
-    )
+    note = cfg.run_dir / "verification.json"
+    with checkpoint.beside(note):
+        write_json(note, {"pairs": str(cfg.verify), "before": before, "after": after})
     log.info("verification accuracy on %s: %.4f untrained, %.4f trained", cfg.verify, before, after)
     name = f"verification accuracy ({cfg.verify.stem})"
     result = {"name": name, "before": before, "after": after, "higher_is_better": True}

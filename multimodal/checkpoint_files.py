@@ -10,7 +10,6 @@ and plain values. None is ever deleted.
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +19,6 @@ from multimodal.learner import Learner
 from shared import checkpoint, distributed, seed
 from shared.checkpoint import Parts, Position
 from shared.distributed import World
-from shared.errors import one_line
-
-log = logging.getLogger(__name__)
 
 SCHEMA = 1
 BEST, FINAL = "best_model.pt", "final_model.pt"
@@ -68,10 +64,8 @@ class CheckpointFiles:
 
     def _write(self, name: str, state: dict[str, Any]) -> None:
         path = self._directory / name
-        try:
+        with checkpoint.beside(path):
             checkpoint.save(path, state, keep=1)
-        except OSError as error:
-            log.warning("%s was not written: %s; training goes on", path, one_line(error))
 
 
 def to_cpu(value: Any) -> Any:

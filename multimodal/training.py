@@ -19,7 +19,7 @@ from multimodal.learner import Batch, Task, loss_of
 from multimodal.report import Report
 from multimodal.stages import Stage
 from multimodal.training_parts import Training
-from shared import distributed, seed
+from shared import distributed, logs, seed
 from shared.distributed import World
 from shared.estimate import explained_out_of_memory
 from shared.reporter import Plan
@@ -189,9 +189,10 @@ def _finish(training: Training, run: Run, report: Report) -> int:
         result |= {"after": rows[0]["R@1 after"], "higher_is_better": True}
     report.update(summary=rows)
     reason = f"{run.position.step} steps in {run.position.epoch} epochs"
-    report.close("done", reason, _directory(training))
     outputs = [str(_directory(training) / name) for name in (BEST, FINAL)]
-    return run.finish(result=result, outputs=outputs)
+    code = run.finish(result=result, outputs=outputs)
+    report.close("done", reason, _directory(training))
+    return code
 
 
 def _directory(training: Training) -> Path:
@@ -211,12 +212,5 @@ def _log_file(run_dir: Path, world: World) -> Iterator[None]:
         yield
         return
     path = run_dir / "logs" / time.strftime("training_%Y%m%d_%H%M%S.log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s | %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logging.getLogger().addHandler(handler)
-    try:
+    with logs.copied_to(path):
         yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()

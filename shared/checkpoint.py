@@ -5,9 +5,11 @@ A checkpoint holds plain types only, so torch's default (safe) loading reads it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import shutil
 import zipfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any, Protocol, runtime_checkable
@@ -81,6 +83,18 @@ def save(path: Path, state: dict[str, Any], keep: int = 2) -> None:
         lambda stream: _serialise(state, stream),
         before_replacing=lambda: _rotate(path, keep),
     )
+
+
+@contextlib.contextmanager
+def beside(what: Path) -> Iterator[None]:
+    """For a file that a run writes beside its checkpoint: a disk that refuses it costs a warning.
+
+    with beside(path): save(path, state, keep=1)
+    """
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s was not written: %s; training continues", what, one_line(error))
 
 
 def _serialise(state: dict[str, Any], stream: IO[bytes]) -> None:

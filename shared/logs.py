@@ -11,9 +11,12 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 _FORMAT = "%(asctime)s | %(message)s"
+_DATE = "%Y-%m-%d %H:%M:%S"
 _FORMAT_OTHERS = "%(asctime)s | rank {rank} | %(message)s"
 
 
@@ -31,6 +34,27 @@ class _SafeHandler(logging.StreamHandler):  # type: ignore[type-arg]
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802, the base class's name
         """Pass over what the stream refused."""
+
+
+@contextlib.contextmanager
+def copied_to(path: Path) -> Iterator[None]:
+    """Append the log's lines to a file as well; lines that cannot be written there are dropped."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        logging.getLogger(__name__).warning("no log file %s: %s", path, error.strerror)
+        yield
+        return
+    handler = _SafeHandler(stream)
+    handler.setFormatter(logging.Formatter(_FORMAT, _DATE))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        with contextlib.suppress(OSError):  # what a full disk has not taken
+            stream.close()
 
 
 class _Output(io.FileIO):
@@ -102,7 +126,7 @@ def setup(rank: int = 0) -> None:
     """Send log lines to stdout: all of them from rank 0, warnings and errors from the others."""
     handler = _SafeHandler(sys.stdout)
     layout = _FORMAT if rank == 0 else _FORMAT_OTHERS.format(rank=rank)
-    handler.setFormatter(_NamesLevel(layout, "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_NamesLevel(layout, _DATE))
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     if rank != 0:
         logging.getLogger().setLevel(logging.WARNING)

@@ -27,7 +27,8 @@ class Metrics:
     def __init__(self, path: Path, tensorboard: Path | None, start: Position) -> None:
         cut_json_lines(path, lambda row: _is_before(row, start))
         self._lines = path.open("a", encoding="utf-8", buffering=1)  # each line reaches the system
-        self._board = _open_board(tensorboard, start.step) if tensorboard else None
+        self._board: Any = _open_board(tensorboard, start.step) if tensorboard else None
+        self._is_losing = False
 
     def log(self, step: int, epoch: int, split: str, values: dict[str, float | None]) -> None:
         """Record `values` ({tag: number, None for NaN}) at an optimizer step."""
@@ -41,10 +42,19 @@ class Metrics:
         try:
             self._lines.write(json.dumps(row) + "\n")
             if self._board:
-                for tag, value in values.items():
-                    self._board.add_scalar(tag, float("nan") if value is None else value, step)
+                self._draw(values, step)
         except OSError as error:
-            log.warning("metrics of step %d are lost: %s", step, error)
+            if not self._is_losing:
+                log.warning("metrics from step %d on are not written: %s", step, error)
+            self._is_losing = True
+            return
+        if self._is_losing:
+            log.info("metrics are written again, from step %d on", step)
+        self._is_losing = False
+
+    def _draw(self, values: dict[str, float | None], step: int) -> None:
+        for tag, value in values.items():
+            self._board.add_scalar(tag, float("nan") if value is None else value, step)
 
     def close(self) -> None:
         """Flush and close both."""

@@ -54,6 +54,10 @@ class StopNow(BaseException):
         self.code = code
 
 
+class NotSavedError(OSError):
+    """The disk refused the last checkpoint: what was trained since the one before it is lost."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """How a process ended badly. kind: user, error, timeout, peer_lost (a consequence) or stopped
@@ -158,6 +162,8 @@ def failure_of(error: BaseException, rank: int = 0) -> Failure:
     if isinstance(error, StopNow):
         kind = "error" if error.code == FAILED else "stopped"
         return Failure(rank, error.code, kind, str(error), at=time.time())
+    if isinstance(error, NotSavedError):
+        return Failure(rank, FAILED, "error", str(error), at=time.time())
     text = _essence(error)
     kind = (
         "timeout"

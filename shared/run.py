@@ -120,11 +120,11 @@ class Run:
             self._stopped_by = distributed.largest(self._stop.number, self._world)
         return self._stopped_by != 0
 
-    def save(self, parts: Parts) -> None:
-        """Write a checkpoint of this position; returns on every rank after it is on the disk.
+    def save(self, parts: Parts) -> bool:
+        """Write a checkpoint of this position; whether it is on the disk, the same on every rank.
 
-        A disk that refuses it is a warning, and OSError when the run is stopping or --on-full-disk
-        says stop.
+        A disk that refuses it is a warning, and NotSavedError when the run is stopping or
+        --on-full-disk says stop.
         """
         checkpoint.collect(parts)
         generators = distributed.gather_objects(seed.get_state(), self._world)
@@ -132,11 +132,12 @@ class Run:
         problem = distributed.broadcast_object(problem, self._world)
         self._unsaved = problem or ""
         if problem and (self._stopped_by or self._options.on_full_disk == "stop"):
-            raise OSError(problem)
+            raise outcome.NotSavedError(problem)
         if problem:
             log.warning(
-                "%s — %s; training goes on", problem, hint_for(problem) or "see the message"
+                "%s — %s; training continues", problem, hint_for(problem) or "see the message"
             )
+        return not problem
 
     def finish(
         self,
@@ -147,11 +148,11 @@ class Run:
     ) -> int:
         """Close the run as done, or as stopped and saved; its exit code. The last verb.
 
-        result: {name, before, after, higher_is_better}. reason: why it is done, for people. Raises
-        OSError when the last checkpoint could not be written: what was trained is not on the disk.
+        result: {name, before, after, higher_is_better}. reason: why it is done, for people.
+        Raises NotSavedError when the last checkpoint could not be written.
         """
         if self._unsaved:
-            raise OSError(self._unsaved)
+            raise outcome.NotSavedError(self._unsaved)
         step, total = self.position.step, self._plan.total_steps
         code, state, reason = DONE, "done", reason or f"{step} steps"
         if self._stopped_by:

@@ -54,11 +54,18 @@ def save_adapter(model: PeftModel, processor: Any, directory: Path) -> None:
     """Write adapter_model.safetensors, adapter_config.json, README.md and the processor's files.
 
     Each file is put in place in one step: a reader, or a kill, finds the old adapter or the new.
+    Raises OSError when the disk refuses them.
     """
+    from safetensors import SafetensorError
+
     making = directory.with_name(f".{directory.name}.saving")
     shutil.rmtree(making, ignore_errors=True)  # of a run that was killed while it saved
-    model.save_pretrained(str(making), save_embedding_layers=False)
-    processor.save_pretrained(str(making))
+    try:
+        model.save_pretrained(str(making), save_embedding_layers=False)
+        processor.save_pretrained(str(making))
+    except (SafetensorError, OSError) as error:
+        shutil.rmtree(making, ignore_errors=True)
+        raise OSError(one_line(error)) from None
     directory.mkdir(parents=True, exist_ok=True)
     for path in sorted(making.iterdir(), key=lambda path: path.name == WEIGHTS):
         path.replace(directory / path.name)  # the weights last

@@ -13,7 +13,7 @@ import torch
 from lavic.src.distillation_setup import Data, Learner, precision, sum_gradients
 from lavic.src.distillation_state import Best, Tally
 from lavic.src.sample_choice import Found, SameSamples, refuse_unusable
-from shared import distributed, seed
+from shared import checkpoint, distributed, seed
 from shared.distributed import World
 from shared.early_stopping import has_stalled
 from shared.errors import UserError
@@ -166,11 +166,14 @@ def _conclude_epoch(session: Session, run: Run) -> None:
     loss = _validate(session, run)
     if world.is_main:
         figures = f"Val Loss: {loss}\nVal PPL: {perplexity(loss)}\n"
-        write_text(cfg.run_dir / f"val_metrics_epoch_{number}.txt", figures)
+        path = cfg.run_dir / f"val_metrics_epoch_{number}.txt"
+        with checkpoint.beside(path):
+            write_text(path, figures)
     if best.update(loss, number):
         run.log({"val_loss": loss, "epoch": number}, split="best")
         if world.is_main:
-            session.learner.save(cfg.adapter_dir)
-            log.info("Best LoRA adapter saved.")
-            log.info("it lies in %s", cfg.adapter_dir)
+            with checkpoint.beside(cfg.adapter_dir):
+                session.learner.save(cfg.adapter_dir)
+                log.info("Best LoRA adapter saved.")
+                log.info("it is in %s", cfg.adapter_dir)
     distributed.barrier(world)

@@ -21,7 +21,7 @@ from lavic.src.recommend_data import Batch, Talks, read_talks
 from lavic.src.recommend_evaluation import Outcome, answer, validation_loss
 from lavic.src.recommend_prompts import label_tokens
 from lavic.src.recommend_setup import Built, build
-from shared import distributed
+from shared import checkpoint, distributed
 from shared.distributed import World
 from shared.early_stopping import has_stalled
 from shared.files import write_json
@@ -206,7 +206,8 @@ def _validate(
     if record.improves(loss, epoch):
         run.log({"val_loss": loss}, split="best")
         if world.is_main:
-            _save_adapter(cfg, built)
+            with checkpoint.beside(cfg.run_dir / RECOMMENDER):
+                _save_adapter(cfg, built)
     distributed.barrier(world)
 
 
@@ -275,8 +276,10 @@ def _take_best(cfg: Config, world: World, built: Built, record: Record) -> None:
     """Put the kept adapter's weights into the model, unless the last epoch was the best."""
     from shared import weights
 
-    if 0 < record.best_epoch < cfg.num_epochs:
-        path = cfg.run_dir / RECOMMENDER / WEIGHTS
+    path = cfg.run_dir / RECOMMENDER / WEIGHTS
+    if record.best_epoch and not path.exists():
+        log.warning("%s is missing: the adapter of the last epoch is tested", path)
+    elif 0 < record.best_epoch < cfg.num_epochs:
         Adapter(built.recommender.model).load_state_dict(weights.read(path))
     distributed.barrier(world)
 

@@ -144,13 +144,15 @@ def _loop(
         mean_loss.reset()
         position.next_epoch()
         run.save(parts)
-    tested = _test_best(cfg, splits, world)
+    tested = _test_best(cfg, splits, world, net)
     return run.finish(**conclude(cfg, world, history, tested, (splits, skipped)))
 
 
-def _test_best(cfg: Config, splits: Splits, world: World) -> Measured:
-    """The saved model on pictures that nothing was chosen by."""
-    best, _ = quality_net.load_trained(cfg.best, world.device)
+def _test_best(cfg: Config, splits: Splits, world: World, last: nn.Module) -> Measured:
+    """The saved model on pictures that nothing was chosen by; `last` where none was written."""
+    best = last
+    if cfg.best.exists():
+        best, _ = quality_net.load_trained(cfg.best, world.device)
     return measure(best, _fixed(cfg, splits.test, world), world)
 
 
@@ -217,8 +219,9 @@ def _save_best(
             "arch": cfg.arch,
             "image_size": cfg.image_size,
         }
-        cfg.output_dir.mkdir(parents=True, exist_ok=True)
-        checkpoint.save(cfg.best, state, keep=1)
+        with checkpoint.beside(cfg.best):
+            cfg.output_dir.mkdir(parents=True, exist_ok=True)
+            checkpoint.save(cfg.best, state, keep=1)
     distributed.barrier(world)
 
 
