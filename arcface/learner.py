@@ -115,14 +115,13 @@ class Learner:
         return self.head(self._wrapped(images), labels)
 
     def step(self, amp: Amp) -> None:
-        """Clip, step, clear the gradients; nothing moves where they are not finite."""
+        """Clip by the norm of encoder and head, step, clear the gradients.
+
+        Nothing moves where they are not finite.
+        """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        norm = amp.step(self.optimizer, parameters, clip_norm=self._clip_norm)
-        if self.rows is None:
-            return
-        if math.isfinite(norm):  # the same on every rank; a bad loss shows in the encoder too
-            self._head_optimizer.step()
-        self._head_optimizer.zero_grad(set_to_none=True)
+        sharded = (self._head_optimizer, self._world) if self._is_separate else None
+        amp.step(self.optimizer, parameters, clip_norm=self._clip_norm, sharded=sharded)
 
     def parts(self) -> Parts:
         """What a checkpoint holds of it."""

@@ -25,7 +25,7 @@ from shared.errors import UserError
 from shared.precision import Amp
 
 ROOT = Path(__file__).resolve().parents[2]
-WORLD, BATCH, CLASSES = 2, 6, 5
+WORLD, BATCH, CLASSES, CLIP_NORM = 2, 6, 5, 1.0
 HEADS = {
     "inside DDP": (),
     "sharded, with sub-centres": ("model.head.shard=True", "model.head.num_subcenters=2"),
@@ -94,6 +94,35 @@ def test_a_step_whose_gradients_are_not_finite_moves_nothing(options):
     assert all(p.grad is None for p in after)
 
 
+def clipped_step(*options: str) -> tuple[Tensor, Tensor]:
+    """Gradients of encoder and head, and how far plain SGD of rate 1 moved both, as vectors."""
+    plain = (
+        "optim_wrapper.optimizer.lr=1.0", "optim_wrapper.optimizer.momentum=0.0",
+        "optim_wrapper.optimizer.nesterov=False", "optim_wrapper.optimizer.weight_decay=0.0",
+        f"optim_wrapper.clip_grad.max_norm={CLIP_NORM}", "auto_scale_lr.enable=False",
+    )  # fmt: skip
+    learner = make_learner(make_recipe(*plain, *options), World())
+    parameters = [*learner.encoder.double().parameters(), *learner.head.double().parameters()]
+    images, labels = make_batch()
+    amp = Amp("off", torch.device("cpu"))
+    amp.backward(learner.loss(images.double(), labels, 0))
+    gradients, before = flat(p.grad for p in parameters), flat(parameters)
+    learner.step(amp)
+    return gradients, before - flat(parameters)
+
+
+SEPARATE = {**HEADS, "sampled": ("model.head.sample_rate=0.6",)}
+
+
+@pytest.mark.parametrize("options", SEPARATE.values(), ids=SEPARATE)
+def test_the_clipped_norm_is_that_of_encoder_and_head_together(options):
+    gradients, moved = clipped_step(*options)
+    norm = float(gradients.square().sum().sqrt())
+    assert norm > 2 * CLIP_NORM
+    assert float(moved.norm()) == pytest.approx(CLIP_NORM, rel=1e-5)  # torch adds 1e-6 to the norm
+    assert error(moved, gradients * (CLIP_NORM / (norm + 1e-6))) < 1e-10
+
+
 def test_an_encoder_without_batch_norm_has_no_statistics_to_keep():
     buffers = RankBuffers(torch.nn.Linear(2, 2), World())
     buffers.average()
@@ -138,7 +167,8 @@ def report(tmp_path_factory) -> dict[str, dict[str, float]]:
 @pytest.mark.parametrize("head", HEADS)
 def test_two_processes_give_loss_gradients_and_step_of_one(report, head):
     errors = report[head]
-    assert errors.keys() == {"loss", "encoder", "head", "weights after a step"}
+    after = {"encoder after a step", "head after a step"}
+    assert errors.keys() == {"loss", "encoder", "head"} | after
     assert max(errors.values()) < 1e-10, errors
 
 
@@ -161,17 +191,18 @@ def own_rows(learner: Learner, whole: Tensor) -> Tensor:
     return whole[classes.start * per_class : classes.stop * per_class]
 
 
+def one_head(recipe: Recipe, batch_size: int) -> Recipe:
+    """The same without shards: an implementation of its own, inside DDP's."""
+    head, train = replace(recipe.head, shard=False), replace(recipe.train, batch_size=batch_size)
+    return replace(recipe, head=head, train=train)
+
+
 def compare(options: tuple[str, ...], world: World) -> dict[str, float]:
-    recipe = make_recipe(*options, "optim_wrapper.clip_grad.max_norm=1.0")
+    recipe = make_recipe(*options, f"optim_wrapper.clip_grad.max_norm={CLIP_NORM}")
     images, labels = make_batch()
     mine = slice(world.rank * BATCH, (world.rank + 1) * BATCH)
-    # the head in one process, unsharded: an implementation of its own inside DDP's
-    alone_recipe = replace(
-        recipe,
-        head=replace(recipe.head, shard=False),
-        train=replace(recipe.train, batch_size=WORLD * BATCH),
-    )
-    alone, together = make_learner(alone_recipe, World()), make_learner(recipe, world)
+    alone = make_learner(one_head(recipe, WORLD * BATCH), World())
+    together = make_learner(recipe, world)
     losses, amps = [], []
     for learner, part in ((alone, slice(None)), (together, mine)):
         loss = learner.loss(images[part], labels[part], 0)
@@ -182,24 +213,20 @@ def compare(options: tuple[str, ...], world: World) -> dict[str, float]:
         distributed.all_reduce(losses[1])
         losses[1] /= WORLD
     gradients = [flat(p.grad for p in one.encoder.parameters()) for one in (alone, together)]
-    centres = own_rows(together, alone.head.weight.grad)
+    assert (
+        flat([gradients[0], alone.head.weight.grad]).norm() > 2 * CLIP_NORM
+    )  # there is much to clip
     found = {
         "loss": error(losses[1], losses[0]),
         "encoder": error(gradients[1], gradients[0]),
-        "head": error(together.head.weight.grad, centres),
+        "head": error(together.head.weight.grad, own_rows(together, alone.head.weight.grad)),
     }
-    if together.rows is None:  # with the centres outside, the clipped norm is the encoder's alone
-        for learner, amp in zip((alone, together), amps, strict=True):
-            learner.step(amp)
-        weights = [flat(one.encoder.parameters()) for one in (alone, together)]
-        found["weights after a step"] = error(weights[1], weights[0])
-    else:
-        before = together.head.weight.detach().clone()
-        together.step(amps[1])
-        rate = together.optimizer.param_groups[0]
-        step = centres + rate["weight_decay"] * before  # nesterov's first: 1.9 times the gradient
-        wanted = before - rate["lr"] * (1 + rate["momentum"]) * step
-        found["weights after a step"] = error(together.head.weight, wanted)
+    for learner, amp in zip((alone, together), amps, strict=True):
+        learner.step(amp)
+    weights = [flat(one.encoder.parameters()) for one in (alone, together)]
+    found["encoder after a step"] = error(weights[1], weights[0])
+    centres = own_rows(together, alone.head.weight)
+    found["head after a step"] = error(together.head.weight, centres)
     return found
 
 
