@@ -20,6 +20,7 @@ from shared.seed import derive
 
 _SPEAKER = re.compile(r"id(\d{5})")
 _TEST_SPEAKERS = range(10270, 10310)  # of VoxCeleb1, where no list says
+_SETS = ("dev", "test")
 _HELD_OUT = 20  # one of so many speakers outside the test set validates
 
 
@@ -143,15 +144,49 @@ def _faces(folder: Path) -> dict[tuple[str, str], list[Path]]:
 
 
 def _test_speakers(root: Path) -> set[str]:
-    """The speakers that the lists call test, or VoxCeleb1's."""
-    lists = [path for path in (root / "vox1_meta.csv", root / "vox2_meta.csv") if path.is_file()]
-    named: set[str] = set()
-    for path in lists:
-        for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()[1:]:
-            words = line.split()
-            if words and words[-1] == "test":
-                named.update(word for word in words if _SPEAKER.fullmatch(word))
-    return named if lists else {f"id{number}" for number in _TEST_SPEAKERS}
+    """The speakers that a list calls test, and VoxCeleb1's of which no list tells."""
+    set_of: dict[str, str] = {}
+    for path in (root / "vox1_meta.csv", root / "vox2_meta.csv"):
+        if path.is_file():
+            set_of |= _listed(path)
+    named = {speaker for speaker, name in set_of.items() if name == "test"}
+    return named | ({f"id{number}" for number in _TEST_SPEAKERS} - set_of.keys())
+
+
+def _listed(path: Path) -> dict[str, str]:
+    """Speaker → dev or test. Raises UserError for a line or a whole list that does not say it."""
+    found: dict[str, str] = {}
+    for number, line in enumerate(_lines(path), 1):
+        cells = [cell.strip(" \"'") for cell in re.split(_separator(line), line)]
+        speaker = next((cell for cell in cells if _SPEAKER.fullmatch(cell)), None)
+        if speaker is None:
+            continue  # the header, a blank line
+        name = next((cell.lower() for cell in cells[::-1] if cell.lower() in _SETS), None)
+        if name is None:
+            raise UserError(
+                f"{path}, line {number}: {speaker} is in none of the sets {' and '.join(_SETS)}; "
+                "fetch the list again"
+            )
+        found[speaker] = name
+    if not found:
+        raise UserError(
+            f"{path} names no speaker: expected lines such as id10270, …, test with tabs, commas "
+            "or spaces between; fetch the list again, or take it away to hold out VoxCeleb1's "
+            "test speakers"
+        )
+    return found
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def _separator(line: str) -> str:
+    """VoxCeleb1's list is about with tabs and with commas, VoxCeleb2's has ` ,`."""
+    return next((mark for mark in "\t,;" if mark in line), r"\s+")
 
 
 def _of_split(speakers: list[str], split: str, test: set[str]) -> set[str]:

@@ -457,6 +457,60 @@ def test_without_the_list_the_test_speakers_are_those_of_voxceleb1(voices):
     assert set(numbers(VoxCeleb(voices, "test"))) == {f"id{n}" for n in range(10270, 10276)}
 
 
+LISTS = {
+    "VoxCeleb1, tabs": (
+        "vox1_meta.csv",
+        "VoxCeleb1 ID\tVGGFace1 ID\tGender\tNationality\tSet",
+        "\t",
+    ),
+    "VoxCeleb1, commas": ("vox1_meta.csv", "VoxCeleb1 ID,VGGFace1 ID,Gender,Nationality,Set", ","),
+    "VoxCeleb2": ("vox2_meta.csv", "VoxCeleb2 ID ,VGGFace2 ID ,Gender ,Set ", " ,"),
+    "lower case": ("vox2_meta.csv", "id,name,gender,set", ", "),
+    "no header": ("vox1_meta.csv", None, " "),
+}
+
+
+@pytest.mark.parametrize(("name", "header", "separator"), LISTS.values(), ids=LISTS)
+@pytest.mark.parametrize("end", ["\n", "\r\n", " \r\n"])
+def test_every_form_of_the_list_names_the_test_speakers(voices, name, header, separator, end):
+    (voices / "vox1_meta.csv").unlink()
+    everyone = sorted(path.name for path in (voices / "wav").iterdir())
+    test = {"id10001", "id10270", "id10271"}  # not the six that VoxCeleb1's own numbers would give
+    rows = [[s, f"Dev_{s}", "f", "test" if s in test else "dev"] for s in everyone]
+    lines = [header] * (header is not None) + [separator.join(row) for row in rows]
+    (voices / name).write_bytes("".join(line + end for line in lines).encode())
+    assert set(numbers(VoxCeleb(voices, "test"))) == test
+    rest = {*numbers(VoxCeleb(voices, "train")), *numbers(VoxCeleb(voices, "val"))}
+    assert rest == set(everyone) - test
+
+
+def test_the_list_of_voxceleb2_alone_leaves_voxceleb1s_test_speakers_held_out(voices):
+    (voices / "vox1_meta.csv").unlink()
+    (voices / "vox2_meta.csv").write_text("VoxCeleb2 ID ,Set \nid00012 ,dev \n")
+    assert set(numbers(VoxCeleb(voices, "test"))) == {f"id{n}" for n in range(10270, 10276)}
+
+
+NO_LISTS = {
+    "empty": "",
+    "a header alone": "VoxCeleb1 ID,VGGFace1 ID,Gender,Nationality,Set\n",
+    "no speakers": "speaker|set\nid10270|test\n",
+    "a web page": "<!DOCTYPE html><html>please log in</html>",
+}
+
+
+@pytest.mark.parametrize("content", NO_LISTS.values(), ids=NO_LISTS)
+def test_a_list_without_a_known_speaker_is_refused(voices, content):
+    (voices / "vox1_meta.csv").write_text(content)
+    with pytest.raises(UserError, match=r"vox1_meta\.csv names no speaker: expected lines such as"):
+        VoxCeleb(voices, "train")
+
+
+def test_a_speaker_without_a_set_is_refused_by_line(voices):
+    (voices / "vox1_meta.csv").write_text("ID,Set\nid10001,dev\nid10270,tset\n")
+    with pytest.raises(UserError, match=r"line 3: id10270 is in none of the sets dev and test"):
+        VoxCeleb(voices, "train")
+
+
 def test_voxceleb_that_is_not_there_is_said(tmp_path):
     with pytest.raises(UserError, match="--datasets voxceleb says how"):
         VoxCeleb(tmp_path, "train")
