@@ -25,6 +25,7 @@ from shared.files import read_json
 EMBEDDING, MAP = "teacher_embedding.npy", "teacher_feat_map.npy"
 LABELS, MANIFEST = "teacher_labels.npy", "manifest.json"
 KINDS = ("probability", "features")
+_KNOWN = ("map", "selection", "selection_sha256")  # of the manifest
 _CHUNK_BYTES = 64 * 1024 * 1024
 _SUM_TOLERANCE = {2: 5e-3, 4: 1e-3, 8: 1e-3}  # by bytes a number: rounding of 49 numbers
 _HOW = "put the folder teacher_features_12k there, or make it with extract_teacher.py"
@@ -136,10 +137,12 @@ class TeacherFeatures:
         if not path.exists():
             return {}
         manifest = read_json(path)
-        if not isinstance(manifest, dict) or manifest.get("map", KINDS[0]) not in KINDS:
+        is_object = isinstance(manifest, dict) and not manifest.keys().isdisjoint(_KNOWN)
+        if not is_object or manifest.get("map", KINDS[0]) not in KINDS:
             raise UserError(
-                f'{path}: expected a JSON object whose "map" is one of {", ".join(KINDS)}; delete '
-                "it to do without its checks, or extract the features again"
+                f"{path}: expected a JSON object with {', '.join(_KNOWN)}, whose map is one of "
+                f"{', '.join(KINDS)}; delete it to do without its checks, or extract the features "
+                "again"
             )
         return manifest
 

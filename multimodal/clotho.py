@@ -104,7 +104,14 @@ def _clips(root: Path, folder: str, keywords: tuple[str, ...]) -> list[_Clip]:
     columns = [f"caption_{number}" for number in range(1, 6)]
     rows = read_table(path, "utf-8-sig", ["file_name", *columns])
     number_of = {word: number for number, word in enumerate(keywords)}
-    metadata = _keywords(root / f"clotho_metadata_{folder}.csv")
+    keywords_file = root / f"clotho_metadata_{folder}.csv"
+    metadata = _keywords(keywords_file)
+    if keywords_file.is_file() and not any(metadata.get(row["file_name"]) for _, row in rows):
+        raise UserError(
+            f"{keywords_file} has keywords for none of the {len(rows)} clips of {path.name}: "
+            "expected the same file_name and keywords with ; between; fetch both again, or remove "
+            "this one to train without keywords"
+        )
     clips = []
     for line, row in rows:
         name = _checked_name(row["file_name"], path, line)

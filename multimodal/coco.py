@@ -94,7 +94,7 @@ def _of_split(
 ) -> tuple[list[Picture], str]:
     """The pictures of a split in the order of their numbers, and what to call the split."""
     ordered = [everything[number] for number in sorted(everything)]
-    held_out = coco_files.karpathy(root)
+    held_out = coco_files.karpathy(root, everything)
     if held_out is None:
         name = {
             "train": f"train{year} (no Karpathy lists)",

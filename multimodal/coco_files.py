@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -110,6 +111,11 @@ def pictures(root: Path, year: int) -> tuple[dict[int, Picture], tuple[str, ...]
         instances = root / "annotations" / f"instances_{half}.json"
         if instances.is_file():
             names = _add_labels(instances, found)
+    if names and not any(picture.labels for picture in found.values()):
+        raise UserError(
+            f"{root}/annotations/instances_*{year}.json: no image_id is one of the captioned "
+            "pictures; fetch captions and instances from the same archive"
+        )
     return found, names
 
 
@@ -124,7 +130,13 @@ def _captioned(path: Path, root: Path, half: str) -> dict[int, Picture]:
     for note in content.annotations:
         if note.image_id in found and note.caption.strip():
             found[note.image_id].captions.append(" ".join(note.caption.split()))
-    return {number: picture for number, picture in found.items() if picture.captions}
+    captioned = {number: picture for number, picture in found.items() if picture.captions}
+    if not captioned:
+        raise UserError(
+            f"{path}: none of {len(content.annotations)} captions has the image_id of one of "
+            f"{len(found)} images; fetch the file again"
+        )
+    return captioned
 
 
 def _add_labels(path: Path, found: dict[int, Picture]) -> tuple[str, ...]:
@@ -140,23 +152,41 @@ def _add_labels(path: Path, found: dict[int, Picture]) -> tuple[str, ...]:
     return tuple(category.name for category in ordered)
 
 
-def karpathy(root: Path) -> dict[str, set[int]] | None:
+def karpathy(root: Path, known: Collection[int] | None = None) -> dict[str, set[int]] | None:
     """The numbers of the pictures in Karpathy's val and test lists; None without the lists.
 
     Read are coco_{val,test}_karpathy.json (COCO's format or a plain list), and dataset_coco.json.
+    Raises UserError for a list that names none of the pictures `known`.
     """
     folders = (root / "karpathy", root / "annotations", root)
     whole = _first(folders, ("dataset_coco.json",))
     if whole:
         listed = read(whole, _List).images
-        return {split: {_number(i, whole) for i in listed if i.split == split} for split in _HELD}
+        held_out = {
+            split: {_number(i, whole) for i in listed if i.split == split} for split in _HELD
+        }
+        return {
+            split: _checked(numbers, whole, split, known) for split, numbers in held_out.items()
+        }
     lists = {
         split: _first(folders, (f"coco_{split}_karpathy.json", f"coco_karpathy_{split}.json"))
         for split in _HELD
     }
     if not all(lists.values()):
         return None
-    return {split: _numbers(path) for split, path in lists.items() if path}
+    return {
+        split: _checked(_numbers(path), path, split, known) for split, path in lists.items() if path
+    }
+
+
+def _checked(numbers: set[int], path: Path, split: str, known: Collection[int] | None) -> set[int]:
+    if known is not None and numbers.isdisjoint(known):
+        raise UserError(
+            f"{path}: of {len(numbers)} pictures of the split {split} none is among the "
+            f"{len(known)} captioned ones; expected COCO's numbers (cocoid, id or the file's name) "
+            "and the splits train, restval, val and test; fetch the list again"
+        )
+    return numbers
 
 
 def _first(folders: tuple[Path, ...], names: tuple[str, ...]) -> Path | None:

@@ -72,6 +72,10 @@ def usable(
         )
     good = [item for item, why in zip(listed, problems, strict=True) if why is None]
     missing = problems.count("missing")
+    if not listed:
+        raise UserError(
+            f"{where} lists no {what} of {' '.join(of)}: check that it is the right one"
+        )
     _refuse_missing(missing, len(listed), what, where)
     bad = Skipped(what)
     for path, why in zip(paths, problems, strict=True):
@@ -84,7 +88,7 @@ def usable(
 
 
 def _refuse_missing(missing: int, total: int, what: str, where: Path) -> None:
-    if missing > MOST_MISSING * total or not total:
+    if missing > MOST_MISSING * total:
         raise UserError(
             f"{missing} of {total} {what} listed in {where} are missing: download_datasets.py "
             "fetches them, or give the directory that holds them by --data-root"

@@ -82,14 +82,19 @@ def read_titles(path: Path) -> dict[str, str]:
     """{item id: title} of a product file of either schema; of a line the id is the picture's name
     up to its last underscore (B08LYS9WYD_4.jpg → B08LYS9WYD).
 
-    Raises UserError as `read_samples` does.
+    Raises UserError as `read_samples` does, and when no item has a title.
     """
     if _schema(path) == ".json":
-        return {item: _title(meta) for item, meta in _items(path)}
-    rows = ((_text(path, number, row, "image_name"), row) for number, row in read_objects(path))
-    return {
-        Path(name).stem.rpartition("_")[0] or Path(name).stem: _title(row) for name, row in rows
-    }
+        titles = {item: _title(meta) for item, meta in _items(path)}
+    else:
+        rows = ((_text(path, number, row, "image_name"), row) for number, row in read_objects(path))
+        titles = {_item_of(name): _title(row) for name, row in rows}
+    if not any(title != NO_TITLE for title in titles.values()):
+        raise UserError(
+            f"{path} gives none of its {len(titles)} items a title: expected a text under 'title'; "
+            "check that it is the right file"
+        )
+    return titles
 
 
 def _described(path: Path) -> Iterator[tuple[str, str, str]]:

@@ -38,9 +38,15 @@ def pictures_of(split: str, path: Path) -> list[Picture]:
     found: dict[str, Picture] = {}
     for name, url in pairs:
         found.setdefault(name, Picture(split, name, url))
-    if not found:
+    pictures = list(found.values())
+    if not pictures:
         raise UserError(f"{path} names no picture: check that it is the right file")
-    return list(found.values())
+    if not any(picture.url for picture in pictures):
+        field = "images[].large" if path.suffix == ".json" else "image"
+        raise UserError(
+            f"{path}: none of {len(pictures)} pictures has an address: expected one under {field}"
+        )
+    return pictures
 
 
 def why_unusable(picture: Picture) -> str | None:

@@ -73,6 +73,11 @@ def read_talks(cfg: Config) -> Talks:
             raise UserError(f"{cfg.conversations(split)} holds no gt_items: nothing to learn from")
     talks = Talks(train, valid, found["test"], read_titles(cfg.item_meta_path))
     nameless = [item for item in sorted(talks.items()) if item not in talks.titles]
+    if len(nameless) == len(talks.items()):
+        raise UserError(
+            f"{cfg.item_meta_path} has none of the {len(nameless)} candidates, the first is "
+            f"{nameless[0]}: give the products of these conversations by --item_meta_path"
+        )
     if nameless:
         log.warning(
             "%d of %d candidates have no title in %s, the first is %s",

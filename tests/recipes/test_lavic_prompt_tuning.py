@@ -248,6 +248,14 @@ def test_a_mistake_is_named_in_one_line(extra, message, flags):
     assert "Traceback" not in outcome.text
 
 
+def test_titles_of_other_products_are_refused(flags, tmp_path):
+    path = tmp_path / "item2meta_train.json"
+    path.write_text(json.dumps({"B000000000": {"title": "of another shop"}}))
+    outcome = run_here(prompt_tuning.main, [*flags, "--item_meta_path", path])
+    assert outcome.code == 2, outcome.text
+    assert f"{path} has none of the" in outcome.last_line
+
+
 def test_the_adapter_has_to_be_given_and_has_to_be_one_of_stage_1(flags, tmp_path):
     outcome = run_here(prompt_tuning.main, ["--category", "all_beauty"])
     assert outcome.code == 2 and "--model_dir is missing" in outcome.last_line
