@@ -6,8 +6,9 @@ Standard library only: entry scripts import this before anything slow.
 from __future__ import annotations
 
 import difflib
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 if sys.version_info < (3, 11):  # before anything that an older Python would trip over
     sys.stderr.write(
@@ -47,53 +48,72 @@ def one_line(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+_NUMBER = re.compile(r"\d+")
+
+
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
-    """'; did you mean X?' for the allowed name nearest to `name`, or '' when none is near."""
-    near = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.6)
+    """'; did you mean X?' for the allowed name nearest to `name`, or '' when none is near.
+
+    Names that differ in their numbers alone are others of a series (shards, epochs), not spellings
+    of one: then there is no near name either.
+    """
+    names = list(allowed)
+    if _NUMBER.sub("0", name) in {_NUMBER.sub("0", other) for other in names}:
+        return ""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
 
 
-_SHM_HINT = (
-    "/dev/shm is too small for the loader workers: use --workers 0, or raise the container's "
-    "--shm-size"
+# What to do, by the flag that it takes ('': none); of several the first that the script has counts.
+_SMALLER_BATCH = {
+    "--batch-size": "lower --batch-size",
+    "--cfg-options": "lower train_dataloader.batch_size by --cfg-options",
+}
+_FEWER_WORKERS = {
+    "--workers": "lower --workers (0: none)",
+    "--cfg-options": "lower train_dataloader.num_workers by --cfg-options (0: none)",
+}
+_MORE_SHARED_MEMORY = {"": "in a container raise --shm-size"}
+_SHARED_MEMORY_FULL = (
+    "/dev/shm is too small for the loader workers",
+    (_FEWER_WORKERS, _MORE_SHARED_MEMORY),
 )
-# (fragments that must all occur in the lower-cased message, what it means and what to do)
-_HINTS: tuple[tuple[tuple[str, ...], str], ...] = (
+# (fragments that must all occur in the lower-cased message, what it means, what to do)
+_HINTS: tuple[tuple[tuple[str, ...], str, tuple[dict[str, str], ...]], ...] = (
     (
         ("dataloader worker", "killed by signal"),
-        "a loader worker was killed from outside, most often because RAM or /dev/shm ran out: "
-        "lower --workers (0 needs neither) or --batch-size; in a container raise --shm-size",
+        "a loader worker was killed from outside, most often because RAM or /dev/shm ran out",
+        (_FEWER_WORKERS, _SMALLER_BATCH, _MORE_SHARED_MEMORY),
     ),
-    (
-        ("unable to write to file </torch_",),
-        _SHM_HINT,
-    ),
-    (
-        ("bus error",),
-        _SHM_HINT,
-    ),
-    (
-        ("shared memory", "shm"),
-        _SHM_HINT,
-    ),
+    (("unable to write to file </torch_",), *_SHARED_MEMORY_FULL),
+    (("bus error",), *_SHARED_MEMORY_FULL),
+    (("shared memory", "shm"), *_SHARED_MEMORY_FULL),
     (
         ("out of memory",),
-        "the device is full: lower --batch-size, try --amp bf16, and look for other programs "
-        "on the device",
+        "the device is full",
+        (
+            _SMALLER_BATCH,
+            {"--amp": "try --amp bf16"},
+            {"": "look for other programs on the device"},
+        ),
     ),
     (
         ("can't allocate memory",),
-        "RAM is full: lower --batch-size or --workers, and look for other programs on the machine",
+        "RAM is full",
+        (_SMALLER_BATCH, _FEWER_WORKERS, {"": "look for other programs on the machine"}),
     ),
     (
         ("no space left on device",),
-        "the disk is full: free some space and type the same command again; the last "
-        "checkpoint is whole",
+        "the disk is full",
+        ({"": "free some space and type the same command again; the last checkpoint is whole"},),
     ),
     (
         ("nvidia driver", "too old"),
-        "the NVIDIA driver is older than this torch build needs: update the driver, install a "
-        "torch build for your CUDA version, or run on the CPU with --device cpu",
+        "the NVIDIA driver is older than this torch build needs",
+        (
+            {"": "update the driver, or install a torch build for your CUDA version"},
+            {"--device": "run on the CPU with --device cpu"},
+        ),
     ),
 )
 
@@ -113,10 +133,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def hint_for(text: str) -> str | None:
-    """What a failure's message means and what to do next, or None when nothing is known."""
+def hint_for(text: str, flags: Collection[str] = ()) -> str | None:
+    """What a failure's message means and what to do next, or None when nothing is known.
+
+    flags: those of the script that failed; advice that takes another one is left out.
+    """
     lowered = text.lower()
-    for fragments, hint in _HINTS:
+    for fragments, meaning, ways in _HINTS:
         if all(fragment in lowered for fragment in fragments):
-            return hint
+            possible = [[way[flag] for flag in way if not flag or flag in flags] for way in ways]
+            return f"{meaning}: {'; '.join(words[0] for words in possible if words)}"
     return None

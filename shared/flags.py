@@ -22,6 +22,14 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists the flags")
 
 
+_of_script: frozenset[str] = frozenset()
+
+
+def of_script() -> frozenset[str]:
+    """The flags that this process's script has, once it has read its command line."""
+    return _of_script
+
+
 class _Extend(argparse.Action):
     """Texts of a flag typed once or several times, as one tuple."""
 
@@ -31,7 +39,7 @@ class _Extend(argparse.Action):
 
 def read(defaults: Any, argv: list[str], usage: str | None) -> dict[str, Any]:
     """The settings typed, by name; prints for --help. Raises UserError for what is none of them."""
-    parser = _parser(defaults, description=usage)
+    parser = _parser_of_script(defaults, usage)
     known, unknown = parser.parse_known_args(dashed(argv))
     if unknown:
         name = unknown[0].partition("=")[0]
@@ -47,7 +55,7 @@ def read_known(defaults: Any, argv: list[str]) -> dict[str, Any]:
 
 def read_own(defaults: Any, argv: list[str], usage: str | None) -> tuple[dict[str, Any], list[str]]:
     """Like `read`, and the words that belong to none of the settings."""
-    known, rest = _parser(defaults, description=usage).parse_known_args(dashed(argv))
+    known, rest = _parser_of_script(defaults, usage).parse_known_args(dashed(argv))
     return vars(known), rest
 
 
@@ -58,6 +66,13 @@ def dashed(argv: list[str]) -> list[str]:
         name, equals, value = token.partition("=")
         dashed.append(name.replace("_", "-") + equals + value if name.startswith("--") else token)
     return dashed
+
+
+def _parser_of_script(defaults: Any, usage: str | None) -> argparse.ArgumentParser:
+    global _of_script
+    parser = _parser(defaults, description=usage)
+    _of_script = frozenset(parser._option_string_actions)
+    return parser
 
 
 def _parser(defaults: Any, **options: Any) -> argparse.ArgumentParser:

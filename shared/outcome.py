@@ -17,7 +17,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from shared import logs, status
+from shared import flags, logs, status
 from shared.errors import (
     DONE,
     FAILED,
@@ -133,7 +133,7 @@ def report(failure: Failure, run_dir: Path | None) -> int:
         return failure.code
     if failure.traceback:
         logs.say(failure.traceback.rstrip())
-    hint = hint_for(failure.message)
+    hint = hint_for(failure.message, flags.of_script())
     reason = failure.message + (f" — {hint}" if hint else "")
     status.close(run_dir, failure.code, reason)
     leave_page(run_dir)

@@ -23,8 +23,8 @@ def steps_per_epoch(num_samples: int, batch_size: int, world_size: int) -> int:
     if steps == 0:
         raise UserError(
             f"{num_samples} samples are too few for one step: {world_size} process(es) × batch "
-            f"size {batch_size} a process need {batch_size * world_size}; lower --batch-size or "
-            "--nproc"
+            f"size {batch_size} a process need {batch_size * world_size}; make the batch "
+            "smaller, or lower --nproc"
         )
     return steps
 

@@ -149,8 +149,10 @@ def _read_shards(index: Path, prefix: str) -> dict[str, Tensor]:
     shard_of = {
         name: shard for name, shard in _weight_map(index).items() if name.startswith(prefix)
     }
+    shards = sorted(set(shard_of.values()))
+    _refuse_missing_shards(index, shards)
     state: dict[str, Tensor] = {}
-    for shard in sorted(set(shard_of.values())):
+    for shard in shards:
         state |= _read_file(index.parent / shard, prefix)
     lacking = [name for name in shard_of if name not in state]
     if lacking:
@@ -159,6 +161,15 @@ def _read_shards(index: Path, prefix: str) -> dict[str, Tensor]:
             "index and shards come from different versions; download them again"
         )
     return state
+
+
+def _refuse_missing_shards(index: Path, shards: list[str]) -> None:
+    missing = [shard for shard in shards if not is_file(index.parent / shard)]
+    if missing:
+        raise UserError(
+            f"{index.parent} lacks {len(missing)} of the {len(shards)} shards that {index.name} "
+            f"names ({_first(missing)}): run the download again, it continues where it stopped"
+        )
 
 
 def _weight_map(index: Path) -> dict[str, str]:

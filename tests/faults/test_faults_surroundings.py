@@ -62,7 +62,7 @@ def test_fault_41_full_device_ends_the_run_with_a_hint(tmp_path):
 def test_fault_42_small_shared_memory_ends_the_run_with_a_hint(tmp_path):
     outcome = probe(tmp_path / "run", "--fault", "shm@3")
     assert outcome.code == 1
-    assert "--workers 0" in outcome.last_line
+    assert "lower --workers (0: none)" in outcome.last_line
     assert "--shm-size" in outcome.last_line
 
 

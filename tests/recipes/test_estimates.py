@@ -119,6 +119,19 @@ def test_arcface_needs_no_data_for_an_estimate():
     assert "what helps most: " in ended.text
 
 
+def test_arcface_out_of_memory_names_the_setting_that_arcface_has(tmp_path, monkeypatch):
+    def train(*_: object) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("arcface.training.train", train)
+    monkeypatch.setattr(run_arcface, "_check_data", lambda _: None)
+    words = ["--init", "random", "--data-root", tmp_path, "--run-dir", tmp_path / "run"]
+    ended = run_here(run_arcface.main, words)
+    assert ended.code == 1
+    assert "lower train_dataloader.batch_size by --cfg-options" in ended.last_line
+    assert "--batch-size" not in ended.text
+
+
 def test_every_script_that_estimates_explains_a_lack_of_memory_too():
     scripts = (
         *("face_distill/train_distill.py", "arcface/run_scripts/run_arcface.py"),

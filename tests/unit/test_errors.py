@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -25,26 +27,68 @@ def test_the_nearest_name_is_offered_and_a_far_one_is_not() -> None:
     assert did_you_mean("--zzz", names) == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [
+        ("model-00002-of-00005.safetensors", "model-00003-of-00005.safetensors"),
+        ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"),
+        ("student_adapter_face_epoch_10.pth", "student_adapter_face_epoch_5.pth"),
+        ("epoch_2.pth", "epoch_12.pth"),
+    ],
+)
+def test_another_of_a_numbered_series_is_not_offered(name: str, other: str) -> None:
+    assert did_you_mean(name, [other, "model.safetensors.index.json"]) == ""
+    misspelt = name.replace("-of-", "_of-").replace("epoch", "epcoh")
+    assert did_you_mean(misspelt, [other]) == f"; did you mean {other}?"
+
+
 def test_exit_codes_tell_input_from_missing_tools() -> None:
     assert UserError("x").exit_code == 2
     assert MissingToolError("x").exit_code == 3
     assert isinstance(MissingToolError("x"), UserError)
 
 
+WORKER_KILLED = "DataLoader worker (pid 12) is killed by signal: Killed."
+SHARED_MEMORY = "unable to write to file </torch_1>: shared memory /dev/shm"
+DEVICE_FULL = "CUDA out of memory. Tried to allocate 2.00 GiB."
+RAM_FULL = "DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 12010)."
+
+
 @pytest.mark.parametrize(
     ("message", "advice"),
     [
-        ("DataLoader worker (pid 12) is killed by signal: Killed.", "--workers"),
+        (WORKER_KILLED, "--workers"),
         ("DataLoader worker (pid 12) is killed by signal: Bus error. shared memory", "--workers"),
-        ("unable to write to file </torch_1>: shared memory /dev/shm", "--shm-size"),
-        ("CUDA out of memory. Tried to allocate 2.00 GiB.", "--batch-size"),
-        ("DefaultCPUAllocator: can't allocate memory: you tried to allocate", "RAM is full"),
+        (SHARED_MEMORY, "--shm-size"),
+        (DEVICE_FULL, "--batch-size"),
+        (RAM_FULL, "RAM is full"),
         ("[Errno 28] No space left on device", "the disk is full"),
-        ("The NVIDIA driver on your system is too old (found version 12010).", "--device cpu"),
+        (OLD_DRIVER, "--device cpu"),
     ],
 )
 def test_failures_that_torch_words_badly_get_advice(message: str, advice: str) -> None:
-    assert advice in (hint_for(message) or "")
+    assert advice in (hint_for(message, ["--batch-size", "--workers", "--device"]) or "")
+
+
+@pytest.mark.parametrize(
+    "message", [WORKER_KILLED, SHARED_MEMORY, DEVICE_FULL, RAM_FULL, OLD_DRIVER]
+)
+def test_advice_names_no_flag_that_the_script_lacks(message: str) -> None:
+    flags = {"--batch-size", "--workers", "--amp", "--device"}
+    alone = hint_for(message)
+    assert alone and not set(re.findall(r"--[a-z-]+", alone)) - {"--shm-size"}
+    for flag in flags:
+        named = set(re.findall(r"--[a-z-]+", hint_for(message, [flag]) or ""))
+        assert named <= {flag, "--shm-size"}
+
+
+def test_of_a_script_with_a_configuration_advice_names_its_settings() -> None:
+    hint = hint_for(DEVICE_FULL, ["--cfg-options", "--amp"]) or ""
+    assert "lower train_dataloader.batch_size by --cfg-options; try --amp bf16" in hint
+    assert "train_dataloader.num_workers" in (hint_for(SHARED_MEMORY, ["--cfg-options"]) or "")
+    both = hint_for(DEVICE_FULL, ["--cfg-options", "--batch-size"]) or ""
+    assert "lower --batch-size" in both and "train_dataloader" not in both
 
 
 def test_an_unknown_failure_gets_no_advice() -> None:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from face_distill import train_distill
 from shared import launch, logs, outcome, supervisor
+from shared.config import parse
 from shared.errors import MissingToolError, UserError
 from shared.outcome import Failure
 
@@ -286,6 +288,7 @@ def test_a_failure_is_told_once_with_advice_and_closes_the_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "status.json").write_text('{"state": "running"}')
+    parse(train_distill.Config, [])
     failure = Failure(0, 1, "error", "OutOfMemoryError: CUDA out of memory.", "Traceback …\n")
     assert outcome.report(failure, tmp_path) == 1
     assert capsys.readouterr().err == "Traceback …\n"

@@ -165,9 +165,15 @@ def test_partial_downloads_are_recognised(tmp_path: Path) -> None:
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     save_sharded(tmp_path)
-    (tmp_path / "model-00001-of-00002.safetensors").unlink()
-    with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is missing"):
+    shard = tmp_path / "model-00001-of-00002.safetensors"
+    shard.unlink()
+    with pytest.raises(UserError, match=r"lacks 1 of the 1 shards .* \(model-00001-of-00002\.saf"):
         weights.read(tmp_path, "eye.")
+    with pytest.raises(UserError, match=r"lacks 1 of the 2 shards that model\.safetensors\.index"):
+        weights.read(tmp_path)
+    with pytest.raises(UserError, match=r"model-00001-of-00002\.safetensors is missing") as found:
+        weights.read(shard)
+    assert "did you mean" not in str(found.value)  # the other shard is no other spelling
 
 
 def test_an_index_that_promises_more_than_its_shards_is_refused(tmp_path: Path) -> None:
