@@ -118,13 +118,17 @@ def _counted(stage: Stage, status: Status, describe: "Callable[[], None]") -> St
 
 
 def _close(status: Status, code: int, output: Path) -> None:
-    """Write how the chain ended, with the accuracy before and after as its result."""
+    """Write how the chain ended, with the accuracy before and after as its result.
+
+    It is that of the content: a base model that answers in sentences is not wrong for it.
+    """
     scores = read_object(output / "evaluation" / "vqa.json")
     before, after = (scores.get(name) or {} for name in ("before", "metrics"))
+    majority, number = scores.get("majority") or 0.0, (scores.get("counts") or {}).get("questions")
     result = {
-        "name": "VQA accuracy",
-        "before": before.get("normalised"),
-        "after": after.get("normalised"),
+        "name": f"answers right in content (majority answer {majority:.4g}, N {number})",
+        "before": before.get("contained"),
+        "after": after.get("contained"),
         "higher_is_better": True,
     }
     made = [output / "checkpoint-merged", output / "evaluation" / "vqa.json"]

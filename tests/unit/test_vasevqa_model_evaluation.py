@@ -31,6 +31,19 @@ def test_accuracy_is_counted_over_all_and_for_each_attribute():
     assert metrics["credit/attribution"] == 0.5 and metrics["normalised/other"] == 0.0
 
 
+def test_an_answer_with_words_around_it_is_right_in_content():
+    asked = [row("<image>What is the shape?", "krater"), row("<image>When?", "550-500 BC")]
+    answers = ["A krater, it seems.", "550-50 BC or so."]
+    metrics, _ = evaluation.score(asked, answers)
+    assert (metrics["exact"], metrics["normalised"], metrics["contained"]) == (0, 0, 0.5)
+
+
+def test_the_majority_answer_is_each_attributes_most_frequent_one():
+    answers = {"shape": ["krater", "Krater", "hydria"], "date": ["550 BC", "500 BC"]}
+    asked = [row("<image>?", text, attribute=a) for a, texts in answers.items() for text in texts]
+    assert evaluation.majority(asked) == pytest.approx((2 + 1) / 5)
+
+
 @pytest.mark.parametrize(
     ("asked", "name"),
     [
@@ -66,12 +79,14 @@ def test_without_a_tag_pictures_come_first_as_in_training():
 
 def test_the_table_shows_every_attribute_before_and_after():
     metrics = {"exact": 0.5, "normalised": 0.75, "exact/date": 0.25, "normalised/date": 1.0}
+    metrics |= {"contained": 0.875, "contained/date": 1.0}
     text = evaluation.table({"before": metrics, "after": metrics}, {"questions": 4, "date": 2})
     lines = text.splitlines()
     head = "asked about questions before exact after exact before normalised after normalised"
+    head += " before contained after contained"
     assert " ".join(lines[0].split()) == head
-    assert lines[1].split() == ["all", "4", "0.500", "0.500", "0.750", "0.750"]
-    assert lines[2].split() == ["date", "2", "0.250", "0.250", "1.000", "1.000"]
+    assert lines[1].split() == ["all", "4", "0.500", "0.500", "0.750", "0.750", "0.875", "0.875"]
+    assert lines[2].split() == ["date", "2", "0.250", "0.250", "1.000", "1.000", "1.000", "1.000"]
 
 
 def test_demo_rows_are_right_for_training_and_for_grpo():

@@ -40,7 +40,12 @@ def test_the_result_is_the_accuracy_before_and_after(tmp_path):
     (tmp_path / "evaluation").mkdir()
     write_json(
         tmp_path / "evaluation" / "vqa.json",
-        {"metrics": {"normalised": 0.7}, "before": {"normalised": 0.1}},
+        {
+            "metrics": {"normalised": 0.9, "contained": 0.7},
+            "before": {"normalised": 0.0, "contained": 0.1},
+            "majority": 0.318,
+            "counts": {"questions": 280},
+        },
     )
     (tmp_path / "flow").mkdir()
     status = Status(tmp_path / "flow", recipe="vasevqa")
@@ -48,7 +53,8 @@ def test_the_result_is_the_accuracy_before_and_after(tmp_path):
     run_all._close(status, 0, tmp_path)
     found = read_json(tmp_path / "flow" / "status.json")
     assert (found["state"], found["step"], found["last"]) == ("done", 1, {"stage": "sft"})
-    expected = {"name": "VQA accuracy", "before": 0.1, "after": 0.7, "higher_is_better": True}
+    name = "answers right in content (majority answer 0.318, N 280)"
+    expected = {"name": name, "before": 0.1, "after": 0.7, "higher_is_better": True}
     assert found["result"] == expected
     run_all._close(status, 143, tmp_path)
     found = read_json(tmp_path / "flow" / "status.json")

@@ -7,7 +7,8 @@ python evaluate.py --demo                               what ./merge.sh --demo l
 
 --data-root is a JSON or JSONL file of rows as for training, each with its answer. Prints accuracy
 over all rows and for each attribute (fabric, technique, shape, provenance, date, attribution,
-decoration), exact and normalised; writes vqa.json and answers.jsonl.
+decoration): exact, normalised, contained among other words, and what each attribute's most frequent
+answer would reach; writes vqa.json and answers.jsonl.
 """
 
 import json
@@ -122,11 +123,14 @@ def _evaluate(cfg: Config, models: dict[str, Path], rows: "list[Row]", root: Pat
     }
     scores = {name: evaluation.score(rows, texts) for name, texts in answers.items()}
     counts = scores["after"][1]
-    sys.stdout.write(evaluation.table({n: s[0] for n, s in scores.items()}, counts) + "\n\n")
+    sys.stdout.write(evaluation.table({n: s[0] for n, s in scores.items()}, counts) + "\n")
+    majority = round(evaluation.majority(rows), 6)
+    sys.stdout.write(f"each attribute's most frequent answer: {majority:.3f}\n\n")
     result = {
         "schema": 1,
         "metrics": scores["after"][0],
         "before": scores["before"][0] if "before" in scores else None,
+        "majority": majority,
         "counts": counts,
         "checkpoint": str(cfg.checkpoint),
         "compared_with": str(models["before"]) if "before" in models else None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from vasevqa.model.rows import TAG, Row
 log = logging.getLogger(__name__)
 
 OTHER = "other"  # questions about none of the attributes
-KINDS = ("exact", "normalised", "credit")
+KINDS = ("exact", "normalised", "contained", "credit")
 _FEWEST_PIXELS = 4 * 28 * 28  # what swift scales small pictures up to
 
 
@@ -107,7 +107,8 @@ def attribute_of(row: Row) -> str:
 def score(rows: Sequence[Row], answers: Sequence[str]) -> tuple[dict[str, float], dict[str, int]]:
     """Accuracy over all rows and for each attribute, and the number of rows behind each.
 
-    exact: the same text; normalised: the same after normalising; credit: the reward, from 0 to 1.
+    exact: the same text; normalised: the same after normalising; contained: the reference is in the
+    answer, among whatever other words; credit: the reward, from 0 to 1.
     """
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
@@ -116,6 +117,7 @@ def score(rows: Sequence[Row], answers: Sequence[str]) -> tuple[dict[str, float]
         values = (
             float(vase_scoring.is_exact(answer, row.reference)),
             float(vase_scoring.is_same(answer, row.reference)),
+            float(vase_scoring.holds(answer, row.reference)),
             vase_scoring.credit(answer, row.reference),
         )
         for kind, value in zip(KINDS, values, strict=True):
@@ -130,16 +132,24 @@ def score(rows: Sequence[Row], answers: Sequence[str]) -> tuple[dict[str, float]
     return metrics, dict(counts)
 
 
+def majority(rows: Sequence[Row]) -> float:
+    """The accuracy of a model that sees nothing: each attribute's most frequent answer."""
+    answers: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        answers[attribute_of(row)][vase_scoring.normalise(row.reference)] += 1
+    return sum(max(counted.values()) for counted in answers.values()) / len(rows)
+
+
 def table(metrics: dict[str, dict[str, float]], counts: dict[str, int]) -> str:
-    """Exact and normalised accuracy of each model, a row for each attribute."""
+    """Accuracy of each model, exact, normalised and contained; a row for each attribute."""
     names = [name for name in (*ATTRIBUTES, OTHER) if name in counts]
     names += sorted(counts.keys() - {*names, "questions"})
     models = list(metrics)
-    head = ["asked about", "questions", *(f"{m} {k}" for k in KINDS[:2] for m in models)]
+    head = ["asked about", "questions", *(f"{m} {k}" for k in KINDS[:3] for m in models)]
     lines = [head]
     for name in ["questions", *names]:
         suffix = "" if name == "questions" else f"/{name}"
-        values = [f"{metrics[m][k + suffix]:.3f}" for k in KINDS[:2] for m in models]
+        values = [f"{metrics[m][k + suffix]:.3f}" for k in KINDS[:3] for m in models]
         lines.append(["all" if not suffix else name, str(counts[name]), *values])
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     return "\n".join(

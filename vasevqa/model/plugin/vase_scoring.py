@@ -85,6 +85,12 @@ def is_same(answer: str, reference: str) -> bool:
     return normalise(answer) == normalise(reference) != ""
 
 
+def holds(answer: str, reference: str) -> bool:
+    """Whether the reference is in the answer, whatever words stand before and after it."""
+    wanted = normalise(reference)
+    return wanted != "" and f" {wanted} " in f" {normalise(answer)} "
+
+
 def credit(answer: str, reference: str) -> float:
     """How much of the reference the answer has, from 0 to 1.
 
