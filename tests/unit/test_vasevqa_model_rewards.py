@@ -27,6 +27,8 @@ from vasevqa.model.plugin.vase_scoring import (
         ("550 – 500 B.C.", "550-500 BCE"),
         ("Star Painter", "attributed to the star painter"),
         ("oenochoé", "oinochoe"),
+        ("two handles", "two handle"),
+        ("c. 480 BC", "480 v. Chr."),
     ],
 )
 def test_two_ways_of_writing_mean_the_same(answer, reference):
@@ -65,6 +67,58 @@ def test_a_part_of_the_answer_earns_a_part(answer, reference, expected):
     assert credit(answer, reference) == pytest.approx(expected)
 
 
+# The least and the most credit that common sense gives.
+BOUNDS = (
+    ("unknown", "550-500 BC", 0, 0),
+    ("550-500 v. Chr.", "550-500 BC", 1, 1),
+    ("500-450 BC", "550-450 BC", 0.4, 0.6),
+    ("Group of Polygnotos", "POLYGNOTOS, GROUP OF", 0.9, 1),
+    ("6th century BC", "550-500 BC", 0.3, 0.6),
+    ("550 v. Chr.", "550 BC", 1, 1),
+    ("between 550 and 500 BC", "550-500 BC", 1, 1),
+    ("500-450", "500-450 BC", 0.9, 1),
+    ("-500 to -450", "-500 to -450", 1, 1),
+    ("sixth century", "6th century", 1, 1),
+    ("second half of the 6th century BC", "600-550 BC", 0, 0.1),
+    ("the 550s BC", "550-540 BC", 0, 1),
+    ("mid-5th century BC", "475-425 BC", 0.5, 1),
+    ("about 480 BC", "480 BC", 1, 1),
+    ("490-80 BC", "490-480 BC", 1, 1),
+    ("Around 550-500 BCE", "550-500 BC", 1, 1),
+    ("ITALY, ETRURIA, VULCI", "Vulci", 0.4, 0.9),
+    ("first quarter of the 5th century BC", "500-475 BC", 0.8, 1),
+    ("no", "no", 1, 1),
+    ("early 4th century BC", "400-375 BC", 0.4, 1),
+    ("Painter of Berlin 1686", "Painter of Berlin 1700", 0.3, 0.9),
+    ("550 BC - 500 BC", "550-500 BC", 1, 1),
+    ("575–525 BC", "575-525 BC", 1, 1),
+    ("Group C", "Group D", 0, 0.6),
+    ("500-450 BC", "500-450", 0.9, 1),
+    ("Attributed to the Berlin Painter", "BERLIN P by BEAZLEY", 0.3, 1),
+    ("not Athenian", "Athenian", 0, 0.2),
+    ("neck amphora", "AMPHORA, NECK", 0.9, 1),
+    ("Red-figure", "RED-FIGURE", 1, 1),
+    ("ca. 490-80 B.C.", "490-480 BC", 1, 1),
+    ("525-475 BC", "550-500 BC", 0.2, 0.5),
+    ("500-450", "-500 to -450", 0.9, 1),
+    ("Etruria, Vulci", "Vulci, Etruria", 1, 1),
+    ("5th c. BC", "500-400 BC", 0.9, 1),
+    ("525-475 BC", "-525 to -475", 0.9, 1),
+    ("-500 to -450", "500-450 BC", 0.9, 1),
+    ("Berlin Painter", "Berlin P.", 0.5, 1),
+    ("cups", "cup", 1, 1),
+    ("5th cent. BC", "5th century BC", 0.9, 1),
+    ("5th c. BC", "5th century BC", 1, 1),
+    ("550-500 BC, Athenian", "550-500 BC", 0.8, 1),
+    ("公元前六世纪", "6th century BC", 0.9, 1),
+)
+
+
+@pytest.mark.parametrize(("answer", "reference", "least", "most"), BOUNDS)
+def test_credit_is_what_common_sense_gives(answer, reference, least, most):
+    assert least <= credit(answer, reference) <= most
+
+
 @pytest.mark.parametrize(
     ("text", "span"),
     [
@@ -76,6 +130,16 @@ def test_a_part_of_the_answer_earns_a_part(answer, reference, expected):
         ("2nd century AD", (101, 200)),
         ("120 AD", (120, 120)),
         ("公元前 480", (-480, -480)),
+        ("first half of the 5th century BC", (-500, -451)),
+        ("last quarter of the 2nd century AD", (176, 200)),
+        ("Late Geometric, 8th century BC", (-800, -701)),
+        ("the 550s BC", (-559, -550)),
+        ("490-80 B.C.E.", (-490, -480)),
+        ("120-30 AD", (120, 130)),
+        ("公元前五世纪", (-500, -401)),
+        ("十一世纪", None),
+        (f"{'9' * 5000}th century BC", (-9999, -9999)),
+        ("450-500", None),  # BC or AD
         ("amphora", None),
         ("vase 42", None),
     ],

@@ -22,13 +22,30 @@ _FORMAT = re.compile(
 )
 _WORD = re.compile(r"[a-z]+|\d+|[\u4e00-\u9fff]")
 _ARTICLES = frozenset({"a", "an", "the", "of", "is", "it", "this", "to", "in", "on", "by", "and"})
-_ARTICLES |= {"vase", "attributed", "answer", "c", "ca", "circa", "about"}
-_CENTURY = re.compile(r"(\d+|[a-z]+)(?:st|nd|rd|th)?\s+century")
+_ARTICLES |= {"vase", "attributed", "answer", "circa", "about", "around"}
+_NEGATIONS = frozenset({"not", "non", "no", "neither", "nor", "不"})
+_CIRCA = re.compile(r"(?<!\w)(?:ca?|approx)\b\.?\s*(?=\d)")
+_SINGULAR = re.compile(r"(?<=[a-z]{2}[^suoi])s$")  # not of kylix's kind: glass, lekythos, Paris
 _ORDINALS = {
     "first": 1, "second": 2, "third": 3, "fourth": 4, "fifth": 5, "sixth": 6, "seventh": 7,
     "eighth": 8, "ninth": 9, "tenth": 10,
 }  # fmt: skip
-_YEARS = re.compile(r"(\d{2,4})(?:\s*(?:-|–|—|to|/)\s*(\d{1,4}))?")
+_ORDINALS |= {numeral: number for number, numeral in enumerate("一二三四五六七八九十", 1)}
+_ORDINAL = rf"(\d{{1,2}}(?=st|nd|rd|th|\s|世)|{'|'.join(_ORDINALS)})(?:st|nd|rd|th)?"
+_CENTURY = re.compile(rf"(?<![十\d]){_ORDINAL}\s*(?:century|cent\b|c\b|世纪)")
+# Which share of a century the words before it mean, from its first year on.
+_PARTS = {
+    "first half": (0, 1 / 2), "second half": (1 / 2, 1), "last half": (1 / 2, 1),
+    "first quarter": (0, 1 / 4), "second quarter": (1 / 4, 1 / 2), "third quarter": (1 / 2, 3 / 4),
+    "fourth quarter": (3 / 4, 1), "last quarter": (3 / 4, 1),
+    "first third": (0, 1 / 3), "last third": (2 / 3, 1),
+    "early": (0, 1 / 3), "mid": (1 / 4, 3 / 4), "late": (2 / 3, 1),
+}  # fmt: skip
+_PART = re.compile(rf"(?<!\w)({'|'.join(_PARTS)})[\s-]*(?:of\s+)?(?:the\s+)?$")
+_YEARS = re.compile(
+    r"(?P<minus>(?<![\w.])-)?(?P<first>\d{2,4})(?P<decade>s\b)?"
+    r"(?:(?:\s*bc)?\s*(?:-|–|—|\bto\b|\band\b|/)\s*-?(?P<last>\d{1,4}))?"
+)
 # Words that mean the same; the first is what the others become.
 _SAME = (
     ("attic", "athenian"),
@@ -40,12 +57,12 @@ _SAME = (
     ("krater", "crater", "kraters"),
     ("amphora", "amphorae", "amphoras", "双耳瓶"),
     ("oinochoe", "oenochoe", "jug"),
-    ("bc", "bce", "b.c.", "公元前"),
+    ("bc", "bce", "b.c.", "b.c.e.", "v. chr.", "v.chr.", "v. chr", "公元前"),
 )
 _SPELLINGS = {other: first for first, *others in _SAME for other in others}
 _SPELLED = re.compile(
     "|".join(
-        rf"(?<!\w){re.escape(text)}(?!\w)" if text.isascii() else re.escape(text)
+        rf"(?<!\w){re.escape(text)}s?(?!\w)" if text.isascii() else re.escape(text)
         for text in sorted(_SPELLINGS, key=len, reverse=True)
     )
 )
@@ -69,10 +86,19 @@ def normalise(text: str) -> str:
 
 def words(text: str) -> list[str]:
     """The words of `text` that carry meaning, normalised; one character each in Chinese."""
+    found = _WORD.findall(_CIRCA.sub("", _spelled(text)))
+    return [_SINGULAR.sub("", word) for word in found if word not in _ARTICLES]
+
+
+def _spelled(text: str) -> str:
+    """`text` in lower case, without accents, in one spelling of what has several."""
     plain = unicodedata.normalize("NFKD", text).casefold()
     plain = "".join(char for char in plain if not unicodedata.combining(char))
-    plain = _SPELLED.sub(lambda found: f" {_SPELLINGS[found[0]]} ", plain)
-    return [word for word in _WORD.findall(plain) if word not in _ARTICLES]
+    return _SPELLED.sub(lambda found: f" {_first_spelling(found[0])} ", plain)
+
+
+def _first_spelling(text: str) -> str:
+    return _SPELLINGS.get(text) or _SPELLINGS[text.removesuffix("s")]
 
 
 def is_exact(answer: str, reference: str) -> bool:
@@ -96,34 +122,57 @@ def credit(answer: str, reference: str) -> float:
 
     1 when both mean the same. Of dates, the years that both name over the years that either does
     (intersection over union). Of other answers the F1 of their words: what is missing and what is
-    too much both cost.
+    too much both cost, and an answer that denies has nothing of one that does not.
     """
     if is_same(answer, reference):
         return 1.0
     ours, its = years(answer), years(reference)
     if its is not None:
         return _overlap(ours, its) if ours is not None else 0.0
-    return _f1(words(answer), words(reference))
+    found, wanted = words(answer), words(reference)
+    if _NEGATIONS.isdisjoint(found) != _NEGATIONS.isdisjoint(wanted):
+        return 0.0
+    return _f1(found, wanted)
 
 
 def years(text: str) -> tuple[int, int] | None:
     """The first and last year of a date, BC below zero; None when the text is no date.
 
-    550-500 BC is (-550, -500), 480 BC (-480, -480), the fifth century BC (-500, -401).
+    550-500 BC, 500 to 550 BC and -550 to -500 are (-550, -500), so is 550-500 alone, since years
+    AD rise; 490-80 BC is (-490, -480), 480 BC (-480, -480), the 550s BC (-559, -550), the fifth
+    century BC (-500, -401), its first half (-500, -451), early and late a third of it.
     """
-    plain = unicodedata.normalize("NFKD", text).casefold()
-    plain = _SPELLED.sub(lambda found: f" {_SPELLINGS[found[0]]} ", plain)
+    plain = _spelled(text)
     is_bc = re.search(r"(?<!\w)bc(?!\w)", plain) is not None
     if century := _CENTURY.search(plain):
-        number = int(century[1]) if century[1].isdigit() else _ORDINALS.get(century[1], 0)
-        if number:
-            first, last = 100 * number - 99, 100 * number
-            return (-last, -first) if is_bc else (first, last)
+        return _of_century(century, _PART.search(plain[: century.start()]), is_bc=is_bc)
     found = _YEARS.search(plain)
-    if not found or not (is_bc or re.search(r"(?<!\w)(ad|ce|year|years)(?!\w)", plain)):
+    if not found:
         return None
-    first, last = int(found[1]), int(found[2] or found[1])
-    return tuple(sorted((-first, -last) if is_bc else (first, last)))  # type: ignore[return-value]
+    first, last = _both(found)
+    is_ad = re.search(r"(?<!\w)(ad|ce|year|years)(?!\w)", plain) is not None
+    is_bc = is_bc or (not is_ad and (found["minus"] is not None or last < first))
+    if not is_bc and not is_ad:
+        return None
+    span = sorted((-first, -last) if is_bc else (first, last))
+    return (span[0], span[1])
+
+
+def _of_century(
+    century: re.Match[str], part: re.Match[str] | None, *, is_bc: bool
+) -> tuple[int, int]:
+    number = _ORDINALS.get(century[1]) or int(century[1])
+    first = -100 * number if is_bc else 100 * number - 99
+    low, high = _PARTS[part[1]] if part else (0, 1)
+    return first + round(100 * low), first + round(100 * high) - 1
+
+
+def _both(found: re.Match[str]) -> tuple[int, int]:
+    """The years that are written: of 490-80 the second is 480, the 550s are 550 to 559."""
+    first, last = found["first"], found["last"] or found["first"]
+    if len(last) < len(first):
+        last = first[: -len(last)] + last
+    return int(first), int(last) + 9 * (found["decade"] is not None)
 
 
 def _overlap(one: tuple[int, int], other: tuple[int, int]) -> float:
