@@ -11,6 +11,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+from shared import gone
 from shared.errors import UserError, did_you_mean
 from shared.settings import Setting, own_names, reader_of, without_none
 
@@ -40,6 +41,7 @@ class _Extend(argparse.Action):
 def read(defaults: Any, argv: list[str], usage: str | None) -> dict[str, Any]:
     """The settings typed, by name; prints for --help. Raises UserError for what is none of them."""
     parser = _parser_of_script(defaults, usage)
+    gone.refuse(dashed(argv), parser._option_string_actions)
     known, unknown = parser.parse_known_args(dashed(argv))
     if unknown:
         name = unknown[0].partition("=")[0]

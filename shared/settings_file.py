@@ -9,6 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
+from shared import gone
 from shared.errors import UserError, did_you_mean, one_line
 from shared.files import read_json
 from shared.settings import Setting, from_plain, leaves, plain, reader_of, without_none
@@ -25,6 +26,7 @@ def read(defaults: Any, path: Path | None) -> dict[str, Any]:
     for written, value in (load_file(path) if path else {}).items():
         name = written.replace("-", "_")
         if name not in known:
+            gone.refuse(["--" + name.replace("_", "-")])
             near = did_you_mean(name, known)
             raise UserError(
                 f"{path}: unknown setting {written}{near or '; --help lists the names'}"

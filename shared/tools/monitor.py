@@ -5,11 +5,9 @@
     python shared/tools/monitor.py RUN_DIR --json      one JSON object
     python shared/tools/monitor.py --stop              let it save and leave
     python shared/tools/monitor.py --list              every run of this repository
-    python shared/tools/monitor.py --notify URL        post one JSON object when the run has ended
 
-The URL may hold a secret: no message and no file holds it, and NOTIFY_URL in the environment keeps
-it out of the list of processes (then --notify alone). Ctrl-C ends the watching alone.
-Exit codes: 0 done, stopped or running, 1 failed or stale, or the message was not taken, 2 no run.
+Ctrl-C ends the watching alone.
+Exit codes: 0 done, stopped or running, 1 failed or stale, 2 no run.
 """
 
 from __future__ import annotations
@@ -61,9 +59,6 @@ class Config:
     json: bool = option(False, "one JSON object (with --follow a line each time)")
     stop: bool = option(False, "let the run save and leave, and wait for it")
     list: bool = option(False, "every run of this repository, or of --recipe")
-    notify: str | None = option(
-        None, "post one JSON object to this address at the end; alone: NOTIFY_URL", const=""
-    )
     menu: bool = option(False, "choose from a menu, read from stdin")
     every: float = option(2.0, "seconds between two looks")
 
@@ -88,8 +83,6 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
             return show_menu(cfg, root)
         if cfg.stop:
             return stop(find(cfg, root))
-        if cfg.notify is not None:
-            return tell_the_end(cfg, root)
         is_live = cfg.follow or not (cfg.once or cfg.json or not sys.stdout.isatty())
         return follow(cfg, root) if is_live else show(cfg, find(cfg, root))
     except UserError as error:
@@ -102,7 +95,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
 
 def _named(argv: list[str]) -> list[str]:
     """`argv` with --run-dir before a directory that stands for itself."""
-    takes_value = ("--run-dir", "--run_dir", "--recipe", "--every", "--notify")
+    takes_value = ("--run-dir", "--run_dir", "--recipe", "--every")
     named: list[str] = []
     for at, word in enumerate(argv):
         if not word.startswith("-") and (at == 0 or argv[at - 1] not in takes_value):
@@ -216,22 +209,6 @@ def follow(cfg: Config, root: Path) -> int:
             print("\nCtrl-C leaves; the run goes on", flush=True)
         time.sleep(cfg.every)
         run = seen(Path(run.run_dir)) if run.state == RUNNING else find(cfg, root)
-
-
-def tell_the_end(cfg: Config, root: Path) -> int:
-    """Wait until the run has ended and post a message about it; the exit code of that."""
-    from shared import notify  # an HTTP client, which nothing else here needs
-
-    url = cfg.notify or os.environ.get("NOTIFY_URL", "")
-    notify.check(url)
-    run = find(cfg, root)
-    print(f"waiting for the end of the run in {run.run_dir}", flush=True)
-    while run.state in LIVE:
-        time.sleep(cfg.every)
-        run = seen(Path(run.run_dir)) if run.state == RUNNING else find(cfg, root)
-    notify.post(url, notify.message(run))
-    print(f"{run_text.headline(run)}: the message was taken", flush=True)
-    return DONE
 
 
 def show_list(cfg: Config, root: Path) -> int:

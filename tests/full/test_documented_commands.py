@@ -85,7 +85,6 @@ ELSEWHERE = {
         "a local server: tests/unit/test_modelscope.py"
     ),
     "python shared/tools/fetch_model.py OWNER/NAME DIRECTORY --source modelscope": "the same",
-    "python shared/tools/monitor.py --notify URL": "a local server: tests/unit/test_monitor.py",
     "torchrun --nproc_per_node=4 run_training.py": "tests/full/test_multimodal_commands.py",
     "torchrun --nproc_per_node 4 model.py": "tests/full/test_vasevqa_filter_commands.py",
     "torchrun --nproc_per_node 4 clipfilter1.py": "the same",

@@ -1,0 +1,21 @@
+"""Flags of earlier versions, and what to type instead. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from itertools import pairwise
+
+from shared.errors import UserError
+
+INSTEAD = {  # a flag, or a flag with one of its values
+    "--notify": "a command after the run's end: python shared/tools/monitor.py --follow; COMMAND",
+}
+
+
+def refuse(argv: list[str], known: Collection[str] = ()) -> None:
+    """Raise UserError for a flag of `argv` that is gone and not among the `known` ones."""
+    for word, following in pairwise([*argv, ""]):
+        name, equals, value = word.partition("=")
+        for flag in (name, f"{name} {value if equals else following}"):
+            if flag in INSTEAD and flag not in known:
+                raise UserError(f"{flag} is gone; type instead {INSTEAD[flag]}")
