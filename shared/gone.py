@@ -7,8 +7,9 @@ from itertools import pairwise
 
 from shared.errors import UserError
 
-INSTEAD = {  # a flag, or a flag with one of its values
+INSTEAD = {  # a flag, a flag with one of its values, a command with one of its words
     "--notify": "a command after the run's end: python shared/tools/monitor.py --follow; COMMAND",
+    "report.py compare": "tensorboard --logdir DIRECTORY, of the directory that holds all runs",
 }
 
 

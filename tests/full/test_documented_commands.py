@@ -63,8 +63,6 @@ HERE = (  # run by the tests below
     "python shared/tools/monitor.py RUN_DIR --json",
     "python shared/tools/report.py RUN_DIR",
     "python shared/tools/report.py RUN_DIR --out page.html",
-    "python shared/tools/report.py compare RUN RUN",
-    "python shared/tools/report.py compare RUN RUN RUN --out page.html",
     'srun --nodes 2 --ntasks-per-node 1 --gpus-per-node 4 --signal TERM@120 bash -c \'./face_distill/train.sh --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --master-addr "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" --master-port 29500\'',  # noqa: E501
 )
 ELSEWHERE = {

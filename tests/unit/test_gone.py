@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TYPED = {  # what was typed: what to type instead
     "shared/tools/monitor.py --notify http://localhost/x": "monitor.py --follow; COMMAND",
     "shared/tools/monitor.py RUN_DIR --notify=http://localhost/x": "monitor.py --follow; COMMAND",
+    "shared/tools/report.py compare RUN RUN": "tensorboard --logdir DIRECTORY",
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import processes, report, report_comparison, report_curves, run_record, status
+from shared import processes, report, report_curves, run_record, status
 from shared.errors import UserError
 from shared.page import Page, line_chart, table, thumbnail
 from shared.safe_html import harmless
@@ -276,22 +276,6 @@ def test_the_log_of_a_progress_bar_shows_what_was_left_standing(run_dir):
     assert "begun\ndone &lt;b&gt;\nlast" in page
 
 
-def test_runs_stand_side_by_side(tmp_path):
-    one = make_run(tmp_path / "one" / "runs")
-    other = make_run(tmp_path / "two" / "runs", state="failed", result=None)
-    config = CONFIG | {"settings": CONFIG["settings"] | {"lr": 1.0}}
-    (other / "config.json").write_text(json.dumps(config))
-    out = tmp_path / "compare.html"
-    assert tool.main(["compare", str(one), str(other), "--out", str(out)]) == 0
-    page = out.read_text()
-    tables = Tables(page)
-    results = tables.named("", "one/runs", "two/runs")
-    assert results["ended"] == ["done", "failed"]
-    assert results["accuracy, after"] == ["0.751235", "–"]
-    assert tables.named("setting", "one/runs", "two/runs") == {"lr": ["0.0005", "1.0"]}
-    assert {"one/runs train", "two/runs train", "one/runs val"} <= set(Reader(page).texts["text"])
-
-
 def trash(generator: random.Random) -> bytes:
     return generator.randbytes(generator.randrange(2000))
 
@@ -331,17 +315,12 @@ def test_a_run_without_losses_has_no_metrics_to_miss(run_dir):
     assert "metrics.jsonl" not in page_of(run_dir)
 
 
-@pytest.mark.parametrize("words", [["nowhere"], ["compare", "one"], ["."]])
+@pytest.mark.parametrize("words", [["nowhere"], ["."]])
 def test_no_run_is_one_line_and_exit_2(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert tool.main(words) == 2
     written = capsys.readouterr()
     assert written.out == "" and written.err.startswith("error: ") and written.err.count("\n") == 1
-
-
-def test_the_same_run_twice_is_refused(run_dir):
-    with pytest.raises(UserError, match="twice"):
-        report_comparison.write_comparison([run_dir, run_dir], run_dir / "compare.html")
 
 
 def test_an_unwritable_page_is_one_line(run_dir, tmp_path):
