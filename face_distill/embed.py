@@ -1,7 +1,7 @@
 """Embed a folder of face crops with the trained student.
 
 python embed.py faces/                                   embeddings.npy and embeddings.json
-python embed.py faces/ --checkpoint face_adapter         with an exported adapter
+python embed.py faces/ --checkpoint checkpoints          with the best student of that run
 python embed.py faces/ --out gallery.npy --no-flip       the image alone, without its mirror image
 python embed.py faces/ --demo                            with the student of ./train.sh --demo
 
@@ -52,7 +52,7 @@ class Config:
     """Settings of the embedding."""
 
     folder: Path | None = option(None, "folder of face images", positional=True)
-    checkpoint: Path = option(CHECKPOINT, "trained student, exported adapter or run directory")
+    checkpoint: Path = option(CHECKPOINT, "trained student, run directory or exported adapter")
     blip_path: Path | None = option(None, "BLIP-2 directory; default: the run's, or blip2_weights")
     out: Path = option(OUT, "where the rows go (.npy); the names go beside it (.json)")
     batch_size: int = option(64, "images embedded at a time")

@@ -12,7 +12,7 @@ from typing import Any
 from shared.errors import UserError, did_you_mean
 from shared.files import read_json
 
-SETTINGS = "config.json"  # of a run directory, or of an exported adapter
+SETTINGS = "config.json"  # of a run directory, or of an adapter that an earlier version exported
 BEST = "best_student_adapter_face.pth"
 _EXPORTED = "model.safetensors"
 

@@ -1,4 +1,4 @@
-"""A trained student out of its files, ready to embed faces: for evaluation, export and use.
+"""A trained student out of its files, ready to embed faces: for evaluation and use.
 
 What the adapters are like (layers, width) is read from the checkpoint's own names and shapes, the
 side of the input from the settings beside it, so that nobody has to repeat them.
@@ -76,7 +76,8 @@ def open_student(
 ) -> FaceStudent:
     """The student without its head, on the CPU, frozen; untrained without a `checkpoint`.
 
-    checkpoint: adapters alone or the whole student, as training or the export writes them.
+    checkpoint: adapters alone or the whole student, as training writes them; or an adapter that
+    an earlier version exported.
     image_size: side of the input; by default that of the run, or else the tower's own.
     Raises UserError when a file is missing, damaged or of another tower.
     """

@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from face_distill import embed, evaluation, exported, model, teacher_parts
+from face_distill import embed, evaluation, model, run_settings, teacher_parts
 from lavic.src import (
     adapter_files,
     adapters,
@@ -95,8 +95,6 @@ def _assemble(directory: Path) -> None:
 
 
 def _read_tower(directory: Path) -> None:
-    exported.base_model(directory)
-    exported.is_export(directory)
     model._vision_config(directory)
     model._tower_state(directory)
 
@@ -352,11 +350,8 @@ READERS: dict[str, Reader] = {
         lambda d: embed._prepare_out(d / "out.npy", d / "out.json"),
     ),
     "student's notes": Reader(
-        together(
-            put("config.json", json.dumps(SETTINGS | {"identity": {"lr": 0.1}})),
-            put("verification.json", '{"pairs": "lfw.bin", "before": 0.5, "after": 0.75}'),
-        ),
-        lambda d: (exported._training(d / "best.pth"), exported._verification(d / exported.BEST)),
+        put("config.json", json.dumps(SETTINGS | {"identity": {"lr": 0.1}})),
+        lambda d: run_settings.settings_of(d / run_settings.BEST),
     ),
     "lavic adapter": Reader(
         together(

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Blip2VisionModel
 
 from face_distill import demo, embed
+from face_distill.model import trainable_state
 from face_distill.preprocess import CLIP_MEAN, CLIP_STD
-from shared.files import read_json
+from shared.files import read_json, write_json
 from tests.face_students import LAYERS, student_of, write_run
 from tests.harness import Outcome, run_here
 
@@ -56,6 +58,20 @@ def run(folder: Path, checkpoint: Path, out: Path, *extra: object) -> Outcome:
 
 def result(out: Path) -> tuple[np.ndarray, dict]:
     return np.load(out), read_json(out.with_suffix(".json"))
+
+
+def test_an_adapter_that_an_earlier_version_exported_embeds_as_its_checkpoint(
+    tower, checkpoint, folder, tmp_path
+):
+    adapter = tmp_path / "face_adapter"
+    adapter.mkdir()
+    save_file(trainable_state(student_of(tower)), adapter / "model.safetensors")
+    facts = {"schema": 1, "kind": "face_adapter", "embedding_dim": 64, "image_size": 112}
+    write_json(adapter / "config.json", facts)
+    for name, student in (("a", checkpoint), ("b", adapter)):
+        outcome = run(folder, student, tmp_path / f"{name}.npy", "--blip-path", tower)
+        assert outcome.code == 0, outcome.text
+    assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
 
 
 def by_hand(tower: Path, files: list[Path]) -> tuple[Tensor, Tensor]:
