@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from face_distill import attention_maps, model, verification
+from face_distill import model, verification
 from face_distill.model import FaceStudent
 from face_distill.pair_files import read_pairs
 from face_distill.preprocess import Preprocess
@@ -17,7 +17,6 @@ from shared.early_stopping import EarlyStopping
 from shared.files import read_object, write_json
 
 if TYPE_CHECKING:
-    from face_distill.face_batches import FaceBatches
     from face_distill.train_distill import Config
 
 log = logging.getLogger(__name__)
@@ -73,13 +72,10 @@ def conclude(
     cfg: Config,
     world: World,
     student: FaceStudent,
-    data: FaceBatches,
     before: float | None,
     stopping: EarlyStopping,
 ) -> dict[str, Any]:
     """What the run ends with: why, which files, and the best student's accuracy against before."""
-    if world.is_main:
-        attention_maps.write(cfg.run_dir, student, data)
     best = cfg.run_dir / BEST
     files = sorted(cfg.run_dir.glob("*student_adapter_face*.pth"))
     reason = f"the loss did not fall for {stopping.bad} epochs" if stopping.should_stop else ""

@@ -95,7 +95,7 @@ def _loop(
         mean_loss.reset()
         position.next_epoch()
         run.save(parts)
-    return run.finish(**students.conclude(cfg, world, student, data, before, stopping))
+    return run.finish(**students.conclude(cfg, world, student, before, stopping))
 
 
 def _monitored(
