@@ -6,7 +6,6 @@ B images a process, W processes.
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from face_distill import losses, model
 from face_distill.losses import ArcFaceHead
 from face_distill.model import FaceStudent
-from shared.class_centres import ClassCentres
 from shared.distributed import World, gather_with_grad
 from shared.errors import UserError
 
@@ -51,17 +49,12 @@ class Distiller(nn.Module):
         student: FaceStudent,
         weights: Weights,
         world: World,
-        centres: ClassCentres | None = None,
     ) -> None:
-        """Take the student with its head or, in the head's place, sharded class centres."""
+        """Take the student with its head."""
         super().__init__()
         self.student = student
         self.weights = weights
-        self.centres = centres
         self._world = world
-        if centres is not None:  # each process has others: DDP would make them equal
-            names = [name for name, _ in (*centres.named_parameters(), *centres.named_buffers())]
-            self._ddp_params_and_buffers_to_ignore = [f"centres.{name}" for name in names]
 
     def forward(
         self, images: Tensor, labels: Tensor, embeddings: Tensor, maps: Tensor
@@ -86,15 +79,14 @@ class Distiller(nn.Module):
     ) -> dict[str, Tensor]:
         weights = self.weights
         own, tokens = self.student(images)
-        head = self.centres if self.student.head is None else self.student.head
-        assert head is not None
+        assert self.student.head is not None
         everyone = gather_with_grad(own, world)
         teachers = gather_with_grad(embeddings, world)
         relations = losses.rkd_distance(everyone, teachers, weights.rkd_norm)
         if weights.rkd_angle:
             relations = relations + weights.rkd_angle * losses.rkd_angle(everyone, teachers)
         return {
-            "ArcFace": head(own, labels),
+            "ArcFace": self.student.head(own, labels),
             "AT": losses.attention_transfer(tokens, maps, weights.at_mode, weights.map_kind),
             "RKD": relations,
         }
@@ -128,11 +120,10 @@ def build(cfg: Config, data: FaceBatches, world: World) -> Distiller:
     tower = model.load_tower(cfg.blip_path)
     layers = model.adapter_layers(len(tower.encoder.layers), cfg.adapter_layers)
     num_classes, width = _num_classes(cfg, data.num_classes), tower.config.hidden_size
-    head, centres = _head(cfg, num_classes, width, world)
     student = FaceStudent(
         tower,
         layers,
-        head,
+        ArcFaceHead(width, num_classes, cfg.arc_scale, cfg.arc_margin),
         image_size=cfg.image_size,
         checkpointing=cfg.gradient_checkpointing,
     )
@@ -156,25 +147,7 @@ def build(cfg: Config, data: FaceBatches, world: World) -> Distiller:
         trainable / 1e6,
         sum(p.numel() for p in student.parameters()) / 1e6,
     )
-    return Distiller(student, weights, world, centres).to(world.device)
-
-
-def _head(
-    cfg: Config, num_classes: int, width: int, world: World
-) -> tuple[ArcFaceHead | None, ClassCentres | None]:
-    """The head for every process or, sharded, each process's share of the centres."""
-    if not cfg.shard_head:
-        return ArcFaceHead(width, num_classes, cfg.arc_scale, cfg.arc_margin), None
-    return None, ClassCentres(
-        num_classes,
-        width,
-        world,
-        margins=cfg.arc_margin,
-        scale=cfg.arc_scale,
-        sample_rate=cfg.sample_rate,
-        init_std=math.sqrt(2 / (num_classes + width)),  # as Xavier's in the other head
-        seed=cfg.run.seed,
-    )
+    return Distiller(student, weights, world).to(world.device)
 
 
 def _num_classes(cfg: Config, found: int) -> int:

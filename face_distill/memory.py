@@ -53,7 +53,7 @@ def reckon(cfg: Config, processes: int) -> MemoryPlan:
         + estimate.adamw_bytes(trained),
         f"{estimate.count(trained) / 1e6:.2f} M parameters: gradients and AdamW's moments",
     )
-    _add_head(plan, cfg, processes, batch, width)
+    _add_head(plan, cfg, batch, width)
     plan.add("for the backward pass", *_kept(cfg, batch))
     plan.add("images", batch * 3 * size * size * 4, "one batch in float32")
     if torch.cuda.is_available() or cfg.run.device.startswith("cuda"):
@@ -103,19 +103,11 @@ def _saved(cfg: Config, batch: int) -> int:
     return estimate.saved_bytes(student, lambda: forward(student))
 
 
-def _add_head(plan: MemoryPlan, cfg: Config, processes: int, batch: int, width: int) -> None:
+def _add_head(plan: MemoryPlan, cfg: Config, batch: int, width: int) -> None:
     known = cfg.num_classes != "auto"
     classes = int(cfg.num_classes) if known else _IMAGES
-    parts = class_centres.bytes_per_rank(
-        classes,
-        width,
-        processes if cfg.shard_head else 1,
-        batch,
-        sample_rate=cfg.sample_rate,
-        moments=2,
-    )
-    shared_out = f", shared out over {processes}" if cfg.shard_head else ""
-    how = f"{classes:,} identities{'' if known else ' at most'}, with AdamW{shared_out}"
+    parts = class_centres.bytes_per_rank(classes, width, 1, batch, moments=2)
+    how = f"{classes:,} identities{'' if known else ' at most'}, with AdamW"
     plan.add("ArcFace head", sum(parts.values()), how)
 
 
@@ -134,8 +126,6 @@ def _alternatives(cfg: Config, processes: int) -> dict[str, MemoryPlan]:
         changes[f"--adapter-layers {last}"] = lambda: replace(cfg, adapter_layers=last)
     if cfg.image_size is None:
         changes["--image-size 112"] = lambda: replace(cfg, image_size=112)
-    if processes > 1 and not cfg.shard_head and not cfg.val_fraction:
-        changes["--shard-head"] = lambda: replace(cfg, shard_head=True)
     found: dict[str, MemoryPlan] = {}
     for setting, change in changes.items():
         try:

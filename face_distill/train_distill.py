@@ -59,8 +59,6 @@ class Config:
     arc_margin: float = option(0.5, "ArcFace's angular margin, radians")
     arc_scale: float = option(64.0, "ArcFace's scale")
     num_classes: str = option("auto", "identities of the ArcFace head; auto: those selected")
-    shard_head: bool = option(False, "share the head's identities out over the processes")
-    sample_rate: float = option(1.0, "share of a sharded head's identities compared in a step")
     warmup_epochs: int = option(1, "first epochs with ArcFace alone")
     patience: int = option(5, "epochs without a lower loss before the run stops")
     val_fraction: float = option(0.0, "share of the images held out for the validation loss")
@@ -87,15 +85,6 @@ class Config:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"val_fraction must be in [0, 1), got {self.val_fraction}")
-        if not 0 < self.sample_rate <= 1:
-            raise ValueError(f"sample_rate must be in (0, 1], got {self.sample_rate}")
-        if self.sample_rate < 1 and not self.shard_head:
-            raise ValueError(f"sample_rate {self.sample_rate} needs --shard-head")
-        if self.shard_head and self.val_fraction:
-            raise ValueError(
-                f"val_fraction {self.val_fraction} cannot go with --shard-head: the processes' "
-                "shares of held-out images are not of one size; use 0"
-            )
         if self.num_classes != "auto" and not self.num_classes.isdigit():
             raise ValueError(f"num_classes must be auto or a number, got {self.num_classes}")
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from face_distill import students
 from face_distill.distillation import Distiller, build
 from face_distill.face_batches import FaceBatches, open_batches
-from face_distill.sharded_head import ShardedHead
 from shared import distributed, seed
 from shared.distributed import World
 from shared.early_stopping import EarlyStopping
@@ -56,22 +55,20 @@ def _loop(
     trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=cfg.epochs)
-    head = ShardedHead(distiller.centres, cfg, world)
     amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
     stopping, mean_loss = EarlyStopping(cfg.patience), Mean(world.device)
     parts = {"optimizer": optimizer, "schedule": schedule, "amp": amp, "stopping": stopping}
-    parts |= {"student": students.Trainable(student), "mean_loss": mean_loss, **head.parts}
+    parts |= {"student": students.Trainable(student), "mean_loss": mean_loss}
     position = run.restore(parts, plan)
     before = students.verify_before(cfg, world, student, position.step)
     while position.epoch < cfg.epochs and not stopping.should_stop:
         arc_only = position.epoch < cfg.warmup_epochs
         for batch in data.training(cfg, world, position):
-            head.sample(batch[1], position.step)
             with amp.autocast():
                 terms = wrapped(*batch)
             loss = distiller.total(terms, arc_only=arc_only)
             amp.backward(loss)
-            amp.step(optimizer, trainable, clip_norm=cfg.largest_norm, sharded=head.sharded)
+            amp.step(optimizer, trainable, clip_norm=cfg.largest_norm)
             mean_loss.add(loss)
             position.advance()
             if position.step == 1:
@@ -91,7 +88,6 @@ def _loop(
         _report(cfg, run, monitored, stopping)
         students.save_epoch(cfg, world, student, position.epoch + 1, is_best=improved)
         schedule.step()
-        head.next_epoch()
         mean_loss.reset()
         position.next_epoch()
         run.save(parts)

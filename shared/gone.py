@@ -8,8 +8,10 @@ from itertools import pairwise
 from shared.errors import UserError
 
 INSTEAD = {  # a flag, a flag with one of its values, a command with one of its words
-    "--notify": "a command after the run's end: python shared/tools/monitor.py --follow; COMMAND",
-    "report.py compare": "tensorboard --logdir DIRECTORY, of the directory that holds all runs",
+    "--notify": "to act on the end of a run, type python shared/tools/monitor.py --follow; COMMAND",
+    "--shard-head": "leave it out; every process holds the whole head",
+    "--sample-rate": "leave it out; every step compares with all identities",
+    "report.py compare": "to compare runs, type tensorboard --logdir with the directory above them",
 }
 
 
@@ -19,4 +21,4 @@ def refuse(argv: list[str], known: Collection[str] = ()) -> None:
         name, equals, value = word.partition("=")
         for flag in (name, f"{name} {value if equals else following}"):
             if flag in INSTEAD and flag not in known:
-                raise UserError(f"{flag} is gone; type instead {INSTEAD[flag]}")
+                raise UserError(f"{flag} is gone: {INSTEAD[flag]}")
