@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from shared.errors import UserError, did_you_mean
 from shared.margins import add_margin
 
-AT_MODES = ("kl_energy", "zagoruyko", "cosine", "kl_minmax")
+AT_MODES = ("kl_energy", "zagoruyko", "kl_minmax")
 DEFAULT_AT_MODE = {"probability": "kl_energy", "features": "zagoruyko"}  # by kind of teacher map
 RKD_NORMS = ("offdiag", "all")
 MINMAX_TEMPERATURE = 4.0
@@ -100,9 +100,7 @@ def attention_transfer(
         student, teacher = (_averaged(energy, side).flatten(1) for energy in (student, teacher))
         if mode == "kl_energy":
             return kl_energy(student, _probabilities(teacher, kind))
-        return {"zagoruyko": zagoruyko, "cosine": cosine, "kl_minmax": kl_minmax}[mode](
-            student, teacher
-        )
+        return (zagoruyko if mode == "zagoruyko" else kl_minmax)(student, teacher)
 
 
 def kl_energy(energy: Tensor, probability: Tensor) -> Tensor:
@@ -120,11 +118,6 @@ def zagoruyko(energy: Tensor, energy_t: Tensor) -> Tensor:
     authors' implementation, whose weight for it is 1000.
     """
     return functional.mse_loss(functional.normalize(energy), functional.normalize(energy_t))
-
-
-def cosine(energy: Tensor, energy_t: Tensor) -> Tensor:
-    """1 - cos(Q, Q_t), averaged over the batch; both inputs (B, K)."""
-    return (1.0 - functional.cosine_similarity(energy, energy_t)).mean()
 
 
 def kl_minmax(energy: Tensor, energy_t: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class Config:
     lambda_rkd: float = option(LAMBDA_RKD, "weight of the relational distillation")
     rkd_angle_weight: float = option(0.0, "weight of RKD's angles beside its distances")
     rkd_norm: Literal["offdiag", "all"] = option("offdiag", "pairs in the mean distance of RKD")
-    at_mode: Literal["auto", "kl_energy", "zagoruyko", "cosine", "kl_minmax"] = option(
+    at_mode: Literal["auto", "kl_energy", "zagoruyko", "kl_minmax"] = option(
         "auto", "attention transfer; auto: kl_energy for probability maps, zagoruyko for features"
     )
     arc_margin: float = option(0.5, "ArcFace's angular margin, radians")

@@ -169,12 +169,9 @@ def test_zagoruyko_agrees_with_loops_and_ignores_the_size_of_either_map() -> Non
     assert again.item() == pytest.approx(total / 2, rel=1e-12)
 
 
-def test_cosine_and_kl_minmax_agree_with_their_formulas() -> None:
+def test_kl_minmax_agrees_with_its_formula() -> None:
     tokens, teacher = normal(2, 16, 5), probabilities(2, 4)
     energy = tokens.square().sum(-1)
-    cosines = (energy * teacher).sum(1) / (energy.norm(dim=1) * teacher.norm(dim=1))
-    loss = attention_transfer(tokens, teacher, "cosine")
-    torch.testing.assert_close(loss, (1 - cosines).mean())
     rows = []
     for row, target in zip(energy.sqrt(), teacher, strict=True):
         s, t = ((v - v.min()) / (v.max() - v.min()) / 4 for v in (row, target))
@@ -184,7 +181,7 @@ def test_cosine_and_kl_minmax_agree_with_their_formulas() -> None:
     torch.testing.assert_close(loss, torch.stack(rows).mean(), rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("mode", ["kl_energy", "cosine", "kl_minmax"])
+@pytest.mark.parametrize("mode", ["kl_energy", "kl_minmax"])
 def test_attention_transfer_is_float32_under_autocast_and_differentiable(mode: str) -> None:
     tokens = normal(2, 16, 5).float().requires_grad_()
     teacher = probabilities(2, 4).float().requires_grad_()

@@ -16,6 +16,8 @@ TYPED = [  # what was typed, and what to type instead
     ("shared/tools/report.py compare RUN RUN", "type tensorboard --logdir"),
     (f"{TRAINING} --shard-head", "--shard-head is gone: leave it out"),
     (f"{TRAINING} --sample_rate 0.1", "--sample-rate is gone: leave it out"),
+    (f"{TRAINING} --at_mode cosine", "--at-mode cosine is gone: type zagoruyko"),
+    (f"{TRAINING} --at-mode=cosine", "--at-mode cosine is gone: type zagoruyko"),
 ]
 
 
