@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import io
 import random
-from html import escape
 
 import torch
 from torch import Tensor
 
 from arcface.evaluation import Outcome, Split
 from arcface.log_lines import in_percent
-from shared.page import Markup, Page, framed, table, thumbnail
+from shared.page import Page, Picture
 
 NEAREST = 10
 _HEIGHT = 96  # pixels of a thumbnail
@@ -39,18 +38,18 @@ def contact_sheet(
     wrong = int((~found.hits[:, 0]).sum())
     page = Page(title)
     figures = in_percent(outcome.metrics).items()
-    page.add(table(["metric", "percent"], [[name, f"{value:.2f}"] for name, value in figures]))
-    page.add(
+    page.table(["metric", "percent"], [[name, f"{value:.2f}"] for name, value in figures])
+    page.text(
         f"{len(rows)} of {len(found.numbers)} queries, drawn at random, up to half of them from "
         f"the {wrong} whose nearest picture shows another item. Each row: the query, then its "
         f"{NEAREST} nearest gallery pictures with their cosine; ✓ same item, ✗ another one."
     )
     headers = ["query", *map(str, range(1, NEAREST + 1))]
-    page.add(table(headers, [_row(outcome, query, gallery, row) for row in rows]))
+    page.table(headers, [_row(outcome, query, gallery, row) for row in rows])
     return page.render()
 
 
-def _row(outcome: Outcome, query: Split, gallery: Split, row: int) -> list[Markup]:
+def _row(outcome: Outcome, query: Split, gallery: Split, row: int) -> list[Picture]:
     found = outcome.retrieval
     number = int(outcome.query_places[found.numbers[row]])
     cells = [_cell(query, number, query.dataset.items[number])]
@@ -64,12 +63,11 @@ def _row(outcome: Outcome, query: Split, gallery: Split, row: int) -> list[Marku
     return cells
 
 
-def _cell(split: Split, number: int, note: str, kind: str = "") -> Markup:
+def _cell(split: Split, number: int, note: str, kind: str = "") -> Picture:
     """A picture with a frame and a note below it."""
     dataset = split.dataset
     alt = f"{dataset.items[number]}, {dataset.names[number]}"
-    picture = thumbnail(_jpeg(dataset[number].image), alt)
-    return Markup(f"{framed(picture, kind)}<br><small>{escape(note)}</small>")
+    return Picture(_jpeg(dataset[number].image), alt, note, kind)
 
 
 def _jpeg(image: Tensor) -> bytes:

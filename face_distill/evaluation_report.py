@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from face_distill.evaluation import Figures, PairSet, Results
 from face_distill.roc import FAR_TARGETS, Roc
-from shared.files import write_json, write_text
-from shared.page import Markup, Page, line_chart, table
+from shared.files import write_json
+from shared.page import Page, write_chart
 
 SCHEMA = 1
 HEADLINE = "tar_at_far"
@@ -27,6 +27,11 @@ PROTOCOL = {
     "headline": HEADLINE,
 }
 _TAR_HEADERS = [f"TAR@FAR={target:g}" for target in FAR_TARGETS]
+_ROC_AXES: dict[str, Any] = {
+    "x_label": "false accept rate (FAR)",
+    "y_label": "true accept rate (TAR)",
+    "log_x": True,
+}
 _HEADERS = ("set", "model", "accuracy", "threshold", "AUC", *_TAR_HEADERS)
 
 
@@ -38,13 +43,13 @@ def write(
     about: what the JSON says beside figures and counts: "checkpoint", "data" and settings.
     Returns the files.
     """
-    charts = {s.name: roc_chart(s.name, results[s.name]) for s in sets}
-    texts = {out / "verification.html": _page(sets, results, charts, about)}
-    texts |= {out / f"roc_{name}.svg": chart + "\n" for name, chart in charts.items()}
-    for path, text in texts.items():
-        write_text(path, text)
-    write_json(out / "verification.json", record(sets, results) | about)
-    return [out / "verification.json", *texts]
+    written = [out / "verification.json", out / "verification.html"]
+    write_json(written[0], record(sets, results) | about)
+    _page(sets, results, about).write(written[1])
+    for s in sets:
+        lines, path = _roc_lines(results[s.name]), out / f"roc_{s.name}.svg"
+        written += write_chart(path, lines, title=s.name, **_ROC_AXES)
+    return written
 
 
 def record(sets: Sequence[PairSet], results: Results) -> dict[str, Any]:
@@ -136,19 +141,12 @@ def _resolution(pair_set: PairSet) -> str:
     return text + (f"; {', '.join(beyond)} would be less than one pair (-)" if beyond else "")
 
 
-def roc_chart(name: str, models: dict[str, Figures]) -> Markup:
-    """TAR over FAR, FAR on a log axis, one line a model."""
-    series = {
+def _roc_lines(models: dict[str, Figures]) -> dict[str, Any]:
+    """TAR over FAR, one line a model."""
+    return {
         f"{model}, AUC {figures.auc:.4f}": _staircase(figures.curve)
         for model, figures in models.items()
     }
-    return line_chart(
-        series,
-        title=name,
-        x_label="false accept rate (FAR)",
-        y_label="true accept rate (TAR)",
-        log_x=True,
-    )
 
 
 def _staircase(curve: Roc) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -158,24 +156,24 @@ def _staircase(curve: Roc) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     return np.repeat(far, 2)[1:], np.repeat(tar, 2)[:-1]
 
 
-def _page(
-    sets: Sequence[PairSet], results: Results, charts: dict[str, Markup], about: dict[str, Any]
-) -> str:
+def _page(sets: Sequence[PairSet], results: Results, about: dict[str, Any]) -> Page:
     page = Page("Face verification")
-    page.add(f"Checkpoint: {about['checkpoint']}. Data: {about['data']}.")
-    page.add(table(_HEADERS, _rows(results)), "TAR at FAR: exact, on all pairs of a set.")
+    page.text(f"Checkpoint: {about['checkpoint']}. Data: {about['data']}.")
+    page.table(_HEADERS, _rows(results), "TAR at FAR: exact, on all pairs of a set.")
     for line in map(_resolution, sets):
-        page.add(line)
+        page.text(line)
     page.section("How it is measured")
-    page.add(table(["figure", "meaning"], list(PROTOCOL.items())))
+    page.table(["figure", "meaning"], list(PROTOCOL.items()))
     for pair_set in sets:
+        models = results[pair_set.name]
         page.section(pair_set.name)
-        page.add(charts[pair_set.name], "ROC, FAR on a logarithmic axis.")
-        page.add(
-            table(["model", *_TAR_HEADERS], _folded_rows(results[pair_set.name])),
+        page.chart("ROC, FAR on a logarithmic axis", _roc_lines(models), **_ROC_AXES)
+        page.table(
+            ["model", *_TAR_HEADERS],
+            _folded_rows(models),
             "TAR over ten folds, mean ± deviation, and in brackets the FAR of the fold tried.",
         )
-    return page.render()
+    return page
 
 
 def _folded_rows(models: dict[str, Figures]) -> list[tuple[str | None, ...]]:

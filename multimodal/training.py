@@ -75,7 +75,7 @@ def _loop(training: Training, run: Run, report: Report) -> int:
                 loss, tags = _step(training, learner, task, batch)
                 training.mean_loss.add(loss)
                 position.advance()
-                run.log({"loss": loss, **tags, "lr": rate})
+                run.log({"loss": loss, **tags, "lr": rate, "stage": stage.span.stage + 1})
                 stop = run.should_stop()
                 if stop or position.step % cfg.run.save_every == 0:
                     # rank 0's state is saved for all: let each hold an equal share of the sums

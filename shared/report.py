@@ -4,33 +4,39 @@
 
 Made of what the run directory holds (see shared/run_record.py), whole or not. A recipe adds to its
 report by putting PNG, JPEG, SVG or HTML files into `pages/` of the run directory, or by naming them
-among the outputs of its status; HTML pages in `evaluation/` are taken too. Standard library only,
-for the launcher.
+among the outputs of its status; HTML pages in `evaluation/` are taken too.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from shared import page as html
 from shared.errors import UserError, one_line
-from shared.files import is_file, write_text
-from shared.page import Markup, Page
-from shared.report_curves import add_curves, charts
-from shared.run_record import RunRecord, as_text, flat, number, read
-from shared.safe_html import harmless
+from shared.files import is_file
+from shared.page import Page, Picture
+from shared.progress import clock
+from shared.run_record import RunRecord, Series, as_text, flat, number, read
+from shared.run_view import warnings_of
 
 log = logging.getLogger(__name__)
 
 NAME = "report.html"
+STAGE = "stage"  # a tag of metrics.jsonl: charts mark the steps at which its value changes
 
 _LARGEST_PICTURE, _LARGEST_PAGE = 8_000_000, 40_000_000  # bytes
-_KINDS = {"done": "good", "failed": "bad", "killed": "bad"}
+_BANNERS = {"done": "good", "failed": "bad", "killed": "bad"}
+_RESULT = {"before": "before", "after": "after", "unit": "unit", "n": "N", "chance": "chance"}
+
+_CHARTS = 24  # of a page, at most
+_SPEED = ("steps_per_s", "samples_per_s")
+_SAME = {"Loss/Total": "loss", "lowest_loss": "loss"}  # documented tags of one quantity
+_PREFIX = re.compile(r"^(train|val|valid|validation|eval|epoch)[/_]")
 
 
 def write(run_dir: Path, out: Path | None = None) -> Path:
@@ -38,7 +44,21 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
 
     Raises UserError when there is no run to report on, or `out` cannot be written.
     """
-    return put(out or run_dir / NAME, _report(known(run_dir)).render())
+    if not run_dir.is_dir():
+        raise UserError(f"{run_dir} is no directory: give a run directory, with status.json in it")
+    record = read(run_dir)
+    if not (record.status or record.config or record.curves):
+        problems = "; ".join(record.problems)
+        raise UserError(f"{run_dir} holds no run ({problems}): give a directory with status.json")
+    out, page = out or run_dir / NAME, _report(record)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        page.write(out)
+    except OSError as error:
+        raise UserError(
+            f"{out} cannot be written: {one_line(error)}; choose another --out"
+        ) from None
+    return out
 
 
 def refresh(run_dir: Path) -> None:
@@ -51,47 +71,18 @@ def refresh(run_dir: Path) -> None:
         log.warning("no %s in %s: %s", NAME, run_dir, one_line(error))
 
 
-def put(out: Path, text: str) -> Path:
-    """Write a page; its path. Raises UserError when it cannot be written."""
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_text(out, text, durable=False)
-    except OSError as error:
-        raise UserError(
-            f"{out} cannot be written: {one_line(error)}; choose another --out"
-        ) from None
-    return out
-
-
-def known(run_dir: Path) -> RunRecord:
-    """What is known of the run in `run_dir`. Raises UserError when there is none."""
-    if not run_dir.is_dir():
-        raise UserError(f"{run_dir} is no directory: give a run directory, where status.json lies")
-    record = read(run_dir)
-    if not (record.status or record.config or record.curves):
-        problems = "; ".join(record.problems)
-        raise UserError(f"{run_dir} holds no run ({problems}): give a directory with status.json")
-    return record
-
-
 # --- one run --------------------------------------------------------------------------------------
 
 
 def _report(record: RunRecord) -> Page:
     page = Page(record.name)
-    page.add(html.banner(_ending(record), _KINDS.get(record.state, "open")))
-    _add_table(page, ("", "before", "after"), _result_rows(record))
-    _add_table(page, ("run", ""), _facts(record))
-    for problem in record.problems:
-        page.add(f"Not shown: {problem}.")
-    add_curves(page, charts(record.curves))
-    _add_numbers(page, record)
-    _add_pictures(page, record)
+    page.banner(_ending(record), _BANNERS.get(record.state, "open"))
+    page.warnings(_warnings(record))
+    _add_result(page, record)
+    _add_curves(page, record)
     _add_settings(page, record)
-    _add_section(page, "Environment", ("", ""), record.environment)
-    if record.log_end:
-        page.section("End of the log")
-        page.add(html.verbatim(record.log_end), str(record.log))
+    _add_pictures(page, record)
+    _add_facts(page, record)
     return page
 
 
@@ -103,10 +94,8 @@ def _ending(record: RunRecord) -> str:
         return f"Still running when this page was written: {place}."
     if record.state == "killed":
         pid = record.status.get("pid")
-        return (
-            f"Killed: process {pid} is gone and had no time to say why; it was {place}. The same "
-            "command continues from the last checkpoint."
-        )
+        resume = "The same command continues from the last checkpoint."
+        return f"Killed: process {pid} was not found; its last report is {place}. {resume}"
     words = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
     word = words.get(record.state, "Nothing says how this run ended")
     told = f"{word} (exit code {as_text(code)})" if code else word
@@ -116,81 +105,121 @@ def _ending(record: RunRecord) -> str:
 def _place(record: RunRecord) -> str:
     step, total = (as_text(record.status.get(name)) for name in ("step", "total_steps"))
     left = number(record.status.get("eta_s"))
-    rest = f", about {duration(left)} to go" if left and record.state == "running" else ""
-    return f"at step {step} of {total}{rest}"
+    if record.state == "running" and left and math.isfinite(left):
+        return f"at step {step} of {total}, {clock(left)} left"
+    return f"at step {step} of {total}"
 
 
-def _result_rows(record: RunRecord) -> list[tuple[Any, ...]]:
+def _warnings(record: RunRecord) -> list[str]:
+    """What could not be read, and the log's last warnings and errors."""
+    told = warnings_of(str(record.log), 10) if record.log else []
+    return [*(f"Not shown: {problem}." for problem in record.problems), *told]
+
+
+def _add_result(page: Page, record: RunRecord) -> None:
+    """The run's result with all that is known of it, the last and the best values, the data."""
     result = record.mapping("result")
-    if not result:
-        return []
-    higher = result.get("higher_is_better")
-    better = f" ({'higher' if higher else 'lower'} is better)" if isinstance(higher, bool) else ""
-    return [
-        (
-            as_text(result.get("name")) + better,
-            cell(result.get("before")),
-            cell(result.get("after")),
-        )
-    ]
-
-
-def _facts(record: RunRecord) -> list[tuple[str, Any]]:
-    names = ("state", "exit_code", "step", "total_steps", "epoch", "started_at", "updated_at")
-    rows = [(name, as_text(record.status[name])) for name in names if name in record.status]
-    if seconds := seconds_of(record):
-        rows.append(("duration", duration(seconds)))
-    command = record.config.get("command", record.status.get("command"))
-    rows += [("command", command)] if isinstance(command, str) else []
-    outputs = record.status.get("outputs")
-    outputs = outputs if isinstance(outputs, list) else []
-    rows += [("output", as_text(path).removeprefix(f"{record.run_dir}/")) for path in outputs]
-    return [("directory", str(record.run_dir)), *rows]
-
-
-def _add_numbers(page: Page, record: RunRecord) -> None:
-    """The last and the best values, and how much data there was."""
-    best, last = record.mapping("best"), record.mapping("last")
-    rows = [(n, cell(last.get(n)), cell(best.get(n))) for n in dict.fromkeys([*last, *best])]
+    higher = result.pop("higher_is_better", None)
+    better = {True: " (higher is better)", False: " (lower is better)"}.get(higher, "")
+    if result:
+        name = as_text(result.pop("name", "result")) + better
+        columns = [*_RESULT, *(column for column in result if column not in _RESULT)]
+        columns = [column for column in columns if column in result]
+        headers = ["result", *(_RESULT.get(column, column) for column in columns)]
+        page.table(headers, [(name, *(_cell(result[column]) for column in columns))])
+    last, best = record.mapping("last"), record.mapping("best")
+    rows = [(n, _cell(last.get(n)), _cell(best.get(n))) for n in dict.fromkeys([*last, *best])]
     if rows:
-        page.section("Last and best values")
-        page.add(html.table(("", "last", "best"), rows))
-    _add_section(page, "Data", ("", "count"), flat(record.mapping("data")))
+        page.table(("", "last", "best"), rows, fold="Last and best values")
+    _add_mapping(page, "Data", ("data", "count"), flat(record.mapping("data")))
+
+
+def _add_curves(page: Page, record: RunRecord) -> None:
+    """A chart for each quantity; what is the same at every step is named in a line."""
+    curves = _quantities(record.curves)
+    if not curves:
+        return
+    page.section("Curves")
+    flat_ones = {tag: value for tag in curves if (value := _only_value(curves[tag])) is not None}
+    if flat_ones:
+        told = ", ".join(f"{tag} {flat_ones[tag]:.6g}" for tag in sorted(flat_ones))
+        page.text(f"Never changed: {told}.")
+    moving = [tag for tag in curves if tag not in flat_ones]
+    moving.sort(key=lambda tag: (tag in _SPEED, "loss" not in tag.lower()))
+    borders = _borders(record.curves.get(STAGE, {}))
+    page.charts(
+        {
+            tag: {"lines": curves[tag], "log_y": _spans(tag, curves[tag]), "borders": borders}
+            for tag in moving[:_CHARTS]
+        }
+    )
+    if len(moving) > _CHARTS:
+        page.text(f"Not shown: {len(moving) - _CHARTS} more curves of metrics.jsonl.")
+
+
+def _quantities(curves: Mapping[str, Mapping[str, Series]]) -> dict[str, dict[str, Series]]:
+    """The lines of each chart: training and validation of one thing are in one.
+
+    Recipes tell them apart by the split or by the name (loss and val/loss, train_loss and
+    val_loss). `best` repeats points of other splits, so it is shown only where it is alone.
+    """
+    found: dict[str, dict[str, Series]] = {}
+    for tag, splits in curves.items():
+        prefix = _PREFIX.match(tag)
+        quantity = _PREFIX.sub("", tag) or tag
+        lines = found.setdefault(_SAME.get(quantity, quantity), {})
+        for split, series in splits.items():
+            name = prefix[1] if prefix and split not in ("train", "val", "best") else split
+            lines[name if name not in lines else f"{name} ({tag})"] = series
+    found.pop(STAGE, None)
+    for tag, lines in found.items():
+        if len(lines) > 1:
+            lines.pop("best", None)
+        found[tag] = dict(sorted(lines.items(), key=lambda line: line[0] != "train"))
+    return found
+
+
+def _only_value(lines: Mapping[str, Series]) -> float | None:
+    """The value that all of several points have, else None."""
+    values = [value for _, line in lines.values() for value in line]
+    is_flat = len(values) > 1 and len(set(values)) == 1 and math.isfinite(values[0])
+    return values[0] if is_flat else None
+
+
+def _spans(tag: str, lines: Mapping[str, Series]) -> bool:
+    """Whether it is a loss over more than two decades, which only a logarithmic axis shows."""
+    values = [value for _, line in lines.values() for value in line if math.isfinite(value)]
+    return "loss" in tag.lower() and bool(values) and max(values) > 100 * min(values) > 0
+
+
+def _borders(stages: Mapping[str, Series]) -> dict[float, str]:
+    """Step → 'stage 2' for each step at which the stage changes."""
+    found: dict[float, str] = {}
+    for steps, values in stages.values():
+        before = values[0]
+        for step, value in zip(steps, values, strict=True):
+            if value != before and math.isfinite(value):
+                found[step], before = f"stage {value:.6g}", value
+    return found
 
 
 def _add_settings(page: Page, record: RunRecord) -> None:
     settings, defaults = record.settings, record.defaults
     if not settings:
         return
-    page.section("Configuration")
+    page.section("Settings")
     names = sorted(name for name in defaults if name in settings)
     changed = [(name, as_text(settings[name]), as_text(defaults[name])) for name in names]
     if changed:
-        page.add(html.table(("differs from the defaults", "value", "default"), changed))
+        page.table(("differs from the default", "value", "default"), changed)
     elif "defaults" in record.config:
-        page.add("Every setting has its default.")
+        page.text("Every setting has its default.")
     rows = [(name, as_text(value)) for name, value in sorted(settings.items())]
-    all_of_them = html.table(("setting", "value"), rows)
-    page.add(html.folded(f"All {len(rows)} settings", all_of_them))
-
-
-def _add_section(
-    page: Page, heading: str, headers: tuple[str, str], values: Mapping[str, Any]
-) -> None:
-    if values:
-        page.section(heading)
-        page.add(html.table(headers, [(name, as_text(value)) for name, value in values.items()]))
-
-
-def _add_table(page: Page, headers: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
-    if rows:
-        page.add(html.table(headers, rows))
-
-
-# --- pictures -------------------------------------------------------------------------------------
+    page.table(("setting", "value"), rows, fold=f"All {len(rows)} settings")
 
 
 def _add_pictures(page: Page, record: RunRecord) -> None:
+    """The pictures, and pages of a recipe in frames that run no script and fetch nothing."""
     if not record.pictures:
         return
     page.section("Pictures")
@@ -199,50 +228,58 @@ def _add_pictures(page: Page, record: RunRecord) -> None:
         try:
             content = path.read_bytes() if path.stat().st_size <= _LARGEST_PICTURE else None
             if content is None or len(content) > room:
-                page.add(f"Not shown, too large: {path}")
+                page.text(f"Not shown, too large: {path}")
                 continue
-            page.add(_embedded(path, content), path.name)
+            if path.suffix.lower() == ".html":
+                page.frame(path.name, content.decode("utf-8", "replace"))
+            else:
+                page.pictures([Picture(content, path.stem)])
             room -= len(content)
         except (OSError, ValueError) as error:
-            page.add(f"Not shown: {path.name}: {one_line(error)[:200]}")
+            page.text(f"Not shown: {path.name}: {one_line(error)[:200]}")
 
 
-def _embedded(path: Path, content: bytes) -> Markup:
-    if path.suffix.lower() == ".html":
-        return harmless(content.decode("utf-8", "replace"))
-    if path.suffix.lower() == ".svg":
-        if b"<svg" not in content[:2000]:
-            raise ValueError("no SVG drawing")
-        return html.drawing(content, path.stem)
-    return html.thumbnail(content, path.stem)
+def _add_facts(page: Page, record: RunRecord) -> None:
+    """When and where, the environment, the end of the log."""
+    page.section("Run")
+    names = ("state", "exit_code", "step", "total_steps", "epoch", "started_at", "updated_at")
+    facts = {"directory": str(record.run_dir)}
+    facts |= {name: record.status[name] for name in names if name in record.status}
+    if seconds := _seconds_of(record):
+        facts["duration"] = clock(seconds)
+    command = record.config.get("command", record.status.get("command"))
+    facts |= {"command": command} if isinstance(command, str) else {}
+    rows = [(name, as_text(value)) for name, value in facts.items()]
+    outputs = record.status.get("outputs")
+    outputs = outputs if isinstance(outputs, list) else []
+    rows += [("output", as_text(path).removeprefix(f"{record.run_dir}/")) for path in outputs]
+    page.table(("run", ""), rows)
+    _add_mapping(page, "Environment", ("environment", ""), record.environment)
+    if record.log_end:
+        page.lines(f"End of the log: {record.log}", record.log_end, is_open=record.state != "done")
+
+
+def _add_mapping(
+    page: Page, heading: str, headers: tuple[str, str], values: Mapping[str, Any]
+) -> None:
+    if values:
+        page.table(headers, [(n, as_text(value)) for n, value in values.items()], fold=heading)
 
 
 # --- values ---------------------------------------------------------------------------------------
 
 
-def cell(value: Any) -> Any:
-    """A value as a table of figures shows it: to six digits, to the right; all else as text."""
-    if isinstance(value, float) and math.isfinite(value):
-        return float(f"{value:.6g}")
-    is_plain = value is None or (isinstance(value, int) and not isinstance(value, bool))
-    return value if is_plain and abs(value or 0) < 10**15 else as_text(value)
+def _cell(value: Any) -> Any:
+    """A figure as a table shows it; all else as text."""
+    is_figure = isinstance(value, (int, float)) and not isinstance(value, bool)
+    shown = value is None or (is_figure and abs(value) < 10**15)
+    return value if shown else as_text(value)
 
 
-def seconds_of(record: RunRecord) -> float:
+def _seconds_of(record: RunRecord) -> float:
     """From the start of the run (or of its continuation) to its last word; 0 when not known."""
     try:
         times = [datetime.fromisoformat(record.text(n)) for n in ("started_at", "updated_at")]
         return max(0.0, (times[1] - times[0]).total_seconds())
     except (ValueError, TypeError, OverflowError):
         return 0.0
-
-
-def duration(seconds: float) -> str:
-    """3725 → '1 h 02 min'."""
-    if not math.isfinite(seconds):
-        return "an unknown time"
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02} min"
-    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

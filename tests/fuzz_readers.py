@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import matplotlib.font_manager  # noqa: F401  # now: its first import may ask fc-list for fonts
 import numpy as np
 import torch
 from PIL import Image
@@ -284,6 +285,7 @@ READERS: dict[str, Reader] = {
             put("pages/c.svg", '<svg xmlns="http://www.w3.org/2000/svg"><path d="M0 0"/></svg>'),
         ),
         report.write,
+        slowness=10,
     ),
     "run as the monitor sees it": Reader(
         together(put("status.json", json.dumps(STATUS)), put("metrics.jsonl", ROWS)),

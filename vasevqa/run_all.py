@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 from shared import page, report
 from shared.config import option, parse
 from shared.errors import DONE, INTERRUPTED, STOPPED
-from shared.files import open_lock, read_object, write_json, write_text
+from shared.files import open_lock, read_object, write_json
 from shared.launch import launch_alone
 from shared.settings import settings
 from shared.stages import Stage, StageOptions, command_stage, run_stages
@@ -147,9 +147,9 @@ def _show(state_dir: Path, names: list[str]) -> None:
     markers = [(name, read_object(state_dir / f"{name}.json")) for name in names]
     rows = [(name, done.get("finished_at"), done.get("seconds")) for name, done in markers]
     sheet = page.Page("Stages")
-    sheet.add(page.table(("stage", "done at", "seconds"), rows))
+    sheet.table(("stage", "done at", "seconds"), rows)
     (state_dir / "pages").mkdir(exist_ok=True)
-    write_text(state_dir / "pages" / "stages.html", sheet.render(), durable=False)
+    sheet.write(state_dir / "pages" / "stages.html")
     report.refresh(state_dir)
 
 

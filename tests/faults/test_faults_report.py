@@ -33,7 +33,7 @@ def test_a_run_that_ends_well_leaves_its_page(tmp_path):
     page, config = page_of(tmp_path), read_json(tmp_path / "config.json")
     assert first_words(page) == "Finished: 4 steps"
     tables = Tables(page)
-    differing = tables.named("differs from the defaults", "value", "default")
+    differing = tables.named("differs from the default", "value", "default")
     assert differing["dropout"] == ["0.25", "0.1"] and differing["epochs"] == ["1", "3"]
     assert (
         set(config["defaults"])
@@ -41,8 +41,8 @@ def test_a_run_that_ends_well_leaves_its_page(tmp_path):
         == {*("dropout", "epochs", "num_points", "run_dir")}
     )
     assert tables.named("setting", "value")["dropout"] == [str(config["settings"]["dropout"])]
-    assert tables.named("", "")["torch"] == [config["versions"]["torch"]]
-    assert tables.named("", "")["cpu_cores"] == [str(config["environment"]["cpu_cores"])]
+    assert tables.named("environment", "")["torch"] == [config["versions"]["torch"]]
+    assert tables.named("environment", "")["cpu_cores"] == [str(config["environment"]["cpu_cores"])]
 
 
 def test_a_run_that_breaks_leaves_its_page(tmp_path):

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,6 @@ import pytest
 from PIL import Image
 
 from shared import report
-from shared.page import DARK_BACKGROUND
 from tests.unit.test_report import PNG, make_run
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
@@ -48,7 +49,7 @@ def picture(page: Path, width: int, *flags: str) -> np.ndarray:
 def test_light_and_dark_follow_the_system(page):
     light, dark = picture(page, 1000), picture(page, 1000, DARK)
     assert light[0, 0].tolist() == [255, 255, 255]
-    assert dark[0, 0].tolist() == list(bytes.fromhex(DARK_BACKGROUND[1:]))
+    assert dark[0, 0].tolist() == [0x16, 0x18, 0x1C]
     for shot in (light, dark):  # the curve's blue is there in both
         assert (np.abs(shot.astype(int) - [0x28, 0x78, 0xC8]).sum(2) < 30).sum() > 200
 
@@ -65,3 +66,27 @@ def test_a_narrow_screen_needs_no_sideways_scrolling(page):
     text = browse(frame, "--allow-file-access-from-files", "--dump-dom").decode()
     scroll, client = json.loads(text.partition('id="out">')[2].partition("</p>")[0])
     assert scroll <= client == 360
+
+
+def test_a_foreign_page_is_shown_and_runs_nothing_and_fetches_nothing(page):
+    asked: list[str] = []
+
+    class Listener(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+    with HTTPServer(("127.0.0.1", 0), Listener) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        hostile = (
+            f"<body style='background:#00c800;height:9999px'><img src='{address}/picture'>"
+            f"<link rel=stylesheet href='{address}/style'><iframe src='{address}/frame'></iframe>"
+            f"<script>document.body.style.background='red';fetch('{address}/script')</script>"
+        )
+        (page.parent / "pages" / "foreign.html").write_text(hostile)
+        report.write(page.parent)
+        shot = picture(page, 1000)
+        server.shutdown()
+    assert (shot == [0, 0xC8, 0]).all(2).sum() > 50_000  # as its own style has it, not its script
+    assert asked == []

@@ -66,7 +66,7 @@ def test_the_page_shows_queries_with_their_nearest_and_marks_them(run_dir, tmp_p
     assert run_here(evaluate.main, args).code == 0
     page = (tmp_path / "out" / "contact_sheet.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 4 * 11
-    assert len(re.findall(r"<small>[✓✗] -?[01]\.\d{3}</small>", page)) == 4 * 10
+    assert len(re.findall(r"<figcaption>[✓✗] -?[01]\.\d{3}</figcaption>", page)) == 4 * 10
     assert "http" not in page.replace("http-equiv", "")
 
 

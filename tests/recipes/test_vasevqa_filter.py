@@ -246,7 +246,7 @@ def test_the_run_s_own_page_has_settings_counts_and_the_sheet(flags, tmp_path, r
     assert sum(status["data"].values()) == counts["total_images"]
     report.write(run_dir)
     text = (run_dir / "report.html").read_text()
-    assert "config.json is missing" not in text and 'class="tile"' in text
+    assert "config.json is missing" not in text and "data:image/jpeg;base64" in text
 
 
 @pytest.mark.slow

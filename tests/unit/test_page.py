@@ -1,25 +1,26 @@
+"""Pages of reports: text escaped, nothing fetched, charts that show what they are given."""
+
 import base64
+import math
+import os
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
-from shared.page import (
-    COLOURS,
-    DARK_BACKGROUND,
-    Markup,
-    Page,
-    line_chart,
-    table,
-    thumbnail,
-)
+from shared.page import COLOURS, Page, Picture, line_chart
 
-HOSTILE = "<script>alert('1')</script> & \"quoted\""
+ROOT = Path(__file__).resolve().parents[2]
+HOSTILE = "<script>alert('1')</script> & \"quoted\" $x"
 PNG = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNkYPhfDwAChwGA60e6kgAAAABJRU5ErkJggg=="
 )
 SVG = "{http://www.w3.org/2000/svg}"
+NAN = math.nan
 
 
 class Reader(HTMLParser):
@@ -55,143 +56,175 @@ class Reader(HTMLParser):
         return [attributes for name, attributes in self.tags if name == tag]
 
 
-def full_page(text: str = "words") -> str:
-    page = Page(text, text)
-    page.add(text)
+def full_page(text: str = "words") -> Page:
+    page = Page(text)
+    page.banner(text, "good")
+    page.warnings([text])
     page.section(text)
-    page.add(table([text], [[text], [None]]), text)
-    page.add(line_chart({text: ([0, 1], [0, 1])}, x_label=text, y_label=text, title=text), text)
-    page.add(thumbnail(PNG, text, 40))
-    return page.render()
+    page.text(text)
+    page.table([text], [[text], [None], [Picture(PNG, text, text)]], text)
+    page.table([text], [[text]], fold=text)
+    lines = {text: ([0, 1], [0, 1]), f"{text} 2": ([0, 1], [1, 0])}
+    page.chart(text, lines, x_label=text, y_label=text, title=text, borders={0.5: text})
+    page.pictures([Picture(PNG, text, text, text)])
+    page.lines(text, [text], is_open=True)
+    page.frame(text, text)
+    return page
 
 
 def test_a_page_is_whole_html_with_its_title_as_heading():
-    page = full_page("Results")
+    page = full_page("Results").render()
     read = Reader(page)
     assert page.startswith("<!doctype html>")
     assert read.texts["title"] == read.texts["h1"] == read.texts["h2"] == ["Results"]
-    assert read.named("html") == [{"lang": "Results"}]
     assert {"charset": "utf-8"} in read.named("meta")
 
 
 def test_text_is_escaped_wherever_it_comes_in():
-    page = full_page(HOSTILE)
+    page = full_page(HOSTILE).render()
     read = Reader(page)
     assert not read.named("script")
     assert "<script" not in page
     assert "".join(read.texts["title"]) == HOSTILE
-    for tag in ("h1", "h2", "p", "th", "figcaption"):
+    for tag in ("h1", "h2", "p", "li", "th", "td", "figcaption", "summary", "pre"):
         assert HOSTILE in read.texts[tag], tag
-    assert HOSTILE in read.texts["td"] and HOSTILE in read.texts["text"]
-    assert read.named("img")[0]["alt"] == HOSTILE
-    assert read.named("svg")[0]["aria-label"] == HOSTILE
+    assert sum(HOSTILE in text for text in read.texts["text"]) == 6  # of the drawing, as text
+    assert {image["alt"] for image in read.named("img")} == {HOSTILE}
+    (frame,) = read.named("iframe")
+    assert frame == {"sandbox": None, "title": HOSTILE, "srcdoc": HOSTILE}
 
 
 def test_a_page_asks_nothing_of_the_world_outside():
-    page = full_page()
-    assert re.findall(r"https?://[^\"' ]+", page) == ["http://www.w3.org/2000/svg"]
-    assert "//" not in page.replace("http://www.w3.org/2000/svg", "").replace("base64,", "")
+    page = full_page().render()
+    names = {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\"' ]+", page)) == names
     read = Reader(page)
     policy = next(m["content"] for m in read.named("meta") if "http-equiv" in m)
     assert policy is not None and policy.startswith("default-src 'none'")
-    links = [tag.get("href") or tag.get("src") or "" for _, tag in read.tags]
-    assert all(link.startswith("data:") for link in links if link)
+    names = ("href", "src", "xlink:href")
+    links = {tag[name] or "" for _, tag in read.tags for name in names if name in tag}
+    assert links and all(link.startswith(("data:", "#")) for link in links)
 
 
 def test_characters_that_no_file_can_hold_become_the_replacement_character():
-    page = full_page("a\x00b\x1bc\udce9d\U0001f600")
+    page = full_page("a\x00b\x1bc\udce9d\U0001f600").render()
     assert page.encode("utf-8")
     assert Reader(page).texts["h1"] == ["a\ufffdb\ufffdc\ufffdd\U0001f600"]
-    ElementTree.fromstring(line_chart({"a\x00": ([1], [1])}, x_label="x", y_label="y"))
 
 
-def test_a_table_shows_numbers_dashes_and_markup():
-    read = Reader(table(["name", "value"], [["a", 0.25], ["b", None], [Markup("<b>c</b>"), True]]))
+def test_a_table_shows_numbers_dashes_and_pictures():
+    page = Page("x")
+    rows = [["a", 0.1234567891], ["b", None], [[Picture(PNG, "c", "note"), "gone"], 12], ["d", []]]
+    page.table(["name", "value"], rows)
+    read = Reader(page.render())
     assert read.texts["th"] == ["name", "value"]
-    assert read.texts["td"] == ["a", "0.25", "b", "–", "True"]
-    assert read.texts["b"] == ["c"]
-    assert [cell.get("class") for cell in read.named("td")] == [None, "number", *[None] * 4]
+    assert read.texts["td"] == ["a", "0.123457", "b", "–", "gone", "12", "d", "none"]
+    assert read.texts["figcaption"] == ["note"]
+    assert read.named("img")[0]["alt"] == "c"
 
 
-def test_a_thumbnail_holds_the_bytes_themselves():
-    image = Reader(thumbnail(PNG, "a dot")).named("img")[0]
-    kind, data = (image["src"] or "").split(";base64,")
-    assert (kind, base64.b64decode(data)) == ("data:image/png", PNG)
-    jpeg = Reader(thumbnail(b"\xff\xd8\xff\xe0", "x", 40)).named("img")[0]
-    assert (jpeg["src"] or "").startswith("data:image/jpeg;") and jpeg["width"] == "40"
-    with pytest.raises(ValueError, match="must be a JPEG or PNG"):
-        thumbnail(b"<svg onload=alert(1)>", "x")
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [(PNG, "png"), (b"\xff\xd8\xff\xe0", "jpeg"), (b"<?xml version='1.0'?><svg/>", "svg+xml")],
+)
+def test_a_picture_holds_the_bytes_themselves(content, kind):
+    start, data = Picture(content, "a dot").address.split(";base64,")
+    assert (start, base64.b64decode(data)) == (f"data:image/{kind}", content)
+
+
+def test_what_is_no_picture_is_refused():
+    with pytest.raises(ValueError, match="no PNG, JPEG or SVG"):
+        Picture(b"<html><p onload=alert(1)>", "x")
 
 
 # ---------------------------------------------------------------- charts
 
 
 def chart(points, **options):
-    svg = line_chart({"a": tuple(zip(*points, strict=True))}, x_label="x", y_label="y", **options)
-    return ElementTree.fromstring(svg)
+    return ElementTree.fromstring(line_chart({"a": tuple(zip(*points, strict=True))}, **options))
 
 
-def lines(root):
-    """The data's paths: those with a pen; the second of each is in the legend."""
-    return [path.get("d") for path in root.iter(f"{SVG}path") if path.get("stroke-width")][::2]
+def paths(root: ElementTree.Element) -> list[str]:
+    """The paths of the lines, in the order of their drawing."""
+    colours = [f"stroke: {colour}" for colour in COLOURS]
+    found = [(p.get("style") or "", p.get("d") or "") for p in root.iter(f"{SVG}path")]
+    return [d for style, d in found if "fill: none" in style and any(c in style for c in colours)]
 
 
-def ticks(root, anchor):
-    return [t.text for t in root.iter(f"{SVG}text") if t.get("text-anchor") == anchor]
+def places(path: str) -> list[tuple[float, float]]:
+    numbers = [float(number) for number in re.findall(r"-?\d+(?:\.\d+)?", path)]
+    return list(zip(numbers[::2], numbers[1::2], strict=True))
+
+
+def texts(root: ElementTree.Element) -> list[str]:
+    return [text.text or "" for text in root.iter(f"{SVG}text")]
+
+
+def dots(root: ElementTree.Element) -> int:
+    """The marks in a line's colour."""
+    style = f"fill: {COLOURS[0]}"
+    return sum(style in (mark.get("style") or "") for mark in root.iter(f"{SVG}use"))
 
 
 def test_points_lie_where_a_hand_calculation_puts_them():
-    # The plot reaches from 58 to 466 across and from 276 (bottom) to 26 (top); ticks 0, 2 … 10
-    # and 0, 20 … 100. x = 5: 58 + 408 / 2 = 262. y = 30: 276 - 0.3 * 250 = 201.
-    root = chart([(0, 0), (5, 30), (10, 100)])
-    assert lines(root) == ["M58.0 276.0h0L262.0 201.0L466.0 26.0"]
-    assert ticks(root, "middle") == ["0", "2", "4", "6", "8", "10", "x"]
-    assert ticks(root, "end") == ["0", "20", "40", "60", "80", "100"]
+    (line,) = paths(chart([(0, 0), (5, 30), (10, 100)]))
+    (x0, y0), (x1, y1), (x2, y2) = places(line)
+    assert (x1 - x0) / (x2 - x0) == pytest.approx(0.5, abs=1e-4)
+    assert (y1 - y0) / (y2 - y0) == pytest.approx(0.3, abs=1e-4)
+    assert x0 < x2 and y0 > y2  # upwards is smaller in SVG
 
 
 def test_logarithmic_points_lie_where_a_hand_calculation_puts_them():
-    # Decades from 0.001 to 1, 136 apart: 0.01 at 58 + 136 = 194. y: 1 to 100, 10 in the middle.
     root = chart([(0.001, 1), (0.01, 10), (1, 100)], log_x=True, log_y=True)
-    assert lines(root) == ["M58.0 276.0h0L194.0 151.0L466.0 26.0"]
-    assert ticks(root, "middle") == ["0.001", "0.01", "0.1", "1", "x"]
-    assert ticks(root, "end") == ["1", "10", "100"]
+    (x0, y0), (x1, y1), (x2, y2) = places(paths(root)[0])
+    assert (x1 - x0) / (x2 - x0) == pytest.approx(1 / 3, abs=1e-4)
+    assert (y1 - y0) / (y2 - y0) == pytest.approx(1 / 2, abs=1e-4)
+    assert {"0.001", "0.01", "0.1", "1", "10", "100"} <= set(texts(root))
 
 
-def test_axes_end_at_ticks_around_all_values_of_all_series():
-    svg = line_chart(
-        {"a": ([1, 2], [-0.31, 0]), "b": ([3.9], [0.42])}, x_label="x", y_label="y", title="t"
-    )
-    root = ElementTree.fromstring(svg)
-    assert ticks(root, "middle") == ["1", "2", "3", "4", "x"]
-    assert ticks(root, "end") == ["-0.4", "-0.2", "0", "0.2", "0.4", "0.6"]
-    assert [t.text for t in root.iter(f"{SVG}text") if t.text in ("a", "b", "t: y")] == [
-        "t: y", "a", "b",
-    ]  # fmt: skip
+def test_text_is_text_with_names_title_and_borders():
+    lines = {"train": ([1, 2], [1, 2]), "val": ([1, 2], [2, 1])}
+    named = {"x_label": "step", "y_label": "loss", "title": "a $title$", "borders": {2: "stage 2"}}
+    found = texts(ElementTree.fromstring(line_chart(lines, **named)))
+    assert {"train", "val", "step", "loss", "a $title$", " stage 2"} <= set(found)
 
 
-def test_values_without_a_place_leave_a_gap_and_a_lone_point_is_a_dot():
-    nan, inf = float("nan"), float("inf")
-    root = chart([(0, 0), (1, nan), (5, 5), (6, inf), (8, 8), (10, 10), (10, 9.9999)])
-    assert lines(root)[0].count("M") == 3
-    assert "M262.0 151.0h0M" in lines(root)[0]
-    assert lines(root)[0].count("L") == 1  # what lies on the same spot is not drawn twice
+def test_no_line_crosses_a_gap_and_a_lone_point_is_a_dot():
+    inf = math.inf
+    values = [*range(60), NAN, 5.0, inf, *range(60)]
+    root = chart(list(enumerate(values)))
+    (line,) = paths(root)
+    assert line.count("M") == 3 and dots(root) == 1
     root = chart([(0, 1), (0.1, 1), (-1, 2), (1, 100)], log_x=True)
-    assert lines(root)[0].count("M") == 2
+    assert dots(root) == 2  # a short line's are dots, too; those at 0 and below have no place
+
+
+def test_a_long_line_is_thinned_without_losing_extremes_ends_and_gaps():
+    values = [math.sin(step / 1000) for step in range(100_000)]
+    values[31_415], values[62_831], values[50_000] = 9.0, -9.0, NAN
+    before = chart([(0, 9.0), (99_999, -9.0)])
+    root = chart(list(enumerate(values)))
+    (line,) = paths(root)
+    found = places(line)
+    assert len(found) <= 2000
+    (left, top), (right, bottom) = places(paths(before)[0])
+    heights = [y for _, y in found]
+    assert (min(heights), max(heights)) == pytest.approx((top, bottom), abs=1e-3)
+    assert (found[0][0], found[-1][0]) == pytest.approx((left, right), abs=1e-3)
+    assert line.count("M") == 2
 
 
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize(
     "values",
     [[], [0.0], [7.0], [-3.0, -3.0], [1e-320], [5e-324, 0], [1e200, -1e200], [1e308, 1e-308, 3.0],
-     [10**400], [1.0, 1.0 + 2e-16], [1e-200, 1e200], [123456789, 123456790]],
+     [10**400], [1.0, 1.0 + 2e-16], [1e-200, 1e200], [123456789, 123456790], [NAN, NAN]],
 )  # fmt: skip
-def test_odd_values_still_give_a_chart_with_few_ticks_inside_it(values, log):
-    svg = line_chart({"a": (values, values)}, x_label="x", y_label="y", log_x=log, log_y=log)
+def test_odd_values_still_give_a_chart(values, log):
+    svg = line_chart({"a": (values, values)}, log_x=log, log_y=log)
     root = ElementTree.fromstring(svg)
-    assert 2 <= len(ticks(root, "end")) <= 10
-    numbers = [float(n) for path in lines(root) for n in re.findall(r"-?\d+\.\d", path or "")]
-    assert all(25.9 <= number <= 466.1 for number in numbers)
-    assert all(len(tick or "") <= 10 for tick in ticks(root, "end"))
+    assert len(texts(root)) < 40
+    assert all(0 <= x <= 400 and 0 <= y <= 300 for path in paths(root) for x, y in places(path))
 
 
 def test_colours_stand_out_from_a_light_and_a_dark_page():
@@ -202,20 +235,55 @@ def test_colours_stand_out_from_a_light_and_a_dark_page():
         )
         return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
-    for colour in COLOURS:
-        for background in ("#ffffff", DARK_BACKGROUND):
-            light, dark = sorted((luminance(colour), luminance(background)), reverse=True)
-            assert (light + 0.05) / (dark + 0.05) >= 3, (colour, background)
+    def contrast(one, other):
+        light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+        return (light + 0.05) / (dark + 0.05)
+
+    style = (ROOT / "shared" / "page.jinja").read_text()
+    papers, inks, quiets = (re.findall(rf"--{n}: (#\w+)", style) for n in ("paper", "ink", "quiet"))
+    assert len(papers) == 2
+    for paper, ink, quiet in zip(papers, inks, quiets, strict=True):
+        assert min(contrast(paper, ink), contrast(paper, quiet)) >= 4.5
+        assert all(contrast(paper, colour) >= 3 for colour in COLOURS)
 
 
-def test_a_chart_fits_any_width_and_takes_the_readers_text_colour():
-    root = chart([(0, 0), (1, 1)])
-    assert (root.get("width"), root.get("viewBox")) == ("100%", "0 0 480 349")
-    assert {t.get("fill") for t in root.iter(f"{SVG}text")} == {"currentColor"}
+def test_a_chart_takes_the_pages_colour_of_text_and_no_background():
+    page = full_page().render()
+    assert "currentColor" in page and "#777777" not in page
+    assert "fill: #ffffff" not in page
 
 
 def test_series_are_told_apart_by_colour_and_by_dashes():
     names = [str(number) for number in range(12)]
-    svg = line_chart({n: ([0, 1], [0, 1]) for n in names}, x_label="x", y_label="y")
-    paths = [p for p in ElementTree.fromstring(svg).iter(f"{SVG}path") if p.get("stroke-width")]
-    assert len({(p.get("stroke"), p.get("stroke-dasharray")) for p in paths}) == 12
+    root = ElementTree.fromstring(line_chart({n: ([0, 1], [0, 1]) for n in names}))
+    styles = [p.get("style") or "" for p in root.iter(f"{SVG}path")]
+    pens = {
+        (c, re.sub(r".*dasharray: ([^;]*).*", r"\1", s)) for s in styles for c in COLOURS if c in s
+    }
+    assert len(pens) >= 12
+
+
+def test_a_chart_that_cannot_be_drawn_is_one_warning(caplog):
+    page = Page("x")
+    good, bad = {"lines": {"a": ([1, 2], [1, 2])}}, {"lines": {"a": ([1, 2], [1])}}
+    page.charts({"one": bad, "two": good, "three": bad})
+    read = Reader(page.render())
+    assert len(read.named("svg")) == 1
+    (said,) = read.texts["p"]
+    assert said.startswith("Not drawn: one, three (")
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_charts_are_drawn_where_no_cache_can_be_written_and_without_a_word(tmp_path):
+    (tmp_path / "file").write_text("")
+    code = (
+        "import logging; logging.basicConfig();"
+        "from shared.page import line_chart; print(line_chart({'数据': ([1, 2], [1, 2])})[:4])"
+    )
+    nowhere = str(tmp_path / "file" / "below")
+    environ = os.environ | {"HOME": nowhere, "MPLCONFIGDIR": nowhere, "MPLBACKEND": "TkAgg"}
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environ, capture_output=True, text=True, check=True
+    )
+    assert (ended.stdout, ended.stderr) == ("<svg\n", "")

@@ -1,7 +1,6 @@
 """The report page: what it shows equals the files, whatever state those are in."""
 
 import json
-import math
 import os
 import random
 import socket
@@ -11,10 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from shared import processes, report, report_curves, run_record, status
+from shared import processes, report, run_record, status
 from shared.errors import UserError
-from shared.page import Page, line_chart, table, thumbnail
-from shared.safe_html import harmless
+from shared.page import Page, Picture, line_chart
 from shared.tools import report as tool
 from tests.unit.test_page import PNG, Reader
 
@@ -100,17 +98,17 @@ def page_of(run_dir: Path) -> str:
 
 def test_tables_equal_the_files(run_dir):
     tables = Tables(page_of(run_dir))
-    assert tables.named("", "before", "after") == {
+    assert tables.named("result", "before", "after") == {
         "accuracy (higher is better)": ["0.1", "0.751235"]
     }
     facts = tables.named("run", "")
     for name in ("state", "exit_code", "step", "total_steps", "epoch", "started_at"):
         assert facts[name] == [str(STATUS[name])]
-    assert facts["duration"] == ["1 h 02 min"]
+    assert facts["duration"] == ["1:02:03"]
     assert facts["command"] == [CONFIG["command"]]
     assert tables.named("", "last", "best") == {"loss": ["0.25", "0.125"], "val/acc": ["–", "–"]}
-    assert tables.named("", "count") == {"training images": ["800"], "skipped.truncated": ["3"]}
-    assert tables.named("differs from the defaults", "value", "default") == {
+    assert tables.named("data", "count") == {"training images": ["800"], "skipped.truncated": ["3"]}
+    assert tables.named("differs from the default", "value", "default") == {
         "lr": ["0.0005", "0.001"],
         "model.depth": ["18", "50"],
     }
@@ -121,12 +119,31 @@ def test_tables_equal_the_files(run_dir):
         "paths": ['["a", "b"]'],
         "model.depth": ["18"],
     }
-    assert tables.named("", "") == {
+    assert tables.named("environment", "") == {
         "host": ["elsewhere"],
         "processes": ["2"],
         "python": ["3.11.7"],
         "torch": ["2.15.0"],
     }
+
+
+def test_a_result_says_unit_number_and_chance_as_far_as_they_are_known(run_dir):
+    result = STATUS["result"] | {"unit": "share", "n": 256, "chance": 0.00390625, "control": None}
+    (run_dir / "status.json").write_text(json.dumps(STATUS | {"result": result}))
+    tables = Tables(page_of(run_dir))
+    found = tables.named("result", "before", "after", "unit", "N", "chance", "control")
+    row = ["0.1", "0.751235", "share", "256", "0.00390625", "–"]
+    assert found == {"accuracy (higher is better)": row}
+
+
+def test_warnings_come_before_everything_but_how_the_run_ended(run_dir):
+    (run_dir / "config.json").unlink()
+    (run_dir / "train.log").write_text("fine\nx | WARNING: 3 pictures <b>skipped\nfine\n")
+    page = page_of(run_dir)
+    said = ["Not shown: config.json is missing.", "x | WARNING: 3 pictures <b>skipped"]
+    assert [text for text in Reader(page).texts["li"] if text.strip()] == said
+    ends = [page.index(words) for words in ("Finished: 40", "config.json is missing", "accuracy (")]
+    assert ends == sorted(ends)
 
 
 def test_a_page_fetches_nothing_and_runs_nothing(run_dir):
@@ -135,13 +152,15 @@ def test_a_page_fetches_nothing_and_runs_nothing(run_dir):
     hostile = "<h1>Sheet</h1><script>fetch('//evil')</script><img src='http://evil/x.png'>"
     (run_dir / "pages" / "table.html").write_text(hostile)
     read = Reader(page_of(run_dir))
-    assert not {"script", "iframe", "object", "form", "base", "a"} & {tag for tag, _ in read.tags}
-    for _, attributes in read.tags:
+    assert not {"script", "object", "form", "base", "a"} & {tag for tag, _ in read.tags}
+    # a frame without rights, which takes over the policy of its page: tests/full tries it
+    assert read.named("iframe") == [{"sandbox": None, "title": "table.html", "srcdoc": hostile}]
+    for tag, attributes in read.tags:
         for name, value in attributes.items():
             assert not name.startswith("on")
-            if name in ("src", "href"):
-                assert (value or "").startswith("data:")
-            elif name != "xmlns":
+            if name in ("src", "href", "xlink:href"):
+                assert (value or "").startswith(("data:", "#"))
+            elif not name.startswith("xmlns") and tag != "iframe":
                 assert "//" not in (value or "")
 
 
@@ -149,17 +168,18 @@ def test_pictures_of_a_recipe_are_inside(run_dir):
     pages = run_dir / "pages"
     pages.mkdir()
     (pages / "1_sheet.png").write_bytes(PNG)
-    (pages / "2_roc.svg").write_text(line_chart({"a": ([0, 1], [0, 1])}, x_label="x", y_label="y"))
+    (pages / "2_roc.svg").write_text(line_chart({"a": ([0, 1], [0, 1])}))
     sheet = Page("Contact sheet")
-    sheet.add(table(["query"], [[thumbnail(PNG, "a shirt")]]))
-    (pages / "3_sheet.html").write_text(sheet.render())
+    sheet.table(["query"], [[Picture(PNG, "a shirt")]])
+    sheet.write(pages / "3_sheet.html")
     (run_dir / "out.jpg").write_bytes(b"no picture at all")
     status = STATUS | {"outputs": [str(run_dir / "out.jpg"), "gone.png", str(run_dir / "last.pt")]}
     (run_dir / "status.json").write_text(json.dumps(status))
     page = page_of(run_dir)
-    assert [image["alt"] for image in Reader(page).named("img")] == ["1_sheet", "2_roc", "a shirt"]
-    assert "Contact sheet" in page
-    assert "Not shown: out.jpg: a thumbnail must be a JPEG or PNG" in page
+    read = Reader(page)
+    assert [image["alt"] for image in read.named("img")] == ["1_sheet", "2_roc"]
+    assert [frame["srcdoc"] for frame in read.named("iframe")] == [sheet.render()]
+    assert "Not shown: out.jpg: no PNG, JPEG or SVG" in page
 
 
 def test_pages_of_an_evaluation_are_inside(run_dir):
@@ -167,7 +187,8 @@ def test_pages_of_an_evaluation_are_inside(run_dir):
     (run_dir / "evaluation" / "sheet.html").write_text("<p>ten queries</p>")
     (run_dir / "evaluation" / "roc.svg").write_text("<svg/>")  # the pages hold it
     page = page_of(run_dir)
-    assert "<p>ten queries</p>" in page and "roc.svg" not in page
+    (frame,) = Reader(page).named("iframe")
+    assert frame["srcdoc"] == "<p>ten queries</p>" and "roc.svg" not in page
 
 
 def test_a_refresh_never_raises_and_warns_once(run_dir, tmp_path, caplog):
@@ -178,32 +199,78 @@ def test_a_refresh_never_raises_and_warns_once(run_dir, tmp_path, caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
-def test_train_and_val_stand_in_one_chart_linear_and_logarithmic(run_dir):
-    charts = Reader(page_of(run_dir)).named("svg")
-    assert [chart["aria-label"] for chart in charts] == ["loss", "loss, logarithmic"]
-    texts = Reader(page_of(run_dir)).texts["text"]
-    assert texts.count("train") == texts.count("val") == 2
+def charts(read: Reader) -> list[str | None]:
+    return [figure["aria-label"] for figure in read.named("figure") if "aria-label" in figure]
+
+
+def write_rows(run_dir: Path, rows: list[dict[str, object]]) -> None:
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_quantity_is_one_chart_with_train_and_val(run_dir):
+    read = Reader(page_of(run_dir))
+    assert charts(read) == ["loss"]
+    texts = read.texts["text"]
+    assert texts.count("train") == texts.count("val") == 1
+
+
+def test_a_loss_over_more_than_two_decades_has_a_logarithmic_axis_and_a_rate_never(run_dir):
+    rows = [{"step": s, "split": "train", "loss": 10.0**-s, "lr": 10.0**-s} for s in range(5)]
+    write_rows(run_dir, rows)
+    page = page_of(run_dir)
+    assert charts(Reader(page)) == ["loss", "lr"]
+    loss, rate = page.split("<svg")[1:]
+    assert ">0.001<" in loss and ">0.5<" not in loss
+    assert ">0.5<" in rate or ">0.4<" in rate
+
+
+def test_the_steps_at_which_a_stage_begins_are_marked(run_dir):
+    rows = [
+        {"step": s, "split": "train", "loss": 1.0 / s, "stage": 1 + s // 4} for s in range(1, 9)
+    ]
+    write_rows(run_dir, rows)
+    read = Reader(page_of(run_dir))
+    assert charts(read) == ["loss"]
+    assert [text for text in read.texts["text"] if "stage" in text] == [" stage 2", " stage 3"]
+
+
+def test_no_line_crosses_the_steps_without_a_value(run_dir):
+    values = [1.0 / s if s not in (30, 31) else None for s in range(1, 61)]
+    write_rows(run_dir, [{"step": s, "split": "train", "x": v} for s, v in enumerate(values)])
+    styles = [(p.get("style") or "", p["d"]) for p in Reader(page_of(run_dir)).named("path")]
+    (path,) = [d for style, d in styles if "fill: none" in style and "stroke: #2878c8" in style]
+    assert path and path.count("M") == 2
+
+
+def test_of_very_many_curves_the_first_are_drawn_and_the_rest_counted(run_dir):
+    write_rows(run_dir, [{"step": s} | {f"x{n}": s * n for n in range(1, 31)} for s in (1, 2)])
+    page = page_of(run_dir)
+    assert len(charts(Reader(page))) == 24 and "Not shown: 6 more curves" in page
 
 
 @pytest.mark.parametrize(
-    ("train", "val"), [("loss", "val/loss"), ("train_loss", "val_loss"), ("train/loss", "loss")]
+    ("train", "val"),
+    [
+        *(("loss", "val/loss"), ("train_loss", "val_loss"), ("train/loss", "loss")),
+        ("Loss/Total", "val/loss"),
+    ],
 )
 def test_they_stand_together_whatever_a_recipe_calls_them(run_dir, train, val):
     rows = [{"step": s, "split": "train", train: 1.0, "lr": 0.1 / s} for s in (1, 2)]
     rows += [{"step": s, "split": "val", val: 2.0} for s in (1, 2)]
     rows += [{"step": s, "split": "best", "loss": 2.0} for s in (1, 2)]
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(run_dir, rows)
     read = Reader(page_of(run_dir))
-    assert [chart["aria-label"] for chart in read.named("svg")] == ["loss", "lr"]
-    assert read.texts["text"].count("train") == 2 and read.texts["text"].count("val") == 1
+    assert charts(read) == ["loss", "lr"]
+    assert read.texts["text"].count("train") == 1 == read.texts["text"].count("val")
     assert "best" not in read.texts["text"]
 
 
 def test_what_never_changes_is_named_and_not_drawn(run_dir):
     rows = [{"step": s, "split": "train", "loss": 1.0 / s, "lr": 0.1, "clip": 0} for s in (1, 2)]
-    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(run_dir, rows)
     read = Reader(page_of(run_dir))
-    assert [chart["aria-label"] for chart in read.named("svg")] == ["loss"]
+    assert charts(read) == ["loss"]
     assert "Never changed: clip 0, lr 0.1." in read.texts["p"]
 
 
@@ -235,12 +302,12 @@ def test_an_output_in_the_run_directory_is_named_from_there(run_dir):
                 "eta_s": 200.0,
                 "started_at": status.now(),
             },
-            "Still running when this page was written: at step 40 of 40, about 3 min 20 s to go.",
+            "Still running when this page was written: at step 40 of 40, 0:03:20 left.",
             "open",
         ),
         (
             {"state": "running", "pid": 2**30, "host": socket.gethostname()},
-            f"Killed: process {2**30} is gone",
+            f"Killed: process {2**30} was not found",
             "bad",
         ),
         ({"state": "running"}, "Still running when this page was written", "open"),  # elsewhere
@@ -252,22 +319,6 @@ def test_the_first_line_says_how_the_run_ended(tmp_path, changes, said, kind):
     read = Reader(page)
     assert said in "".join(read.texts["p"])
     assert {"class": f"banner {kind}"} in read.named("p")
-
-
-def test_a_long_series_is_thinned_without_losing_its_extremes_ends_and_gaps():
-    values = [math.sin(step / 1000) for step in range(100_000)]
-    values[31_415], values[62_831], values[50_000] = 9.0, -9.0, math.nan
-    steps, kept = report_curves.thinned([float(step) for step in range(100_000)], values)
-    assert len(steps) < 700
-    found = dict(zip(steps, kept, strict=True))
-    assert (found[31_415], found[62_831]) == (9.0, -9.0)
-    assert math.isnan(found[50_000])
-    assert {0, 99_999} <= found.keys()
-    assert steps == sorted(steps)
-
-
-def test_a_short_series_stays_as_it_is():
-    assert report_curves.thinned([1.0, 2.0], [3.0, math.nan])[0] == [1.0, 2.0]
 
 
 def test_the_log_of_a_progress_bar_shows_what_was_left_standing(run_dir):
@@ -329,48 +380,15 @@ def test_an_unwritable_page_is_one_line(run_dir, tmp_path):
         report.write(run_dir, tmp_path / "file" / "page.html")
 
 
-def test_a_day_of_steps_is_written_in_half_a_second(run_dir):
+def test_a_day_of_steps_is_written_in_two_seconds(run_dir):
     row = {"step": 1, "epoch": 0, "split": "train", "time": 1.0, "loss": 0.5, "lr": 1e-3}
     with (run_dir / "metrics.jsonl").open("w") as lines:
         for step in range(20_000):
             lines.write(json.dumps(row | {"step": step, "loss": 1 / (step + 1)}) + "\n")
     began = time.process_time()
     page = page_of(run_dir)
-    assert time.process_time() - began < 3.0  # measured: 0.3 s; three times that under load
+    assert time.process_time() - began < 5.0  # measured: 1.5 s with matplotlib's import
     assert len(page) < 200_000
-
-
-@pytest.mark.parametrize(
-    ("given", "kept"),
-    [
-        ("<p onclick=x>a &amp; b</p>", "<p>a &amp; b</p>"),
-        ("<script>bad</script>good", "good"),
-        ("<style>p{}</style><p style='x'>good", "<p>good</p>"),
-        ("<a href='http://x'>name</a>", "name"),
-        ("<img src='http://x/y.png' alt=z>", '<img alt="z">'),
-        (
-            "<img src='data:image/png;base64,AAAA' alt=z>",
-            '<img src="data:image/png;base64,AAAA" alt="z">',
-        ),
-        ("<img src='data:image/svg+xml;base64,AAAA'>", "<img>"),
-        ("<svg viewBox='0 0 1 1'><path d='M0 0' fill='url(http://x)'/></svg>",
-         '<svg viewBox="0 0 1 1"><path d="M0 0"></path></svg>'),
-        ("<svg><title>t</title><script>bad</script></svg>", "<svg><title>t</title></svg>"),
-        ("<h1>t</h1></div></p>", "<h3>t</h3>"),
-        ("<table><tr><td>1", "<table><tr><td>1</td></tr></table>"),
-        ("<noscript><p title='</noscript><img src=x onerror=bad>'>", ""),
-        ("<scr<script>ipt>word</script>x", "ipt&gt;wordx"),
-    ],
-)  # fmt: skip
-def test_of_foreign_html_only_the_harmless_part_is_kept(given, kept):
-    assert kept in harmless(given)
-    for word in ("bad", "http", "onclick", "onerror", "<script", "style"):
-        assert word not in harmless(given)
-
-
-def test_deep_and_endless_html_ends():
-    assert harmless("<div>" * 100_000).count("<div>") == 200
-    assert harmless("<" * 100_000) is not None
 
 
 def test_flat_settings_have_dotted_names():

@@ -6,11 +6,12 @@ import io
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from torchvision.transforms.v2.functional import resize
 
 from shared import images
-from shared.page import Markup, line_chart, thumbnail, tile
+from shared.page import Picture
 
 SIDE = 128  # pixels, the longer side
 
@@ -31,21 +32,19 @@ def small_copy(path: Path) -> bytes | None:
     return encoded.getvalue()
 
 
-def gallery(root: Path, captions: Iterable[tuple[str, str]]) -> Markup:
-    """A grid of (file below `root`, caption)."""
-    cells = []
+def gallery(root: Path, captions: Iterable[tuple[str, str]]) -> list[Picture | str]:
+    """Of each (file below `root`, caption) a picture; of one that is gone its name."""
+    cells: list[Picture | str] = []
     for name, caption in captions:
-        content = small_copy(root / name)
-        shown = thumbnail(content, name, SIDE) if content else Markup("<p>(gone)</p>")
-        cells.append(tile(shown, images.printable(caption)))
-    return Markup("".join(cells) or "<p>none</p>")
+        content, caption = small_copy(root / name), images.printable(caption)
+        cells.append(Picture(content, name, caption) if content else f"(gone) {caption} ")
+    return cells
 
 
-def score_chart(histogram: Mapping[str, Sequence[float]], threshold: float) -> Markup:
-    """How many pictures have which score, with the threshold as an upright line."""
+def score_lines(histogram: Mapping[str, Sequence[float]], threshold: float) -> dict[str, Any]:
+    """How many pictures have which score, and the threshold as an upright line."""
     edges, counts = histogram["edges"], histogram["counts"]
     xs = [edge for pair in pairwise(edges) for edge in pair]
     ys = [float(count) for count in counts for _ in range(2)]
     top = max([*counts, 1])
-    lines = {"pictures": (xs, ys), "threshold": ([threshold, threshold], [0.0, float(top)])}
-    return line_chart(lines, x_label="score", y_label="pictures", title="Scores")
+    return {"pictures": (xs, ys), "threshold": ([threshold, threshold], [0.0, float(top)])}

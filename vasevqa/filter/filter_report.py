@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from shared.files import write_atomic, write_json, write_text
-from shared.page import Page, table
+from shared.page import Page
 from vasevqa.filter import contact_sheet, decision
 from vasevqa.filter.decision import Threshold
 from vasevqa.filter.ledger import Ledger
@@ -74,13 +74,14 @@ class Report:
 
     def _sheet(self, ledger: Ledger, head: dict[str, Any]) -> Page:
         page = Page("CLIP filter")
-        page.add(
+        page.text(
             f"{head['accepted_images']} of {head['total_images']} pictures of {self.input_dir} "
             f"accepted: score at least {self.threshold.value:.4f} ({self.threshold.source}). "
             f"{head['rejected_images']} rejected, {head['unreadable_images']} unreadable."
         )
         if "histogram" in head:
-            page.add(contact_sheet.score_chart(head["histogram"], self.threshold.value))
+            lines = contact_sheet.score_lines(head["histogram"], self.threshold.value)
+            page.chart("Scores", lines, x_label="score", y_label="pictures")
         shown = {
             "Borderline: nearest to the threshold": ledger.nearest(self.threshold.value, SHOWN),
             "Accepted, the best": _first(ledger.rows(("accepted",), "best")),
@@ -91,11 +92,11 @@ class Report:
         for heading, rows in shown.items():
             page.section(heading)
             captions = ((row["filename"], _caption(row)) for row in rows)
-            page.add(contact_sheet.gallery(self.input_dir, captions))
+            page.pictures(contact_sheet.gallery(self.input_dir, captions))
         if head["unreadable"]:
             page.section("Unreadable")
             rows = [(item["filename"], item["reason"]) for item in head["unreadable"][:200]]
-            page.add(table(("file", "reason"), rows))
+            page.table(("file", "reason"), rows)
         return page
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.distributed import World
-from shared.files import write_atomic, write_json, write_text
+from shared.errors import one_line
+from shared.files import write_atomic, write_json
 from shared.images import Skipped
-from shared.page import Page, line_chart, table
 from vasevqa.filter.quality_data import Splits
 from vasevqa.filter.quality_measure import Measured
 from vasevqa.filter.quality_net import CLASSES
@@ -54,11 +54,11 @@ def conclude(
     best_epoch = accuracies.index(max(accuracies)) + 1
     outputs: list[Path] = []
     if world.is_main:
-        picture = draw(cfg.output_dir, history, tested)
+        outputs += draw(cfg.output_dir, history, tested)
         results = _results(history, tested, data) | {"best_epoch": best_epoch}
         path = cfg.output_dir / "training_results.json"
         write_json(path, results)
-        outputs = [cfg.best, picture, path]
+        outputs = [cfg.best, *outputs, path]
         _say(tested)
     return {
         "result": {
@@ -101,19 +101,19 @@ def _say(tested: Measured) -> None:
         log.info("%8s %8d %8d %10.4f %8.4f", name, *counts, row["precision"], row["recall"])
 
 
-def draw(folder: Path, history: History, tested: Measured) -> Path:
-    """training_history.png, or without matplotlib the same as training_history.html; its path."""
-    folder.mkdir(parents=True, exist_ok=True)
+def draw(folder: Path, history: History, tested: Measured) -> list[Path]:
+    """Draw training_history.png: its path, or nothing and a warning when that fails."""
+    path = folder / "training_history.png"
     try:
-        import matplotlib
-    except ImportError:
-        log.info("matplotlib is not installed: the training's picture is an HTML page")
-        return _draw_page(folder / "training_history.html", history, tested)
-    matplotlib.use("Agg")  # no window: it would wait for someone to close it
-    return _draw_picture(folder / "training_history.png", history, tested)
+        folder.mkdir(parents=True, exist_ok=True)
+        _draw(path, history, tested)
+    except Exception as error:  # a picture is not worth a run
+        log.warning("%s cannot be drawn: %s", path, one_line(error))
+        return []
+    return [path]
 
 
-def _draw_picture(path: Path, history: History, tested: Measured) -> Path:
+def _draw(path: Path, history: History, tested: Measured) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 4), layout="constrained")
@@ -132,17 +132,3 @@ def _draw_picture(path: Path, history: History, tested: Measured) -> Path:
         for column, count in enumerate(counts):
             matrix.text(column, row, str(count), ha="center", va="center")
     write_atomic(path, lambda stream: figure.savefig(stream, format="png", dpi=110))
-    return path
-
-
-def _draw_page(path: Path, history: History, tested: Measured) -> Path:
-    page = Page("Training of the quality classifier")
-    epochs = [float(epoch) for epoch in range(1, len(history.columns["val_acc"]) + 1)]
-    losses = {name: (epochs, history.columns[name]) for name in ("train_loss", "val_loss")}
-    page.add(line_chart(losses, x_label="epoch", y_label="loss"))
-    accuracy = {"validation": (epochs, history.columns["val_acc"])}
-    page.add(line_chart(accuracy, x_label="epoch", y_label="accuracy"))
-    rows = [(name, *counts) for name, counts in zip(CLASSES, tested.confusion, strict=True)]
-    page.add(table(("held-out, true", *CLASSES), rows), "columns: predicted")
-    write_text(path, page.render())
-    return path

@@ -15,7 +15,7 @@ from shared import distributed
 from shared.distributed import World
 from shared.errors import UserError
 from shared.files import write_json, write_text
-from shared.page import Page, table
+from shared.page import Page
 from vasevqa.filter import clip_model, clip_source, contact_sheet, rows, views
 from vasevqa.filter import prompts as prompt_files
 from vasevqa.filter.embedding_cache import EmbeddingCache
@@ -203,15 +203,15 @@ def _statistics(total: int, tally: Tally, seconds: float) -> dict[str, Any]:
 
 def _page(cfg: Config, ledger: Ledger, tally: Tally) -> Page:
     page = Page("Best views")
-    page.add(f"{tally.vases} vases with {tally.views} readable views in {cfg.input_dir}.")
+    page.text(f"{tally.vases} vases with {tally.views} readable views in {cfg.input_dir}.")
     page.section("The selected view and the others")
     cells = []
     for vase, _ in zip((v for v in _vases(ledger) if v.best), range(SHOWN), strict=False):
         ordered = sorted(vase.views, key=lambda view: view.rank)
         captions = [(view.filename, f"view {view.number}: {view.score:.4f}") for view in ordered]
         cells.append((vase.id, contact_sheet.gallery(cfg.input_dir, captions[:6])))
-    page.add(table(("vase", "best first"), cells))
+    page.table(("vase", "best first"), cells)
     if tally.unmatched:
         page.section("Names that do not match")
-        page.add(table(("file",), [(name,) for name in tally.unmatched[:200]]))
+        page.table(("file",), [(name,) for name in tally.unmatched[:200]])
     return page
