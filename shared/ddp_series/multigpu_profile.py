@@ -1,187 +1,115 @@
-"""Step 2 under the profiler: where the time of a step goes, in every process.
+"""Step 2 under the profiler: where the time of a training step is spent, in each process.
 
-python multigpu_profile.py 2 1               # six steps traced, in profile/
+python multigpu_profile.py 2 1               # six training steps, in profile/
 python multigpu_profile.py 2 1 --nproc 2 --trace_dir traces
 """
 
-from __future__ import annotations
-
-import logging
 import sys
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+import tempfile
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
-
-from shared.config import ProcessOptions, option, parse
-from shared.launch import launch
-
-# At run time the functions import torch where they need it: --help and a typing error do not wait.
-if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
-    from torch.optim.lr_scheduler import LRScheduler
-    from torch.profiler import profile
-    from torch.utils.data import DataLoader, Dataset
-
-    from shared.checkpoint import Position
-    from shared.distributed import World
-
-log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Config:
-    """What is typed after the script's name."""
-
-    total_epochs: int = option(None, "passes over the data", positional=True)
-    save_every: int = option(None, "epochs from one checkpoint to the next", positional=True)
-    batch_size: int = option(32, "samples a process and step")
-    dropout: float = option(0.0, "share of the hidden units left out in a step")
-    seed: int = option(0, "seed of weights, order and dropout")
-    checkpoint_path: Path = option(Path("checkpoint.pt"), "where the weights go")
-    device: str = option("auto", "auto, cpu, cuda or cuda:N")
-    profile: bool = option(True, "trace some steps")
-    trace_dir: Path = option(Path("profile"), "where the traces go, one file a process")
-    dry_run: bool = option(False, "check what was typed, stop")
-    processes: ProcessOptions = field(default_factory=ProcessOptions)
-
-    def __post_init__(self) -> None:
-        if self.save_every is not None and self.save_every < 1:
-            raise ValueError(f"save_every must be 1 or more, got {self.save_every}")
-        if not self.checkpoint_path.parent.is_dir():
-            raise ValueError(f"checkpoint_path {self.checkpoint_path}: there is no such directory")
-
-
-class Trainer:
-    """A model, its data and its optimizer, and the loop that brings them together."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        train_data: Dataset[tuple[Tensor, Tensor]],
-        optimizer: Optimizer,
-        schedule: LRScheduler,
-        world: World,
-        cfg: Config,
-        profiler: profile | None,
-    ) -> None:
-        from shared import distributed
-        from shared.checkpoint import Position
-
-        # DistributedDataParallel: all begin with rank 0's weights, each backward averages gradients
-        self.model = distributed.wrap(model.to(world.device), world)
-        self.train_data, self.optimizer, self.schedule = train_data, optimizer, schedule
-        self.world, self.cfg, self.profiler = world, cfg, profiler
-        self.position = Position()  # steps and epochs done
-        self.loss: Tensor | float = float("nan")  # mean squared error of the last batch
-
-    def train(self) -> int:
-        """Train to the last epoch; the exit code."""
-        while self.position.epoch < self.cfg.total_epochs:
-            self._run_epoch()
-            if self._should_save():
-                self._save_checkpoint()
-        return 0
-
-    def _run_epoch(self) -> None:
-        loader = prepare_dataloader(self.train_data, self.world, self.cfg, self.position)
-        for source, targets in loader:
-            self._run_batch(source.to(self.world.device), targets.to(self.world.device))
-            self.position.advance()
-            if self.profiler:
-                self.profiler.step()
-        self.schedule.step()
-        self.position.next_epoch()
-        log.info("epoch %d, step %d: loss %.6f", self.position.epoch, self.position.step, self.loss)
-
-    def _run_batch(self, source: Tensor, targets: Tensor) -> None:
-        self.optimizer.zero_grad()
-        loss = (self.model(source) - targets).square().mean()
-        loss.backward()
-        self.optimizer.step()
-        self.loss = loss.detach()
-
-    def _should_save(self) -> bool:
-        epoch = self.position.epoch
-        return epoch % self.cfg.save_every == 0 or epoch == self.cfg.total_epochs
-
-    def _save_checkpoint(self) -> None:
-        from shared import checkpoint, distributed
-
-        if not self.world.is_main:
-            return
-        weights = distributed.unwrap(self.model).state_dict()  # names without "module."
-        checkpoint.save(self.cfg.checkpoint_path, weights, keep=1)
-        log.info("epoch %d: weights in %s", self.position.epoch, self.cfg.checkpoint_path)
-
-
-def load_train_objs(
-    cfg: Config,
-) -> tuple[nn.Module, Dataset[tuple[Tensor, Tensor]], Optimizer, LRScheduler]:
-    """Model, data, optimizer and schedule, as every training script has them."""
-    from torch import nn, optim
-
-    from shared.ddp_series.datautils import NUM_INPUTS, MyTrainDataset
-
-    model = nn.Sequential(
-        nn.Linear(NUM_INPUTS, 64), nn.Tanh(), nn.Dropout(cfg.dropout), nn.Linear(64, 1)
-    )
-    optimizer = optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    schedule = optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.97)
-    return model, MyTrainDataset(2048), optimizer, schedule
-
-
-def prepare_dataloader(
-    dataset: Dataset[tuple[Tensor, Tensor]], world: World, cfg: Config, position: Position
-) -> DataLoader[tuple[Tensor, Tensor]]:
-    """The batches of one epoch, in an order that comes from the seed and the epoch's number."""
-    from shared.loader import make_loader
-
-    return make_loader(
-        dataset,
-        cfg.batch_size,
-        world,
-        seed=cfg.seed,
-        workers=0,
-        epoch=position.epoch,
-    )
-
-
-def make_profiler(world: World, cfg: Config) -> AbstractContextManager[profile | None]:
-    """A profiler that passes over 2 steps, warms up in 2 and traces 6; None with --no-profile."""
-    from torch import profiler
-
-    def write(traced: profile) -> None:
-        profiler.tensorboard_trace_handler(str(cfg.trace_dir), f"rank{world.rank}")(traced)
-        table = traced.key_averages().table(sort_by="self_cpu_time_total", row_limit=8)
-        log.info("traces in %s; of rank 0 in short:\n%s", cfg.trace_dir, table)
-
-    if not cfg.profile:
-        return nullcontext()
-    steps = profiler.schedule(wait=2, warmup=2, active=6, repeat=1)
-    activities = [profiler.ProfilerActivity.CPU]
-    if world.device.type == "cuda":
-        activities.append(profiler.ProfilerActivity.CUDA)
-    return profiler.profile(activities=activities, schedule=steps, on_trace_ready=write)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Read what was typed, train; the exit code."""
-    cfg = parse(Config, argv, __doc__)
-    if cfg.dry_run:
-        return 0
-    from shared import distributed, seed
-
-    world = distributed.setup(cfg.device)  # opens the process group: nccl on GPUs, gloo on CPUs
-    seed.seed_all(cfg.seed, world.rank)
-    with make_profiler(world, cfg) as profiler:
-        code = Trainer(*load_train_objs(cfg), world, cfg, profiler).train()
-    distributed.cleanup(world)
-    return code
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """What was typed; at a mistake argparse says what is wrong and exits with code 2."""
+    parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("total_epochs", type=int, help="epochs to train")
+    add("save_every", type=int, help="epochs between two checkpoints")
+    add("--batch_size", "--batch-size", type=int, default=32, help="samples per process and step")
+    add("--checkpoint_path", "--checkpoint-path", type=Path, default="checkpoint.pt", help="output")
+    add("--nproc", type=int, help="processes, in place of one per GPU")
+    add("--trace_dir", "--trace-dir", default="profile", help="directory of the traces")
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if isinstance(value, int) and value < 1:
+            parser.error(f"{name} must be 1 or more, got {value}")
+    if not args.checkpoint_path.parent.is_dir():
+        parser.error(f"checkpoint_path {args.checkpoint_path}: there is no such directory")
+    return args
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main))
+    parse_args()  # before torch is imported, so that --help and mistakes are answered at once
+
+import torch
+import torch.distributed as dist
+from datautils import MyTrainDataset
+from torch import nn
+from torch.multiprocessing.spawn import spawn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import SGD, Optimizer
+from torch.profiler import profile, schedule, tensorboard_trace_handler
+from torch.utils.data import DataLoader, DistributedSampler
+
+
+def ddp_setup(rank: int, world_size: int, store: str) -> None:
+    """Join the other processes: over nccl on GPUs, a GPU for each, or over gloo on the CPU."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
+    dist.init_process_group(backend, init_method=store, rank=rank, world_size=world_size)
+
+
+def load_train_objs() -> tuple[MyTrainDataset, nn.Module, Optimizer]:
+    """Dataset, model and optimizer."""
+    torch.manual_seed(0)  # the same initial weights in every run
+    model = nn.Sequential(nn.Linear(20, 64), nn.Tanh(), nn.Linear(64, 1))
+    return MyTrainDataset(2048), model, SGD(model.parameters(), lr=0.05, momentum=0.9)
+
+
+def train(rank: int, world_size: int, store: str, args: Namespace) -> None:
+    """The whole training, in each process."""
+    ddp_setup(rank, world_size, store)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dataset, model, optimizer = load_train_objs()
+    ddp_model = DistributedDataParallel(model.to(device))  # backward() averages the gradients
+    sampler = DistributedSampler(dataset)  # a share of the samples for each process
+    train_data = DataLoader(dataset, args.batch_size, sampler=sampler)
+    profiler = profile(
+        schedule=schedule(wait=2, warmup=2, active=6, repeat=1),
+        on_trace_ready=tensorboard_trace_handler(args.trace_dir, f"rank{rank}"),
+    )
+    profiler.start()
+
+    for epoch in range(args.total_epochs):
+        torch.manual_seed(epoch * world_size + rank)  # for dropout and the like
+        sampler.set_epoch(epoch)  # another order of the samples in each epoch
+        total_loss = torch.zeros((), device=device)
+        for source, targets in train_data:
+            optimizer.zero_grad()
+            output = ddp_model(source.to(device))
+            loss = nn.functional.mse_loss(output, targets.to(device))
+            loss.backward()
+            optimizer.step()
+            total_loss += loss.detach()
+            profiler.step()
+        print(f"[rank {rank}] Epoch {epoch} | Loss: {total_loss / len(train_data):.6f}", flush=True)
+
+        due = (epoch + 1) % args.save_every == 0 or epoch + 1 == args.total_epochs
+        if due and rank == 0:
+            torch.save(model.state_dict(), args.checkpoint_path)
+            print(f"Epoch {epoch} | Checkpoint saved at {args.checkpoint_path}", flush=True)
+    profiler.stop()
+    if rank == 0:
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=8))
+    dist.destroy_process_group()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Start the processes, and wait for them."""
+    args = parse_args(argv)
+    gpus = torch.cuda.device_count()
+    world_size = args.nproc or gpus or 1
+    if 0 < gpus < world_size:
+        print(
+            f"multigpu_profile.py: error: --nproc {world_size}: there are {gpus} GPUs",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    with tempfile.TemporaryDirectory() as folder:  # for the file by which the processes meet
+        spawn(train, (world_size, f"file://{folder}/store", args), nprocs=world_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -56,7 +56,6 @@ def test_every_host_gets_the_torchrun_of_the_job(cluster):
         "--nnodes=2",
         "--nproc-per-node=4",
         "--max-restarts=3",
-        "--shutdown-timeout=100",
         "--rdzv-id=4711",
         "--rdzv-backend=c10d",
         "--rdzv-endpoint=10.1.2.3:24711",
@@ -145,7 +144,6 @@ def test_header_asks_for_what_the_readme_promises(cluster):
         "gpus-per-node": "4",
         "cpus-per-task": "16",
         "time": "01:00:00",
-        "signal": "TERM@120",
         "output": "%x-%j.log",
     }
     # sbatch reads its lines up to the first line of code

@@ -55,6 +55,8 @@ OWN_DIRECTORY_LAST = (
     "sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))"
     "  # datasets.py last"
 )
+# A tutorial in plain torch: nothing of shared in it, and none of the forms of its entry scripts.
+SERIES = Path("shared/ddp_series")
 TOP_LEVEL = {
     *("README.md", "README.zh-CN.md", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE"),
     *("demo.sh", "run_tests.sh", "setup.sh", "Makefile", "pyproject.toml"),
@@ -267,7 +269,16 @@ def test_no_owner_keeps_a_right_it_does_not_use():
 
 
 def entry_scripts() -> list[Path]:
-    return [path for path in sources(*ROOMS) if is_entry(path)]
+    return [path for path in sources(*ROOMS) if is_entry(path) and SERIES not in path.parents]
+
+
+def test_the_series_is_plain_torch_in_short_scripts():
+    scripts = [path for path in sources("shared") if SERIES in path.parents]
+    for path in scripts:
+        beside = {other.stem for other in scripts if other.parent == path.parent}
+        foreign = {room_of(name) for name in all_imports(path)} - set(sys.stdlib_module_names)
+        assert foreign <= {"torch", *beside}, path
+        assert len((ROOT / path).read_text(encoding="utf-8").splitlines()) <= 120, path
 
 
 def test_entry_scripts_reach_shared_by_the_one_bootstrap_line():

@@ -1,29 +1,26 @@
-"""shared/ddp_series/README.md shows the scripts as they are, and its commands run."""
+"""shared/ddp_series/README.md tells what the scripts are, and its commands run."""
 
 from __future__ import annotations
 
 import ast
-import dataclasses
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from shared.ddp_series import multigpu_profile, multigpu_torchrun, single_gpu
+from tests import pages
 from tests.harness import ROOT, environment
 
 SERIES = ROOT / "shared" / "ddp_series"
 PAGE = (SERIES / "README.md").read_text(encoding="utf-8")
-# How many lines a step may add to the one before, and take from it: what a reader has to take in.
-STEPS = {
-    ("single_gpu.py", "multigpu.py"): 40,
-    ("multigpu.py", "multigpu_torchrun.py"): 80,
-    ("multigpu_torchrun.py", "multinode_torchrun.py"): 15,
-    ("multigpu.py", "multigpu_profile.py"): 40,
+BEFORE = {  # what each script is compared with
+    "multigpu.py": "single_gpu.py",
+    "multigpu_torchrun.py": "multigpu.py",
+    "multinode_torchrun.py": "multigpu_torchrun.py",
+    "multigpu_profile.py": "multigpu.py",
 }
 ELSEWHERE = (  # starts of commands that need more than this machine has
     "torchrun --standalone --nproc_per_node=gpu ",
@@ -34,46 +31,51 @@ ELSEWHERE = (  # starts of commands that need more than this machine has
 )
 
 
-def difference(before: str, after: str) -> list[str]:
-    command = ["diff", "-U1", before, after]
-    told = subprocess.run(command, cwd=SERIES, capture_output=True, text=True, check=False)
-    assert told.returncode == 1, told.stderr
-    return told.stdout.splitlines()[2:]  # without the names, which come with dates
-
-
-def blocks(language: str) -> list[list[str]]:
-    found = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.M | re.S)
-    return [block.splitlines() for block in found]
-
-
 def commands() -> list[str]:
-    lines = (re.sub(r"\s+# .*", "", line) for block in blocks("bash") for line in block)
-    return [line for line in lines if line]
+    return pages.commands(PAGE)
 
 
-@pytest.mark.skipif(shutil.which("diff") is None, reason="needs diff")
-def test_the_page_shows_how_each_step_differs_from_the_one_before():
-    assert blocks("diff") == [difference(before, after) for before, after in STEPS]
+def changed(before: str, after: str) -> str:
+    """How many lines `diff` takes away and adds: "-15 +41"; the table of the page has it."""
+    told = subprocess.run(
+        ["diff", before, after], cwd=SERIES, capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 1, told.stderr
+    marks = [line[0] for line in told.stdout.splitlines()]
+    return f"-{marks.count('<')} +{marks.count('>')}"
 
 
-@pytest.mark.skipif(shutil.which("diff") is None, reason="needs diff")
-@pytest.mark.parametrize(("pair", "limit"), STEPS.items(), ids=lambda value: str(value))
-def test_a_step_differs_by_few_lines(pair, limit):
-    changed = [line for line in difference(*pair) if line[0] in "+-"]
-    assert len(changed) <= limit, "\n".join(changed)
+def test_the_page_says_how_long_each_script_is_and_what_it_adds():
+    (table,) = (t for t in pages.tables(PAGE) if t.head[0] == "Step")
+    rows = {pages.spans(row["Script"])[0]: row for row in table.records}
+    assert rows.keys() == {"single_gpu.py", *BEFORE}
+    for script, row in rows.items():
+        lines = len((SERIES / script).read_text(encoding="utf-8").splitlines())
+        assert row["Lines"] == str(lines), script
+        expected = changed(BEFORE[script], script) if script in BEFORE else ""
+        assert row["Against the step before"] == expected, script
 
 
-def fields(module) -> dict[str, object]:
-    return {field.name: field.default for field in dataclasses.fields(module.Config)}
+def arguments(script: str) -> dict[str, str]:
+    """{argument: default} as the script's calls of add_argument have them."""
+    found = {}
+    for node in ast.walk(ast.parse((SERIES / script).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "add":
+            names = [ast.literal_eval(word) for word in node.args]
+            dashed = [names[0].replace("_", "-")] if names[0].startswith("--") else []
+            assert set(names) == {names[0], *dashed}, script
+            defaults = [ast.literal_eval(k.value) for k in node.keywords if k.arg == "default"]
+            found[names[0]] = str(defaults[0]) if defaults else ""
+    return found
 
 
-def test_flags_of_the_page_are_those_of_the_scripts():
-    known = fields(single_gpu) | fields(multigpu_torchrun) | fields(multigpu_profile)
-    rows = re.findall(r"^\| `--(\w+)` \| `([^`]*)` \|", PAGE, re.M)
-    assert rows
-    for name, default in rows:
-        assert str(known.pop(name)) == default, name
-    assert known.keys() == {"total_epochs", "save_every", "dry_run", "processes"}
+def test_arguments_of_the_page_are_those_of_the_scripts():
+    known: dict[str, str] = {}
+    for script in ("single_gpu.py", *BEFORE):
+        known |= arguments(script)
+    (table,) = (t for t in pages.tables(PAGE) if t.head[0] == "Flag")
+    stated = {row["Flag"].strip("`"): row["Default"].strip("`") for row in table.records}
+    assert stated == known
 
 
 def test_links_of_the_page_lead_somewhere():
@@ -81,8 +83,13 @@ def test_links_of_the_page_lead_somewhere():
         assert (SERIES / link).exists(), link
 
 
+@pytest.mark.parametrize("name", ["README.md", "README.zh-CN.md"])
+def test_the_page_has_at_most_150_lines(name):
+    assert len((SERIES / name).read_text(encoding="utf-8").splitlines()) <= 150
+
+
 def test_docstrings_and_page_agree_on_how_a_script_is_typed():
-    for name in {name for pair in STEPS for name in pair} - {"multinode_torchrun.py"}:
+    for name in {"single_gpu.py", *BEFORE} - {"multinode_torchrun.py"}:
         usage = ast.get_docstring(ast.parse((SERIES / name).read_text(encoding="utf-8"))) or ""
         typed = re.findall(r"^\s*((?:python|torchrun) .*?)(?:\s{2,}#.*)?$", usage, re.M)
         assert typed, name
@@ -94,18 +101,17 @@ def test_docstrings_and_page_agree_on_how_a_script_is_typed():
 def test_commands_of_the_page_run_as_typed(tmp_path):
     """In a directory of links to the scripts, so that what they leave is left there."""
     for path in SERIES.iterdir():
-        (tmp_path / path.name).symlink_to(path)
+        if not path.name.startswith(".") and path.suffix != ".pt":
+            (tmp_path / path.name).symlink_to(path)
     (tmp_path / "mine.txt").write_text((SERIES / "mingpt" / "text.txt").read_text()[:8000])
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     ran, left = [], set()
     for command in commands():
         if command.startswith(ELSEWHERE):
             continue
-        for old in tmp_path.glob("snapshot*.pt"):
-            old.unlink()
-        words = shlex.split(command)
+        (tmp_path / "snapshot.pt").unlink(missing_ok=True)
         outcome = subprocess.run(
-            words,
+            shlex.split(command),
             cwd=tmp_path,
             env=environment(PATH=path),
             capture_output=True,
@@ -115,5 +121,5 @@ def test_commands_of_the_page_run_as_typed(tmp_path):
         assert outcome.returncode == 0, f"{command}\n{outcome.stdout}{outcome.stderr}"
         ran.append(command)
         left |= {entry.name for entry in tmp_path.iterdir() if not entry.is_symlink()}
-    assert len(ran) == 11
-    assert {"checkpoint.pt", "snapshot.pt", "profile", "traces", "mingpt_run"} <= left
+    assert len(ran) == 10
+    assert {"checkpoint.pt", "snapshot.pt", "profile", "traces", "gpt_snapshot.pt"} <= left

@@ -54,7 +54,7 @@ def test_the_series_runs_what_its_page_has_but_for_what_needs_more_than_one_mach
     from tests.unit import test_ddp_series_readme as series
 
     left = [line for line in series.commands() if line.startswith(series.ELSEWHERE)]
-    assert len(series.commands()) - len(left) == 11
+    assert len(series.commands()) - len(left) == 10
     for line in left:
         assert re.match(r"torchrun .*(gpu|nnodes=2) |sbatch |cd |source ", line), line
 

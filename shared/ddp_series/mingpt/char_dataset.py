@@ -1,6 +1,4 @@
-"""Blocks of a text as codes of its characters, and how well a model without context can do."""
-
-from __future__ import annotations
+"""A text as blocks of tokens, one token per character."""
 
 from typing import NamedTuple
 
@@ -10,48 +8,48 @@ from torch.utils.data import Dataset
 
 
 class CharDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Pairs (block_size,), (block_size,) of codes: characters, and the character after each.
+    """Pairs of blocks (block_size,), (block_size,): characters, and the character after each.
 
     There is a block for every `block_size` characters. `shift` moves each to the right by a random
     part of its length, so that no two epochs cut the text at the same places.
     """
 
-    def __init__(self, codes: Tensor, block_size: int, *, shift: bool) -> None:
-        self.codes, self.block_size, self.shift = codes, block_size, shift
+    def __init__(self, tokens: Tensor, block_size: int, *, shift: bool) -> None:
+        self.tokens, self.block_size, self.shift = tokens, block_size, shift
 
     def __len__(self) -> int:
-        return (len(self.codes) - 1) // self.block_size
+        return (len(self.tokens) - 1) // self.block_size
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         start = index * self.block_size
         if self.shift:
             start += int(torch.randint(self.block_size, ()))
-        start = min(start, len(self.codes) - 1 - self.block_size)
-        block = self.codes[start : start + self.block_size + 1]
+        start = min(start, len(self.tokens) - 1 - self.block_size)
+        block = self.tokens[start : start + self.block_size + 1]
         return block[:-1], block[1:]
 
 
 class Text(NamedTuple):
-    """A text in codes: nine tenths to learn from, the last one held out."""
+    """A text in tokens: nine tenths to train on, the last tenth held out."""
 
-    alphabet: list[str]
-    learned: CharDataset
+    vocabulary: list[str]
+    train: CharDataset
     held_out: CharDataset
-    entropy: float  # see unigram_entropy
+    entropy: float  # nats per character of the best guess that does not look at the context
 
 
 def encode(text: str, block_size: int) -> Text:
-    """`text` with a code for every character that occurs in it, in order of the characters."""
-    alphabet = sorted(set(text))
-    code_of = {character: code for code, character in enumerate(alphabet)}
-    codes = torch.tensor([code_of[character] for character in text])
-    cut = len(codes) * 9 // 10
-    learned = CharDataset(codes[:cut], block_size, shift=True)
-    held_out = CharDataset(codes[cut:], block_size, shift=False)
-    return Text(alphabet, learned, held_out, unigram_entropy(codes))
+    """`text` with a token for every character that occurs in it, in order of the characters."""
+    vocabulary = sorted(set(text))
+    token_of = {character: token for token, character in enumerate(vocabulary)}
+    tokens = torch.tensor([token_of[character] for character in text])
+    cut = len(tokens) * 9 // 10
+    train = CharDataset(tokens[:cut], block_size, shift=True)
+    held_out = CharDataset(tokens[cut:], block_size, shift=False)
+    return Text(vocabulary, train, held_out, unigram_entropy(tokens))
 
 
-def unigram_entropy(codes: Tensor) -> float:
-    """Nats a character: the loss of the best guess that knows how often each character occurs."""
-    share = torch.bincount(codes).double() / len(codes)
-    return float(-(share * share.clamp_min(1e-300).log()).sum())
+def unigram_entropy(tokens: Tensor) -> float:
+    """The entropy of the characters' frequencies, in nats per character."""
+    frequency = torch.bincount(tokens).double() / len(tokens)
+    return float(-(frequency * frequency.clamp_min(1e-300).log()).sum())

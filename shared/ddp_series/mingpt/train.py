@@ -4,141 +4,114 @@ python train.py                              # on the text beside this file
 torchrun --standalone --nproc_per_node=2 train.py --data mine.txt --epochs 40
 """
 
-from __future__ import annotations
-
-import logging
-import sys
-from dataclasses import dataclass, field
+import math
+import os
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # repository root, for shared
-
-from shared.config import RunOptions, option, parse
-from shared.errors import UserError, one_line
-from shared.launch import launch
-
-if TYPE_CHECKING:
-    from shared.checkpoint import Parts
-    from shared.ddp_series.mingpt.char_dataset import Text
-    from shared.ddp_series.mingpt.model import GPT
-    from shared.distributed import World
-log = logging.getLogger(__name__)
-TEXT = Path(__file__).resolve().with_name("text.txt")
-SAMPLE = 300  # characters to write at the end
 
 
-@dataclass(frozen=True)
-class Config:
-    """Settings: data, model, optimizer."""
-
-    data: Path = option(TEXT, "UTF-8 text to learn from; its last tenth is held out")
-    epochs: int = option(12, "passes over the text", scope="length")
-    batch_size: int = option(16, "blocks a process and step")
-    block_size: int = option(64, "characters that the model sees at once")
-    layers: int = option(2, "blocks of attention and feed-forward net")
-    heads: int = option(4, "attention heads, a divisor of width")
-    width: int = option(64, "numbers a character")
-    dropout: float = option(0.0, "share left out")
-    lr: float = option(3e-3, "learning rate at the start; a cosine takes it to a tenth")
-    weight_decay: float = option(0.1, "AdamW's decay of matrices")
-    clip: float = option(1.0, "longest norm of the gradients")
-    run: RunOptions = field(default_factory=RunOptions)
-
-    def __post_init__(self) -> None:
-        if min(self.heads, self.block_size) < 1 or self.width % self.heads:
-            raise ValueError(f"heads {self.heads} must divide width {self.width}")
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Check what was typed and the text, set up processes, data and model, train; the exit code."""
-    cfg = parse(Config, argv, __doc__)
+def parse_args(argv: list[str] | None = None) -> Namespace:
+    """What was typed; at a mistake argparse says what is wrong and exits with code 2."""
+    parser = ArgumentParser(formatter_class=ArgumentDefaultsHelpFormatter)
+    add, default_text = parser.add_argument, Path(__file__).with_name("text.txt")
+    add("--data", type=Path, default=default_text, help="UTF-8 text; its last tenth is held out")
+    add("--epochs", type=int, default=12, help="passes over the text")
+    add("--batch_size", "--batch-size", type=int, default=16, help="blocks per process and step")
+    add("--block_size", "--block-size", type=int, default=64, help="characters of context")
+    add("--layers", type=int, default=2, help="transformer blocks")
+    add("--heads", type=int, default=4, help="attention heads, a divisor of width")
+    add("--width", type=int, default=64, help="embedding dimension")
+    add("--lr", type=float, default=3e-3, help="learning rate; a cosine takes it to a tenth")
+    add("--amp", action="store_true", help="mixed precision, bfloat16")
+    add("--snapshot_path", "--snapshot-path", type=Path, default="gpt_snapshot.pt", help="file")
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if type(value) in (int, float) and value <= 0:
+            parser.error(f"{name} must be above 0, got {value}")
+    if args.width % args.heads:
+        parser.error(f"heads {args.heads} must divide width {args.width}")
+    if not args.snapshot_path.parent.is_dir():
+        parser.error(f"snapshot_path {args.snapshot_path}: there is no such directory")
     try:
-        text = cfg.data.read_text(encoding="utf-8")
+        args.text = args.data.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {cfg.data} is no UTF-8 text: {one_line(error)}") from None
-    if len(text) < 20 * cfg.block_size:
-        raise UserError(f"--data {cfg.data}: {len(text)} characters are less than 20 blocks")
-    if cfg.run.dry_run:
-        return 0
-    from shared import distributed, seed
-    from shared.ddp_series.mingpt import model
-    from shared.ddp_series.mingpt.char_dataset import encode
-
-    world, data = distributed.setup(cfg.run.device, cfg.run.timeout), encode(text, cfg.block_size)
-    seed.seed_all(cfg.run.seed, world.rank)  # all begin with rank 0's weights: DDP sends them
-    shape = cfg.block_size, cfg.layers, cfg.heads, cfg.width, cfg.dropout
-    gpt = model.GPT(len(data.alphabet), *shape).to(world.device)
-    code = fit(cfg, world, gpt, data)
-    if code == 0 and world.is_main:
-        codes = model.generate(gpt, data.held_out[0][0].to(world.device), SAMPLE).tolist()
-        log.info("a sample:\n%s", "".join(data.alphabet[character] for character in codes))
-    distributed.cleanup(world)
-    return code
-
-
-def fit(cfg: Config, world: World, gpt: GPT, data: Text) -> int:
-    """The loop; the exit code."""
-    from torch import optim
-
-    from shared import distributed
-    from shared.ddp_series.mingpt.model import loss_of, parameter_groups
-    from shared.loader import make_loader
-    from shared.precision import Amp
-    from shared.reporter import Plan
-    from shared.run import Run
-    from shared.sampling import steps_per_epoch
-
-    steps = cfg.epochs * steps_per_epoch(len(data.learned), cfg.batch_size, world.size)
-    plan = Plan(steps, cfg.batch_size * world.size)
-    optimizer = optim.AdamW(parameter_groups(gpt, cfg.weight_decay), lr=cfg.lr)
-    schedule = optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, eta_min=cfg.lr / 10)
-    ddp, amp = distributed.wrap(gpt, world), Amp(cfg.run.amp, world.device)
-    parts: Parts = {"model": gpt, "optimizer": optimizer, "schedule": schedule, "amp": amp}
-    with Run(cfg, world, cfg.run.run_dir or Path("mingpt_run").absolute(),
-             "mingpt", last="snapshot.pt") as run:  # fmt: skip
-        at = run.restore(parts, plan)
-        while at.epoch < cfg.epochs:
-            now: Any = {"seed": cfg.run.seed, "epoch": at.epoch, "offset": at.batch}
-            for codes, following in make_loader(
-                data.learned, cfg.batch_size, world, workers=0, **now
-            ):
-                with amp.autocast():
-                    loss = loss_of(ddp, codes.to(world.device), following.to(world.device))
-                amp.backward(loss)
-                norm = amp.step(optimizer, gpt.parameters(), clip_norm=cfg.clip)
-                schedule.step()
-                at.advance()
-                run.log({"loss": loss, "grad_norm": norm})
-                if run.should_stop():
-                    run.save(parts)
-                    return run.finish()
-            at.next_epoch()
-            run.log({"held_out_loss": evaluate(gpt, data, world)}, split="val")
-            run.save(parts)
-        told = {"before": data.entropy, "after": evaluate(gpt, data, world)}
-        log.info("nats a character: %(before).3f without context, %(after).3f held out", told)
-        return run.finish(result={"name": "nats a character", **told, "higher_is_better": False})
-
-
-def evaluate(gpt: GPT, data: Text, world: World) -> float:
-    """Nats a character on the text that was held out; the ranks share the work."""
-    import torch
-
-    from shared import distributed
-    from shared.ddp_series.mingpt.model import loss_of
-    from shared.loader import make_eval_loader
-    from shared.metrics import Mean
-
-    mean = Mean(world.device)
-    with torch.no_grad():
-        gpt.eval()
-        for codes, following in make_eval_loader(data.held_out, 16, world):
-            loss = loss_of(gpt, codes.to(world.device), following.to(world.device))
-            mean.add(loss, len(codes))
-        gpt.train()
-    return mean.of(distributed.total(mean.sums, world))
+        parser.error(f"data {args.data} is not a UTF-8 text: {error}")
+    if len(args.text) < 20 * args.block_size:
+        parser.error(f"data {args.data}: {len(args.text)} characters are less than 20 blocks")
+    return args
 
 
 if __name__ == "__main__":
-    sys.exit(launch(main))
+    parse_args()  # before torch is imported, so that --help and mistakes are answered at once
+
+import torch
+import torch.distributed as dist
+from char_dataset import encode
+from model import GPT, cross_entropy, evaluate, generate, parameter_groups
+from snapshot import load_snapshot, save_snapshot
+from torch import nn
+from torch.distributed import HashStore, PrefixStore, rendezvous  # pyright: ignore
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, DistributedSampler
+
+
+def ddp_setup() -> None:
+    """Join the processes that torchrun has started; without torchrun this one is alone."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    store, rank, world_size = HashStore(), 0, 1
+    if "LOCAL_RANK" in os.environ:
+        store, rank, world_size = next(iter(rendezvous("env://")))
+        store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
+    if backend == "nccl":
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The whole training."""
+    args = parse_args(argv)
+    ddp_setup()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    text = encode(args.text, args.block_size)
+    sampler = DistributedSampler(text.train)
+    train_data = DataLoader(text.train, args.batch_size, sampler=sampler)
+    held_out_data = DataLoader(text.held_out, args.batch_size)
+
+    torch.manual_seed(0)  # the same initial weights in every run
+    gpt = GPT(len(text.vocabulary), args.block_size, args.layers, args.heads, args.width).to(device)
+    optimizer = AdamW(parameter_groups(gpt, weight_decay=0.1), lr=args.lr)
+    steps = args.epochs * len(train_data)
+    schedule = LambdaLR(optimizer, lambda step: 0.55 + 0.45 * math.cos(math.pi * step / steps))
+    parts = {"model": gpt, "optimizer": optimizer, "schedule": schedule}
+    epochs_run = load_snapshot(args.snapshot_path, parts)
+    ddp_model = DistributedDataParallel(gpt)
+
+    for epoch in range(epochs_run, args.epochs):
+        torch.manual_seed(epoch * world_size + rank)  # for the shifts of the blocks
+        sampler.set_epoch(epoch)
+        for tokens, targets in train_data:
+            optimizer.zero_grad()
+            with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                loss = cross_entropy(ddp_model, tokens.to(device), targets.to(device))
+            loss.backward()
+            nn.utils.clip_grad_norm_(gpt.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        if rank == 0:
+            loss = evaluate(gpt, held_out_data, device)
+            print(f"Epoch {epoch} | Held-out loss: {loss:.4f}", flush=True)
+            save_snapshot(args.snapshot_path, parts, epoch + 1)
+
+    if rank == 0:
+        after = evaluate(gpt, held_out_data, device)
+        print(f"Nats per character: {text.entropy:.3f} without context, {after:.3f} held out")
+        prompt = text.held_out[0][0].to(device)
+        print("".join(text.vocabulary[token] for token in generate(gpt, prompt, 300).tolist()))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

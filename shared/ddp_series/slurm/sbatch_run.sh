@@ -3,14 +3,13 @@
 #   sbatch slurm/sbatch_run.sh 50 10                      50 epochs, a snapshot every 10
 #   sbatch --nodes=4 slurm/sbatch_run.sh 50 10 --batch_size 64
 # Flags of sbatch win over the lines below; what follows the script's name goes to multinode_torchrun.py.
-# 120 s before the time is up the processes get SIGTERM, save and leave; the same line goes on from there.
+# When the time is up the job ends; the same line resumes from the last snapshot.
 #SBATCH --job-name=ddp-series
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=4
 #SBATCH --cpus-per-task=16
 #SBATCH --time=01:00:00
-#SBATCH --signal=TERM@120
 #SBATCH --output=%x-%j.log
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 set -euo pipefail
@@ -51,7 +50,6 @@ exec srun --kill-on-bad-exit=1 torchrun \
   --nnodes="${SLURM_NNODES:-${#hosts[@]}}" \
   --nproc-per-node="${SLURM_GPUS_ON_NODE:-1}" \
   --max-restarts=3 \
-  --shutdown-timeout=100 \
   --rdzv-id="$SLURM_JOB_ID" \
   --rdzv-backend=c10d \
   --rdzv-endpoint="$address:$port" \
