@@ -30,7 +30,7 @@ from shared.errors import UserError, did_you_mean, one_line
 from shared.fetch import fetch_all, fetch_one, unusable
 from shared.fetched import NOTES, PART, Notes, is_there
 from shared.progress import Meter
-from shared.transport import PATIENCE, DownloadError, Line, Patience
+from shared.transport import PATIENCE, DownloadError, Line, Patience, hub_advice
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,8 @@ class HubRepository:
         """
         endpoint = checked_endpoint(endpoint)
         token = None if send_token and endpoint == OFFICIAL_ENDPOINT else False
-        line = Line(patience or PATIENCE, build_hf_headers(token=token))
+        headers = build_hf_headers(token=token)
+        line = Line(patience or PATIENCE, headers, hub_advice(endpoint))
         try:
             info = _listing(line, HfApi(endpoint=endpoint, token=token), repo_id, revision, kind)
             files = {file.name: file for file in map(_remote_file, info.siblings or [])}

@@ -29,6 +29,8 @@ LOST = (TimeoutError, httpx.TimeoutException, httpx.NetworkError, httpx.RemotePr
 _MAX_REDIRECTS = 10
 _LONGEST_PAUSE = 16.0
 
+HUB_ENDPOINTS = ("https://hf-mirror.com", "https://huggingface.co")  # in the order of advice
+
 T = TypeVar("T")
 
 
@@ -72,23 +74,25 @@ class Advice:
     not_allowed: str
 
 
-HUB_ADVICE = Advice(
-    unreachable="where it is blocked name a mirror, for example "
-    "HF_ENDPOINT=https://hf-mirror.com, or fetch the files by hand",
-    elsewhere="another endpoint (HF_ENDPOINT)",
-    not_found="check the repository and the revision",
-    not_allowed="check its name; if it is not public, accept its terms on its page and log in with "
-    "`hf auth login` or HF_TOKEN (only huggingface.co is given the token); a token that has "
-    "expired has to go",
-)
+def hub_advice(endpoint: str) -> Advice:
+    """What to do when `endpoint`, the Hub or a mirror of it, fails: never to ask it again."""
+    failed = httpx.URL(endpoint).host
+    others = [f"HF_ENDPOINT={url}" for url in HUB_ENDPOINTS if httpx.URL(url).host != failed]
+    return Advice(
+        unreachable=f"where it is blocked name another source, for example {' or '.join(others)}, "
+        "or fetch the files by hand",
+        elsewhere=f"another endpoint ({others[0]})",
+        not_found="check the repository and the revision",
+        not_allowed="check its name; if it is not public, accept its terms on its page and log in "
+        "with `hf auth login` or HF_TOKEN (only huggingface.co is given the token); a token that "
+        "has expired has to go",
+    )
 
 
 class Line:
     """Requests with patience; knows which hosts have ever answered."""
 
-    def __init__(
-        self, patience: Patience, headers: dict[str, str], advice: Advice = HUB_ADVICE
-    ) -> None:
+    def __init__(self, patience: Patience, headers: dict[str, str], advice: Advice) -> None:
         self.patience, self.advice = patience, advice
         # a compressed answer has no length to check and no offset to continue from
         self._headers = headers | {"Accept-Encoding": "identity"}
@@ -200,7 +204,7 @@ class Line:
         time.sleep(pause)
 
 
-def refusal(response: httpx.Response, what: str, advice: Advice = HUB_ADVICE) -> Exception:
+def refusal(response: httpx.Response, what: str, advice: Advice) -> Exception:
     """The error that an answer other than `what` means: to be tried again, or final."""
     status, host = response.status_code, response.url.host
     if status in BUSY:

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import build_hf_headers
 
 from shared.errors import UserError, one_line
-from shared.transport import PATIENCE, Line, Patience, refusal
+from shared.transport import PATIENCE, Line, Patience, hub_advice, refusal
 
 log = logging.getLogger(__name__)
 
@@ -54,13 +54,13 @@ def answers_for(model_id: str, patience: Patience = PATIENCE) -> bool:
 
 def _problem(url: str, model_id: str, patience: Patience) -> str:
     """Why `url` is not given, or ''."""
-    line = Line(patience, build_hf_headers())
+    line = Line(patience, build_hf_headers(), hub_advice(constants.ENDPOINT))
     what = f"the model {model_id}"
 
     def ask() -> None:
         with contextlib.closing(line.open(url, 0, what)) as response:
             if response.is_error:
-                raise refusal(response, what)
+                raise refusal(response, what, line.advice)
 
     try:
         line.persist(ask)

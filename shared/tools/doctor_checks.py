@@ -213,7 +213,8 @@ def _gigabytes(size: int) -> str:
 def network(environ: Mapping[str, str], online: bool) -> Iterator[Check]:
     """Mirrors, caches and proxies as they are configured; with `online` whether hosts answer."""
     hub = environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    yield _host("Hugging Face Hub", hub, online, "another HF_ENDPOINT, as https://hf-mirror.com")
+    other = "https://huggingface.co" if "hf-mirror.com" in hub else "https://hf-mirror.com"
+    yield _host("Hugging Face Hub", hub, online, f"another HF_ENDPOINT, as {other}")
     scope = environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
     yield _host("ModelScope", f"https://{scope}", online, "HF_ENDPOINT and the Hub in its place")
     yield Check("network", "Hub's cache", OK, str(hub_cache(environ)))

@@ -157,6 +157,13 @@ def test_hosts_are_asked_only_with_online(root, capsys, monkeypatch):
     assert "--online" in unasked["Hugging Face Hub"].value
 
 
+def test_a_mirror_that_does_not_answer_is_not_the_advice(root, capsys, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://localhost:1")  # nobody listens there
+    monkeypatch.setenv("HF_ENDPOINT", "https://hf-mirror.com")
+    advice = checks_of(root, capsys, "--online")["Hugging Face Hub"].advice
+    assert advice == "check the proxy; or set another HF_ENDPOINT, as https://huggingface.co"
+
+
 def run(*words: str, **environ: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "shared" / "tools" / "doctor.py"), *words]
     changed = os.environ | environ

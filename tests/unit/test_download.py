@@ -396,6 +396,23 @@ def test_without_a_network_the_host_and_the_way_out_are_named():
         HubRepository.open(REPO_ID, COMMIT, endpoint=endpoint, patience=QUICK)
 
 
+@pytest.mark.parametrize(
+    ("failed", "other"),
+    [
+        ("https://huggingface.co", "HF_ENDPOINT=https://hf-mirror.com"),
+        ("https://hf-mirror.com/", "HF_ENDPOINT=https://huggingface.co"),
+    ],
+)
+def test_the_source_that_failed_is_never_the_advice(monkeypatch, failed, other):
+    monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{free_port()}")
+    hub_server.close_session()
+    with pytest.raises(DownloadError) as caught:
+        HubRepository.open(REPO_ID, COMMIT, endpoint=failed, patience=QUICK)
+    hub_server.close_session()
+    assert other in str(caught.value)
+    assert f"HF_ENDPOINT={failed.rstrip('/')}" not in str(caught.value)
+
+
 def test_a_blocked_storage_is_named_and_not_the_hub_that_redirects_there(hub, tmp_path):
     hub.misbehave(
         f"redirect {SHARDS[0]}",
