@@ -8,6 +8,7 @@ python download_weight.py --dry-run                            the files and the
 After an interruption the same command continues. Every file is checked against its checksum.
 """
 
+import json
 import os
 import sys
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ from typing import TYPE_CHECKING, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
 from shared.config import option, parse
+from shared.errors import UserError
 from shared.launch import launch_alone
 
 if TYPE_CHECKING:
-    from shared.download import HubRepository
+    from shared.hub import Repository
 
 # --- configuration: edit here, or type the flag of the same name ----------------------------------
 PROJECT_ROOT = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120, as documented
@@ -33,6 +35,7 @@ MODELSCOPE_REVISION = "master"
 # --------------------------------------------------------------------------------------------------
 
 TOWER_PREFIX = "vision_model."  # of the tower's weights among those of the whole BLIP-2
+INDEX, SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
     """List or fetch the files; the exit code."""
     cfg = parse(Config, argv, __doc__)
     repository = _open(cfg)
-    names = ["config.json", *repository.weight_files(TOWER_PREFIX)]
+    names = ["config.json", *weight_files(repository, TOWER_PREFIX)]
     names += [name for name in ("preprocessor_config.json",) if name in repository.files]
     plan = repository.plan(names, cfg.blip_path)
     for state, files in (("there", plan.present), ("to fetch", plan.missing)):
@@ -78,23 +81,58 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _open(cfg: Config) -> "HubRepository":
+def _open(cfg: Config) -> "Repository":
     """The repository at the source that was asked for."""
-    from shared import modelscope
-    from shared.download import OFFICIAL_ENDPOINT, HubRepository
+    from shared import hub
 
-    if modelscope.is_wanted(cfg.source, os.environ):
-        return modelscope.open_repository(
+    if hub.is_wanted(cfg.source, os.environ):
+        return hub.open_modelscope(
             cfg.repo_id or MODELSCOPE_REPO_ID,
             cfg.revision or MODELSCOPE_REVISION,
-            endpoint=cfg.endpoint or modelscope.endpoint_of(os.environ),
+            endpoint=cfg.endpoint or hub.modelscope_endpoint(os.environ),
         )
-    return HubRepository.open(
+    return hub.open_hub(
         cfg.repo_id or REPO_ID,
         cfg.revision or REVISION,
-        endpoint=cfg.endpoint or os.environ.get("HF_ENDPOINT") or OFFICIAL_ENDPOINT,
+        endpoint=cfg.endpoint or os.environ.get("HF_ENDPOINT") or hub.OFFICIAL_ENDPOINT,
         send_token=cfg.token,
     )
+
+
+def weight_files(repository: "Repository", prefix: str) -> list[str]:
+    """The safetensors files with the weights whose names start with `prefix`.
+
+    Of a sharded checkpoint: its index, and the shards that the index names for them.
+    Raises UserError when there are none, or when the index is not to be trusted.
+    """
+    if INDEX in repository.files:
+        return [INDEX, *_shards(repository, prefix)]
+    if SINGLE_FILE in repository.files:
+        return [SINGLE_FILE]
+    pickled = sorted(n for n in repository.files if n.endswith((".bin", ".pt", ".pth")))
+    has = f"only {pickled[0]}, which is pickled" if pickled else "no weights at all"
+    raise UserError(
+        f"{repository.repo_id} at {repository.commit} has {has}: give a repository or revision "
+        f"with {SINGLE_FILE} or {INDEX}"
+    )
+
+
+def _shards(repository: "Repository", prefix: str) -> list[str]:
+    from shared.hub import refuse_unsafe
+
+    try:
+        weight_map = json.loads(repository.read(INDEX))["weight_map"]
+        shards = {shard for name, shard in weight_map.items() if name.startswith(prefix)}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise UserError(f"{INDEX} of {repository.repo_id} has no readable weight_map") from None
+    if not shards:
+        raise UserError(
+            f"{repository.repo_id} holds no weights whose names start with {prefix!r}: check that "
+            "it is the right repository"
+        )
+    for shard in shards:
+        refuse_unsafe(shard)
+    return sorted(shards)
 
 
 if __name__ == "__main__":

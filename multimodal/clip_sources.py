@@ -14,10 +14,10 @@ from pathlib import Path
 
 from multimodal import audio, clip_ledger, clip_tables
 from multimodal.clip_ledger import Ledger, Wanted
+from shared.download import part_of
 from shared.errors import UserError, one_line
-from shared.fetched import part_of
-from shared.transport import DownloadError
 from shared.unpack import Run, unpack
+from shared.web import DownloadError
 
 log = logging.getLogger(__name__)
 
@@ -103,9 +103,9 @@ def from_hub(root: Path, repo_id: str, endpoint: str, run: Run | None) -> None:
 
     Raises UserError for a repository that holds none of these, and what fetching raises.
     """
-    from shared.download import HubRepository
+    from shared.hub import open_hub
 
-    repository = HubRepository.open(repo_id, "main", endpoint=endpoint, kind="dataset")
+    repository = open_hub(repo_id, "main", endpoint=endpoint, kind="dataset")
     names = sorted(repository.files)
     sounds = [name for name in names if Path(name).suffix.lower() in audio.SUFFIXES]
     wanted = {item.clip.video for item in clip_ledger.missing(root)}

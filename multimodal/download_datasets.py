@@ -94,12 +94,11 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.mirror:
         data_sets = [downloading.pointed_at(item, cfg.mirror) for item in data_sets]
     options = _options(cfg)
-    needs = [downloading.need_of(item, _root(cfg, item), options) for item in data_sets]
+    needs = [downloading.need_of(item, _root(cfg, item)) for item in data_sets]
     for item, need in zip(data_sets, needs, strict=True):
         print(f"{item.name:<10} {need.fetch:>15,} bytes to fetch {need.disk:>16,} bytes of disk")
     if cfg.dry_run:
         return DONE
-    downloading.check_space(needs, cfg.data_root)
     outcomes = [_try(lambda item=item: _get(cfg, item, options), item.name) for item in data_sets]
     return _conclude(outcomes, cfg.data_root)
 
@@ -137,8 +136,16 @@ def _make_demo(cfg: Config) -> int:
 def _options(cfg: Config) -> "Options":
     from multimodal.downloading import Options
 
-    key = os.environ.get("VOXCELEB_KEY") or None
-    return Options(cfg.skip_existing, cfg.verify, cfg.delete_archives, _run, key)
+    return Options(
+        cfg.skip_existing,
+        cfg.verify,
+        cfg.delete_archives,
+        _run,
+        key=os.environ.get("VOXCELEB_KEY") or None,
+        otherwise="leave --mirror out, or fetch the file by hand and put it there"
+        if cfg.mirror
+        else "fetch the file by hand and put it there",
+    )
 
 
 def _root(cfg: Config, data_set: "DataSet") -> Path:

@@ -5,30 +5,34 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from multimodal.sources import Archive, DataSet, Source
+from shared.download import fetch, part_of, plan_of, size_of
 from shared.errors import UserError
-from shared.fetch import WEB_ADVICE, DownloadInterrupted, fetch_all
-from shared.fetched import Notes, is_there, part_of, size_of
 from shared.progress import amount
-from shared.transport import PATIENCE, DownloadError, Line
 from shared.unpack import Run, unpack
+from shared.web import Client, DownloadError
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Options:
-    """How to get data sets. run: starts a program (for 7z). key: for addresses that ask for one."""
+    """How to get data sets.
+
+    run: starts a program (for 7z). key: for addresses that ask for one. otherwise: what to do when
+    the source fails.
+    """
 
     skip_existing: bool = False
     verify: bool = False
     delete_archives: bool = False
     run: Run | None = None
     key: str | None = None
+    otherwise: str = "fetch the file by hand and put it there"
 
 
 @dataclass(frozen=True)
@@ -39,47 +43,84 @@ class Need:
     disk: int
 
 
-def need_of(data_set: DataSet, root: Path, options: Options) -> Need:
+def need_of(data_set: DataSet, root: Path) -> Need:
     """What is still to be fetched and written for the data set."""
+    needs = [_need_of_files(data_set, root)]
+    needs += [_need_of_archive(archive, root) for archive in data_set.archives]
+    return Need(sum(need.fetch for need in needs), sum(need.disk for need in needs))
+
+
+def _need_of_files(data_set: DataSet, root: Path) -> Need:
     missing = [s for s in data_set.files if not (root / s.folder / s.file.name).is_file()]
-    fetch = sum(_left(source, root) for source in missing)
-    disk = fetch
-    for archive in data_set.archives:
-        if not is_unpacked(archive, root):
-            share = archive.unpacked // len(archive.parts)  # where nobody publishes a size
-            parts = sum(_left(part, root, share) for part in archive.parts)
-            fetch, disk = fetch + parts, disk + parts + archive.unpacked
-    clips = max(0, data_set.clips - _count(root / "audio", deep=True)) * data_set.clip_bytes
-    return Need(fetch + clips, disk + clips)
+    clips = max(0, data_set.clips - _count(root / "audio", deep=True))
+    total = sum(_left(source, root) for source in missing) + clips * data_set.clip_bytes
+    return Need(total, total)
 
 
-def check_space(needs: Sequence[Need], data_root: Path) -> None:
-    """Raise UserError when the disk of `data_root` has less than all that is needed."""
-    directory = next(path for path in (data_root, *data_root.parents) if path.is_dir())
-    needed, free = sum(need.disk for need in needs), shutil.disk_usage(directory).free
-    if needed > free:
+def _need_of_archive(archive: Archive, root: Path) -> Need:
+    if is_unpacked(archive, root):
+        return Need(0, 0)
+    share = archive.unpacked // len(archive.parts)  # where nobody publishes a size
+    parts = sum(_left(part, root, share) for part in archive.parts)
+    return Need(parts, parts + archive.unpacked)
+
+
+def check_space(need: Need, name: str, root: Path) -> None:
+    """Raise UserError when the disk of `root` has less than `name` takes."""
+    directory = next(path for path in (root, *root.parents) if path.is_dir())
+    free = shutil.disk_usage(directory).free
+    if need.disk > free:
         raise UserError(
-            f"--data-root {data_root}: {amount(needed)} are needed for archives and what they hold "
-            f"and {amount(free)} are free: name fewer --datasets or another disk"
+            f"{name}: {amount(need.disk)} are needed in {root} for archives and what they hold "
+            f"and {amount(free)} are free: free some space, or name another disk by --data-root"
         )
 
 
+def check_each(needs: Mapping[str, Need], root: Path) -> None:
+    """Warn of the data sets for which the disk has no room; UserError when it has for none."""
+    refused: list[UserError] = []
+    for name, need in needs.items():
+        try:
+            check_space(need, name, root)
+        except UserError as error:
+            log.warning("%s", error)
+            refused.append(error)
+    if len(refused) == len(needs):
+        raise refused[0]
+
+
 def get(data_set: DataSet, root: Path, options: Options) -> None:
-    """Fetch the files and archives of a data set and unpack these.
+    """Fetch the files and archives of a data set and unpack these, as far as the disk allows.
 
     Raises UserError, DownloadError, MissingToolError; what came until then is kept.
     """
-    line = Line(PATIENCE, {}, WEB_ADVICE)
-    _fetch(line, data_set.files, root, options)
+    client = Client(options.otherwise)
+    check_space(_need_of_files(data_set, root), data_set.name, root)
+    _fetch(client, data_set.files, root, options)
+    without_room: UserError | None = None
     for archive in data_set.archives:
         if is_unpacked(archive, root) and not (options.verify and _are_there(archive, root)):
             log.info("%s: %s is there", data_set.name, ", ".join(archive.holds))
             continue
-        _fetch(line, archive.parts, root, options)
-        if not is_unpacked(archive, root):
-            _unpack(data_set, archive, root, options)
-        if options.delete_archives:
-            _delete(archive, root)
+        try:
+            check_space(_need_of_archive(archive, root), archive.parts[0].file.name, root)
+        except UserError as error:
+            log.warning("%s; it is left out", error)
+            without_room = error
+            continue
+        _get_archive(client, data_set, archive, root, options)
+    if without_room:
+        raise without_room
+
+
+def _get_archive(
+    client: Client, data_set: DataSet, archive: Archive, root: Path, options: Options
+) -> None:
+    _fetch(client, archive.parts, root, options)
+    if not is_unpacked(archive, root):
+        _unpack(data_set, archive, root, options)
+    if options.delete_archives:
+        _delete(archive, root)
 
 
 def lacking(data_set: DataSet, root: Path) -> str:
@@ -106,35 +147,18 @@ def _are_there(archive: Archive, root: Path) -> bool:
     return all((root / part.folder / part.file.name).is_file() for part in archive.parts)
 
 
-def _fetch(line: Line, sources: Sequence[Source], root: Path, options: Options) -> None:
+def _fetch(client: Client, sources: Sequence[Source], root: Path, options: Options) -> None:
     """Fetch what is missing, each file from the first of its addresses that gives it."""
     for source in sources:
         directory = root / source.folder
-        if options.skip_existing and _has_size(source, directory):
+        if options.skip_existing and source.file.checksum and _has_size(source, directory):
             continue
-        notes = Notes(directory)
-        if is_there(source.file, directory, notes, read_again=options.verify):
-            notes.save()
-            continue
-        log.info("%s: fetching", directory / source.file.name)
-        _fetch_from_first(line, source, directory, options)
-
-
-def _fetch_from_first(line: Line, source: Source, directory: Path, options: Options) -> None:
-    urls = list(_urls(source, options))
-    for url in urls:
-        try:
-            fetch_all(line, directory, [source.file], url_of=lambda _, url=url: url)
-            return
-        except UserError as error:
-            if url == urls[-1] or isinstance(error, DownloadInterrupted):
-                raise
-            log.warning("%s; trying the next address", error)
-
-
-def _urls(source: Source, options: Options) -> Iterator[str]:
-    for url in (source.file.url, *source.mirrors):
-        yield url.replace("{key}", options.key or "")
+        urls = tuple(url.replace("{key}", options.key or "") for url in source.file.urls)
+        file = replace(source.file, urls=urls)
+        plan = plan_of([file], directory, read_again=options.verify)
+        if plan.missing:
+            log.info("%s: fetching", directory / file.name)
+        fetch(client, plan)
 
 
 def _has_size(source: Source, directory: Path) -> bool:
@@ -188,7 +212,7 @@ def pointed_at(data_set: DataSet, base: str) -> DataSet:
 
     def moved(source: Source) -> Source:
         url = f"{base.rstrip('/')}/{source.file.name}"
-        return replace(source, file=replace(source.file, url=url), mirrors=())
+        return replace(source, file=replace(source.file, urls=(url,)))
 
     archives = tuple(
         replace(archive, parts=tuple(map(moved, archive.parts))) for archive in data_set.archives

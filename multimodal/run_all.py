@@ -181,10 +181,10 @@ def _preflight(cfg: Config, rest: list[str]) -> int:
     from multimodal import downloading
     from multimodal.sources import DATA_SETS
 
-    chosen, options = cfg.datasets or FETCHED, downloading.Options()
-    needs = [downloading.need_of(DATA_SETS[name], cfg.data_root / name, options) for name in chosen]
-    downloading.check_space(needs, cfg.data_root)
-    if not any(need.fetch for need in needs):
+    chosen = cfg.datasets or FETCHED
+    needs = {name: downloading.need_of(DATA_SETS[name], cfg.data_root / name) for name in chosen}
+    downloading.check_each(needs, cfg.data_root)
+    if not any(need.fetch for need in needs.values()):
         return DONE
     for line in _will_be_skipped(cfg, chosen):
         log.warning("%s", line)

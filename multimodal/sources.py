@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from shared.fetch import WebFile
+from shared.download import File
 
 _COCO = "http://images.cocodataset.org"
 _COCO_S3 = "https://s3.amazonaws.com/images.cocodataset.org"
 _KARPATHY = "https://github.com/mehdidc/retrieval_annotations/releases/download/1.0.0"
 _CLOTHO = "https://zenodo.org/records/4783391/files"  # v2.1; record 3490684 is v1
 _AUDIOCAPS = "https://raw.githubusercontent.com/cdjkim/audiocaps/master/dataset"
+_AUDIOCAPS_HEADER = "audiocap_id,youtube_id,start_time,caption"
 _VOXCELEB = "https://cn01.mmai.io/download/voxceleb?key={key}&file="
 
 DOWNLOADS = "downloads"  # below a data set's directory, where archives lie
@@ -23,11 +24,10 @@ DOWNLOADS = "downloads"  # below a data set's directory, where archives lie
 
 @dataclass(frozen=True)
 class Source:
-    """A file and where it is to be had. folder: where it goes, below the data set's directory."""
+    """A file and where it goes: `folder`, below the data set's directory."""
 
-    file: WebFile
+    file: File
     folder: str = ""
-    mirrors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class DataSet:
 
 def _coco(name: str, where: str, size: int, md5: str, holds: dict[str, int], out: int) -> Archive:
     path = f"{where}/{name}"
-    file = WebFile(name, size, f"md5:{md5}", f"{_COCO}/{path}")
-    return Archive((Source(file, DOWNLOADS, (f"{_COCO_S3}/{path}",)),), holds, out)
+    file = File(name, size, f"md5:{md5}", (f"{_COCO}/{path}", f"{_COCO_S3}/{path}"))
+    return Archive((Source(file, DOWNLOADS),), holds, out)
 
 
 def _notes_of(year: int) -> dict[str, int]:
@@ -72,7 +72,7 @@ _HALVES = ("train", "val")
 COCO = DataSet(
     "coco",
     files=tuple(
-        Source(WebFile(name, None, "", f"{_KARPATHY}/{name}"), "karpathy")
+        Source(File(name, None, "", (f"{_KARPATHY}/{name}",)), "karpathy")
         for name in ("coco_val_karpathy.json", "coco_test_karpathy.json")
     ),
     archives=(
@@ -113,12 +113,12 @@ COCO_2014 = DataSet(
 
 def _clotho_table(kind: str, split: str, size: int | None, md5: str) -> Source:
     name = f"clotho_{kind}_{split}.csv"
-    return Source(WebFile(name, size, f"md5:{md5}", f"{_CLOTHO}/{name}?download=1"))
+    return Source(File(name, size, f"md5:{md5}", (f"{_CLOTHO}/{name}?download=1",)))
 
 
 def _clotho_sounds(split: str, size: int | None, md5: str, count: int, out: int) -> Archive:
     name = f"clotho_audio_{split}.7z"
-    file = WebFile(name, size, f"md5:{md5}", f"{_CLOTHO}/{name}?download=1")
+    file = File(name, size, f"md5:{md5}", (f"{_CLOTHO}/{name}?download=1",))
     return Archive((Source(file, DOWNLOADS),), {split: count}, out)
 
 
@@ -148,7 +148,7 @@ CLOTHO = DataSet(
 AUDIOCAPS = DataSet(
     "audiocaps",
     files=tuple(
-        Source(WebFile(f"{split}.csv", None, "", f"{_AUDIOCAPS}/{split}.csv"))
+        Source(File(f"{split}.csv", None, "", (f"{_AUDIOCAPS}/{split}.csv",), _AUDIOCAPS_HEADER))
         for split in ("train", "val", "test")
     ),
     clips=49_838 + 495 + 975,
@@ -157,7 +157,7 @@ AUDIOCAPS = DataSet(
 
 
 def _voxceleb(name: str, sha256: str) -> Source:
-    return Source(WebFile(name, None, f"sha256:{sha256}", _VOXCELEB + name), DOWNLOADS)
+    return Source(File(name, None, f"sha256:{sha256}", (_VOXCELEB + name,)), DOWNLOADS)
 
 
 VOXCELEB = DataSet(

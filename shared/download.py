@@ -1,269 +1,393 @@
-"""Files of a Hugging Face repository in a directory: those asked for, each whole or not there.
+"""Files from web addresses in a directory: each whole, checked and in its place, or not there.
 
-    repository = HubRepository.open("owner/name", revision, endpoint=endpoint)
-    names = ["config.json", *repository.weight_files("vision_model.")]
-    repository.fetch(repository.plan(names, directory))
+    files = [File("val2017.zip", 815_585_330, "md5:442b8da7…", ("http://…/val2017.zip",))]
+    fetch(Client("take another source"), plan_of(files, directory))
 
-huggingface_hub lists and names the files. Their bytes are fetched here: its own download (1.33)
-begins anew after a killed process, checks no checksum, and its Xet transfer goes past a mirror.
-A file on its way is NAME.part and is continued by the next call; `.download.json` beside the files
-remembers what was verified, so that 10 GB are not read again by every call.
+A file on its way is NAME.part and is continued by the next call, which asks for the missing bytes
+alone; `.download.json` beside the files remembers what was verified, so that 20 GB are not read
+again by every call.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import hashlib
 import json
 import logging
-import re
-import tempfile
-from collections.abc import Callable, Iterable
+import os
+import shutil
+import tarfile
+import zipfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any, Literal
-from urllib.parse import urlsplit
+from pathlib import Path
+from typing import Any
 
-from huggingface_hub import DatasetInfo, HfApi, ModelInfo, hf_hub_url
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import build_hf_headers
+import httpx
 
-from shared.errors import UserError, did_you_mean, one_line
-from shared.fetch import fetch_all, fetch_one, unusable
-from shared.fetched import NOTES, PART, Notes, is_there
-from shared.progress import Meter
-from shared.transport import PATIENCE, DownloadError, Line, Patience, hub_advice
+from shared.errors import INTERRUPTED, UserError, one_line
+from shared.files import read_object, write_json
+from shared.progress import Meter, amount
+from shared.web import LOST, Client, DownloadError, TransientError, why_lost
 
 log = logging.getLogger(__name__)
 
-OFFICIAL_ENDPOINT = "https://huggingface.co"
+PART, NOTES = ".part", ".download.json"
 
-Kind = Literal["model", "dataset"]
 
-_OTHER_FORMS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".gguf")
-_INDEX, _SINGLE_FILE = "model.safetensors.index.json", "model.safetensors"
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+class DownloadInterrupted(UserError):  # noqa: N818, it is no error
+    """Ctrl-C: what was fetched stays; exit code 130."""
+
+    exit_code = INTERRUPTED
 
 
 @dataclass(frozen=True)
-class RemoteFile:
-    """A file of the repository. checksum: `sha256:…` of a large file, `git:…` of a small one."""
+class File:
+    """A file to fetch.
+
+    name: its path below the directory. size: bytes, None where nobody says.
+    checksum: `md5:…`, `sha256:…` (or its first digits) or `git:…` (of a git blob); '' where nobody
+    says: then the content is held against the name, and a table against `header`, its first line.
+    urls: tried in this order.
+    """
 
     name: str
-    size: int
+    size: int | None
     checksum: str
+    urls: tuple[str, ...]
+    header: str = ""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a directory holds and what it lacks. continued: bytes of `missing` in .part files."""
+    """What a directory holds of some files and what it lacks. remaining: bytes still to fetch."""
 
     directory: Path
-    present: list[RemoteFile]
-    missing: list[RemoteFile]
-    continued: int
-
-    @property
-    def remaining(self) -> int:
-        """Bytes still to fetch."""
-        return sum(file.size for file in self.missing) - self.continued
+    present: list[File]
+    missing: list[File]
+    remaining: int
 
 
-@dataclass(frozen=True)
-class HubRepository:
-    """A model repository at one commit; `open` asks the Hub for it."""
+def plan_of(files: Iterable[File], directory: Path, *, read_again: bool = False) -> Plan:
+    """Which of `files` are in `directory`, with the right content; writes nothing.
 
-    repo_id: str
-    commit: str
-    endpoint: str
-    files: dict[str, RemoteFile]
-    line: Line
-    kind: Kind = "model"
-    address: Callable[[str], str] | None = None  # of a file's name, where it is not the Hub's own
-
-    @classmethod
-    def open(
-        cls,
-        repo_id: str,
-        revision: str,
-        *,
-        endpoint: str = OFFICIAL_ENDPOINT,
-        send_token: bool = True,
-        patience: Patience | None = None,
-        kind: Kind = "model",
-    ) -> HubRepository:
-        """The repository as it is at `revision` (a commit, branch or tag).
-
-        endpoint: the Hub or a mirror of it. kind: of the repository. send_token: whether
-        huggingface.co is given the user's token (HF_TOKEN or login); a mirror never is.
-        Raises UserError for what is not there, not allowed or not understood, and when
-        HF_HUB_OFFLINE is set; DownloadError when the endpoint cannot be reached.
-        """
-        endpoint = checked_endpoint(endpoint)
-        token = None if send_token and endpoint == OFFICIAL_ENDPOINT else False
-        headers = build_hf_headers(token=token)
-        line = Line(patience or PATIENCE, headers, hub_advice(endpoint))
-        try:
-            info = _listing(line, HfApi(endpoint=endpoint, token=token), repo_id, revision, kind)
-            files = {file.name: file for file in map(_remote_file, info.siblings or [])}
-        except HFValidationError as error:
-            raise UserError(f"repository {repo_id!r} is no owner/name: {one_line(error)}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise DownloadError(
-                f"{host_of(endpoint)} did not answer as a Hugging Face Hub does "
-                f"({type(error).__name__}: {one_line(error)}): check the endpoint {endpoint}, and "
-                "whether a login page of the network stands before it"
-            ) from None
-        if _COMMIT.fullmatch(revision) and info.sha != revision:
-            raise DownloadError(
-                f"{host_of(endpoint)} gives commit {info.sha} in place of {revision}: it is out of "
-                "step with the Hub; use another endpoint"
-            )
-        return cls(repo_id, info.sha or revision, endpoint, files, line, kind)
-
-    def weight_files(self, prefix: str) -> list[str]:
-        """The safetensors files with the weights whose names start with `prefix`.
-
-        Of a sharded checkpoint: its index, and the shards that the index names for them.
-        Raises UserError when there are none, or when the index is not to be trusted.
-        """
-        if _INDEX in self.files:
-            return [_INDEX, *self._shards(prefix)]
-        if _SINGLE_FILE in self.files:
-            return [_SINGLE_FILE]
-        pickled = sorted(name for name in self.files if name.endswith((".bin", ".pt", ".pth")))
-        has = f"only {pickled[0]}, which is pickled" if pickled else "no weights at all"
-        raise UserError(
-            f"{self.repo_id} at {self.commit} has {has}: give a repository or revision with "
-            f"{_SINGLE_FILE} or {_INDEX}"
-        )
-
-    def one_copy(self) -> list[str]:
-        """All files, but for weights that are there as safetensors too."""
-        is_whole = any(name.endswith(".safetensors") for name in self.files)
-        left_out = _OTHER_FORMS if is_whole else ()
-        return [name for name in self.files if not name.endswith((".gitattributes", *left_out))]
-
-    def plan(self, names: Iterable[str], directory: Path) -> Plan:
-        """What of `names` is in `directory`, checked, and what has to be fetched; writes nothing.
-
-        Raises UserError for a name that the repository does not hold or that leads elsewhere.
-        """
-        notes = Notes(directory)
-        wanted = [self._file(name) for name in dict.fromkeys(names)]
-        try:
-            present = [file for file in wanted if is_there(file, directory, notes)]
-            missing = [file for file in wanted if file not in present]
-            return Plan(directory, present, missing, sum(map(notes.part_size, missing)))
-        except OSError as error:
-            raise unusable(directory, error) from None
-
-    def fetch(self, plan: Plan) -> None:
-        """Fetch what the plan misses.
-
-        Raises UserError (no space, another download at work there), DownloadError (the network,
-        the server, a wrong checksum) and DownloadInterrupted; what came until then is kept.
-        """
-        fetch_all(self.line, plan.directory, plan.missing, url_of=self._url, present=plan.present)
-
-    def read(self, name: str) -> bytes:
-        """The content of a small file, verified and not kept. Errors as in `fetch`."""
-        file = self._file(name)
-        with tempfile.TemporaryDirectory() as scratch:
-            directory = Path(scratch)
-            fetch_one(self.line, directory, file, self._url(file), Notes(directory), Meter(0, 0))
-            return (directory / name).read_bytes()
-
-    def _file(self, name: str) -> RemoteFile:
-        if name not in self.files:
-            raise UserError(
-                f"{self.repo_id} at {self.commit} holds no {name}"
-                f"{did_you_mean(name, self.files) or '; check the repository and the revision'}"
-            )
-        _refuse_unsafe(name)
-        return self.files[name]
-
-    def _url(self, file: RemoteFile) -> str:
-        if self.address:
-            return self.address(file.name)
-        # the commit, so that all files are of one version even when a branch moves
-        return hf_hub_url(
-            self.repo_id,
-            file.name,
-            repo_type=self.kind,
-            revision=self.commit,
-            endpoint=self.endpoint,
-        )
-
-    def _shards(self, prefix: str) -> list[str]:
-        try:
-            weight_map = json.loads(self.read(_INDEX))["weight_map"]
-            shards = {shard for name, shard in weight_map.items() if name.startswith(prefix)}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{_INDEX} of {self.repo_id} has no readable weight_map") from None
-        if not shards:
-            raise UserError(
-                f"{self.repo_id} holds no weights whose names start with {prefix!r}: check that it "
-                "is the right repository"
-            )
-        for shard in shards:
-            _refuse_unsafe(shard)
-        return sorted(shards)
-
-
-# --- answers --------------------------------------------------------------------------------------
-
-
-def _listing(
-    line: Line, api: HfApi, repo_id: str, revision: str, kind: Kind
-) -> ModelInfo | DatasetInfo:
-    """What the Hub says about the repository: its commit and its files with their checksums."""
-
-    def call() -> ModelInfo | DatasetInfo:
-        seconds = line.patience.silence
-        ask = api.model_info if kind == "model" else api.dataset_info
-        return ask(repo_id, revision=revision, files_metadata=True, timeout=seconds)
-
-    what = f"{repo_id} at revision {revision}"
-    return line.persist(lambda: line.ask(host_of(api.endpoint), call, what))
-
-
-def host_of(endpoint: str) -> str:
-    """The name of the host in an address, for people."""
-    return urlsplit(endpoint).hostname or endpoint
-
-
-def checked_endpoint(endpoint: str) -> str:
-    """`endpoint` without a slash at its end. Raises UserError when it is no web address."""
+    read_again: compute checksums although an earlier call did. Raises DownloadError.
+    """
+    notes = Notes(directory)
+    present, missing = [], []
     try:
-        parts = urlsplit(endpoint.strip().rstrip("/"))
-        is_address = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        is_address = False
-    if not is_address:
-        raise UserError(
-            f"endpoint {endpoint!r} is no web address: expected https://host, for example "
-            "https://hf-mirror.com"
+        for file in files:
+            (present if _is_there(file, notes, read_again=read_again) else missing).append(file)
+        left = [(file.size or 0) - notes.part_size(file) for file in missing]
+        return Plan(directory, present, missing, sum(max(0, size) for size in left))
+    except OSError as error:
+        raise _unusable(directory, error) from None
+
+
+def fetch(client: Client, plan: Plan) -> None:
+    """Fetch what the plan misses, and note down that the rest is verified.
+
+    Where another process fetches into the directory, waits for it. Raises UserError (no space),
+    DownloadError (the network, the server, wrong content) and DownloadInterrupted; what came until
+    then is kept.
+    """
+    total = sum(file.size or 0 for file in plan.missing)
+    with _owned(plan.directory), contextlib.closing(Meter(total, total - plan.remaining)) as meter:
+        notes = Notes(plan.directory)
+        missing = [file for file in plan.missing if not _is_there(file, notes)]  # another may have
+        check_space(plan.directory, plan.remaining if missing else 0)
+        try:
+            for file in plan.present:
+                notes.remember(file)
+            for file in missing:
+                _fetch_from_first(client, file, notes, meter)
+            notes.save()
+        except KeyboardInterrupt:
+            raise DownloadInterrupted(
+                f"interrupted with {meter}; the same command continues there"
+            ) from None
+        except OSError as error:
+            raise _unusable(plan.directory, error) from None
+
+
+def _fetch_from_first(client: Client, file: File, notes: Notes, meter: Meter) -> None:
+    """Fetch a file from the first of its addresses that gives it."""
+    for url in file.urls:
+        try:
+            return _fetch_one(client, file, url, notes, meter)
+        except UserError as error:
+            if url == file.urls[-1]:
+                raise
+            log.warning("%s; trying the next address", error)
+    raise ValueError(f"{file.name} has no address")
+
+
+def _fetch_one(client: Client, file: File, url: str, notes: Notes, meter: Meter) -> None:
+    """Fetch, verify and put in place one file."""
+    path = notes.directory / file.name
+    part = part_of(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    notes.begin_part(file)
+    meter.name = file.name
+    client.persist(lambda: _receive(client, file, url, part, meter), lambda: size_of(part))
+    part.touch()  # of an empty file nothing is received
+    if wrong := _wrong_content(part, file):
+        part.unlink()
+        raise DownloadError(
+            f"{file.name} came from {httpx.URL(url).host} with {wrong} and was removed: the same "
+            f"command fetches it again; if that repeats, {client.otherwise}"
         )
-    return endpoint.strip().rstrip("/")
+    with part.open("rb") as stream:
+        os.fsync(stream.fileno())
+    part.replace(path)
+    notes.remember(file)
+    notes.save()
 
 
-# --- files ----------------------------------------------------------------------------------------
+def _receive(client: Client, file: File, url: str, part: Path, meter: Meter) -> None:
+    """Add to `part` what one connection brings; without a checksum it begins anew each time."""
+    there = size_of(part) if file.checksum else 0
+    if there and there == file.size:
+        return
+    with contextlib.closing(client.open(url, there, file.name)) as response:
+        place = response.headers.get("Content-Range")
+        if response.status_code == 416 and place == f"bytes */{there}":
+            return  # its size was not known, and all of it is there
+        start, total = _check_answer(client, response, file, there)
+        if start < there:  # a server that knows no Range sends everything again
+            meter.add(start - there)
+        position = start
+        with part.open("r+b" if start else "wb") as stream:
+            stream.seek(start)
+            for chunk in _body(response):
+                position += stream.write(chunk)
+                meter.add(len(chunk))
+                if file.size is not None and position > file.size:
+                    raise _wrong_length(client, response, file, f"more than {file.size:,}")
+    if position < total:
+        raise TransientError(response.url.host, "connection closed early")
 
 
-def _remote_file(sibling: Any) -> RemoteFile:
-    """A file of the Hub's listing. Raises ValueError when size or checksum is missing."""
-    checksum = f"sha256:{sibling.lfs.sha256}" if sibling.lfs else f"git:{sibling.blob_id}"
-    size = sibling.lfs.size if sibling.lfs else sibling.size
-    if not isinstance(size, int) or checksum == "git:None":
-        raise ValueError(f"no size or checksum for {sibling.rfilename}")
-    return RemoteFile(sibling.rfilename, size, checksum)
-
-
-def _refuse_unsafe(name: Any) -> None:
-    """Raise UserError when a name out of a repository is not that of a file below a directory."""
-    parts = PurePosixPath(name).parts if isinstance(name, str) else ()
-    is_plain = parts and str(PurePosixPath(name)) == name and name.isprintable()
-    if not is_plain or {"/", "..", NOTES} & set(parts) or "\\" in name or name.endswith(PART):
-        raise UserError(
-            f"the repository names {name!r} as a file, which leads out of the directory or is no "
-            "file name: nothing was fetched; do not use this repository"
+def _check_answer(
+    client: Client, response: httpx.Response, file: File, there: int
+) -> tuple[int, int]:
+    """Where in the file the body begins, and the file's size (0: unknown); raises for no file."""
+    headers = response.headers
+    if response.status_code not in (200, 206):
+        raise client.refusal(response.url.host, response.status_code, headers, file.name)
+    if "text/html" in headers.get("Content-Type", "") and "html" not in file.name:
+        raise DownloadError(
+            f"{response.url.host} sent a web page in place of {file.name}: a login page of the "
+            "network or a block stands before it; open the address in a browser, or "
+            f"{client.otherwise}"
         )
+    is_plain = "Content-Encoding" not in headers and headers.get("Content-Length", "").isdecimal()
+    start = there if response.status_code == 206 else 0
+    total = start + int(headers["Content-Length"]) if is_plain else 0
+    place = headers.get("Content-Range", "nothing")
+    if response.status_code == 206 and not place.startswith(f"bytes {start}-"):
+        raise _wrong_length(client, response, file, place)
+    if file.size is not None and total not in (0, file.size):
+        raise _wrong_length(client, response, file, str(total))
+    return start, file.size or total
+
+
+def _wrong_length(client: Client, response: httpx.Response, file: File, given: str) -> Exception:
+    size = "another size" if file.size is None else f"{file.size:,}"
+    return DownloadError(
+        f"{response.url.host} sends {given} bytes for {file.name}, which has {size}: it holds "
+        f"another version or a damaged copy; {client.otherwise}"
+    )
+
+
+def _body(response: httpx.Response) -> Iterator[bytes]:
+    """The bytes of the answer as they arrive. Raises TransientError when they cease."""
+    try:
+        yield from response.iter_bytes()
+    except LOST as error:
+        raise TransientError(response.url.host, why_lost(error)) from None
+
+
+# --- a directory ----------------------------------------------------------------------------------
+
+
+class Notes:
+    """What an earlier call has verified in a directory, and which file each .part belongs to."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        stored = read_object(directory / NOTES)
+        self._files, self._parts = (
+            dict(stored[key]) if isinstance(stored.get(key), dict) else {}
+            for key in ("files", "parts")
+        )
+
+    def save(self) -> None:
+        """Write down what is known, if anything is."""
+        if self._files or self._parts:
+            write_json(self.directory / NOTES, {"files": self._files, "parts": self._parts})
+
+    def knows(self, file: File) -> bool:
+        """Whether the file was verified and has not been touched since."""
+        return self._files.get(file.name) == self._entry(file)
+
+    def remember(self, file: File) -> None:
+        """The file is there and right."""
+        self._files[file.name] = self._entry(file)
+        self._parts.pop(file.name, None)
+
+    def part_size(self, file: File) -> int:
+        """Bytes of the file that an earlier call has left; 0 when they are of another version."""
+        size = size_of(part_of(self.directory / file.name))
+        is_same = file.checksum and self._parts.get(file.name) == file.checksum
+        return size if is_same and (file.size is None or size <= file.size) else 0
+
+    def begin_part(self, file: File) -> None:
+        """Say whose bytes the .part will hold, before the first; drops those of another version."""
+        if not self.part_size(file):
+            part_of(self.directory / file.name).unlink(missing_ok=True)
+        if self._parts.get(file.name) != file.checksum:
+            self._parts[file.name] = file.checksum
+            self.save()
+
+    def _entry(self, file: File) -> list[Any]:
+        status = (self.directory / file.name).stat()
+        return [file.checksum, status.st_size, status.st_mtime_ns]
+
+
+def part_of(path: Path) -> Path:
+    """Where the bytes of `path` are until it is whole."""
+    return path.with_name(path.name + PART)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of the file, 0 where there is none."""
+    return path.stat().st_size if path.exists() else 0
+
+
+@contextlib.contextmanager
+def _owned(directory: Path) -> Iterator[None]:
+    """Make `directory`; of several processes one is in the block, the others wait.
+
+    Raises UserError when the directory cannot be used.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        handle = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{directory} cannot be used: {one_line(error)}; give another") from None
+    try:
+        with contextlib.suppress(OSError):  # a network file system may have no locks
+            _wait_for_lock(handle, directory)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _wait_for_lock(handle: int, directory: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        log.info("another download is at work in %s: waiting for it", directory)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raise UserError when the disk of `directory` has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        raise UserError(
+            f"the disk of {directory} has {amount(free)} free and {amount(needed)} are to be "
+            f"fetched, {needed - free:,} bytes too many: free some space or give another directory"
+        )
+
+
+def _unusable(directory: Path, error: OSError) -> DownloadError:
+    """What a disk's refusal means for the user."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return DownloadError(
+            f"the disk of {directory} is full: free some space; the same command continues"
+        )
+    return DownloadError(f"{directory} cannot be used: {one_line(error)}")
+
+
+# --- content --------------------------------------------------------------------------------------
+
+_SIGNATURES = {
+    ".7z": b"7z\xbc\xaf\x27\x1c",
+    ".flac": b"fLaC",
+    ".gz": b"\x1f\x8b",
+    ".jpeg": b"\xff\xd8\xff",
+    ".jpg": b"\xff\xd8\xff",
+    ".parquet": b"PAR1",
+    ".png": b"\x89PNG",
+    ".rec": b"\x0a\x23\xd7\xce",
+    ".tgz": b"\x1f\x8b",
+}
+_MARKUP = (b"<!doctype", b"<html", b"<head", b"<?xml", b"<!--", b"<script")
+
+
+def _is_there(file: File, notes: Notes, *, read_again: bool = False) -> bool:
+    path = notes.directory / file.name
+    if not path.is_file() or file.size not in (None, path.stat().st_size):
+        return False
+    if file.checksum and not read_again and notes.knows(file):
+        return True
+    if file.checksum:
+        log.info("checking %s (%s)", path, amount(path.stat().st_size))
+    if wrong := _wrong_content(path, file):
+        log.warning("%s has %s; it is fetched again", path, wrong)
+        return False
+    notes.remember(file)
+    return True
+
+
+def _wrong_content(path: Path, file: File) -> str:
+    """What is wrong with the file's content, '' for nothing."""
+    if file.checksum:
+        kind = file.checksum.partition(":")[0]
+        is_same = f"{kind}:{_digest(path, kind)}".startswith(file.checksum)
+        return "" if is_same else "a wrong checksum"
+    with path.open("rb") as stream:
+        start = stream.read(4096)
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    if text.lower().startswith(_MARKUP) and "html" not in file.name:
+        return "a web page in place of its content"
+    if not text.startswith(file.header.encode()):
+        return f"a first line other than {file.header}"
+    suffix = Path(file.name).suffix.lower()
+    return "" if _is_of_kind(path, suffix, start) else f"content that is no {suffix[1:]}"
+
+
+def _is_of_kind(path: Path, suffix: str, start: bytes) -> bool:
+    """Whether the content is what the suffix says, as far as it can be known without a checksum."""
+    if suffix == ".zip":
+        return zipfile.is_zipfile(path)
+    if suffix == ".tar":
+        return tarfile.is_tarfile(path)
+    if suffix == ".csv":
+        return bool(start) and b"\0" not in start
+    if suffix == ".json":
+        return _is_json(path.read_bytes())
+    if suffix == ".safetensors":
+        length = int.from_bytes(start[:8], "little")
+        return 8 + length <= path.stat().st_size and start[8:9] == b"{"
+    return start.startswith(_SIGNATURES.get(suffix, b""))
+
+
+def _is_json(content: bytes) -> bool:
+    try:
+        json.loads(content)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _digest(path: Path, kind: str) -> str:
+    digest = hashlib.new("sha1" if kind == "git" else kind, usedforsecurity=False)
+    if kind == "git":  # the name that git gives to a file's content
+        digest.update(b"blob %d\0" % path.stat().st_size)
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: digest).hexdigest()

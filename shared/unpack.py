@@ -24,8 +24,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, Any, NoReturn
 
+from shared.download import check_space
 from shared.errors import MissingToolError, UserError, one_line
-from shared.fetch import check_space
 from shared.progress import Meter
 
 STAGING = ".unpacking"

@@ -15,7 +15,7 @@ from unittest import mock
 import numpy as np
 import torch
 
-from face_distill import embed, evaluation, model, run_settings, teacher_parts
+from face_distill import download_weight, embed, evaluation, model, run_settings, teacher_parts
 from lavic.src import (
     adapter_files,
     adapters,
@@ -37,11 +37,10 @@ from multimodal import (
 )
 from multimodal import embed as multimodal_embed
 from multimodal import model as multimodal_model
-from shared import download, fetched, lock, modelscope, settings, stages
+from shared import download, hub, lock, settings, stages
 from shared.distributed import World
 from shared.foreign_log import JsonLinesProgress
 from shared.page import Page
-from shared.transport import DownloadError
 from tests.fuzz_readers import SETTINGS, STATUS, picture, put, together
 from tests.fuzzing import Reader
 from vasevqa.filter import clip_convert, clip_source, quality_net
@@ -290,33 +289,25 @@ class Tags(HTMLParser):
 
 # --- shared ---------------------------------------------------------------------------------------
 
-REMOTE = [download.RemoteFile("a.bin", 10, "sha256:" + "0" * 64)]
+REMOTE = [download.File("a.bin", 10, "sha256:" + "0" * 64, ())]
 NOTED = {"files": {"a.bin": [REMOTE[0].checksum, 10, 5]}, "parts": {"a.bin": REMOTE[0].checksum}}
-BLOB = {"Type": "blob", "Path": "a", "Size": 3, "Sha256": "a" * 64}
-LISTING = {"Data": {"Files": [{"Type": "tree", "Path": "x"}, BLOB]}}
 HTML = """<h1 onclick="x()">A</h1><script>alert(1)</script><table><tr><td>1</td></tr></table>
 <img src="data:image/png;base64,AAAA" alt="a"><a href="javascript:x">b</a><svg viewBox="0 0 1 1">
 <path d="M0 0"/></svg><!-- c --><style>p{}</style>&lt;&#x41;<p style="x">d<b>e</p>"""
 
 
 def _read_notes(directory: Path) -> None:
-    notes = fetched.Notes(directory)
+    notes = download.Notes(directory)
     notes.knows(REMOTE[0])
     notes.part_size(REMOTE[0])
 
 
-def _read_listing(directory: Path) -> None:
-    content = (directory / "listing.json").read_bytes()
-    with mock.patch.object(modelscope, "_content", lambda *_: content):
-        modelscope.open_repository("a/b", "master", endpoint="http://localhost")
-
-
 def _read_index(directory: Path) -> None:
     content = (directory / "index.json").read_bytes()
-    files = {download._INDEX: download.RemoteFile(download._INDEX, len(content), "")}
-    hub = download.HubRepository("a/b", "c", "http://localhost", files, cast(Any, None))
-    with mock.patch.object(download.HubRepository, "read", lambda *_: content):
-        hub.weight_files("b")
+    files = {download_weight.INDEX: download.File(download_weight.INDEX, len(content), "", ())}
+    repository = hub.Repository("a/b", "c", "http://localhost", files, cast(Any, None))
+    with mock.patch.object(hub.Repository, "read", lambda *_: content):
+        download_weight.weight_files(repository, "b")
 
 
 def _read_html(directory: Path) -> None:
@@ -468,10 +459,7 @@ READERS: dict[str, Reader] = {
     "swift's log": Reader(put("logging.jsonl", lines(*SWIFT_LOG)), _follow_swift),
     "stage markers": Reader(_run_stages, _run_stages),
     "download notes": Reader(
-        together(put(fetched.NOTES, json.dumps(NOTED)), put("a.bin", b"0123456789")), _read_notes
-    ),
-    "ModelScope's listing": Reader(
-        put("listing.json", json.dumps(LISTING)), _read_listing, (DownloadError,)
+        together(put(download.NOTES, json.dumps(NOTED)), put("a.bin", b"0123456789")), _read_notes
     ),
     "Hub's index": Reader(
         put("index.json", '{"weight_map": {"b.a": "one.safetensors"}}'), _read_index

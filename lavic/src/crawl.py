@@ -27,7 +27,7 @@ from shared.errors import DONE, FAILED
 from shared.images import printable
 from shared.progress import clock
 from shared.signals import StopRequest, exit_code_for, name_of
-from shared.transport import TransientError
+from shared.web import TransientError
 
 if TYPE_CHECKING:
     from lavic.src.crawl_images import Config

@@ -11,7 +11,7 @@ import httpx
 
 from shared.errors import UserError, one_line
 from shared.images import decode_rgb
-from shared.transport import BUSY, LOST, TransientError, retry_after, why_lost
+from shared.web import BUSY, LOST, TransientError, retry_after, why_lost
 
 _MOST_BYTES = 64 << 20
 _PATIENCE = 6  # a picture may take so many times the timeout, however steadily it drips
@@ -90,7 +90,7 @@ def _check_answer(response: httpx.Response) -> None:
     status, kind = response.status_code, response.headers.get("Content-Type", "")
     if status in BUSY:
         host = response.url.host
-        raise TransientError(host, f"answered {status}", retry_after(response))
+        raise TransientError(host, f"answered {status}", retry_after(response.headers))
     if status != 200:
         raise RefusedError(f"answered {status}")
     kind = kind.partition(";")[0].strip().lower()

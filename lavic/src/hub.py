@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 
-from huggingface_hub import constants, hf_hub_url, try_to_load_from_cache
+from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import build_hf_headers
 
 from shared.errors import UserError, one_line
-from shared.transport import PATIENCE, Line, Patience, hub_advice, refusal
+from shared.hub import open_hub
 
 log = logging.getLogger(__name__)
 
 _FIRST = "config.json"  # every model has one, and transformers asks for it first
 
 
-def answers_for(model_id: str, patience: Patience = PATIENCE) -> bool:
+def answers_for(model_id: str) -> bool:
     """Whether the Hub gives `model_id`; False when the cache alone is to serve.
 
     Where nobody answers transformers would repeat each of its ten requests for a minute; this ends
@@ -27,7 +25,6 @@ def answers_for(model_id: str, patience: Patience = PATIENCE) -> bool:
     """
     try:
         is_cached = isinstance(try_to_load_from_cache(model_id, _FIRST), str)
-        url = hf_hub_url(model_id, _FIRST)
     except HFValidationError:
         raise UserError(
             f"the model {model_id} is no directory here, and no id of the Hub, owner/name: give "
@@ -36,7 +33,7 @@ def answers_for(model_id: str, patience: Patience = PATIENCE) -> bool:
     if constants.HF_HUB_OFFLINE:
         problem = "HF_HUB_OFFLINE forbids to fetch it: unset it"
     else:
-        problem = _problem(url, model_id, patience)
+        problem = _problem(model_id)
     if problem and not is_cached:
         raise UserError(
             f"{model_id} is no directory here and not in the cache {constants.HF_HUB_CACHE}, and "
@@ -52,18 +49,10 @@ def answers_for(model_id: str, patience: Patience = PATIENCE) -> bool:
     return not problem
 
 
-def _problem(url: str, model_id: str, patience: Patience) -> str:
-    """Why `url` is not given, or ''."""
-    line = Line(patience, build_hf_headers(), hub_advice(constants.ENDPOINT))
-    what = f"the model {model_id}"
-
-    def ask() -> None:
-        with contextlib.closing(line.open(url, 0, what)) as response:
-            if response.is_error:
-                raise refusal(response, what, line.advice)
-
+def _problem(model_id: str) -> str:
+    """Why the Hub does not give the model, or ''."""
     try:
-        line.persist(ask)
+        open_hub(model_id, "main", endpoint=constants.ENDPOINT)
     except UserError as error:
         return one_line(error)
     return ""

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lavic.src import hub
-from shared import modelscope, weights
+from lavic.src.hub import answers_for
+from shared import hub, weights
 from shared.errors import UserError, one_line
 
 if TYPE_CHECKING:
@@ -47,11 +47,11 @@ def load_base(
     cannot be had, within 15 seconds where nobody answers.
     """
     source, is_local = str(path_or_id), Path(path_or_id).is_dir()
-    if not is_local and (copy := modelscope.asked_copy(source)):
+    if not is_local and (copy := hub.asked_copy(source)):
         source, is_local = str(copy), True
     if is_local:
         _check_directory(Path(source))
-    where: Any = {"local_files_only": is_local or not hub.answers_for(source)}
+    where: Any = {"local_files_only": is_local or not answers_for(source)}
     import transformers
     from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 

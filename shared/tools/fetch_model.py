@@ -22,7 +22,7 @@ from shared.errors import DONE
 from shared.launch import launch_alone
 
 if TYPE_CHECKING:
-    from shared.download import HubRepository
+    from shared.hub import Repository
 
 
 @dataclass(frozen=True)
@@ -61,20 +61,19 @@ def main(argv: list[str] | None = None) -> int:
     return DONE
 
 
-def _open(cfg: Config) -> "HubRepository":
-    from shared import modelscope
-    from shared.download import OFFICIAL_ENDPOINT, HubRepository
+def _open(cfg: Config) -> "Repository":
+    from shared import hub
 
-    if modelscope.is_wanted(cfg.source, os.environ):
-        return modelscope.open_repository(
+    if hub.is_wanted(cfg.source, os.environ):
+        return hub.open_modelscope(
             cfg.repo_id,
-            cfg.revision or modelscope.REVISION,
-            endpoint=cfg.endpoint or modelscope.endpoint_of(os.environ),
+            cfg.revision or hub.MODELSCOPE_REVISION,
+            endpoint=cfg.endpoint or hub.modelscope_endpoint(os.environ),
         )
-    return HubRepository.open(
+    return hub.open_hub(
         cfg.repo_id,
         cfg.revision or "main",
-        endpoint=cfg.endpoint or os.environ.get("HF_ENDPOINT") or OFFICIAL_ENDPOINT,
+        endpoint=cfg.endpoint or os.environ.get("HF_ENDPOINT") or hub.OFFICIAL_ENDPOINT,
         send_token=cfg.token,
     )
 

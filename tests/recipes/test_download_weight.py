@@ -12,10 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from face_distill import download_weight, model
-from shared import transport
+from shared import web
 from shared.files import write_json
 from shared.launch import launch_alone
-from shared.transport import Patience
+from shared.web import Patience
 from tests import hub_server
 from tests.harness import ROOT, free_port, run_here, start, wait_until
 from tests.hub_server import COMMIT, REPO_ID, HubServer
@@ -75,10 +75,8 @@ def flags(hub, tmp_path):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
-    from shared import download
-
     hub_server.forget_the_users_settings(monkeypatch)
-    monkeypatch.setattr(download, "PATIENCE", QUICK)
+    monkeypatch.setattr(web, "PATIENCE", QUICK)
 
 
 def run_script(*args: object, **env: str) -> tuple[int, list[str], float]:
@@ -279,4 +277,4 @@ def test_one_process_fetches_where_the_shell_asks_for_several(hub, flags, monkey
 
 
 def test_the_patience_of_these_tests_is_not_the_scripts_own():
-    assert transport.PATIENCE.tries > QUICK.tries
+    assert Patience().tries > QUICK.tries

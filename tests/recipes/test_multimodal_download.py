@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import re
 import shutil
 import stat
 import subprocess
@@ -19,9 +20,9 @@ import pytest
 from multimodal import demo, download_datasets, downloading, sources
 from multimodal.datasets import AudioCaps, Clotho, Coco, VoxCeleb
 from multimodal.sources import DOWNLOADS, Archive, DataSet, Source
+from shared.download import File
 from shared.errors import UserError
-from shared.fetch import WebFile
-from shared.transport import Patience
+from shared.web import Patience
 from tests import hub_server
 from tests.harness import ROOT, wait_until
 from tests.hub_server import REPO_ID, HubServer
@@ -70,7 +71,7 @@ def archive_of(files, names, holds):
     parts = []
     for name in names:
         digest = hashlib.md5(files[name], usedforsecurity=False).hexdigest()
-        file = WebFile(name, len(files[name]), f"md5:{digest}", f"http://nowhere.invalid/{name}")
+        file = File(name, len(files[name]), f"md5:{digest}", (f"http://nowhere.invalid/{name}",))
         parts.append(Source(file, DOWNLOADS))
     return Archive(tuple(parts), holds, 1000)
 
@@ -107,7 +108,7 @@ def table(files, monkeypatch):
         ),
     }
     monkeypatch.setattr(sources, "DATA_SETS", data_sets)
-    monkeypatch.setattr(downloading, "PATIENCE", QUICK)
+    monkeypatch.setattr("shared.web.PATIENCE", QUICK)
     return data_sets
 
 
@@ -170,13 +171,45 @@ def test_verify_finds_a_damaged_archive_and_fetches_it_again(server, tmp_path, f
     assert server.asked("train2017.zip") == []
 
 
-def test_skip_existing_asks_for_sizes_alone(server, tmp_path, files, monkeypatch):
+PORTAL = b"<!DOCTYPE html>\n<html><title>Log in to the network</title></html>"
+
+
+def test_a_login_page_is_put_in_the_place_of_no_list(server, tmp_path, files, capsys):
+    server.files |= {"train.csv": PORTAL, "coco_val_karpathy.json": PORTAL}
+    source = f"local:{tmp_path}"
+    flags = ["--datasets", "audiocaps", "coco", "--audiocaps-source", source]
+    assert download(server, tmp_path, *flags) == 1
+    assert not (tmp_path / "audiocaps/train.csv").exists()
+    assert not (tmp_path / "coco/karpathy/coco_val_karpathy.json").exists()
+    assert "train.csv came from 127.0.0.1 with a web page" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--verify", "--skip-existing"])
+def test_a_login_page_that_an_earlier_call_took_for_a_list_is_replaced(
+    server, tmp_path, files, flag
+):
+    folder = tmp_path / "audiocaps"
+    folder.mkdir()
+    page, rest = folder / "train.csv", ["val.csv", "test.csv"]
+    page.write_bytes(PORTAL)
+    status = page.stat()
+    known = {"train.csv": ["", status.st_size, status.st_mtime_ns]}
+    (folder / ".download.json").write_text(json.dumps({"files": known, "parts": {}}))
+    for name in rest:
+        (folder / name).write_bytes(files[name])
+    download(server, tmp_path, "--datasets", "audiocaps", flag)
+    assert page.read_bytes() == files["train.csv"]
+    assert not any(server.asked(name) for name in rest)
+
+
+def test_skip_existing_asks_for_sizes_alone(server, tmp_path, files, caplog):
     downloads = tmp_path / "coco/downloads"
     downloads.mkdir(parents=True)
     for name in ("annotations_trainval2017.zip", "val2017.zip", "train2017.zip"):
         (downloads / name).write_bytes(files[name])
-    monkeypatch.setattr("shared.fetched.checksum_of", lambda *_: pytest.fail("read"))
-    assert download(server, tmp_path, "--datasets", "coco", "--skip-existing") == 0
+    with caplog.at_level("INFO"):
+        assert download(server, tmp_path, "--datasets", "coco", "--skip-existing") == 0
+    assert "checking" not in caplog.text
     assert server.asked("train2017.zip") == []
 
 
@@ -205,11 +238,8 @@ def test_second_address_is_tried_when_the_first_fails(server, tmp_path, table, f
     archive = table["coco"].archives[1]
     part = archive.parts[0]
     base = f"{server.url}/cdn"
-    part = replace(
-        part,
-        file=replace(part.file, url=f"{base}/nothing.zip"),
-        mirrors=(f"{base}/val2017.zip",),
-    )
+    urls = (f"{base}/nothing.zip", f"{base}/val2017.zip")
+    part = replace(part, file=replace(part.file, urls=urls))
     only = replace(table["coco"], files=(), archives=(replace(archive, parts=(part,)),))
     monkeypatch.setitem(sources.DATA_SETS, "coco", only)
     flags = ["--datasets", "coco", "--data-root", str(tmp_path)]
@@ -217,12 +247,30 @@ def test_second_address_is_tried_when_the_first_fails(server, tmp_path, table, f
     assert len(list((tmp_path / "coco/val2017").iterdir())) == 54
 
 
-def test_disk_is_looked_at_before_anything_is_fetched(server, tmp_path, monkeypatch):
+def free_disk(monkeypatch, free):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, 1000))
-    with pytest.raises(UserError, match=r"are needed for archives .* and 1 kB are free"):
-        download(server, tmp_path, "--datasets", "coco")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9, free))
+
+
+def test_disk_is_looked_at_before_anything_is_fetched(server, tmp_path, monkeypatch, capsys):
+    free_disk(monkeypatch, 1000)
+    assert download(server, tmp_path, "--datasets", "coco") == 2
+    out = capsys.readouterr().out
+    assert re.search(r"are needed in .*/coco for archives .* and 1 kB are free", out)
     assert server.requests == []
+
+
+def test_what_fits_on_the_disk_is_fetched(server, tmp_path, table, monkeypatch, capsys):
+    free_disk(monkeypatch, 90_000_000)
+    large = replace(table["coco"].archives[2], unpacked=100_000_000)
+    coco = replace(table["coco"], archives=(*table["coco"].archives[:2], large))
+    monkeypatch.setitem(sources.DATA_SETS, "coco", coco)
+    assert download(server, tmp_path, "--datasets", "coco", "clotho") == 2
+    assert len(list((tmp_path / "coco/val2017").iterdir())) == 54
+    assert Clotho(tmp_path / "clotho", "val").counts.found == 30
+    assert server.asked("train2017.zip") == []
+    out = capsys.readouterr().out
+    assert "coco       failed: train2017.zip: 10" in out and "clotho     complete" in out
 
 
 def test_dry_run_says_what_it_takes_and_asks_nobody(server, tmp_path, capsys):
@@ -234,7 +282,7 @@ def test_dry_run_says_what_it_takes_and_asks_nobody(server, tmp_path, capsys):
 
 def test_the_real_tables_need_of_the_disk(tmp_path, monkeypatch):
     """COCO: 20.4 GB of archives and about as much unpacked."""
-    need = downloading.need_of(sources.COCO, tmp_path, downloading.Options())
+    need = downloading.need_of(sources.COCO, tmp_path)
     assert need.fetch == 252_907_541 + 815_585_330 + 19_336_861_798 + 2_000_000
     assert 40e9 < need.disk < 45e9
 
@@ -416,8 +464,8 @@ def test_fault_33_a_killed_download_is_continued(server, tmp_path, files):
         sys.path.insert(0, {str(ROOT)!r})
         from multimodal import download_datasets, sources
         from multimodal.sources import Archive, DataSet, Source
-        from shared.fetch import WebFile
-        file = WebFile({name!r}, {len(files[name])}, "md5:{md5(files[name])}", "")
+        from shared.download import File
+        file = File({name!r}, {len(files[name])}, "md5:{md5(files[name])}", ())
         archive = Archive((Source(file, "downloads"),), {{"development": 200}}, 1)
         sources.DATA_SETS["clotho"] = DataSet("clotho", archives=(archive,))
         sys.exit(download_datasets.main(sys.argv[1:]))

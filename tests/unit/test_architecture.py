@@ -37,7 +37,7 @@ OWNERS = {
     "argparse": {"shared.flags"},
     "environment": {
         *("shared.launch", "shared.outcome", "shared.supervisor", "shared.signals"),
-        *("shared.distributed", "shared.run_directory", "shared.modelscope"),
+        *("shared.distributed", "shared.run_directory", "shared.hub"),
     },
     "processes": {
         "shared.child",

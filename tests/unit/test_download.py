@@ -1,6 +1,7 @@
 """Fetching the files of a Hub repository from a server that misbehaves."""
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -10,16 +11,17 @@ import subprocess
 import sys
 import time
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
 import pytest
 
-from shared import download, fetched, progress, transport
-from shared import fetch as fetching
-from shared.download import HubRepository
+from face_distill.download_weight import weight_files
+from shared import download, progress, web
+from shared.download import DownloadInterrupted
 from shared.errors import UserError
-from shared.fetch import DownloadInterrupted
-from shared.transport import DownloadError, Patience
+from shared.hub import Repository, open_hub
+from shared.web import DownloadError, Patience
 from tests import hub_server
 from tests.harness import ROOT, free_port, wait_until
 from tests.hub_server import COMMIT, REPO_ID, HubServer
@@ -40,6 +42,7 @@ WEIGHT_MAP = {
 @pytest.fixture(autouse=True)
 def _neutral(monkeypatch):
     hub_server.forget_the_users_settings(monkeypatch)
+    monkeypatch.setattr(web, "PATIENCE", QUICK)
 
 
 @pytest.fixture
@@ -55,19 +58,19 @@ def hub():
         yield server
 
 
-def opened(hub: HubServer, revision: str = COMMIT, patience: Patience = QUICK) -> HubRepository:
-    return HubRepository.open(REPO_ID, revision, endpoint=hub.url, patience=patience)
+def opened(hub: HubServer, revision: str = COMMIT) -> Repository:
+    return open_hub(REPO_ID, revision, endpoint=hub.url)
 
 
-def fetch(hub: HubServer, directory, *names: str, patience: Patience = QUICK) -> None:
-    repository = opened(hub, patience=patience)
+def fetch(hub: HubServer, directory, *names: str) -> None:
+    repository = opened(hub)
     repository.fetch(repository.plan(names, directory))
 
 
 def tower(hub: HubServer, directory) -> None:
     """Fetch config and shards of the tower, as a recipe does."""
     repository = opened(hub)
-    names = ["config.json", *repository.weight_files("vision_model.")]
+    names = ["config.json", *weight_files(repository, "vision_model.")]
     repository.fetch(repository.plan(names, directory))
 
 
@@ -91,28 +94,28 @@ def test_only_the_shards_that_the_index_names_for_the_prefix_are_asked_for(hub, 
     tower(hub, tmp_path)
     assert (tmp_path / SHARDS[0]).read_bytes() == WEIGHTS
     assert (tmp_path / "config.json").read_bytes() == CONFIG
-    assert names_in(tmp_path) == {"config.json", INDEX, SHARDS[0], fetched.NOTES}
+    assert names_in(tmp_path) == {"config.json", INDEX, SHARDS[0], download.NOTES}
     assert hub.fetched() == {"config.json", INDEX, SHARDS[0]}
 
 
 def test_the_shards_follow_the_index_and_not_their_numbers(hub, tmp_path):
     moved = {"vision_model.a": SHARDS[1], "vision_model.b": SHARDS[1], "qformer.c": SHARDS[0]}
     hub.files[INDEX] = json.dumps({"weight_map": moved}).encode()
-    assert opened(hub).weight_files("vision_model.") == [INDEX, SHARDS[1]]
+    assert weight_files(opened(hub), "vision_model.") == [INDEX, SHARDS[1]]
 
 
 def test_a_repository_with_one_safetensors_file_gives_that(hub):
     for name in (INDEX, *SHARDS):
         del hub.files[name]
     hub.files["model.safetensors"] = WEIGHTS
-    assert opened(hub).weight_files("vision_model.") == ["model.safetensors"]
+    assert weight_files(opened(hub), "vision_model.") == ["model.safetensors"]
 
 
 def test_pickled_weights_are_never_taken(hub):
     for name in (INDEX, *SHARDS):
         del hub.files[name]
     with pytest.raises(UserError, match=r"only pytorch_model\.bin, which is pickled"):
-        opened(hub).weight_files("vision_model.")
+        weight_files(opened(hub), "vision_model.")
 
 
 def test_every_request_names_the_revision_and_a_branch_is_pinned_to_its_commit(hub, tmp_path):
@@ -136,7 +139,7 @@ def test_a_mirror_is_never_given_the_users_token(hub, tmp_path, monkeypatch):
 
 def test_the_hub_is_given_the_token_and_its_storage_is_not(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr(download, "OFFICIAL_ENDPOINT", hub.url)
+    monkeypatch.setattr("shared.hub.OFFICIAL_ENDPOINT", hub.url)
     tower(hub, tmp_path)
     with_token = {
         "/cdn/" not in r.path: r.headers.get("authorization") for r in hub.requests
@@ -146,8 +149,8 @@ def test_the_hub_is_given_the_token_and_its_storage_is_not(hub, tmp_path, monkey
 
 def test_no_token_is_sent_when_the_user_wants_none(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    monkeypatch.setattr(download, "OFFICIAL_ENDPOINT", hub.url)
-    HubRepository.open(REPO_ID, COMMIT, endpoint=hub.url, send_token=False, patience=QUICK)
+    monkeypatch.setattr("shared.hub.OFFICIAL_ENDPOINT", hub.url)
+    open_hub(REPO_ID, COMMIT, endpoint=hub.url, send_token=False)
     assert "authorization" not in hub.requests[0].headers
 
 
@@ -162,11 +165,12 @@ def test_a_file_without_content_and_one_in_a_folder_are_fetched_too(hub, tmp_pat
 # --- what is there already ------------------------------------------------------------------------
 
 
-def test_what_is_there_is_not_fetched_again_and_read_only_once(hub, tmp_path, monkeypatch):
+def test_what_is_there_is_not_fetched_again_and_read_only_once(hub, tmp_path, caplog):
     (tmp_path / SHARDS[0]).write_bytes(WEIGHTS)
-    fetch(hub, tmp_path, SHARDS[0])
-    monkeypatch.setattr(fetched, "checksum_of", lambda *_: pytest.fail("read again"))
-    fetch(hub, tmp_path, SHARDS[0])
+    with caplog.at_level("INFO"):
+        fetch(hub, tmp_path, SHARDS[0])
+        fetch(hub, tmp_path, SHARDS[0])
+    assert caplog.messages.count(f"checking {tmp_path / SHARDS[0]} (300 kB)") == 1
     assert hub.asked(SHARDS[0]) == []
 
 
@@ -198,7 +202,7 @@ def test_a_plan_says_what_is_missing_and_writes_nothing(hub, tmp_path):
 @pytest.mark.parametrize("notes", ["", "[]", '{"files": 3, "parts": [1]}', '{"files": {"x'])
 def test_damaged_notes_cost_a_check_and_no_more(hub, tmp_path, notes):
     fetch(hub, tmp_path, SHARDS[0])
-    (tmp_path / fetched.NOTES).write_text(notes)
+    (tmp_path / download.NOTES).write_text(notes)
     fetch(hub, tmp_path, SHARDS[0])
     assert hub.asked(SHARDS[0]) == [None]
 
@@ -247,7 +251,7 @@ def test_the_next_call_continues_the_part_file_of_the_last(hub, tmp_path):
     size = (tmp_path / (SHARDS[0] + download.PART)).stat().st_size
     hub.heal()
     plan = opened(hub).plan([SHARDS[0]], tmp_path)
-    assert (plan.continued, plan.remaining) == (size, len(WEIGHTS) - size)
+    assert plan.remaining == len(WEIGHTS) - size
     fetch(hub, tmp_path, SHARDS[0])
     assert hub.asked(SHARDS[0]) == [f"bytes={size}-"]
     assert hub.sent(SHARDS[0]) == len(WEIGHTS) - size
@@ -276,9 +280,9 @@ def test_a_part_file_that_nobody_knows_is_not_continued(hub, tmp_path):
 KILLED = """
 import sys
 from pathlib import Path
-from shared.download import HubRepository
+from shared.hub import open_hub
 url, directory, name = sys.argv[1:]
-repository = HubRepository.open({repo!r}, {commit!r}, endpoint=url)
+repository = open_hub({repo!r}, {commit!r}, endpoint=url)
 repository.fetch(repository.plan([name], Path(directory)))
 """
 
@@ -346,9 +350,8 @@ def test_a_server_that_asks_for_too_long_is_named_with_its_time(hub):
 
 def test_retry_after_may_be_a_date():
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
-    Answer = namedtuple("Answer", "headers")
-    assert 25 < transport.retry_after(Answer({"Retry-After": date})) <= 30
-    assert transport.retry_after(Answer({"Retry-After": "soon"})) is None
+    assert 25 < (web.retry_after({"Retry-After": date}) or 0) <= 30
+    assert web.retry_after({"Retry-After": "soon"}) is None
 
 
 def test_a_server_that_stays_busy_is_given_up_in_one_line(hub):
@@ -393,7 +396,7 @@ def test_a_server_that_never_answers_is_named_in_time(hub):
 def test_without_a_network_the_host_and_the_way_out_are_named():
     endpoint = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(DownloadError, match=r"^127\.0\.0\.1 cannot .*HF_ENDPOINT=https://hf-m"):
-        HubRepository.open(REPO_ID, COMMIT, endpoint=endpoint, patience=QUICK)
+        open_hub(REPO_ID, COMMIT, endpoint=endpoint)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +410,7 @@ def test_the_source_that_failed_is_never_the_advice(monkeypatch, failed, other):
     monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{free_port()}")
     hub_server.close_session()
     with pytest.raises(DownloadError) as caught:
-        HubRepository.open(REPO_ID, COMMIT, endpoint=failed, patience=QUICK)
+        open_hub(REPO_ID, COMMIT, endpoint=failed)
     hub_server.close_session()
     assert other in str(caught.value)
     assert f"HF_ENDPOINT={failed.rstrip('/')}" not in str(caught.value)
@@ -425,15 +428,15 @@ def test_a_blocked_storage_is_named_and_not_the_hub_that_redirects_there(hub, tm
 
 def test_a_name_lookup_that_hangs_does_not_outlast_the_patience(monkeypatch):
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(8))
-    patience = Patience(contact=0.5, pause=0.01)
+    monkeypatch.setattr(web, "PATIENCE", Patience(contact=0.5, pause=0.01))
     began = time.monotonic()
     with pytest.raises(DownloadError, match=r"nowhere\.example cannot be reached"):
-        HubRepository.open(REPO_ID, COMMIT, endpoint="http://nowhere.example", patience=patience)
+        open_hub(REPO_ID, COMMIT, endpoint="http://nowhere.example")
     assert time.monotonic() - began < 7
 
 
 def test_the_default_patience_fits_into_fifteen_seconds():
-    assert transport.PATIENCE.contact <= 13  # and two to start Python and import
+    assert Patience().contact <= 13  # and two to start Python and import
 
 
 def test_a_circle_of_redirects_ends(hub, tmp_path):
@@ -464,7 +467,7 @@ def test_wrong_content_is_removed_and_refused(hub, tmp_path, name):
     hub.misbehave(name, hub_server.corrupted, late=False)
     with pytest.raises(DownloadError, match=f"{name} came from .* wrong checksum"):
         fetch(hub, tmp_path, name)
-    assert names_in(tmp_path) <= {fetched.NOTES}
+    assert names_in(tmp_path) <= {download.NOTES}
     fetch(hub, tmp_path, name)
     assert (tmp_path / name).read_bytes() == hub.files[name]
 
@@ -530,7 +533,7 @@ def test_an_index_that_leads_out_of_the_directory_is_refused(hub, tmp_path, shar
     hub.files[INDEX] = json.dumps({"weight_map": {"vision_model.a": shard}}).encode()
     hub.files[str(shard)] = WEIGHTS
     with pytest.raises(UserError, match="leads out of the directory"):
-        opened(hub).weight_files("vision_model.")
+        weight_files(opened(hub), "vision_model.")
 
 
 def test_a_listing_that_leads_out_of_the_directory_is_refused(hub, tmp_path):
@@ -544,7 +547,7 @@ def test_a_listing_that_leads_out_of_the_directory_is_refused(hub, tmp_path):
 def test_an_index_without_the_tower_is_refused(hub, index):
     hub.files[INDEX] = index
     with pytest.raises(UserError, match=r"no readable weight_map|holds no weights whose names"):
-        opened(hub).weight_files("vision_model.")
+        weight_files(opened(hub), "vision_model.")
 
 
 # --- the user's mistakes --------------------------------------------------------------------------
@@ -558,20 +561,20 @@ def test_a_missing_file_is_named_with_the_nearest(hub, tmp_path):
 def test_a_wrong_repository_and_a_wrong_revision_are_refused_at_once(hub):
     for repo_id, revision in (("owner/tinny", "main"), (REPO_ID, "v9")):
         with pytest.raises(UserError, match=f"{repo_id} at revision {revision} is not at"):
-            HubRepository.open(repo_id, revision, endpoint=hub.url, patience=QUICK)
+            open_hub(repo_id, revision, endpoint=hub.url)
     assert len(hub.requests) == 2
 
 
 @pytest.mark.parametrize("repo_id", ["https://huggingface.co/a/b", "a/b/c", "", "a b"])
 def test_what_is_no_repository_name_is_refused(hub, repo_id):
     with pytest.raises(UserError):
-        HubRepository.open(repo_id, "main", endpoint=hub.url, patience=QUICK)
+        open_hub(repo_id, "main", endpoint=hub.url)
 
 
 @pytest.mark.parametrize("endpoint", ["hf-mirror.com", "ftp://x", "https://", "http://h:port", ""])
 def test_what_is_no_web_address_is_refused_as_an_endpoint(endpoint):
     with pytest.raises(UserError, match=r"expected https://host"):
-        HubRepository.open(REPO_ID, "main", endpoint=endpoint)
+        open_hub(REPO_ID, "main", endpoint=endpoint)
 
 
 def test_a_disk_without_room_is_refused_before_the_first_byte(hub, tmp_path, monkeypatch):
@@ -609,7 +612,7 @@ def test_a_write_that_fails_half_way_is_one_line_and_keeps_the_part(hub, tmp_pat
     command = [sys.executable, "-c", script, hub.url, str(tmp_path), SHARDS[0]]
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
     ended = subprocess.run(command, env=environ, capture_output=True, text=True, check=False)
-    assert ended.stderr.splitlines()[-1].startswith("shared.transport.DownloadError:")
+    assert ended.stderr.splitlines()[-1].startswith("shared.web.DownloadError:")
     assert (tmp_path / (SHARDS[0] + download.PART)).stat().st_size > 100_000
 
 
@@ -619,10 +622,16 @@ def test_a_directory_that_cannot_be_is_refused(hub, tmp_path):
         fetch(hub, tmp_path / "file" / "weights", "config.json")
 
 
-def test_two_downloads_do_not_write_into_one_directory(hub, tmp_path):
-    with fetching.owned(tmp_path), pytest.raises(UserError, match="another download is at work"):
-        fetch(hub, tmp_path, "config.json")
-    fetch(hub, tmp_path, "config.json")
+def test_a_second_download_waits_for_the_first_and_takes_what_it_brought(hub, tmp_path, caplog):
+    handle = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    with caplog.at_level("INFO"), ThreadPoolExecutor(1) as threads:
+        second = threads.submit(fetch, hub, tmp_path, "config.json")
+        wait_until(lambda: f"at work in {tmp_path}: waiting" in caplog.text, "the second waits")
+        (tmp_path / "config.json").write_bytes(CONFIG)
+        os.close(handle)
+        second.result(10)
+    assert hub.asked("config.json") == []
 
 
 # --- progress -------------------------------------------------------------------------------------

@@ -1,15 +1,18 @@
 """Fetching a file from an address: resumed, checked, in its place."""
 
 import hashlib
+import io
+import json
+import os
 import random
+import tarfile
+import zipfile
 
 import pytest
 
-from shared import fetched
+from shared.download import File, fetch, plan_of
 from shared.errors import UserError
-from shared.fetch import WEB_ADVICE, WebFile, fetch_all
-from shared.fetched import Notes, is_there
-from shared.transport import DownloadError, Line, Patience
+from shared.web import Client, DownloadError, Patience
 from tests import hub_server
 from tests.hub_server import HubServer
 
@@ -29,26 +32,26 @@ def server():
         yield hub
 
 
-def get(server, directory, name="a.zip", size: int | None = len(CONTENT), checksum=MD5):
-    file = WebFile(name, size, checksum, f"{server.url}/cdn/{name}")
-    fetch_all(Line(QUICK, {}, WEB_ADVICE), directory, [file], url_of=lambda file: file.url)
+def get(server, directory, name="a.zip", size: int | None = len(CONTENT), checksum=MD5, header=""):
+    file = File(name, size, checksum, (f"{server.url}/cdn/{name}",), header)
+    fetch(Client("fetch it by hand", patience=QUICK), plan_of([file], directory))
     return directory / name
 
 
-def test_md5_is_checked_and_the_file_known_from_then_on(server, tmp_path, monkeypatch):
+def test_md5_is_checked_and_the_file_known_from_then_on(server, tmp_path, caplog):
     assert get(server, tmp_path).read_bytes() == CONTENT
-    monkeypatch.setattr(fetched, "checksum_of", lambda *_: pytest.fail("read again"))
-    file = WebFile("a.zip", len(CONTENT), MD5, "")
-    assert is_there(file, tmp_path, Notes(tmp_path))
+    with caplog.at_level("INFO"):
+        get(server, tmp_path)
+    assert "checking" not in caplog.text and server.asked("a.zip") == [None]
 
 
 def test_read_again_finds_damage_that_left_size_and_time_alone(server, tmp_path):
     path = get(server, tmp_path)
-    file, status = WebFile("a.zip", len(CONTENT), MD5, ""), path.stat()
+    file, status = File("a.zip", len(CONTENT), MD5, ()), path.stat()
     path.write_bytes(CONTENT[:-1] + bytes([CONTENT[-1] ^ 1]))
-    __import__("os").utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert is_there(file, tmp_path, Notes(tmp_path))
-    assert not is_there(file, tmp_path, Notes(tmp_path), read_again=True)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert plan_of([file], tmp_path).present == [file]
+    assert plan_of([file], tmp_path, read_again=True).missing == [file]
 
 
 @pytest.mark.parametrize("size", [len(CONTENT), None])
@@ -92,7 +95,7 @@ def test_wrong_length_is_refused(server, tmp_path, change):
 
 def test_without_a_checksum_a_cut_file_begins_anew(server, tmp_path):
     server.misbehave("list.csv", hub_server.cut(2))
-    assert get(server, tmp_path, "list.csv", None, "").read_bytes() == b"a,b\n"
+    assert get(server, tmp_path, "list.csv", None, "", "a,b").read_bytes() == b"a,b\n"
     assert server.asked("list.csv") == [None, None]
 
 
@@ -104,7 +107,7 @@ def test_a_web_page_in_place_of_the_file_is_refused(server, tmp_path):
 
 @pytest.mark.parametrize(
     ("code", "message"),
-    [(404, "the address may have changed"), (403, "it is not public, or no longer")],
+    [(404, "check its name, or fetch it by hand"), (403, "it is not public, or no longer")],
 )
 def test_advice_is_that_of_the_web_and_names_no_hub(server, tmp_path, code, message):
     server.misbehave("a.zip", hub_server.status(code))
@@ -122,3 +125,72 @@ def test_a_busy_server_is_asked_again(server, tmp_path, code):
 def test_a_stalled_line_is_continued(server, tmp_path):
     server.misbehave("a.zip", hub_server.stall(70_000, 2.0))
     assert get(server, tmp_path).read_bytes() == CONTENT
+
+
+def test_addresses_are_tried_in_order_and_the_part_of_the_first_is_continued(server, tmp_path):
+    server.misbehave("a.zip", hub_server.cut(50_000))
+    server.misbehave("a.zip", hub_server.status(404))
+    urls = (f"{server.url}/cdn/a.zip", f"http://localhost:{server.port}/cdn/a.zip")
+    file = File("a.zip", len(CONTENT), MD5, urls)
+    fetch(Client("fetch it by hand", patience=QUICK), plan_of([file], tmp_path))
+    assert (tmp_path / "a.zip").read_bytes() == CONTENT
+    assert server.asked("a.zip") == [None, "bytes=50000-", "bytes=50000-"]
+
+
+# --- files without a checksum ---------------------------------------------------------------------
+
+PAGE = b"\n<!DOCTYPE html><html><title>Log in</title></html>"
+
+
+def zip_of(content):
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        archive.writestr("a", content)
+    return packed.getvalue()
+
+
+def tar_of(content):
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a"), io.BytesIO(content))
+    return packed.getvalue()
+
+
+HEADER = json.dumps({"w": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+SAFETENSORS = len(HEADER).to_bytes(8, "little") + HEADER + bytes(4)
+KINDS = {  # file: what it may hold, and what shows that it is something else
+    "x.zip": (zip_of(b"a"), [zip_of(b"a")[:-30]]),
+    "x.tar": (tar_of(b"a"), []),
+    "x.7z": (b"7z\xbc\xaf\x27\x1c" + bytes(26), []),
+    "x.json": (b'{"images": []}', [b'{"images": [', b"[" * 99_999, b""]),
+    "x.csv": (b"a,b\n1,2\n", [b"b,c\n1,2\n", b""]),
+    "x.rec": (b"\x0a\x23\xd7\xce" + bytes(8), [bytes(12)]),
+    "x.jpg": (b"\xff\xd8\xff\xe0" + bytes(8), [b"\x89PNG" + bytes(8)]),
+    "x.safetensors": (SAFETENSORS, [SAFETENSORS[:20], b"\xff" * 40]),
+}
+WRONG = [(n, bad) for n, (_, more) in KINDS.items() for bad in (PAGE, b"Log in first", *more)]
+
+
+def of_kind(server, directory, name, content):
+    server.files[name], server.large = content, (*server.large, name)
+    return get(server, directory, name, None, "", "a,b" if name.endswith(".csv") else "")
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_right_content_without_a_checksum_is_put_in_place(server, tmp_path, name):
+    assert of_kind(server, tmp_path, name, KINDS[name][0]).is_file()
+
+
+@pytest.mark.parametrize(("name", "content"), WRONG)
+def test_wrong_content_without_a_checksum_is_never_put_in_place(server, tmp_path, name, content):
+    with pytest.raises(DownloadError, match=f"{name} came from 127.0.0.1 with "):
+        of_kind(server, tmp_path, name, content)
+    assert not list(tmp_path.glob(f"{name}*"))
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_page_that_was_taken_for_the_file_is_replaced(server, tmp_path, name, caplog):
+    (tmp_path / name).write_bytes(PAGE)
+    path = of_kind(server, tmp_path, name, KINDS[name][0])
+    assert path.read_bytes() == KINDS[name][0]
+    assert f"{path} has a web page in place of its content" in caplog.text

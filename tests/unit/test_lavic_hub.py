@@ -12,8 +12,9 @@ from huggingface_hub import constants
 
 from lavic.src import hub
 from lavic.src.llava import load_base
+from shared import web
 from shared.errors import UserError
-from shared.transport import Patience
+from shared.web import Patience
 from tests import hub_server
 from tests.harness import ROOT, environment
 from tests.hub_server import COMMIT, REPO_ID, HubServer
@@ -35,6 +36,7 @@ def move_hub(monkeypatch, url):
 @pytest.fixture(autouse=True)
 def _neutral(monkeypatch, tmp_path):
     hub_server.forget_the_users_settings(monkeypatch)
+    monkeypatch.setattr(web, "PATIENCE", QUICK)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     move_hub(monkeypatch, NOBODY)
 
@@ -56,16 +58,16 @@ def test_a_model_that_the_hub_gives_is_announced_with_host_and_cache(monkeypatch
     caplog.set_level(logging.INFO, "lavic")
     with HubServer({"config.json": b"{}"}) as server:
         move_hub(monkeypatch, server.url)
-        assert hub.answers_for(REPO_ID, QUICK)
+        assert hub.answers_for(REPO_ID)
         assert f"{REPO_ID} is fetched from {server.url} into {tmp_path / 'cache'}" in caplog.text
-        assert len(server.of("config.json")) == 1
+        assert len(server.requests) == 1
 
 
 def test_a_model_that_the_hub_does_not_have_is_refused_by_name_and_host(monkeypatch):
     with HubServer({"config.json": b"{}"}) as server:
         move_hub(monkeypatch, server.url)
-        with pytest.raises(UserError, match=r"nobody/none is not at 127\.0\.0\.1 \(404\)"):
-            hub.answers_for("nobody/none", QUICK)
+        with pytest.raises(UserError, match=r"nobody/none at .* is not at 127\.0\.0\.1 \(404\)"):
+            hub.answers_for("nobody/none")
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "models/none/x", "./here", "a b/c"])
@@ -76,10 +78,10 @@ def test_a_path_that_leads_nowhere_is_no_id_of_the_hub(name):
 
 def test_a_busy_hub_is_asked_again(monkeypatch):
     with HubServer({"config.json": b"{}"}) as server:
-        server.misbehave("config.json", hub_server.status(503), times=1)
+        server.misbehave("api", hub_server.status(503), times=1)
         move_hub(monkeypatch, server.url)
-        assert hub.answers_for(REPO_ID, QUICK)
-        assert len(server.of("config.json")) == 2
+        assert hub.answers_for(REPO_ID)
+        assert len(server.requests) == 2
 
 
 def test_what_is_in_the_cache_is_loaded_while_nobody_answers(caplog, paths, tmp_path):

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from face_distill import download_weight
-from shared import modelscope
+from shared import hub, web
 from shared.errors import UserError
 from shared.tools import fetch_model
-from shared.transport import DownloadError, Patience
+from shared.web import DownloadError, Patience
 from tests import hub_server
 from tests.harness import free_port, run_here
 from tests.hub_server import REPO_ID, cut
@@ -32,7 +32,7 @@ FILES = {
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch):
     hub_server.forget_the_users_settings(monkeypatch)
-    monkeypatch.setattr(modelscope, "PATIENCE", QUICK)
+    monkeypatch.setattr(web, "PATIENCE", QUICK)
     for name in ("MODELSCOPE_DOMAIN", "MODELSCOPE_ENDPOINT", "USE_MODELSCOPE_HUB"):
         monkeypatch.delenv(name, raising=False)
 
@@ -44,13 +44,17 @@ def server():
 
 
 def open_it(server, revision="master"):
-    return modelscope.open_repository(REPO_ID, revision, endpoint=server.url, patience=QUICK)
+    return hub.open_modelscope(REPO_ID, revision, endpoint=server.url)
 
 
 def test_files_are_listed_and_fetched_whole(server, tmp_path):
     repository = open_it(server)
     assert repository.files.keys() == FILES.keys()
-    names = ["config.json", *repository.weight_files("vision_model."), list(FILES)[-1]]
+    names = [
+        "config.json",
+        *download_weight.weight_files(repository, "vision_model."),
+        list(FILES)[-1],
+    ]
     repository.fetch(repository.plan(names, tmp_path))
     assert {name for name in FILES if (tmp_path / name).exists()} == set(FILES) - {
         SHARDS[1], "preprocessor_config.json"
@@ -100,13 +104,13 @@ def test_another_answer_than_modelscopes_is_named(server, body):
 def test_a_host_that_cannot_be_reached_is_named():
     endpoint = f"http://127.0.0.1:{free_port()}"
     with pytest.raises(DownloadError, match=r"127\.0\.0\.1 cannot be reached.*Hugging Face Hub"):
-        modelscope.open_repository(REPO_ID, "master", endpoint=endpoint, patience=QUICK)
+        hub.open_modelscope(REPO_ID, "master", endpoint=endpoint)
 
 
 @pytest.mark.parametrize("repo_id", ["", "owner", "a/b/c", "/b", "a/\n", "../b"])
 def test_what_is_no_repository_is_refused(repo_id):
     with pytest.raises(UserError, match="no owner/name"):
-        modelscope.open_repository(repo_id, "master", endpoint="http://127.0.0.1:1")
+        hub.open_modelscope(repo_id, "master", endpoint="http://127.0.0.1:1")
 
 
 def test_a_path_that_leads_out_is_refused(tmp_path):
@@ -129,7 +133,7 @@ def test_a_path_that_leads_out_is_refused(tmp_path):
     ],
 )
 def test_the_address_is_the_one_modelscopes_own_programs_take(environ, endpoint):
-    assert modelscope.endpoint_of(environ) == endpoint
+    assert hub.modelscope_endpoint(environ) == endpoint
 
 
 @pytest.mark.parametrize("how", ["flag", "variable"])
@@ -173,15 +177,15 @@ def test_a_model_is_fetched_in_one_form_by_the_tool(model_server, tmp_path):
 
 
 def test_the_tool_takes_the_hub_too(tmp_path):
-    with hub_server.HubServer({"config.json": b"{}", "pytorch_model.bin": b"weights"}) as hub:
-        ended = run_here(fetch_model.main, [REPO_ID, tmp_path, "--endpoint", hub.url])
+    with hub_server.HubServer({"config.json": b"{}", "pytorch_model.bin": b"weights"}) as there:
+        ended = run_here(fetch_model.main, [REPO_ID, tmp_path, "--endpoint", there.url])
     assert ended.code == 0, ended.text
     assert (tmp_path / "pytorch_model.bin").read_bytes() == b"weights"  # in its only form
 
 
 def local_copy(url, cache):
     environ = {"MODELSCOPE_CACHE": str(cache), "MODELSCOPE_ENDPOINT": url}
-    return modelscope.local_copy(REPO_ID, environ, patience=QUICK)
+    return hub.local_copy(REPO_ID, environ)
 
 
 def test_a_local_copy_is_fetched_once_and_serves_while_nobody_answers(model_server, tmp_path):
@@ -203,7 +207,7 @@ def test_a_local_copy_that_is_not_whole_does_not_serve(model_server, tmp_path):
 
 def test_no_local_copy_leaves_the_cache(tmp_path):
     with pytest.raises(UserError, match="no owner/name"):
-        modelscope.local_copy("../b", {"MODELSCOPE_CACHE": str(tmp_path / "cache")})
+        hub.local_copy("../b", {"MODELSCOPE_CACHE": str(tmp_path / "cache")})
     assert not (tmp_path / "cache").exists()
 
 
@@ -212,12 +216,4 @@ def test_no_local_copy_leaves_the_cache(tmp_path):
     [("auto", "1", True), ("auto", "", False), ("hub", "1", False), ("modelscope", "", True)],
 )
 def test_the_flag_decides_before_the_variable(source, variable, wanted):
-    assert modelscope.is_wanted(source, {"USE_MODELSCOPE_HUB": variable}) == wanted
-
-
-def test_the_test_server_speaks_as_modelscopes_own_client_expects(server, tmp_path):
-    """The client that ms-swift brings along, where it is installed."""
-    client = pytest.importorskip("modelscope_hub")
-    found = client.HubApi(endpoint=server.url).list_repo_files(REPO_ID, "model")
-    names = {item if isinstance(item, str) else item.path for item in found}
-    assert names >= FILES.keys()
+    assert hub.is_wanted(source, {"USE_MODELSCOPE_HUB": variable}) == wanted
