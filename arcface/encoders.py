@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from arcface.section import Section
-from shared import weights
+from shared import hub, weights
 from shared.errors import UserError, did_you_mean
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,6 @@ _KINDS = ("ResNet", "OpenClip")
 _CLASSIFIERS = ("fc.", "head.")  # which an encoder has no use for
 # Where the encoder stands in a state dict: of this recipe, mmpretrain, open_clip.
 _PREFIXES = ("encoder.backbone", "backbone", "visual")
-_HUB_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 Find = Callable[[str], Path | None]
 
 
@@ -108,10 +107,10 @@ def _resnet(settings: Section) -> tuple[Encoder, Find]:
     dim = backbone.fc.in_features
     backbone.fc = nn.Identity()  # what is left ends with the pooled feature
     names = models.get_model_weights(f"resnet{depth}")
-    files = {member.name: Path(member.url).name for member in names}
+    urls = {member.name: member.url for member in names}
 
     def find(name: str) -> Path | None:
-        return Path(torch.hub.get_dir()) / "checkpoints" / files[name] if name in files else None
+        return hub.fetched_weights(urls[name], _torch_cache()) if name in urls else None
 
     return Encoder(backbone, dim, norm_eval=norm_eval), find
 
@@ -142,21 +141,9 @@ def _open_clip(settings: Section) -> tuple[Encoder, Find]:
                 f"the weights {tag} need QuickGELU {'on' if found.get('quick_gelu') else 'off'}: "
                 f"{settings.name}.model_name with or without -quickgelu"
             )
-        return _cached(found) if found else None
+        return hub.clip_weights(found) if found else None
 
     return Encoder(tower, dim, image_size=(height, width)), find
-
-
-def _cached(found: Mapping[str, Any]) -> Path:
-    """The file of an open_clip tag in the Hub's cache, or where it would be put by hand."""
-    from huggingface_hub import constants, try_to_load_from_cache
-
-    repository = str(found.get("hf_hub") or "").strip("/")
-    for file in _HUB_FILES if repository else ():
-        path = try_to_load_from_cache(repository, file)
-        if isinstance(path, str):
-            return Path(path)
-    return Path(constants.HF_HUB_CACHE) / repository.replace("/", "--") / _HUB_FILES[0]
 
 
 def _load(backbone: nn.Module, init_cfg: Section, cwd: Path, find: Find) -> None:
@@ -167,22 +154,32 @@ def _load(backbone: nn.Module, init_cfg: Section, cwd: Path, find: Find) -> None
     init_cfg.refuse_rest()
     if not name:
         raise UserError(f"{init_cfg.name}.checkpoint is missing: a weight file's path or name")
-    path = find(name) or _place_of(name, cwd)
+    try:
+        path = find(name) or _place_of(name, cwd)
+    except hub.NoWeightsError as error:
+        raise UserError(_missing(name, str(error), init_cfg.name)) from None
     if not path.exists():
-        raise UserError(
-            f"the encoder's weights {name} are missing (looked for {path}): put the file there, "
-            f"name another with --cfg-options {init_cfg.name}.checkpoint=PATH, or begin with "
-            "random ones by --init random"
-        )
+        raise UserError(_missing(name, f"looked for {path}", init_cfg.name))
     fill_backbone(backbone, weights.read(path), path, prefix)
     log.info("the encoder starts from %s", path)
 
 
+def _missing(name: str, reason: str, section: str) -> str:
+    return (
+        f"the encoder's weights {name} are missing ({reason}): put the file there, name another "
+        f"with --cfg-options {section}.checkpoint=PATH, or begin with random ones by --init random"
+    )
+
+
 def _place_of(name: str, cwd: Path) -> Path:
-    """The file of a path or, of an address, where torch would keep what it fetched from there."""
+    """The file of a path or, of an address, in torch's cache."""
     if name.startswith(("http://", "https://")):
-        return Path(torch.hub.get_dir()) / "checkpoints" / Path(name).name
+        return hub.fetched_weights(name, _torch_cache())
     return cwd / Path(name).expanduser()
+
+
+def _torch_cache() -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def fill_backbone(

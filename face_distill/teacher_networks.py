@@ -23,6 +23,7 @@ from face_distill import iresnet
 from face_distill.preprocess import Preprocess
 from shared import weights
 from shared.errors import UserError, did_you_mean
+from shared.hub import fetched_weights
 
 TORCHSCRIPT = "torchscript"
 _FACE = (0.5, 0.5, 0.5)  # InsightFace's mean and deviation, RGB
@@ -158,7 +159,7 @@ def open_teacher(source: Path | str, arch: str = "auto", image_size: int | None 
     """The teacher in a weight file, frozen, on the CPU.
 
     source: the path of the file (.pth, .pt, .safetensors); for torchvision also, as text, the name
-    of published weights (IMAGENET1K_V1) that lie in torch's cache. Nothing is downloaded.
+    of published weights (IMAGENET1K_V1), which are fetched into torch's cache.
     arch: "auto" or a name of iresnet.VARIANTS; a torchvision name; "torchscript", which runs the
     file's own code. image_size: side of the input, where the network leaves a choice.
     Raises UserError when the file is missing, damaged, hostile or of another architecture.
@@ -215,7 +216,8 @@ def _open_torchvision(source: Path | str, arch: str, image_size: int | None) -> 
             "networks (resnet50, …)"
         )
     published = _published(source, arch)
-    path = _in_torch_cache(published) if isinstance(source, str) else source
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    path = fetched_weights(published.url, cache) if isinstance(source, str) else source
     state = {
         name: tensor
         for name, tensor in _read_state(path).items()
@@ -261,16 +263,6 @@ def _published(source: Path | str, arch: str) -> Any:
             "or a file"
         )
     return entries[name]
-
-
-def _in_torch_cache(published: Any) -> Path:
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(published.url).name
-    if not path.is_file():
-        raise UserError(
-            f"{path} is missing: nothing is downloaded here; fetch {published.url} and put it "
-            "there, or type --weights FILE"
-        )
-    return path
 
 
 def _open_torchscript(path: Path, image_size: int | None) -> Teacher:

@@ -39,6 +39,7 @@ MODELSCOPE_ENDPOINT, MODELSCOPE_REVISION = "https://www.modelscope.cn", "master"
 Kind = Literal["model", "dataset"]
 
 _OTHER_FORMS = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".ot", ".gguf")
+_CLIP_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -203,11 +204,15 @@ def local_copy(repo_id: str, environ: Mapping[str, str]) -> Path:
 # --- pretrained weights in the libraries' own caches ----------------------------------------------
 
 
+class NoWeightsError(UserError):
+    """Pretrained weights are not in their cache and cannot be fetched; names source and place."""
+
+
 def cached_weights(repo_id: str, names: Sequence[str], cache: Path | None = None) -> Path:
     """The first of `names` that the Hub's repository holds, in the Hub's cache.
 
     cache: in place of HF_HUB_CACHE. What is not there is fetched, and a log line says so before the
-    first byte. Raises UserError, which names address and place, when it cannot be had.
+    first byte. Raises NoWeightsError when it cannot be had.
     """
     folder = Path(cache or constants.HF_HUB_CACHE)
     for name in names:
@@ -221,6 +226,7 @@ def cached_weights(repo_id: str, names: Sequence[str], cache: Path | None = None
         plan = repository.plan([name], place / "snapshots" / repository.commit)
         _announce(repository.endpoint, plan)
         repository.fetch(plan)
+        (place / "refs").mkdir(exist_ok=True)
         write_text(place / "refs" / "main", repository.commit)
     return plan.directory / name
 
@@ -243,6 +249,17 @@ def fetched_weights(url: str, directory: Path) -> Path:
     return path
 
 
+def clip_weights(entry: Mapping[str, Any], cache: Path | None = None) -> Path:
+    """The file of an entry in open_clip's table of weights, where open_clip keeps it.
+
+    Fetched when it is not there; errors as of `cached_weights`.
+    """
+    repository, _, file = str(entry.get("hf_hub") or "").rpartition("/")
+    if not repository:
+        return fetched_weights(str(entry["url"]), cache or Path("~/.cache/clip").expanduser())
+    return cached_weights(repository, [file] if file else _CLIP_FILES, cache)
+
+
 @contextlib.contextmanager
 def _needed(source: str, place: Path) -> Iterator[None]:
     """Name source and place of weights that cannot be fetched."""
@@ -251,7 +268,7 @@ def _needed(source: str, place: Path) -> Iterator[None]:
     except DownloadInterrupted:
         raise
     except UserError as error:
-        raise UserError(
+        raise NoWeightsError(
             f"{place} is missing and cannot be fetched from {source}: {one_line(error)}"
         ) from None
 

@@ -173,6 +173,14 @@ def forget_the_users_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     _close_session_once()
 
 
+def move_hub(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """What HF_ENDPOINT does before the client is imported."""
+    constants = huggingface_hub.constants
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + template)
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+
+
 @cache
 def _close_session_once() -> None:
     """End the connections of a session that has read the user's proxies; a new one is slow."""

@@ -56,23 +56,32 @@ def test_torchvisions_own_state_dict_loads(classifier, tmp_path):
     assert_has_weights_of(build(resnet("resnet18.pth"), cwd=tmp_path), classifier)
 
 
+@pytest.fixture
+def _offline(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("_offline")
 def test_torchvisions_names_stand_for_files_in_its_cache(classifier, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with pytest.raises(
         UserError, match=r"IMAGENET1K_V1 are missing .*resnet18-f37072fd\.pth.*init random"
     ):
         build(resnet("IMAGENET1K_V1"))
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
     torch.save(classifier.state_dict(), tmp_path / "checkpoints" / "resnet18-f37072fd.pth")
     assert_has_weights_of(build(resnet("IMAGENET1K_V1")), classifier)
 
 
+@pytest.mark.usefixtures("_offline")
 def test_an_address_stands_for_the_file_that_was_fetched_from_it(classifier, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     address = "https://example.org/mm/resnet18_in21k.pth"
-    with pytest.raises(UserError, match=r"looked for .*/checkpoints/resnet18_in21k\.pth"):
+    with pytest.raises(
+        UserError, match=r"/checkpoints/resnet18_in21k\.pth .* from https://example"
+    ):
         build(resnet(address))
-    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
     torch.save(classifier.state_dict(), tmp_path / "checkpoints" / "resnet18_in21k.pth")
     assert_has_weights_of(build(resnet(address)), classifier)
 
@@ -197,15 +206,11 @@ def test_a_checkpoint_of_open_clip_gives_its_image_tower(open_clip, tmp_path):
 
 @pytest.mark.slow
 def test_open_clips_names_stand_for_files_in_the_hubs_cache(open_clip, tmp_path, monkeypatch):
-    import huggingface_hub
-
     with pytest.raises(UserError, match=r"did you mean ViT-"):
         build(tower(name="ViT-B-61"))
-    asked = []
-    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *a: asked.append(a))
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"laion2b_s34b_b88k are missing .*CLIP-ViT-B-16-laion2B"):
         build(tower("laion2b_s34b_b88k", "ViT-B-16"))
-    assert ("laion/CLIP-ViT-B-16-laion2B-s34B-b88K", "open_clip_model.safetensors") in asked
     with pytest.raises(UserError, match="openai need QuickGELU on"):
         build(tower("openai", "ViT-B-16"))

@@ -17,20 +17,13 @@ from shared.errors import UserError
 from shared.web import Patience
 from tests import hub_server
 from tests.harness import ROOT, environment
-from tests.hub_server import COMMIT, REPO_ID, HubServer
+from tests.hub_server import COMMIT, REPO_ID, HubServer, move_hub
 from tests.lavic_nano import build_nano, flags_of
 from tests.modelscope_server import ModelScopeServer
 
 CPU = torch.device("cpu")
 NOBODY = "http://127.0.0.1:9"  # the port of a service that is nowhere
 QUICK = Patience(contact=1.0, connect=0.5, silence=0.5, pause=0.01)
-
-
-def move_hub(monkeypatch, url):
-    """What HF_ENDPOINT does before the client is imported."""
-    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + template)
-    monkeypatch.setattr(constants, "ENDPOINT", url)
 
 
 @pytest.fixture(autouse=True)

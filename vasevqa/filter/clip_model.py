@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from shared import weights
+from shared import hub, weights
 from shared.errors import UserError, one_line
 from shared.precision import Amp
 from vasevqa.filter import clip_convert
@@ -92,7 +92,15 @@ def _open_file(source: Source) -> tuple[nn.Module, PreprocessCfg]:
 
 
 def _open_hub(source: Source) -> tuple[nn.Module, PreprocessCfg]:
-    return _create(source, source.arch, pretrained=source.tag, cache_dir=str(source.path))
+    tag = open_clip.get_pretrained_cfg(source.arch, source.tag)
+    if not tag:
+        raise UserError(_why_not(source, f"open_clip knows no weights {source.tag} of it"))
+    try:
+        path = hub.clip_weights(tag, source.path)
+    except hub.NoWeightsError as error:
+        raise UserError(_why_not(source, one_line(error))) from None
+    prepare = {key: tag[key] for key in asdict(PreprocessCfg()) if key in tag}
+    return _create(source, source.arch, pretrained=str(path), force_preprocess_cfg=prepare)
 
 
 def _create(source: Source, name: str, **options: Any) -> tuple[nn.Module, PreprocessCfg]:
@@ -110,9 +118,8 @@ def _why_not(source: Source, reason: str) -> str:
         return f"no CLIP could be loaded from the {source}: {reason[:300]}"
     place = source.path
     return (
-        f"no CLIP weights: looked for {looked_up(place, source.arch)}, which failed: "
-        f"{reason[:160]}; put a CLIP into {place}, or type --model_cache_dir PATH (a mirror of the "
-        "hub: HF_ENDPOINT=https://…)"
+        f"no CLIP weights: looked for {looked_up(place, source.arch)}, which failed: {reason}; put "
+        f"a CLIP into {place}, or type --model_cache_dir PATH"
     )
 
 
