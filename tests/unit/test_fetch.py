@@ -181,7 +181,7 @@ def test_right_content_without_a_checksum_is_put_in_place(server, tmp_path, name
     assert of_kind(server, tmp_path, name, KINDS[name][0]).is_file()
 
 
-@pytest.mark.parametrize(("name", "content"), WRONG)
+@pytest.mark.parametrize(("name", "content"), WRONG, ids=range(len(WRONG)))  # a zip has its time
 def test_wrong_content_without_a_checksum_is_never_put_in_place(server, tmp_path, name, content):
     with pytest.raises(DownloadError, match=f"{name} came from 127.0.0.1 with "):
         of_kind(server, tmp_path, name, content)
