@@ -22,7 +22,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
     add("--heads", type=int, default=4, help="attention heads, a divisor of width")
     add("--width", type=int, default=64, help="embedding dimension")
     add("--lr", type=float, default=3e-3, help="learning rate; a cosine takes it to a tenth")
-    add("--amp", action="store_true", help="mixed precision, bfloat16")
+    add("--amp", action="store_true", help="mixed precision in bfloat16, for GPUs")
     add("--snapshot_path", "--snapshot-path", type=Path, default="gpt_snapshot.pt", help="file")
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
