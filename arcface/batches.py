@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from arcface.inshop import Garment
 from arcface.section import refuse_unknown
-from shared.errors import UserError
+from shared.errors import UserError, shown
 
 _SETTINGS = ("type", "num_classes", "mean", "std", "to_rgb")
 
@@ -100,11 +100,13 @@ def open_preprocess(settings: Any, direction: str = "horizontal") -> Preprocess:
     name = "data_preprocessor"
     refuse_unknown(settings, name, _SETTINGS, "dict(mean=…, std=…)")
     if settings.get("to_rgb", True) is not True:
-        raise UserError(f"{name}.to_rgb is {settings['to_rgb']!r}: pictures are RGB here, use True")
+        raise UserError(
+            f"{name}.to_rgb is {shown(settings['to_rgb'])}: pictures are RGB here, use True"
+        )
     for key in ("mean", "std"):
         values, kind = settings.get(key), "three numbers" + " above 0" * (key == "std")
         if not _is_colour(values) or (key == "std" and min(settings[key]) <= 0):
-            raise UserError(f"{name}.{key} is {values!r}, expected {kind}, in grey levels")
+            raise UserError(f"{name}.{key} is {shown(values)}, expected {kind}, in grey levels")
     return Preprocess(settings["mean"], settings["std"], direction)
 
 

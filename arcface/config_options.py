@@ -16,13 +16,14 @@ from __future__ import annotations
 import ast
 import copy
 import fnmatch
+import itertools
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from arcface.config_reader import RECIPE, merge
-from shared.errors import UserError, did_you_mean
+from arcface.config_reader import DEEPEST, RECIPE, is_scalar, merge
+from shared.errors import UserError, did_you_mean, shortened, shown
 
 DATASETS = (
     *("train_dataloader", "val_dataloader", "test_dataloader"),
@@ -71,7 +72,11 @@ def with_options(
         key, equals, text = option.partition("=")
         parts = key.strip().split(".")
         if not equals or not all(parts):
-            raise UserError(f"--cfg-options {option}: expected key=value, as in train_cfg.x=1")
+            raise UserError(
+                f"--cfg-options {shortened(option)}: expected key=value, as in train_cfg.x=1"
+            )
+        if _depth(text) > DEEPEST:
+            raise UserError(f"--cfg-options {shortened(option)}: nested too deeply to be read")
         remark = _unknown(config, parts, known)
         if remark and strict:
             raise UserError(f"--cfg-options {remark} (--strict-cfg refuses it)")
@@ -104,7 +109,7 @@ def data_roots(config: dict[str, Any], cwd: Path) -> dict[str, Path]:
             continue
         if not isinstance(value, str) or not value.strip():
             raise UserError(
-                f"{key} is {'empty' if value in ('', None) else repr(value)}: type "
+                f"{key} is {'empty' if value in ('', None) else shown(value)}: type "
                 f"`export data_path=/…/inshop` before the command, or --data-root PATH; {_LAYOUT}"
             )
         found[name] = _existing(key, value, cwd)
@@ -138,7 +143,13 @@ def _is_plain(value: Any) -> bool:
         return all(isinstance(key, str | int) and _is_plain(v) for key, v in value.items())
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
-    return isinstance(value, str | int | float | None)  # no sets, bytes, complex, Ellipsis
+    return is_scalar(value)  # no sets, bytes, complex, Ellipsis
+
+
+def _depth(text: str) -> int:
+    """How many brackets are open at once."""
+    steps = ((sign in "([{") - (sign in ")]}") for sign in text)
+    return max(itertools.accumulate(steps), default=0)
 
 
 def _split(text: str) -> list[str] | None:
@@ -184,8 +195,9 @@ def _unknown(config: dict[str, Any], parts: list[str], known: tuple[str, ...]) -
             here = here[part]
         else:
             place = ".".join(parts[:depth])
-            return f"{dotted}: {place or 'the configuration'} has no {part}" + _hint(
-                config, dotted, place, part, [*here, *_below(known, place)]
+            return (
+                f"{shortened(dotted)}: {place or 'the configuration'} has no {shortened(part)}"
+                + _hint(config, dotted, place, part, [*here, *_below(known, place)])
             )
         if here is None:
             return ""
@@ -247,7 +259,7 @@ def _key(here: Any, part: str, above: list[str]) -> Any:
     if isinstance(here, dict):
         return part
     if not isinstance(here, list):
-        raise UserError(f"--cfg-options {place}.{part}: {place} is {here!r}, it has no keys")
+        raise UserError(f"--cfg-options {place}.{part}: {place} is {shown(here)}, it has no keys")
     if not _is_index(here, part):
         raise UserError(
             f"--cfg-options {place}.{part}: {place} is a list of length {len(here)}, allowed are "

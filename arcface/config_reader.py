@@ -20,12 +20,13 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
-from shared.errors import UserError, did_you_mean, one_line
+from shared.errors import UserError, did_you_mean, one_line, shown
 from shared.files import is_file
 
 RECIPE = Path(__file__).resolve().parent
 ROOT = RECIPE.parent
 DELETE = "_delete_"
+DEEPEST = 50  # lists and dicts in one another
 MOST_VALUES = 100_000  # in one file, copies counted: lists of copies of lists grow without bound
 
 _TEMPLATE = re.compile(r"\{\{\s*([\w.]+)\s*\}\}")
@@ -57,9 +58,12 @@ def read_config(path: Path) -> dict[str, Any]:
     or circular base, two bases that assign the same name, and a dict over what is no dict.
     """
     try:
-        return _read(Path(path), ())
+        found = _read(Path(path), ())
+        if _depth(found) <= DEEPEST:
+            return found
     except RecursionError:
-        raise UserError(f"{path}: nested too deeply to be read") from None
+        pass
+    raise UserError(f"{path}: nested too deeply to be read")
 
 
 def merge(base: dict[str, Any], child: dict[str, Any], name: str = "") -> dict[str, Any]:
@@ -199,7 +203,7 @@ class _File:
     def _constant(self, node: ast.Constant) -> Any:
         if isinstance(node.value, str):
             return self._filled_in(node.value, node)
-        if isinstance(node.value, _SCALAR):
+        if is_scalar(node.value):
             return node.value
         self._refuse(node)  # bytes, complex numbers, ...
 
@@ -229,7 +233,7 @@ class _File:
             if not isinstance(key, ast.Constant) or not isinstance(key.value, str | int):
                 self._refuse(node, "a dict's keys are words or whole numbers")
             if key.value in found:
-                self._refuse(node, f"the key {key.value!r} stands twice in one dict")
+                self._refuse(node, f"the key {shown(key.value)} stands twice in one dict")
             found[key.value] = self._value(value)
         return found
 
@@ -298,10 +302,21 @@ class _File:
         )
 
 
+def is_scalar(value: Any) -> bool:
+    """Whether it is text, None, or a number that can be written out."""
+    return isinstance(value, _SCALAR) and not (isinstance(value, int) and abs(value) >= 2**64)
+
+
 def _count(value: Any) -> int:
     """How many values there are in `value`, itself counted."""
     inner = value.values() if isinstance(value, dict) else value
     return 1 + sum(map(_count, inner)) if isinstance(value, dict | list | tuple) else 1
+
+
+def _depth(value: Any) -> int:
+    """How many lists and dicts are in one another."""
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(_depth, inner), default=0) if isinstance(value, dict | list | tuple) else 0
 
 
 def _without_marks(value: Any) -> Any:
@@ -312,5 +327,5 @@ def _without_marks(value: Any) -> Any:
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
+    text = shown(value)
     return text if len(text) <= 60 else f"a {type(value).__name__}"

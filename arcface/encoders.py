@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from arcface.section import Section
 from shared import hub, weights
-from shared.errors import UserError, did_you_mean
+from shared.errors import UserError, did_you_mean, shown
 
 log = logging.getLogger(__name__)
 
@@ -98,10 +98,12 @@ def _resnet(settings: Section) -> tuple[Encoder, Find]:
     depth = settings.get("depth")
     if depth not in DEPTHS:
         allowed = ", ".join(map(str, DEPTHS))
-        raise UserError(f"{settings.name}.depth is {depth!r}; allowed: {allowed}")
+        raise UserError(f"{settings.name}.depth is {shown(depth)}; allowed: {allowed}")
     for key, allowed in _RESNET.items():
         if settings.get(key, allowed[0]) not in allowed:
-            raise UserError(f"{settings.name}.{key} is {settings.get(key)!r}, only {allowed[0]} is")
+            raise UserError(
+                f"{settings.name}.{key} is {shown(settings.get(key))}, only {allowed[0]} is"
+            )
     norm_eval = settings.flag("norm_eval", False)
     backbone = getattr(models, f"resnet{depth}")(weights=None)
     dim = backbone.fc.in_features
@@ -124,7 +126,7 @@ def _open_clip(settings: Section) -> tuple[Encoder, Find]:
     known = open_clip.list_models()
     if name not in known:
         raise UserError(
-            f"{settings.name}.model_name is {name!r}, which open_clip does not have"
+            f"{settings.name}.model_name is {shown(name)}, which open_clip does not have"
             f"{did_you_mean(name, known)}"
         )
     config: dict[str, Any] = open_clip.get_model_config(name) or {}

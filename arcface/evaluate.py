@@ -9,6 +9,7 @@ Prints a table and writes retrieval.json, retrieval.txt and contact_sheet.html: 
 ten nearest pictures, right and wrong ones marked.
 """
 
+import logging
 import os
 import sys
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
 from shared.files import make_output
 from shared.launch import launch_alone
+from shared.settings import Count, Seed
 
 if TYPE_CHECKING:
     from arcface.run_settings import Settings
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 RECIPE = Path(__file__).resolve().parent
 CHECKPOINT = RECIPE / "work_dirs" / "resnet50-arcface_8xb32_inshop"
 DEMO_CHECKPOINT = RECIPE / "demo" / "runs" / "resnet18-arcface_demo"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -37,24 +41,17 @@ class Config:
     checkpoint: Path = option(CHECKPOINT, "best_….pth, epoch_N.pth, or a run directory")
     data_root: Path | None = option(None, "the inshop directory; default: the run's")
     out: Path | None = option(None, "where results go; default: evaluation, beside the checkpoint")
-    limit: int | None = option(
+    limit: Count | None = option(
         None, "queries, spread over the list, against the whole gallery; default: all"
     )
     config: str | None = option(
         None, "configuration file; default: what the run beside the checkpoint was trained with"
     )
     cfg_options: tuple[str, ...] = option((), "key=value pairs over the configuration")
-    batch_size: int | None = option(None, "pictures embedded at a time; default: the run's")
-    examples: int = option(24, "queries on the contact sheet")
-    seed: int = option(0, "seed of the choice of these queries")
+    batch_size: Count | None = option(None, "pictures embedded at a time; default: the run's")
+    examples: Count = option(24, "queries on the contact sheet")
+    seed: Seed = option(0, "seed of the choice of these queries")
     tool: ToolOptions = field(default_factory=ToolOptions)
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work."""
-        for name in ("limit", "batch_size", "examples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,7 +62,14 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = _file(cfg)
     settings = _settings(cfg, checkpoint)
     out = cfg.out or checkpoint.parent / "evaluation"
+    from arcface.run_settings import check_data
+
+    remarks = check_data(settings)
+    for remark in settings.remarks:
+        log.warning(remark)
     if cfg.tool.dry_run:
+        for remark in remarks:  # which an evaluation makes when it opens the lists
+            log.warning(remark)
         data = settings.roots[settings.recipe.query.name]
         sys.stdout.write(f"{checkpoint} on {data}; results go to {out}\n")
         return 0

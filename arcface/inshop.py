@@ -18,13 +18,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from arcface.partition import Picture, read_partition
+from arcface.partition import LIST, Picture, read_partition
 from arcface.pipeline import Pipeline, build_pipeline
 from arcface.section import refuse_unknown
-from shared.errors import UserError, one_line
+from shared.errors import UserError, one_line, shown
 from shared.images import decode_rgb
 
-LIST = "Eval/list_eval_partition.txt"
 LEFT_OUT = -1  # position of an item whose picture could not be read
 _SETTINGS = ("type", "data_root", "split", "pipeline", "data_prefix", "ann_file", "test_mode")
 
@@ -150,14 +149,14 @@ def open_inshop(settings: Any, root: Path, name: str, max_bad: float = 0.01) -> 
     """
     refuse_unknown(settings, name, _SETTINGS, "dict(type='InShop', …)")
     if settings.get("type") != "InShop":
-        raise UserError(f"{name}.type is {settings.get('type')!r}, allowed: InShop")
+        raise UserError(f"{name}.type is {shown(settings.get('type'))}, allowed: InShop")
     words = {
         key: settings.get(key, default)
         for key, default in (("split", "train"), ("data_prefix", "Img"), ("ann_file", LIST))
     }
     for key, value in words.items():
         if not isinstance(value, str):
-            raise UserError(f"{name}.{key} is {value!r}, expected text")
+            raise UserError(f"{name}.{key} is {shown(value)}, expected text")
     pipeline = build_pipeline(settings.get("pipeline"), f"{name}.pipeline")
     return InShop(
         root,

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from shared.errors import UserError, did_you_mean, one_line
+from shared.errors import UserError, did_you_mean, one_line, shown
 
+LIST = "Eval/list_eval_partition.txt"  # below the data root
 SPLITS = ("train", "query", "gallery")
 _SHOWN = 5  # faults spelled out in the error's one line
 
@@ -53,7 +54,7 @@ class Partition:
     def split(self, name: str) -> tuple[Picture, ...]:
         """The pictures of `name`. Raises UserError for an unknown split and an empty one."""
         if name not in SPLITS:
-            raise UserError(f"split is {name!r}, allowed: {', '.join(SPLITS)}")
+            raise UserError(f"split is {shown(name)}, allowed: {', '.join(SPLITS)}")
         pictures: tuple[Picture, ...] = getattr(self, name)
         if not pictures:
             raise UserError(f"{self.path}: no line has the status {name}")

@@ -9,13 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
-from torch import Tensor
-from torch.nn import functional
+from shared.errors import UserError, did_you_mean, shown
+from shared.settings import SIZES, Range
 
-from shared.errors import UserError, did_you_mean
+if TYPE_CHECKING:  # steps are checked before torch is imported
+    from torch import Tensor
 
 Shape = tuple[int | None, int | None]  # height and width; None: differs from picture to picture
 _INTERPOLATIONS = ("bilinear", "bicubic")
@@ -61,10 +61,8 @@ class RandomFlip:
 
     def __post_init__(self) -> None:
         _check("direction", self.direction, _DIRECTIONS)
-        if isinstance(self.prob, bool) or not isinstance(self.prob, int | float):
-            raise ValueError(f"prob is {self.prob!r}, expected a number from 0 to 1")
-        if not 0 <= self.prob <= 1:
-            raise ValueError(f"prob is {self.prob}, allowed are 0 to 1")
+        if not Range(0, 1).fits(self.prob, float):
+            raise ValueError(f"prob is {shown(self.prob)}, expected a number from 0 to 1")
 
 
 @dataclass(frozen=True)
@@ -109,8 +107,8 @@ class ResizeEdge:
     def __post_init__(self) -> None:
         _check("edge", self.edge, _EDGES)
         _check("interpolation", self.interpolation, _INTERPOLATIONS)
-        if isinstance(self.scale, bool) or not isinstance(self.scale, int) or self.scale < 1:
-            raise ValueError(f"scale is {self.scale!r}, expected a number of pixels")
+        if not SIZES.fits(self.scale, int):
+            raise ValueError(f"scale is {shown(self.scale)}, expected {SIZES.describe(int)}")
 
     def __call__(self, image: Tensor) -> Tensor:
         """See Step."""
@@ -159,6 +157,8 @@ class RandomCrop:
 
     def __call__(self, image: Tensor) -> Tensor:
         """See Step."""
+        import torch
+
         height, width = _sides("crop_size", self.crop_size)
         down, right = _room(image, height, width)
         top, left = (int(torch.randint(room + 1, ())) for room in (down, right))
@@ -193,6 +193,8 @@ class Pipeline:
         Random numbers come from torch's global generator, which the loader seeds for each sample.
         Raises ValueError for a picture that is smaller than the part to cut out.
         """
+        import torch
+
         for step in self.steps:
             image = step(image)
         return image, self.flip.prob > 0 and float(torch.rand(())) < self.flip.prob
@@ -205,7 +207,7 @@ def build_pipeline(settings: Any, name: str = "pipeline") -> Pipeline:
     setting that does not exist, a wrong value, and steps that leave pictures of several sizes.
     """
     if not isinstance(settings, Sequence) or isinstance(settings, str):
-        raise UserError(f"{name} is {settings!r}, expected a list of dict(type=…)")
+        raise UserError(f"{name} is {shown(settings)}, expected a list of dict(type=…)")
     built = [_build_step(entry, f"{name}.{index}") for index, entry in enumerate(settings)]
     if not built or not isinstance(built[0], LoadImageFromFile):
         raise UserError(f"{name}: the first step must be dict(type='LoadImageFromFile')")
@@ -223,7 +225,7 @@ def build_pipeline(settings: Any, name: str = "pipeline") -> Pipeline:
 
 def _build_step(entry: Any, name: str) -> Any:
     if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
-        raise UserError(f"{name} is {entry!r}, expected dict(type=…)")
+        raise UserError(f"{name} is {shown(entry)}, expected dict(type=…)")
     settings = dict(entry)
     kind = settings.pop("type")
     if kind not in _KINDS:
@@ -264,6 +266,8 @@ def resize(image: Tensor, height: int, width: int, interpolation: str = "bilinea
     The kernel that works on interleaved colours takes a third of the time of the other. Bilinear:
     equal to Pillow at whole factors; else one grey level off, two at most, in few pixels.
     """
+    from torch.nn import functional
+
     if image.shape[-2:] == (height, width):
         return image
     batch = image.permute(1, 2, 0).contiguous()[None].permute(0, 3, 1, 2)
@@ -272,15 +276,17 @@ def resize(image: Tensor, height: int, width: int, interpolation: str = "bilinea
 
 def _check(name: str, value: Any, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
+        raise ValueError(f"{name} is {shown(value)}, allowed: {', '.join(allowed)}")
 
 
 def _sides(name: str, value: Any) -> tuple[int, int]:
     """Two sides from a number or a pair."""
     pair = (value, value) if isinstance(value, int) else value
     is_pair = isinstance(pair, list | tuple) and len(pair) == 2
-    if not is_pair or not all(type(side) is int and side > 0 for side in pair):
-        raise ValueError(f"{name} is {value!r}, expected a number of pixels or two of them")
+    if not is_pair or not all(SIZES.fits(side, int) for side in pair):
+        raise ValueError(
+            f"{name} is {shown(value)}, expected {SIZES.describe(int)} (pixels), or two of them"
+        )
     return pair[0], pair[1]
 
 

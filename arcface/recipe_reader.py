@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from arcface.recipe import AdaptiveMargins, Checkpoints, Head, Loader, Optimizer, Recipe
 from arcface.section import Section, is_number
-from shared.errors import UserError, one_line
+from shared.errors import UserError, one_line, shown
+from shared.settings import COUNTS, SEEDS, SIZES, WORKERS, Range
 
 # Dotted keys that are read though a file may not hold them, for config_options.with_options.
 KNOWN = (
@@ -35,6 +36,8 @@ _TOP_LEVEL = (
 )
 _HOOKS_OF_NO_EFFECT = ("PrepareProtoBeforeValLoopHook", "SyncBuffersHook")  # done here anyway
 _ADAPTIVE = "SetAdaptiveMarginsHook"
+_LONGEST_PATH = 255  # of what is typed for a list of margins
+_OR_NONE = Range(-1, COUNTS.high)
 _OPTIMIZERS = ("SGD", "AdamW")
 # Keys of files written for mmpretrain that say what is so here anyway, or steer what is not here.
 _PASSED_OVER = {
@@ -119,9 +122,9 @@ def _recipe(top: Section, its: _Sections, cwd: Path) -> Recipe:
         optimizer=_optimizer(its.optim, its.optimizer),
         schedule=top.get("param_scheduler", []),
         base_batch_size=_base_batch_size(its.scaling),
-        epochs=its.train.whole("max_epochs", None, low=1),
-        val_interval=its.train.whole("val_interval", 1, low=1),
-        val_begin=its.train.whole("val_begin", 1, low=1),
+        epochs=its.train.whole("max_epochs", None),
+        val_interval=its.train.whole("val_interval", 1),
+        val_begin=its.train.whole("val_begin", 1),
         val_before_train=its.train.flag("val_before_train", False),
         val_amp=its.val.flag("fp16", False),
         recall_at=recall_at,
@@ -129,7 +132,7 @@ def _recipe(top: Section, its: _Sections, cwd: Path) -> Recipe:
         log_interval=_log_interval(its.logger),
         checkpoints=_checkpoints(its.checkpoint),
         amp=_amp(its.optim),
-        seed=its.randomness.whole("seed", None),
+        seed=its.randomness.whole("seed", None, SEEDS),
         cudnn_benchmark=its.env.flag("cudnn_benchmark", False),
         sync_bn=top.get("sync_bn") not in (None, False),
         load_from=top.text("load_from", None),
@@ -144,14 +147,14 @@ def _head(head: Section, adaptive: AdaptiveMargins | None, cwd: Path) -> Head:
         raise UserError(f"{loss.name}.loss_weight must be 1.0: scale lr in its place")
     if head.get("init_cfg") is not None:
         raise UserError(f"{head.name}.init_cfg must be None: the centres start from random numbers")
-    num_classes = head.whole("num_classes", 0, low=2)
+    num_classes = head.whole("num_classes", 0, Range(2, COUNTS.high))
     rate = head.number("sample_rate", 1.0, above=0)
     if rate > 1:
         raise UserError(f"{head.name}.sample_rate is {rate}, allowed are numbers up to 1")
     return Head(
         num_classes=num_classes,
-        in_channels=head.whole("in_channels", 0, low=1),
-        sub_centres=head.whole("num_subcenters", 1, low=1),
+        in_channels=head.whole("in_channels", 0, SIZES),
+        sub_centres=head.whole("num_subcenters", 1),
         scale=head.number("scale", 64.0, above=0),
         margins=_margins(head.get("margins", 0.5), num_classes, f"{head.name}.margins", cwd),
         easy_margin=head.flag("easy_margin", False),
@@ -163,20 +166,23 @@ def _head(head: Section, adaptive: AdaptiveMargins | None, cwd: Path) -> Head:
 
 def _margins(value: Any, num_classes: int, name: str, cwd: Path) -> float | tuple[float, ...]:
     """One margin, or one a class from a list or a text file of numbers."""
-    if isinstance(value, str):
+    if isinstance(value, str) and len(value) < _LONGEST_PATH:
         path = cwd / Path(value).expanduser()
         try:
             value = [float(word) for word in path.read_text(encoding="utf-8-sig").split()]
         except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else one_line(error)
             raise UserError(
-                f"{name}: {path} cannot be read: {one_line(error)}; expected a number a class"
+                f"{name}: {path} cannot be read: {why}; expected a number a class"
             ) from None
     single = is_number(value)
-    values = [value] if single else value
+    values: Any = [value] if single else value
     if not isinstance(values, list | tuple) or not all(
         is_number(margin) and 0 <= margin < 1.57 for margin in values
     ):
-        raise UserError(f"{name} is {value!r}, expected radians from 0 to 1.57: one, or a list")
+        raise UserError(
+            f"{name} is {shown(value)}, expected radians from 0 to 1.57: one, or a list"
+        )
     if not single and len(values) != num_classes:
         raise UserError(f"{name} has {len(values)} numbers for {num_classes} classes")
     return float(value) if single else tuple(map(float, values))
@@ -199,15 +205,17 @@ def _adaptive(top: Section) -> AdaptiveMargins | None:
 def _loader(loader: Section) -> Loader:
     dataset = loader.get("dataset")
     if not isinstance(dataset, dict):
-        raise UserError(f"{loader.name}.dataset is {dataset!r}, expected dict(type='InShop', …)")
+        raise UserError(
+            f"{loader.name}.dataset is {shown(dataset)}, expected dict(type='InShop', …)"
+        )
     sampler = loader.section("sampler", {})
     sampler.one_of("type", ("DefaultSampler",), "DefaultSampler")
     for key in ("pin_memory", "persistent_workers", "prefetch_factor", "collate_fn", "drop_last"):
         loader.get(key)  # of no effect: see the README
     return Loader(
         name=loader.name,
-        batch_size=loader.whole("batch_size", 0, low=1),
-        workers=loader.whole("num_workers", 0),
+        batch_size=loader.whole("batch_size", 0),
+        workers=loader.whole("num_workers", 0, WORKERS),
         dataset=dataset,
     )
 
@@ -225,7 +233,7 @@ def _optimizer(wrapper: Section, optimizer: Section) -> Optimizer:
     else:
         options["eps"] = optimizer.number("eps", 1e-8, above=0)
         options["betas"] = _betas(optimizer)
-    if wrapper.whole("accumulative_counts", 1, low=1) != 1:
+    if wrapper.whole("accumulative_counts", 1) != 1:
         raise UserError(f"{wrapper.name}.accumulative_counts must be 1 here")
     clip = wrapper.section("clip_grad", {})
     norm = clip.number("max_norm", None, above=0)
@@ -239,7 +247,7 @@ def _betas(optimizer: Section) -> tuple[float, float]:
     value = optimizer.get("betas", (0.9, 0.999))
     is_pair = isinstance(value, list | tuple) and len(value) == 2
     if not is_pair or not all(is_number(beta) and 0 <= beta < 1 for beta in value):
-        raise UserError(f"{optimizer.name}.betas is {value!r}, expected two numbers in [0, 1)")
+        raise UserError(f"{optimizer.name}.betas is {shown(value)}, expected two numbers in [0, 1)")
     return value[0], value[1]
 
 
@@ -265,7 +273,7 @@ def _amp(wrapper: Section) -> str | None:
 
 
 def _base_batch_size(scaling: Section) -> int | None:
-    base = scaling.whole("base_batch_size", None, low=1)
+    base = scaling.whole("base_batch_size", None)
     if not scaling.flag("enable", False):
         return None
     if base is None:
@@ -275,7 +283,7 @@ def _base_batch_size(scaling: Section) -> int | None:
 
 def _log_interval(logger: Section) -> int:
     logger.one_of("type", ("LoggerHook",), "LoggerHook")
-    return logger.whole("interval", 10, low=1)
+    return logger.whole("interval", 10)
 
 
 def _checkpoints(hook: Section) -> Checkpoints:
@@ -283,8 +291,8 @@ def _checkpoints(hook: Section) -> Checkpoints:
     hook.one_of("rule", ("greater",), "greater")
     if not hook.flag("by_epoch", True):
         raise UserError(f"{hook.name}.by_epoch must be True: interval counts epochs")
-    interval = hook.whole("interval", 1, low=-1)
-    keep = hook.whole("max_keep_ckpts", -1, low=-1)
+    interval = hook.whole("interval", 1, _OR_NONE)
+    keep = hook.whole("max_keep_ckpts", -1, _OR_NONE)
     best = hook.text("save_best", None)
     return Checkpoints(
         interval=max(0, interval),
@@ -300,8 +308,8 @@ def _depths(top: Section) -> tuple[tuple[int, ...], tuple[int, ...]]:
         kind = entry.one_of("type", tuple(found))
         depths = entry.get("topk", 1)
         depths = depths if isinstance(depths, list | tuple) else [depths]
-        if not all(type(k) is int and k > 0 for k in depths):
-            raise UserError(f"{entry.name}.topk is {depths!r}, expected whole numbers above 0")
+        if not all(COUNTS.fits(k, int) for k in depths):
+            raise UserError(f"{entry.name}.topk is {shown(depths)}, expected whole numbers above 0")
         entry.one_of("mode", ("IR",), "IR")
         for key in ("prefix", "collect_device"):
             entry.get(key)

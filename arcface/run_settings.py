@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from arcface import config_options, config_reader
+from arcface.partition import LIST, Partition, read_partition
+from arcface.pipeline import build_pipeline
 from arcface.recipe import Recipe, deciding
 from arcface.recipe_reader import KNOWN, read_recipe
+from arcface.schedule import learning_rate_factor
 from shared.config import RunOptions, option
 from shared.errors import UserError
 from shared.files import read_json
@@ -128,6 +131,41 @@ def changes(run_dir: Path, now: dict[str, Any]) -> list[str]:
         return differing(_flat(stored_configuration(run_dir)), _flat(now))
     except UserError:
         return []
+
+
+def check_data(settings: Settings) -> list[str]:
+    """A remark for each oddity of the lists of pictures. Raises UserError for what is wrong.
+
+    Lists, pipelines and learning rates are looked at before torch is loaded.
+    """
+    recipe, read = settings.recipe, dict[Path, Partition]()
+    for loader in (recipe.train, recipe.query, recipe.gallery):
+        path = settings.roots[loader.name] / str(loader.dataset.get("ann_file", LIST))
+        read[path] = read.get(path) or read_partition(path)
+        read[path].split(str(loader.dataset.get("split", "train")))
+        build_pipeline(loader.dataset.get("pipeline"), f"{loader.name}.dataset.pipeline")
+    learning_rate_factor(recipe.schedule, 1, recipe.optimizer.lr)
+    return [remark for partition in read.values() for remark in partition.remarks()]
+
+
+def check_weights(settings: Settings, init: str) -> None:
+    """Raise UserError for a path of weights where there is no file; names of weights pass."""
+    encoder: Any = settings.recipe.encoder
+    first = encoder[0] if isinstance(encoder, list | tuple) and encoder else encoder
+    init_cfg = first.get("init_cfg") if isinstance(first, dict) and init == "pretrained" else None
+    named = {
+        "model.image_encoder.0.init_cfg.checkpoint": (init_cfg or {}).get("checkpoint"),
+        "load_from": settings.recipe.load_from,
+    }
+    for key, name in named.items():
+        if not isinstance(name, str) or "://" in name:
+            continue
+        is_path = "/" in name or name.endswith((".pth", ".pt", ".bin", ".safetensors"))
+        if is_path and not (settings.cwd / Path(name).expanduser()).exists():
+            raise UserError(
+                f"{key}: {settings.cwd / Path(name).expanduser()} is missing: give a weight "
+                "file's path"
+            )
 
 
 def _settle(configuration: dict[str, Any], overrides: Overrides, cwd: Path) -> Settings:

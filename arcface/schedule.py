@@ -42,8 +42,8 @@ def _factor(entry: Section, steps_per_epoch: int, base_lr: float) -> Factor:
     by_epoch = entry.flag("by_epoch", True)
     every_step = entry.flag("convert_to_iter_based", False) or not by_epoch
     unit = steps_per_epoch if by_epoch and every_step else 1  # of begin, end and T_max, in ticks
-    begin = entry.number("begin", 0.0) * unit
-    end = entry.number("end", math.inf) * unit
+    begin = entry.number("begin", 0.0, low=0) * unit
+    end = entry.number("end", math.inf, low=0) * unit
     shape = {
         "LinearLR": _linear,
         "CosineAnnealingLR": _cosine,
@@ -60,26 +60,26 @@ def _factor(entry: Section, steps_per_epoch: int, base_lr: float) -> Factor:
 
 
 def _linear(entry: Section, length: float, _unit: int, _base: float) -> Shape:
-    first, last = entry.number("start_factor", 1 / 3), entry.number("end_factor", 1.0)
+    first, last = entry.number("start_factor", 1 / 3, low=0), entry.number("end_factor", 1.0, low=0)
     span = max(1.0, length - 1)
     return lambda done: first + (last - first) * done / span
 
 
 def _cosine(entry: Section, length: float, unit: int, base_lr: float) -> Shape:
-    given = entry.number("T_max", None)
+    given = entry.number("T_max", None, above=0)
     period = length if given is None else given * unit
     if not 0 < period < math.inf:
         raise UserError(f"{entry.name}.T_max is missing: give it, or begin and end")
-    lowest = entry.number("eta_min", 0.0) / base_lr
+    lowest = entry.number("eta_min", 0.0, low=0) / base_lr
     return lambda done: lowest + (1 - lowest) * (1 + math.cos(math.pi * done / period)) / 2
 
 
 def _constant(entry: Section, length: float, _unit: int, _base: float) -> Shape:
-    factor = entry.number("factor", 1 / 3)
+    factor = entry.number("factor", 1 / 3, low=0)
     return lambda done: factor if done < length - 1 else 1.0
 
 
 def _multi_step(entry: Section, _length: float, unit: int, _base: float) -> Shape:
     milestones = [number * unit for number in entry.numbers("milestones")]
-    gamma = entry.number("gamma", 0.1)
+    gamma = entry.number("gamma", 0.1, low=0)
     return lambda done: gamma ** sum(milestone <= done for milestone in milestones)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from shared.errors import UserError, did_you_mean
+from shared.errors import UserError, did_you_mean, shown
+from shared.settings import COUNTS, Range
 
 D = TypeVar("D", float, int, bool, None)
+ANY = Range(-Range.high)  # number
 
 
 class Section:
@@ -20,7 +21,7 @@ class Section:
 
     def __init__(self, values: Any, name: str) -> None:
         if not isinstance(values, dict):
-            raise UserError(f"{name} is {values!r}, expected dict(…)")
+            raise UserError(f"{name} is {shown(values)}, expected dict(…)")
         self.name = name
         self._values, self._known = values, list[str]()
 
@@ -46,33 +47,29 @@ class Section:
         return value if isinstance(value, bool) else self._refuse(key, value, "True or False")
 
     def number(
-        self, key: str, default: D, *, low: float = -math.inf, above: float = -math.inf
+        self, key: str, default: D, *, low: float = ANY.low, above: float = ANY.low
     ) -> float | D:
         """A finite number of at least `low` and above `above`; None only as the default."""
         value = self.get(key, default)
-        if value is default:
-            return value
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self._refuse(key, value, "a number")
-        if not (math.isfinite(value) and value >= low and value > above):
-            limit = f" above {above:g}" if above > low else f" of at least {low:g}"
-            self._refuse(key, value, "a number" + (limit if max(low, above) > -math.inf else ""))
+        allowed = Range(max(low, above), above=above > low)
+        if value is not default and not allowed.fits(value, float):
+            self._refuse(key, value, allowed.describe(float))
         return value
 
-    def whole(self, key: str, default: Any, *, low: int = 0) -> Any:
-        """A whole number of at least `low`; None only as the default."""
+    def whole(self, key: str, default: Any, allowed: Range = COUNTS) -> Any:
+        """A whole number that `allowed` holds; None only as the default."""
         value = self.get(key, default)
         if value is None and default is None:
             return None
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            self._refuse(key, value, f"a whole number of at least {low}")
+        if not allowed.fits(value, int):
+            self._refuse(key, value, allowed.describe(int))
         return value
 
     def numbers(self, key: str) -> list[float]:
         """A list of numbers."""
         value = self.get(key)
         if not isinstance(value, list | tuple) or not all(map(is_number, value)):
-            self._refuse(key, value, "a list of numbers")
+            self._refuse(key, value, f"a list, each {ANY.describe(float)}")
         return list(value)
 
     def text(self, key: str, default: str | None) -> str | None:
@@ -109,14 +106,14 @@ class Section:
         return f"{self.name}.{key}" if self.name else str(key)
 
     def _refuse(self, key: str, value: Any, expected: str) -> Any:
-        found = f"is {value!r}" if key in self._values else "is missing"
+        found = f"is {shown(value)}" if key in self._values else "is missing"
         raise UserError(f"{self._dotted(key)} {found}, expected {expected}")
 
 
 def refuse_unknown(settings: Any, name: str, allowed: Sequence[str], form: str) -> None:
     """Raise UserError unless `settings` is a dict with no keys but `allowed`; form: an example."""
     if not isinstance(settings, dict):
-        raise UserError(f"{name} is {settings!r}, expected {form}")
+        raise UserError(f"{name} is {shown(settings)}, expected {form}")
     for key in settings:
         if key not in allowed:
             hint = did_you_mean(str(key), allowed)
@@ -124,5 +121,5 @@ def refuse_unknown(settings: Any, name: str, allowed: Sequence[str], form: str) 
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a finite int or float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is an int or a float, and neither infinite nor beyond use."""
+    return ANY.fits(value, float)

@@ -23,7 +23,7 @@ from shared import distributed, seed
 from shared.allocator import keep_freed_memory
 from shared.checkpoint import Parts, Position
 from shared.distributed import World
-from shared.errors import UserError
+from shared.errors import UserError, shown
 from shared.precision import Amp
 from shared.reporter import Plan
 from shared.retrieval import MAP_AT, RECALL_AT
@@ -204,7 +204,9 @@ def _check_best(recipe: Recipe) -> None:
     names += [f"mAP@{k}{kind}" for k in sorted(precision) for kind in ("", "_min")]
     if best is not None and best not in names:
         allowed = ", ".join(f"retrieval/{name}" for name in names)
-        raise UserError(f"default_hooks.checkpoint.save_best is {best!r}; allowed: auto, {allowed}")
+        raise UserError(
+            f"default_hooks.checkpoint.save_best is {shown(best)}; allowed: auto, {allowed}"
+        )
 
 
 def _is_due(recipe: Recipe, epoch: int) -> bool:

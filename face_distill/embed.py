@@ -27,6 +27,7 @@ from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
 from shared.files import read_json, write_json
 from shared.launch import launch_alone
+from shared.settings import Count, Workers
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,19 +56,14 @@ class Config:
     checkpoint: Path = option(CHECKPOINT, "trained student, run directory or exported adapter")
     blip_path: Path | None = option(None, "BLIP-2 directory; default: the run's, or blip2_weights")
     out: Path = option(OUT, "where the rows go (.npy); the names go beside it (.json)")
-    batch_size: int = option(64, "images embedded at a time")
+    batch_size: Count = option(64, "images embedded at a time")
     flip: bool = option(True, "add the embedding of the mirror image, as in verification")
     normalise: bool = option(True, "bring each row to unit length")
-    workers: int = option(4, "threads that decode images")
+    workers: Workers = option(4, "threads that decode images")
     tool: ToolOptions = field(default_factory=ToolOptions)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        if self.batch_size < 1 or self.workers < 0:
-            raise ValueError(
-                f"batch_size must be at least 1 and workers at least 0, got {self.batch_size} and "
-                f"{self.workers}"
-            )
         if self.out.suffix != ".npy":
             raise ValueError(f"--out {self.out} must end with .npy")
 

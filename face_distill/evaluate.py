@@ -14,6 +14,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
@@ -21,6 +22,7 @@ from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
 from shared.files import make_output
 from shared.launch import launch_alone
+from shared.settings import Count, Range
 
 # --- configuration: edit here, or type the flag of the same name ----------------------------------
 PROJECT_ROOT = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120, as documented
@@ -43,7 +45,9 @@ class Config:
     )
     data_root: Path = option(Path(DATA_ROOT), "directory of lfw.bin …, or one .bin file")
     out: Path | None = option(None, "where results go; default: evaluation, beside the checkpoint")
-    limit: int | None = option(None, "pairs of each set, spread over it; default: all")
+    limit: Annotated[int, Range(FEWEST_PAIRS)] | None = option(
+        None, "pairs of each set, spread over it; default: all"
+    )
     blip_path: Path | None = option(None, "BLIP-2 directory; default: the run's, or blip2_weights")
     teacher: Path | None = option(
         None, "a network's weights, or a directory of its embeddings of the pairs (lfw.npy …)"
@@ -51,15 +55,8 @@ class Config:
     teacher_arch: str = option(
         "auto", "the network in --teacher: auto (IResNets), a torchvision name, torchscript"
     )
-    batch_size: int = option(128, "images embedded at a time")
+    batch_size: Count = option(128, "images embedded at a time")
     tool: ToolOptions = field(default_factory=ToolOptions)
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work."""
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
-        if self.limit is not None and self.limit < FEWEST_PAIRS:
-            raise ValueError(f"limit must be at least {FEWEST_PAIRS} pairs, got {self.limit}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -19,13 +19,14 @@ import re
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
 from shared.config import ProcessOptions, ToolOptions, option, parse
 from shared.errors import UserError
 from shared.launch import launch, world_size
+from shared.settings import Count, Positive, Range, Workers
 
 PROJECT_ROOT = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120, as train_distill
 
@@ -51,28 +52,17 @@ class Config:
     data_root: Path = option(Path(DATA_ROOT), "faces_emore, or <identity>/<image>")
     selection: Literal["first_n", "per_id"] = option("first_n", "which images: see README")
     limit: int = option(LIMIT, "number of images; 0: all there are")
-    per_id: int = option(20, "images of each identity with --selection per_id")
+    per_id: Count = option(20, "images of each identity with --selection per_id")
     out: Path = option(Path(TEACHER_FEAT_DIR), "where the files go")
     map: Literal["probability", "features"] = option("probability", "what is kept of the map")
-    temperature: float = option(1.0, "divides the energy before the softmax; above 1: flatter")
-    image_size: int | None = option(
+    temperature: Positive = option(1.0, "divides the energy before the softmax; above 1: flatter")
+    image_size: Annotated[int, Range(32, 4096)] | None = option(
         None, "side of the teacher's input; default: 112 for faces, torchvision's own"
     )
-    batch_size: int = option(64, "images a step and process")
-    workers: int = option(4, "loader workers a process")
+    batch_size: Count = option(64, "images a step and process")
+    workers: Workers = option(4, "loader workers a process")
     tool: ToolOptions = field(default_factory=ToolOptions)
     processes: ProcessOptions = field(default_factory=ProcessOptions)
-
-    def __post_init__(self) -> None:
-        """Refuse what no extraction can use."""
-        for name in ("per_id", "batch_size", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("limit", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be 0 or more, got {getattr(self, name)}")
-        if self.image_size is not None and self.image_size < 32:
-            raise ValueError(f"image_size must be at least 32 pixels, got {self.image_size}")
 
     @property
     def weights_source(self) -> Path | str:

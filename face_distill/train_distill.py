@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
@@ -19,6 +19,15 @@ from shared.config import RunOptions, option, parse
 from shared.errors import UserError
 from shared.files import open_lock
 from shared.launch import launch, world_size
+from shared.settings import (
+    COUNTS,
+    Count,
+    Positive,
+    Range,
+    ShareBelowOne,
+    Workers,
+    number,
+)
 
 # --- configuration: edit here, or type the flag of the same name ----------------------------------
 PROJECT_ROOT = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120, as documented
@@ -44,9 +53,9 @@ class Config:
     teacher_feat_dir: Path = option(
         Path(TEACHER_FEAT_DIR), "teacher_embedding.npy and teacher_feat_map.npy", scope="free"
     )
-    batch_size: int = option(BATCH_SIZE, "images a step, summed over all processes")
-    epochs: int = option(EPOCHS, "passes over the images", scope="length")
-    lr: float = option(LR, "learning rate, cosine to 0 over the epochs")
+    batch_size: Count = option(BATCH_SIZE, "images a step, summed over all processes")
+    epochs: Count = option(EPOCHS, "passes over the images", scope="length")
+    lr: Positive = option(LR, "learning rate, cosine to 0 over the epochs")
     weight_decay: float = option(1e-4, "AdamW's weight decay")
     lambda_arc: float = option(1.0, "weight of the ArcFace loss")
     lambda_at: float = option(LAMBDA_AT, "weight of the attention transfer")
@@ -56,21 +65,25 @@ class Config:
     at_mode: Literal["auto", "kl_energy", "zagoruyko", "kl_minmax"] = option(
         "auto", "attention transfer; auto: kl_energy for probability maps, zagoruyko for features"
     )
-    arc_margin: float = option(0.5, "ArcFace's angular margin, radians")
-    arc_scale: float = option(64.0, "ArcFace's scale")
+    arc_margin: Annotated[float, Range(0, 1.57)] = option(0.5, "ArcFace's angular margin, radians")
+    arc_scale: Positive = option(64.0, "ArcFace's scale")
     num_classes: str = option("auto", "identities of the ArcFace head; auto: those selected")
     warmup_epochs: int = option(1, "first epochs with ArcFace alone")
-    patience: int = option(5, "epochs without a lower loss before the run stops")
-    val_fraction: float = option(0.0, "share of the images held out for the validation loss")
+    patience: Count = option(5, "epochs without a lower loss before the run stops")
+    val_fraction: ShareBelowOne = option(
+        0.0, "share of the images held out for the validation loss"
+    )
     selection: Literal["first_n", "per_id"] = option("first_n", "which images: see README")
-    per_id: int = option(20, "images of each identity with --selection per_id")
+    per_id: Count = option(20, "images of each identity with --selection per_id")
     adapter_layers: str = option("spread:12", "layers with adapters: spread:N or last:N")
-    image_size: int | None = option(None, "side of the tower's input; default: the tower's own")
-    clip_norm: float | None = option(None, "largest norm of the gradients; default: any")
+    image_size: Annotated[int, Range(32, 4096)] | None = option(
+        None, "side of the tower's input; default: the tower's own"
+    )
+    clip_norm: Positive | None = option(None, "largest norm of the gradients; default: any")
     gradient_checkpointing: bool = option(False, "less memory for more time", scope="free")
     full_checkpoint: bool = option(False, "save the whole student, tower included", scope="free")
     cache: bool = option(True, "decode every image once, into shared memory", scope="free")
-    workers: int = option(4, "loader workers a process", scope="free")
+    workers: Workers = option(4, "loader workers a process", scope="free")
     verify: Path | None = option(None, "pairs (lfw.bin …) to verify before and after", scope="free")
     log_dir: Path | None = option(
         None, "TensorBoard; default logs/adapter_face_distill", scope="free"
@@ -80,13 +93,8 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
-        for name in ("batch_size", "epochs", "lr", "per_id", "patience"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"val_fraction must be in [0, 1), got {self.val_fraction}")
-        if self.num_classes != "auto" and not self.num_classes.isdigit():
-            raise ValueError(f"num_classes must be auto or a number, got {self.num_classes}")
+        if self.num_classes != "auto":
+            number("num_classes (auto or a number)", self.num_classes, int, COUNTS)
 
     @property
     def largest_norm(self) -> float:

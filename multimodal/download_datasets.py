@@ -29,6 +29,7 @@ from shared.config import option, parse
 from shared.errors import DONE, INTERRUPTED, MissingToolError, UserError, did_you_mean, one_line
 from shared.files import read_object, write_json
 from shared.launch import launch_alone
+from shared.settings import Connections
 
 if TYPE_CHECKING:
     from multimodal.clip_sources import YouTube
@@ -58,17 +59,12 @@ class Config:
         "youtube", "AudioCaps' sounds: youtube, hf:OWNER/NAME or local:DIRECTORY"
     )
     cookies: Path | None = option(None, "cookies.txt of a browser that YouTube knows")
-    max_workers: int = option(4, "clips fetched from YouTube at once")
+    max_workers: Connections = option(4, "clips fetched from YouTube at once")
     mirror: str | None = option(None, "address of a directory with all files, in place of theirs")
     demo: bool = option(False, "make the built-in demo data, in multimodal/demo; fetch nothing")
     config: Path | None = option(None, "YAML or JSON file of these settings")
     dry_run: bool = option(False, "say what is there and what it takes, fetch nothing")
     print_config: bool = option(False, "print the settings as JSON, stop")
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work."""
-        if self.max_workers < 1:
-            raise ValueError(f"max_workers must be at least 1, got {self.max_workers}")
 
 
 @dataclass(frozen=True)

@@ -14,15 +14,16 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
 
 from shared.config import ToolOptions, option, parse
-from shared.errors import UserError
+from shared.errors import UserError, shown
 from shared.files import make_output, write_atomic, write_json
 from shared.launch import launch_alone
+from shared.settings import Count, Range, Workers
 
 if TYPE_CHECKING:
     from multimodal.trained import Embedder, Features
@@ -47,19 +48,18 @@ class Config:
     audio_template: str = option("the sound of {}", "the same for sounds")
     checkpoint: Path = option(OUTPUTS, "a checkpoint, or a run's output directory (its best model)")
     out: Path = option(OUT, "directory for the results")
-    batch_size: int = option(64, "pictures or sounds at a time")
-    workers: int = option(4, "processes that read files; 0: none but this")
-    max_seconds: float = option(30.0, "of a sound that are heard, from its beginning")
+    batch_size: Count = option(64, "pictures or sounds at a time")
+    workers: Workers = option(4, "processes that read files; 0: none but this")
+    max_seconds: Annotated[float, Range(0, 3600, above=True)] = option(
+        30.0, "of a sound that are heard, from its beginning"
+    )
     tool: ToolOptions = field(default_factory=ToolOptions)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        for name in ("batch_size", "max_seconds"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         for name in ("template", "audio_template"):
             if "{}" not in getattr(self, name):
-                raise ValueError(f"{name} {getattr(self, name)!r} needs {{}} for the label")
+                raise ValueError(f"{name} {shown(getattr(self, name))} needs {{}} for the label")
 
 
 @dataclass(frozen=True)

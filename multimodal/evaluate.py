@@ -22,6 +22,7 @@ from shared.config import ToolOptions, option, parse
 from shared.errors import UserError, did_you_mean
 from shared.files import make_output, write_json, write_text
 from shared.launch import launch_alone
+from shared.settings import Count, Workers
 
 RECIPE = Path(__file__).resolve().parent
 OUTPUTS = RECIPE / "outputs"
@@ -37,19 +38,17 @@ class Config:
     data_root: Path | None = option(None, "where the data sets lie; default: the run's, or data/")
     datasets: tuple[str, ...] = option((), "evaluate these; default: all that are there")
     split: Literal["val", "test"] = option("test", "which held-out split")
-    limit: int | None = option(None, "items of each data set, spread over the split; default: all")
+    limit: Count | None = option(
+        None, "items of each data set, spread over the split; default: all"
+    )
     out: Path | None = option(None, "where results go; default: evaluation/ in the run's directory")
     report: bool = option(True, "add the figures to the newest report of the run")
-    batch_size: int = option(64, "pictures or sounds at a time")
-    workers: int = option(4, "processes that read files; 0: none but this")
+    batch_size: Count = option(64, "pictures or sounds at a time")
+    workers: Workers = option(4, "processes that read files; 0: none but this")
     tool: ToolOptions = field(default_factory=ToolOptions)
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        for name in ("limit", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         for name in self.datasets:
             if name not in NAMES:
                 raise ValueError(

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
 
 from shared.config import option, parse_own
-from shared.errors import DONE, FAILED, MISSING_TOOL, UserError, did_you_mean
+from shared.errors import DONE, FAILED, MISSING_TOOL, USER_ERROR, UserError, did_you_mean
 from shared.files import read_object
 from shared.launch import launch_alone
 from shared.stages import Stage, StageOptions, command_stage, run_stages
@@ -96,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.demo:
         cfg = _with_demo(cfg)
     if cfg.dry_run:
+        if _settings(cfg, rest) is None:
+            return USER_ERROR
         for name, command in (("download", _download(cfg)), ("training", _training(cfg, rest)),
                               ("evaluation", _evaluation(cfg))):  # fmt: skip
             sys.stdout.write(f"{name}: {' '.join(map(str, command))}\n")
@@ -175,7 +177,7 @@ def _preflight(cfg: Config, rest: list[str]) -> int:
     """Find out now what would fail after hours: flags, disk, programs, keys."""
     settings = _settings(cfg, rest)
     if settings is None:
-        return 2
+        return USER_ERROR
     if cfg.skip_download or cfg.demo:
         return DONE
     from multimodal import downloading

@@ -14,16 +14,28 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
 
 from shared.config import RunOptions, option, parse, parse_known
-from shared.errors import UserError
+from shared.errors import UserError, shown
 from shared.files import open_lock
 from shared.launch import launch, world_size
-from shared.settings import differing, leaves, plain
+from shared.settings import (
+    Count,
+    Positive,
+    Range,
+    Share,
+    ShareBelowOne,
+    Size,
+    Workers,
+    differing,
+    leaves,
+    number,
+    plain,
+)
 
 HERE = Path(__file__).resolve().parent
 DATA_SETS = ("coco", "clotho", "audiocaps", "voxceleb")
@@ -38,21 +50,23 @@ class Config:
     model_size: Literal["tiny", "small", "base", "large", "nano"] = option(
         "base", "15, 35, 80 or 200 million parameters; nano for tests"
     )
-    batch_size: int = option(8, "samples computed at once on each process")
-    epochs: int = option(100, "epochs of all stages; how they are divided is part of a run")
-    lr: float = option(1e-4, "highest learning rate")
+    batch_size: Count = option(8, "samples computed at once on each process")
+    epochs: Count = option(100, "epochs of all stages; how they are divided is part of a run")
+    lr: Positive = option(1e-4, "highest learning rate")
     config: Path = option(HERE / "config.yaml", "YAML file with the defaults", scope="free")
 
-    embed_dim: int = option(512, "width of all features")
+    embed_dim: Size = option(512, "width of all features")
     use_checkpoint: bool = option(True, "compute activations again to save memory", scope="free")
     attention: Literal["sdpa", "chunked", "math"] = option("sdpa", "the same by other kernels")
-    dropout: float = option(0.0, "share of each block's outputs that is dropped")
+    dropout: ShareBelowOne = option(0.0, "share of each block's outputs that is dropped")
     activation: Literal["gelu", "quick_gelu"] = option("gelu", "quick_gelu for OpenAI's weights")
     pretrained: str = option(
         "auto", "an open_clip file, none, or auto: the one in <data root>/pretrained"
     )
 
-    gradient_accumulation_steps: int = option(4, "batches a step; gradients as of one large batch")
+    gradient_accumulation_steps: Count = option(
+        4, "batches a step; gradients as of one large batch"
+    )
     use_amp: bool = option(True, "bf16 where the GPU has it, else fp16; off on the CPU")
     stage_epochs: str = option("30/40/30", "how the stages share the epochs")
     datasets: tuple[str, ...] = option((), "train on these alone; default: all that are there")
@@ -62,34 +76,27 @@ class Config:
     loss: Literal["infonce", "sigmoid"] = option("infonce", "how pairs are told from strangers")
     local_loss: bool = option(False, "each process scores its own rows alone; saves memory")
     label_weight: float = option(0.2, "of labels beside pairs, in the last stage")
-    modality_dropout: float = option(0.3, "share of pairs shown one modality, in the last stage")
-    balance: float = option(0.5, "1: data sets by their size; 0: all alike; between: between")
-    warmup: float = option(0.05, "share of each stage in which the learning rate rises")
+    modality_dropout: ShareBelowOne = option(
+        0.3, "share of pairs shown one modality, in the last stage"
+    )
+    balance: Share = option(0.5, "1: data sets by their size; 0: all alike; between: between")
+    warmup: ShareBelowOne = option(0.05, "share of each stage in which the learning rate rises")
     tower_lr: float = option(0.1, "learning rate of the towers in the last stage, of --lr")
     weight_decay: float = option(0.1, "AdamW's, without gains, biases and temperatures")
-    clip_norm: float = option(1.0, "largest norm of the gradients")
-    clip_seconds: float = option(10.0, "length of the sounds in training")
-    eval_batch_size: int = option(64, "samples of a validation batch", scope="free")
-    checkpoint_every: int = option(10, "epochs between checkpoint_epoch_N.pt", scope="free")
-    max_steps: int | None = option(None, "stop after so many steps", scope="length")
-    workers: int = option(4, "loader workers a process and data set", scope="free")
+    clip_norm: Positive = option(1.0, "largest norm of the gradients")
+    clip_seconds: Annotated[float, Range(0, 3600, above=True)] = option(
+        10.0, "length of the sounds in training"
+    )
+    eval_batch_size: Count = option(64, "samples of a validation batch", scope="free")
+    checkpoint_every: Count = option(10, "epochs between checkpoint_epoch_N.pt", scope="free")
+    max_steps: Count | None = option(None, "stop after so many steps", scope="length")
+    workers: Workers = option(4, "loader workers a process and data set", scope="free")
     feature_cache: Path | None = option(None, "keep the sounds' features there", scope="free")
     estimate: bool = option(False, "print the memory that training takes, stop", scope="free")
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
-        names = ("batch_size", "epochs", "lr", "embed_dim", "gradient_accumulation_steps")
-        for name in (*names, "clip_norm", "clip_seconds", "eval_batch_size", "checkpoint_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        for name in ("dropout", "modality_dropout", "warmup"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        if not 0 <= self.balance <= 1:
-            raise ValueError(f"balance must be in [0, 1], got {self.balance}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps must be above 0, got {self.max_steps}")
         unknown = [name for name in self.datasets if name not in DATA_SETS]
         if unknown:
             raise ValueError(f"datasets: {unknown[0]} is none of {', '.join(DATA_SETS)}")
@@ -99,11 +106,12 @@ class Config:
     def shares(self) -> list[float]:
         """How the three stages share the epochs."""
         try:
-            shares = [float(part) for part in self.stage_epochs.split("/")]
-        except ValueError:
+            parts = self.stage_epochs.split("/")
+            shares = [number("a share", part, float, Range()) for part in parts]
+        except UserError:
             shares = []
-        if len(shares) != 3 or min(shares) < 0 or sum(shares) <= 0:
-            raise ValueError(f"stage_epochs must be like 30/40/30, got {self.stage_epochs}")
+        if len(shares) != 3 or sum(shares) <= 0:
+            raise ValueError(f"stage_epochs must be like 30/40/30, got {shown(self.stage_epochs)}")
         return shares
 
     @property

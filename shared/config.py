@@ -19,11 +19,25 @@ import sys
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from shared import flags, settings_file
+from shared.device import check_name
 from shared.errors import UserError, one_line
-from shared.settings import Scope, own_names, settings
+from shared.settings import (
+    PORTS,
+    Count,
+    Port,
+    Range,
+    Scope,
+    Seconds,
+    Seed,
+    in_range,
+    number,
+    own_leaves,
+    own_names,
+    settings,
+)
 
 C = TypeVar("C")
 
@@ -54,25 +68,32 @@ def option(
 class ProcessOptions:
     """Flags for the launcher of processes; torchrun's names."""
 
-    nproc: int | None = option(
+    nproc: Count | None = option(
         None,
         "processes on this host; default: one a visible GPU, 1 without (also: NPROC_PER_NODE)",
         scope="free",
         aliases=("--nproc-per-node",),
     )
-    nnodes: int = option(1, "number of hosts", scope="free")
+    nnodes: Count = option(1, "number of hosts", scope="free")
     node_rank: int = option(0, "this host's number, from 0", scope="free")
     master_addr: str | None = option(None, "host 0's name or address", scope="free")
-    master_port: int | None = option(None, "a free port on host 0 (one host: chosen)", scope="free")
+    master_port: Port | None = option(
+        None, "a free port on host 0 (one host: chosen)", scope="free"
+    )
     rdzv_backend: str | None = option(None, "rendezvous backend, as torchrun's", scope="free")
     rdzv_endpoint: str | None = option(None, "rendezvous host:port, as torchrun's", scope="free")
     rdzv_id: str | None = option(None, "rendezvous id, as torchrun's", scope="free")
     max_restarts: int = option(
         0, "start all processes again from the last checkpoint after a crash", scope="free"
     )
-    shutdown_timeout: int = option(
+    shutdown_timeout: Annotated[int, Range(0, 2_000_000)] = option(
         120, "seconds to save and leave after SIGTERM before SIGKILL", scope="free"
     )
+
+    def __post_init__(self) -> None:
+        _, colon, port = (self.rdzv_endpoint or "").rpartition(":")
+        if colon and not port.endswith("]"):  # of an IPv6 address without a port
+            number("the port of rdzv_endpoint", port, int, PORTS)
 
 
 @dataclass(frozen=True)
@@ -97,22 +118,22 @@ class RunOptions:
     amp: Literal["off", "bf16", "fp16", "auto"] = option(
         "off", "mixed precision; typed alone: auto", const="auto"
     )
-    seed: int = option(0, "seed of weights, order and augmentation")
-    log_every: int = option(20, "steps between log lines and metrics", scope="free")
-    save_every: int = option(500, "steps between checkpoints", scope="free")
-    keep: int = option(2, "checkpoints to keep, to fall back on", scope="free")
+    seed: Seed = option(0, "seed of weights, order and augmentation")
+    log_every: Count = option(20, "steps between log lines and metrics", scope="free")
+    save_every: Count = option(500, "steps between checkpoints", scope="free")
+    keep: Count = option(2, "checkpoints to keep, to fall back on", scope="free")
     on_full_disk: Literal["continue", "stop"] = option(
         "continue", "after a periodic checkpoint that could not be written", scope="free"
     )
-    max_bad_steps: int = option(10, "non-finite steps in a row before the run stops", scope="free")
-    timeout: float = option(1800.0, "seconds one process waits for another", scope="free")
+    max_bad_steps: Count = option(
+        10, "non-finite steps in a row before the run stops", scope="free"
+    )
+    timeout: Seconds = option(1800.0, "seconds one process waits for another", scope="free")
     processes: ProcessOptions = field(default_factory=ProcessOptions)
     typed: frozenset[str] = frozenset()  # fields the user gave; filled by parse
 
     def __post_init__(self) -> None:
-        for name in ("log_every", "save_every", "keep", "max_bad_steps", "timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        check_name(self.device)
 
     @property
     def is_explicit_resume(self) -> bool:
@@ -133,6 +154,9 @@ class ToolOptions:
         "off", "mixed precision; typed alone: auto", const="auto"
     )
     typed: frozenset[str] = frozenset()  # fields the user gave; filled by parse
+
+    def __post_init__(self) -> None:
+        check_name(self.device)
 
 
 class HasRunOptions(Protocol):
@@ -190,6 +214,7 @@ def parse_own(
 def _build(defaults: C, given: dict[str, Any], typed: frozenset[str]) -> C:
     """`defaults` with the flat `given` values in their places. Raises UserError."""
     changes: dict[str, Any] = {}
+    own = own_leaves(defaults)
     for item in dataclasses.fields(typing.cast(Any, defaults)):
         value = getattr(defaults, item.name)
         if dataclasses.is_dataclass(value):
@@ -197,8 +222,7 @@ def _build(defaults: C, given: dict[str, Any], typed: frozenset[str]) -> C:
             changes[item.name] = _build(value, below, typed)
         elif item.name == "typed":
             changes[item.name] = typed
-        elif item.name in given:
-            changes[item.name] = given[item.name]
+    changes |= {name: in_range(own[name], given[name]) for name in own.keys() & given.keys()}
     try:
         return dataclasses.replace(typing.cast(Any, defaults), **changes)
     except ValueError as error:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shared.errors import UserError
+from shared.errors import UserError, shortened
 
 if TYPE_CHECKING:
     import torch
@@ -53,6 +54,14 @@ def check_mask(environ: Mapping[str, str], present: int) -> None:
         )
 
 
+def check_name(name: str) -> None:
+    """Raise UserError for what is no device's name."""
+    if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,4})?", name):
+        raise UserError(
+            f"--device {shortened(name)} is not known; allowed: auto, cpu, cuda, cuda:N"
+        )
+
+
 def resolve(name: str, local_rank: int, environ: Mapping[str, str]) -> torch.device:
     """The device for this process: `auto`, `cpu`, `cuda` (one a process) or `cuda:N`.
 
@@ -62,11 +71,8 @@ def resolve(name: str, local_rank: int, environ: Mapping[str, str]) -> torch.dev
     """
     import torch
 
+    check_name(name)
     kind, _, number = name.partition(":")
-    if kind not in ("auto", "cpu", "cuda") or (
-        number and not (kind == "cuda" and number.isdigit())
-    ):
-        raise UserError(f"--device {name} is not known; allowed: auto, cpu, cuda, cuda:N")
     present = present_gpus()
     if kind == "cpu" or (kind == "auto" and visible_gpus(environ, present) == 0):
         if kind == "auto":

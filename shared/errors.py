@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import sys
 from collections.abc import Collection, Iterable
 
@@ -36,6 +37,10 @@ class MissingToolError(UserError):
 
 
 _LONGEST_LINE = 3000  # characters: a message may quote what a file or a command line held
+_LONGEST_VALUE = 80
+_QUOTED = reprlib.Repr()  # bounded in depth and breadth: a YAML file of one kilobyte can name more
+_QUOTED.maxstring = _QUOTED.maxother = _QUOTED.maxlong = 10 * _LONGEST_VALUE
+_QUOTED.maxlevel = 3
 
 
 def one_line(error: BaseException) -> str:
@@ -46,6 +51,21 @@ def one_line(error: BaseException) -> str:
     if len(text) > _LONGEST_LINE:
         text = text[: _LONGEST_LINE // 2] + " … " + text[-_LONGEST_LINE // 2 :]
     return text or type(error).__name__
+
+
+def shown(value: object) -> str:
+    """`value` as a message quotes it: like repr, in at most 80 characters."""
+    try:
+        return shortened(_QUOTED.repr(value))
+    except ValueError:  # of a whole number that Python does not write out
+        return f"a {type(value).__name__} of more than 4,000 digits"
+
+
+def shortened(text: str) -> str:
+    """The beginning of `text` when it has more than 80 characters, and how many it has."""
+    if len(text) <= _LONGEST_VALUE:
+        return text
+    return f"{text[:50]}… ({len(text):,} characters)"
 
 
 _NUMBER = re.compile(r"\d+")

@@ -7,20 +7,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 import typing
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from shared import gone
-from shared.errors import UserError, did_you_mean
-from shared.settings import Setting, own_names, reader_of, without_none
+from shared.errors import UserError, did_you_mean, shortened
+from shared.settings import Setting, own_leaves, own_names, reader_of, without_none
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse that raises UserError in place of printing its usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the flags")
+        short = re.sub(r"\S{81,}", lambda word: shortened(word[0]), message)
+        raise UserError(f"{short}; --help lists the flags")
 
 
 _of_script: frozenset[str] = frozenset()
@@ -46,7 +48,7 @@ def read(defaults: Any, argv: list[str], usage: str | None) -> dict[str, Any]:
     if unknown:
         name = unknown[0].partition("=")[0]
         near = did_you_mean(name, parser._option_string_actions)
-        raise UserError(f"unknown argument {name}{near or '; --help lists the flags'}")
+        raise UserError(f"unknown argument {shortened(name)}{near or '; --help lists the flags'}")
     return vars(known)
 
 
@@ -92,7 +94,7 @@ def _add_flags(
     parser: argparse.ArgumentParser, defaults: Any, group: Any = None, hidden: Any = frozenset()
 ) -> None:
     """Add a flag for every setting; each nested dataclass becomes a group of the help."""
-    hints = typing.get_type_hints(type(defaults))
+    own = own_leaves(defaults)
     for item in dataclasses.fields(defaults):
         value = getattr(defaults, item.name)
         if dataclasses.is_dataclass(value):
@@ -100,7 +102,7 @@ def _add_flags(
             inner = parser.add_argument_group(title)
             _add_flags(parser, value, inner, hidden | own_names(defaults))
         elif item.name not in {"typed", *hidden}:
-            _add_flag(group or parser, Setting(item, hints[item.name], value))
+            _add_flag(group or parser, own[item.name])
 
 
 def _add_flag(parser: Any, setting: Setting) -> None:

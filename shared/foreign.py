@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from shared import guard, lock, outcome, processes
 from shared.child import Child
@@ -23,6 +23,7 @@ from shared.config import option
 from shared.errors import DONE, FAILED, MISSING_TOOL, USER_ERROR, MissingToolError
 from shared.foreign_log import JsonLinesProgress
 from shared.prctl import adopt_orphans
+from shared.settings import Range
 from shared.signals import exit_code_for, name_of
 from shared.status import Status
 
@@ -38,7 +39,7 @@ class ForeignOptions:
     run_dir: Path | None = option(None, "where status, lock and metrics go", scope="free")
     recipe: str = option("", "whose run this is, for status.json", scope="free")
     total_steps: int = option(0, "steps in all, when the program's log does not say", scope="free")
-    shutdown_timeout: int = option(
+    shutdown_timeout: Annotated[int, Range(0, 2_000_000)] = option(
         120, "seconds to save and leave after SIGTERM before SIGKILL", scope="free"
     )
 

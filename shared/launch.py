@@ -37,6 +37,7 @@ from shared.files import write_json
 from shared.flags import dashed
 from shared.outcome import Failure
 from shared.prctl import die_with_parent
+from shared.settings import COUNTS, PROCESSES, number
 
 log = logging.getLogger(__name__)
 
@@ -114,11 +115,9 @@ def _count_processes(flags: _Flags, argv: list[str], fit: Fit | None) -> int:
     typed = flags.processes.nproc
     variable = os.environ.get("NPROC_PER_NODE")
     if typed is None and variable:
-        if not variable.isdigit():
-            raise UserError(f"NPROC_PER_NODE={variable} must be a number of processes, or unset")
-        typed = int(variable)
+        typed = number("NPROC_PER_NODE", variable, int, COUNTS)
     if typed is not None:
-        limit = visible or max(64, os.cpu_count() or 1)
+        limit = visible or PROCESSES.high
         if not 1 <= typed <= limit:
             have = f"{visible} GPU(s) are visible" if visible else "no GPU is visible"
             raise UserError(f"--nproc {typed}: {have}; allowed: 1 to {limit}, or --device cpu")
@@ -151,7 +150,7 @@ def _together(main: Main, argv: list[str], options: ProcessOptions, count: int) 
     _planned_world_size = count * options.nnodes
     dry_argv = argv if "--dry-run" in argv else [*argv, "--dry-run"]
     asked = any(flag in argv for flag in _WITHOUT_TRAINING)
-    logging.disable(logging.NOTSET if asked else logging.INFO)
+    logging.disable(logging.NOTSET if asked else logging.WARNING)  # the run says these itself
     checked = _guard(main, argv if asked else dry_argv, rank=0)
     logging.disable(logging.NOTSET)
     if isinstance(checked, Failure):

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from shared import gone
-from shared.errors import UserError, did_you_mean, one_line
+from shared.errors import UserError, did_you_mean, one_line, shortened, shown
 from shared.files import read_json
-from shared.settings import Setting, from_plain, leaves, plain, reader_of, without_none
+from shared.settings import Setting, from_plain, in_range, leaves, plain, reader_of, without_none
 
 RESUME_WORDS = ("auto", "latest", "never")
-_MOST_BRACKETS = 10_000  # in a file of settings
+_MOST_BRACKETS = 1_000  # in a file of settings
 _ONE_CALL = ("dry_run", "print_config", "config", "allow_reshard")  # asked for anew each time
 
 
@@ -29,7 +29,7 @@ def read(defaults: Any, path: Path | None) -> dict[str, Any]:
             gone.refuse(["--" + name.replace("_", "-")])
             near = did_you_mean(name, known)
             raise UserError(
-                f"{path}: unknown setting {written}{near or '; --help lists the names'}"
+                f"{path}: unknown setting {shortened(written)}{near or '; --help lists the names'}"
             )
         given[name] = checked(known[name], value, path)
     return given
@@ -57,7 +57,7 @@ def load_file(path: Path) -> dict[str, Any]:
         raise UserError(
             f"--config {path} must hold `name: value` lines, found {type(loaded).__name__}"
         )
-    return {str(name): value for name, value in loaded.items()}
+    return {name if isinstance(name, str) else shown(name): value for name, value in loaded.items()}
 
 
 def checked(setting: Setting, value: Any, path: Path | None) -> Any:
@@ -68,20 +68,29 @@ def checked(setting: Setting, value: Any, path: Path | None) -> Any:
     if typing.get_origin(kind) is tuple:
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        raise UserError(f"{path}: {name} is {value!r}, expected a list of texts")
+        raise UserError(f"{path}: {name} is {shown(value)}, expected a list of texts")
     if typing.get_origin(kind) is Literal:
         allowed = typing.get_args(kind)
         value = "off" if value is False and "off" in allowed else value  # YAML reads off as false
         if value not in allowed:
-            raise UserError(f"{path}: {name} is {value!r}, allowed: {', '.join(allowed)}")
+            raise UserError(f"{path}: {name} is {shown(value)}, allowed: {', '.join(allowed)}")
         return value
     accepted = {bool: (bool,), int: (int,), float: (int, float, str), str: (str, int, float)}
     if isinstance(value, bool) is (kind is bool) and isinstance(value, accepted.get(kind, (str,))):
         try:
-            return reader_of(kind)(value)
+            read = reader_of(kind)(value)
         except (ValueError, OverflowError):
             pass  # YAML reads 5e-4 as text, which float() accepts; any other text ends below
-    raise UserError(f"{path}: {name} is {value!r}, expected {kind.__name__}")
+        else:
+            return _in_range(setting, read, path)
+    raise UserError(f"{path}: {name} is {shown(value)}, expected {kind.__name__}")
+
+
+def _in_range(setting: Setting, value: Any, path: Path | None) -> Any:
+    try:
+        return in_range(setting, value)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def read_stored(defaults: Any, resume: str | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from shared.config import option, parse
 from shared.errors import DONE, INTERRUPTED, STOPPED
 from shared.files import open_lock, read_object, write_json
 from shared.launch import launch_alone
-from shared.settings import settings
+from shared.settings import ShareAboveZero, settings
 from shared.stages import Stage, StageOptions, command_stage, run_stages
 from shared.status import Status
 
@@ -43,7 +43,9 @@ class Config:
     """Settings of the chain."""
 
     demo: bool = option(False, "the built-in demo, in vasevqa/demo")
-    keep: float | None = option(None, "share of pictures that clipfilter1 keeps (its --keep)")
+    keep: ShareAboveZero | None = option(
+        None, "share of pictures that clipfilter1 keeps (its --keep)"
+    )
     dry_run: bool = option(False, "print the commands, stop")
     state_dir: Path | None = option(None, "done-markers and status; default: vasevqa/flow")
     stages: StageOptions = field(default_factory=StageOptions)

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 RECIPE = Path(__file__).resolve().parents[1]
 CONFIG = "config/arcface/resnet50-arcface_8xb32_inshop.py"
 DEMO_CONFIG = "config/arcface/resnet18-arcface_demo.py"
-LIST = "Eval/list_eval_partition.txt"
 
 log = logging.getLogger(__name__)
 
@@ -91,15 +90,19 @@ def main(argv: list[str] | None = None) -> int:
     settings = _settings(cfg)
     stored = settings.for_run(_run_options(cfg, settings), cfg.init)
     run_dir = _run_dir(cfg)
-    _check_data(settings)
-    if cfg.run.dry_run:
-        sys.stdout.write(_plan(settings, run_dir) + "\n")
-        return 0
+    remarks = run_settings.check_data(settings)
+    if not cfg.run.is_explicit_resume:  # which takes its weights from the checkpoint
+        run_settings.check_weights(settings, cfg.init)
     for remark in settings.remarks:
         log.warning(remark)
     if cfg.run.resume in ("auto", "latest"):
         for change in run_settings.changes(run_dir, settings.configuration):
             log.info("not as in the run there: %s", change)
+    if cfg.run.dry_run:
+        for remark in remarks:  # which a run makes when it opens the lists
+            log.warning(remark)
+        sys.stdout.write(_plan(settings, run_dir) + "\n")
+        return 0
     os.close(open_lock(run_dir))  # better refused now than after torch was loaded
     from arcface import memory
     from arcface.training import Job, train
@@ -184,19 +187,6 @@ def _run_options(cfg: Config, settings: "Settings") -> RunOptions:
 def _run_dir(cfg: Config) -> Path:
     name = Path(cfg.config or CONFIG).stem
     return cfg.run_dir or RECIPE / "work_dirs" / name
-
-
-def _check_data(settings: "Settings") -> None:
-    """Refuse lists that are malformed or lack pictures, before torch is loaded."""
-    from arcface.partition import read_partition
-
-    recipe = settings.recipe
-    read = {}
-    for loader in (recipe.train, recipe.query, recipe.gallery):
-        root = settings.roots[loader.name]
-        path = root / str(loader.dataset.get("ann_file", LIST))
-        read[path] = read.get(path) or read_partition(path)
-        read[path].split(str(loader.dataset.get("split", "train")))
 
 
 def _plan(settings: "Settings", run_dir: Path) -> str:

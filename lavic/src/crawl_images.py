@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root,
 from shared.config import option, parse
 from shared.errors import UserError
 from shared.launch import launch_alone
+from shared.settings import Connections, Seconds
 
 DATA_ROOT = Path(__file__).resolve().parents[1] / "data"
 
@@ -27,10 +28,10 @@ DATA_ROOT = Path(__file__).resolve().parents[1] / "data"
 class Config:
     """Settings of the crawl."""
 
-    workers: int = option(20, "pictures fetched at a time")
-    per_host: int = option(16, "of these, at most so many from one host")
+    workers: Connections = option(20, "pictures fetched at a time")
+    per_host: Connections = option(16, "of these, at most so many from one host")
     retries: int = option(4, "further tries after a lost connection or a busy server")
-    timeout: float = option(20.0, "seconds without a byte until a connection counts as lost")
+    timeout: Seconds = option(20.0, "seconds without a byte until a connection counts as lost")
     train_only: bool = option(False, "fetch the training pictures alone")
     valid_only: bool = option(False, "fetch the validation pictures alone")
     data_root: Path = option(DATA_ROOT, "where the item files lie and the pictures go")
@@ -42,11 +43,6 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        for name in ("workers", "per_host", "timeout"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.retries < 0:
-            raise ValueError(f"retries must be 0 or more, got {self.retries}")
         if self.train_only and self.valid_only:
             raise ValueError("train_only and valid_only leave nothing to fetch: type one of them")
 

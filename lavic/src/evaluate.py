@@ -21,6 +21,7 @@ from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
 from shared.files import make_output, write_json
 from shared.launch import launch_alone
+from shared.settings import Count, Workers
 
 SRC = Path(__file__).resolve().parent
 DATA = SRC.parent / "data"
@@ -34,26 +35,19 @@ class Config:
     checkpoint: Path = option(SRC / "out_distilled", "adapter directory, or a run's directory")
     data_root: Path = option(DATA, "the recipe's data: item files, pictures, conversations")
     out: Path | None = option(None, "where results go; default: evaluation, beside the adapter")
-    limit: int | None = option(None, "first so many pictures or conversations; default: all")
+    limit: Count | None = option(None, "first so many pictures or conversations; default: all")
     model_name: str | None = option(None, "base model; default: the one it was trained on")
     category: str | None = option(None, "stage 2: whose conversations; default: the adapter's")
     candidate_type: Literal["candidates_st", "candidates_gpt_large"] | None = option(
         None, "stage 2: which candidates; default: the adapter's"
     )
-    batch_size: int = option(4, "samples at a time")
-    num_workers: int = option(4, "loader workers", aliases=("--workers",))
+    batch_size: Count = option(4, "samples at a time")
+    num_workers: Workers = option(4, "loader workers", aliases=("--workers",))
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "of the weights; auto: half on a GPU, float32 on the CPU"
     )
     cache: Path = option(SRC / "vector_cache", "keeps the pictures' vectors")
     tool: ToolOptions = field(default_factory=ToolOptions)
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work."""
-        if self.batch_size < 1 or self.num_workers < 0:
-            raise ValueError("batch_size must be at least 1, num_workers at least 0")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1, got {self.limit}")
 
 
 def main(argv: list[str] | None = None) -> int:

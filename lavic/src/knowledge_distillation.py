@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root,
 from shared.config import RunOptions, option, parse
 from shared.files import open_lock, read_object
 from shared.launch import launch, world_size
+from shared.settings import Count, Positive, Seed, ShareBelowOne, Size, Workers
 
 SRC = Path(__file__).resolve().parent
 DATA = SRC.parent / "data"
@@ -36,23 +37,23 @@ class Config:
     train_images_dir: Path = option(DATA / "train_images", "pictures of the first", scope="free")
     val_images_dir: Path = option(DATA / "valid_images", "pictures of the second", scope="free")
     output_dir: Path = option(SRC / "out_distilled", "adapter and run directory", scope="free")
-    batch_size: int = option(1, "samples of one forward pass, a process")
-    grad_accum: int = option(1, "forward passes of one optimizer step")
-    num_epochs: int = option(1, "passes over the samples", scope="length")
-    patience: int | None = option(
+    batch_size: Count = option(1, "samples of one forward pass, a process")
+    grad_accum: Count = option(1, "forward passes of one optimizer step")
+    num_epochs: Count = option(1, "passes over the samples", scope="length")
+    patience: Count | None = option(
         None, "epochs without a lower val_loss before training ends", scope="length"
     )
-    lr: float = option(5e-5, "learning rate, the same throughout")
+    lr: Positive = option(5e-5, "learning rate, the same throughout")
     weight_decay: float = option(1e-5, "AdamW's weight decay")
     max_samples: str = option("all", "train on the first N samples, or all")
-    sample_seed: int | None = option(None, "with --max_samples: N at random, by this seed")
-    max_length: int = option(2048, "tokens; longer descriptions are cut, longer prompts left out")
+    sample_seed: Seed | None = option(None, "with --max_samples: N at random, by this seed")
+    max_length: Count = option(2048, "tokens; longer descriptions are cut, longer prompts left out")
     slots: Literal["fixed5", "views"] = option(
         "fixed5", "item tokens of a picture: always five, or one a view"
     )
-    lora_r: int = option(8, "rank of the adapter")
-    lora_alpha: int = option(32, "its strength is alpha / r")
-    lora_dropout: float = option(0.1, "dropout before it")
+    lora_r: Size = option(8, "rank of the adapter")
+    lora_alpha: Count = option(32, "its strength is alpha / r")
+    lora_dropout: ShareBelowOne = option(0.1, "dropout before it")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "of the frozen weights; auto: bfloat16 or float16 on a GPU, float32 on the CPU"
     )
@@ -63,7 +64,9 @@ class Config:
         True, "run what is the same in all prompts once, and no gradients through any", scope="free"
     )
     validate_before_training: bool = option(False, "validate once before the first step")
-    num_workers: int = option(4, "loader workers a process", scope="free", aliases=("--workers",))
+    num_workers: Workers = option(
+        4, "loader workers a process", scope="free", aliases=("--workers",)
+    )
     log_dir: Path | None = option(
         None, "TensorBoard; default lightning_logs/version_N beside the output", scope="free"
     )
@@ -72,13 +75,6 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
-        for name in ("batch_size", "grad_accum", "num_epochs", "lr", "lora_r", "lora_alpha"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout must be in [0, 1), got {self.lora_dropout}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience must be at least 1, got {self.patience}")
         from lavic.src.sample_limit import most
 
         most(self.max_samples)

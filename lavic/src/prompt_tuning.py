@@ -20,6 +20,7 @@ from shared.config import RunOptions, option, parse
 from shared.errors import UserError
 from shared.files import open_lock
 from shared.launch import launch, world_size
+from shared.settings import Count, Positive, Workers
 
 SRC = Path(__file__).resolve().parent
 DATA = SRC.parent / "data"
@@ -37,13 +38,15 @@ class Config:
         "all_beauty", "whose conversations"
     )
     finetune_output_dir: Path = option(SRC / "out_finetuned", "where everything goes", scope="free")
-    max_length: int = option(2048, "tokens of a prompt with its answer")
-    batch_size: int = option(1, "conversations a process and forward pass")
-    num_workers: int = option(4, "loader workers a process", scope="free", aliases=("--workers",))
-    lr: float = option(5e-5, "AdamW's learning rate")
+    max_length: Count = option(2048, "tokens of a prompt with its answer")
+    batch_size: Count = option(1, "conversations a process and forward pass")
+    num_workers: Workers = option(
+        4, "loader workers a process", scope="free", aliases=("--workers",)
+    )
+    lr: Positive = option(5e-5, "AdamW's learning rate")
     weight_decay: float = option(1e-5, "AdamW's weight decay")
-    num_epochs: int = option(1, "passes over the training conversations", scope="length")
-    patience: int | None = option(
+    num_epochs: Count = option(1, "passes over the training conversations", scope="length")
+    patience: Count | None = option(
         None, "epochs without a lower val_loss before training ends", scope="length"
     )
     item_meta_path: Path = option(
@@ -57,15 +60,15 @@ class Config:
     slots: Literal["fixed5", "views"] = option(
         "fixed5", "item tokens a picture: five, as published, or one a view"
     )
-    grad_accum: int = option(1, "forward passes a step")
-    clip_norm: float = option(1.0, "largest norm of the gradients")
+    grad_accum: Count = option(1, "forward passes a step")
+    clip_norm: Positive = option(1.0, "largest norm of the gradients")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "of the frozen weights; auto: half on a GPU, float32 on the CPU"
     )
     gradient_checkpointing: Literal["auto", "on", "off"] = option(
         "auto", "less memory for more time; auto: on GPUs below 48 GB", scope="free"
     )
-    eval_batch_size: int = option(4, "conversations a process in evaluation", scope="free")
+    eval_batch_size: Count = option(4, "conversations a process in evaluation", scope="free")
     evaluate_before: bool = option(True, "test the untrained model first", scope="free")
     max_samples: str = option("all", "conversations of each file to use, from its first; or all")
     cache: Path = option(SRC / "vector_cache", "keeps the pictures' vectors", scope="free")
@@ -74,15 +77,6 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
-        for name in ("max_length", "batch_size", "lr", "num_epochs", "grad_accum", "clip_norm"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.eval_batch_size < 1 or self.num_workers < 0 or self.weight_decay < 0:
-            raise ValueError(
-                "eval_batch_size must be 1 or more, num_workers, weight_decay 0 or more"
-            )
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience must be at least 1, got {self.patience}")
         from lavic.src.sample_limit import most
 
         most(self.max_samples)

@@ -31,6 +31,7 @@ from shared.config import option, parse
 from shared.errors import DONE, FAILED, USER_ERROR, UserError, did_you_mean
 from shared.files import read_object
 from shared.run_view import RUNNING, STALE, STARTING, View, log_lines, view
+from shared.settings import Seconds
 
 ROOT = Path(__file__).resolve().parents[2]
 # where each recipe's documented runs, and those that were moved aside, keep their status
@@ -60,7 +61,7 @@ class Config:
     stop: bool = option(False, "let the run save and leave, and wait for it")
     list: bool = option(False, "every run of this repository, or of --recipe")
     menu: bool = option(False, "choose from a menu, read from stdin")
-    every: float = option(2.0, "seconds between two looks")
+    every: Seconds = option(2.0, "seconds between two looks")
 
     def __post_init__(self) -> None:
         if self.recipe is not None and self.recipe not in RUNS:
@@ -68,8 +69,6 @@ class Config:
             raise ValueError(f"--recipe {self.recipe}: unknown{near} (known: {', '.join(RUNS)})")
         if self.follow and self.once:
             raise ValueError("--follow and --once exclude each other: give one of them")
-        if self.every <= 0:
-            raise ValueError(f"--every must be above 0 seconds, got {self.every}")
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:

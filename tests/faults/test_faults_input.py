@@ -51,7 +51,7 @@ def test_fault_15_two_processes_say_it_once(tmp_path):
         (["--batch-size", "many"], "--batch-size: invalid int value: 'many'"),
         (["--batch-size"], "--batch-size: expected one argument"),
         (["--amp", "fp8"], "invalid choice: 'fp8' (choose from"),
-        (["--log-every", 0], "log_every must be above 0, got 0"),
+        (["--log-every", 0], "log_every must be a whole number from 1"),
         (["--resume", "/no/such.pt"], "--resume /no/such.pt: no such checkpoint"),
         (["--config", "/no/such.yaml"], "--config /no/such.yaml cannot be read"),
         (["--nproc", "two"], "invalid int value: 'two'"),

@@ -30,11 +30,14 @@ def flags(paths, tmp_path):
 
 MISTAKES = {
     "a misspelt flag": (["--batch_szie", 4], "--batch-szie; did you mean --batch-size?"),
-    "a batch of nothing": (["--batch_size", 0], "batch_size must be above 0, got 0"),
-    "a number that is none": (["--max_samples", "many"], "a number above 0 or all, got many"),
-    "no samples": (["--max_samples", 0], "a number above 0 or all, got 0"),
+    "a batch of nothing": (["--batch_size", 0], "batch_size must be a whole number from 1"),
+    "a number that is none": (["--max_samples", "many"], "max_samples (all or a number) must be"),
+    "no samples": (["--max_samples", 0], "max_samples (all or a number) must be"),
     "an unknown way of slots": (["--slots", "six"], "--slots: invalid choice: 'six'"),
-    "dropout of everything": (["--lora_dropout", 1], "lora_dropout must be in [0, 1), got 1.0"),
+    "dropout of everything": (
+        ["--lora_dropout", 1],
+        "lora_dropout must be a number from 0 to below 1, got 1.0",
+    ),
     "a batch larger than the data": (["--batch_size", 64], "too few for one step"),
     "no data there": (["--train_data", "/nowhere.json"], "/nowhere.json cannot be read"),
     "data of another extension": (["--val_data", __file__], "end in .json"),

@@ -183,7 +183,7 @@ def mistakes(tmp_path):
             [*ok, "--threshold", 0, "--keep", 0.5],
             "leave one out",
         ),
-        "keep nothing": (clipfilter1, [*ok, "--keep", 0], "keep must be above 0"),
+        "keep nothing": (clipfilter1, [*ok, "--keep", 0], "keep must be a number above 0"),
         "a misspelt flag": (clipfilter1, ["--tresh", 1], "did you mean --threshold?"),
         "one group of prompts": (
             clipfilter1,
@@ -199,7 +199,7 @@ def mistakes(tmp_path):
         "a broken pattern": (clipfilter2, ["--pattern", "(a"], "is no regular expression"),
         "a pattern with one group": (clipfilter2, ["--pattern", "(a)"], "has 1 group(s)"),
         "no model": (classifier, ["--model_path", "/no.pth"], "train it with python model.py"),
-        "a threshold above 1": (classifier, ["--threshold", 2], "threshold must be in [0, 1]"),
+        "a threshold above 1": (classifier, ["--threshold", 2], "from 0 to 1, got 2.0"),
         "no quality set": (model, ["--data_dir", tmp_path], "/0 is no folder"),
         "no weights": (
             model,

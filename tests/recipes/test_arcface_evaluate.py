@@ -129,7 +129,10 @@ MISTAKES = {
     "no checkpoint": (["--checkpoint", "/nowhere"], "/nowhere is missing"),
     "no run beside it": (["--checkpoint", "{alone}"], "--config"),
     "no data": (["--checkpoint", "{run}", "--data-root", "/nowhere"], "/nowhere is no directory"),
-    "no picture at all": (["--checkpoint", "{run}", "--limit", 0], "limit must be at least 1"),
+    "no picture at all": (
+        ["--checkpoint", "{run}", "--limit", 0],
+        "limit must be a whole number from 1",
+    ),
     "no place": (["--checkpoint", "{run}", "--out", "/proc/here"], "--out /proc/here cannot"),
     "another network": (
         ["--checkpoint", "{run}", "--cfg-options", "model.image_encoder.0.depth=34"],

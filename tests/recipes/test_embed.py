@@ -206,7 +206,7 @@ MISTAKES = {
     "a place below a file": (["{faces}", "--out", "{faces}/z.png/e.npy"], "cannot be made"),
     "no such checkpoint": (["{faces}", "--checkpoint", "{tmp}/x.pth"], "x.pth is missing"),
     "no such tower": (["{faces}", "--blip-path", "{tmp}"], "no BLIP-2 tower"),
-    "no batch": (["{faces}", "--batch-size", "0"], "batch_size must be at least 1"),
+    "no batch": (["{faces}", "--batch-size", "0"], "batch_size must be a whole number from 1"),
 }
 
 

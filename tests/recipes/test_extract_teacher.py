@@ -364,8 +364,8 @@ MISTAKES = {
     "too many images": (["--limit", 21], "holds 20 images, 21 were asked for"),
     "an odd limit": (["--selection", "per_id", "--per-id", 3], "no multiple of per_id 3"),
     "an unknown flag": (["--temprature", 2], "did you mean --temperature?"),
-    "no batch": (["--batch-size", 0], "batch_size must be above 0, got 0"),
-    "a temperature of 0": (["--temperature", 0], "temperature must be above 0"),
+    "no batch": (["--batch-size", 0], "batch_size must be a whole number from 1"),
+    "a temperature of 0": (["--temperature", 0], "temperature must be a number above 0"),
     "a name without a network": (
         ["--weights", "IMAGENET1K_V2", "--arch", "auto"],
         "type its network too, for example --arch resnet50",

@@ -233,8 +233,8 @@ MISTAKES = {
     "a base model that is gone": (["--model-name", "/nowhere"], "/nowhere"),
     "prompts that cannot fit": (["--max_length", 40], "--max-length 40 is too short"),
     "a batch larger than the data": (["--batch_size", 64], "too few for one step"),
-    "no batch": (["--batch_size", 0], "batch_size must be above 0"),
-    "a share of the samples": (["--max_samples", "half"], "max_samples must be a number"),
+    "no batch": (["--batch_size", 0], "batch_size must be a whole number from 1"),
+    "a share of the samples": (["--max_samples", "half"], "max_samples (all or a number) must be"),
     "a misspelt flag": (["--canidate_type", "x"], "did you mean --candidate-type?"),
     "fp16 on the CPU": (["--amp", "fp16"], "--amp fp16 needs a GPU"),
 }

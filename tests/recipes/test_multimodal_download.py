@@ -292,7 +292,7 @@ def test_the_real_tables_need_of_the_disk(tmp_path, monkeypatch):
     [
         (["--datasets", "cocoo"], r"cocoo: allowed are coco, .* did you mean coco\?"),
         (["--datasets", "coco", "--audiocaps-source", "hf:"], "allowed are youtube, hf:"),
-        (["--datasets", "coco", "--max-workers", "0"], "max_workers must be at least 1"),
+        (["--datasets", "coco", "--max-workers", "0"], "max_workers must be a whole number from 1"),
     ],
 )
 def test_mistakes_are_one_line(flags, message):

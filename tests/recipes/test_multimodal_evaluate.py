@@ -120,7 +120,7 @@ def test_picture_that_breaks_is_left_out_of_the_figures(made, run_dir, tmp_path,
     [
         (["--checkpoint", "nowhere"], "no such file, and no checkpoints/best_model"),
         (["--datasets", "cocoo"], r"cocoo is none of .*did you mean coco\?"),
-        (["--limit", "0"], "limit must be at least 1"),
+        (["--limit", "0"], "limit must be a whole number from 1"),
     ],
 )
 def test_mistakes_are_one_line(flags, message):

@@ -3,20 +3,20 @@ import shlex
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 
 from shared.config import RunOptions, ToolOptions, option, parse, parse_known, parse_own
 from shared.errors import UserError
-from shared.settings import differing, settings
+from shared.settings import Count, Range, differing, settings
 
 
 @dataclass(frozen=True)
 class Config:
     """Settings of the test."""
 
-    batch_size: int = option(8, "samples a step (100 % of them)")
+    batch_size: Count = option(8, "samples a step (100 % of them)")
     lr: float = option(1e-3, "peak learning rate")
     epochs: int = option(3, "passes", scope="length")
     workers: int = option(0, "loader workers", scope="free")
@@ -25,13 +25,9 @@ class Config:
     kind: Literal["first", "last"] | None = option(None, "which")
     shuffle: bool = option(True, "mix the samples")
     data: Path | None = option(None, "directory of the data", scope="free")
-    limit: int | None = option(None, "at most so many samples")
+    limit: Annotated[int, Range(-1)] | None = option(None, "at most so many samples")
     changes: tuple[str, ...] = option((), "name=value …")
     run: RunOptions = field(default_factory=lambda: RunOptions(log_every=7))
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
 
 
 def read(line: str) -> Config:
@@ -200,8 +196,8 @@ def test_what_is_not_understood_is_refused_by_name(line: str, words: list[str]) 
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("--batch-size 0", "batch_size must be at least 1, got 0"),
-        ("--keep 0", "keep must be above"),
+        ("--batch-size 0", "batch_size must be a whole number from 1 to 2,147,483,647, got 0"),
+        ("--keep 0", "keep must be a whole number from 1"),
     ],
 )
 def test_a_value_out_of_range_is_refused(line: str, words: str) -> None:

@@ -272,7 +272,7 @@ def test_resizing_by_an_edge_keeps_the_shape(step, shape):
         ([TEST_STEPS[0], {"type": "Resize"}, TEST_STEPS[3]], r"train\.1: Resize: .*scale"),
         (
             [TEST_STEPS[0], {"type": "Resize", "scale": 0}, TEST_STEPS[3]],
-            "scale is 0, expected a number of pixels",
+            "scale is 0, expected a whole number from 1",
         ),
         ([TEST_STEPS[0], {"type": "Resize", "scale": True}, TEST_STEPS[3]], "scale is True"),
         (

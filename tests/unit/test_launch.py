@@ -79,11 +79,15 @@ def test_processes_come_from_flags_and_gpus(
     ("line", "gpus", "words"),
     [
         ("--nproc 5", 4, ["--nproc 5", "4 GPU(s)", "1 to 4", "--device cpu"]),
-        ("--nproc 0", 0, ["--nproc 0", "no GPU", "allowed: 1 to"]),
-        ("--nproc -1", 2, ["--nproc -1", "1 to 2"]),
+        ("--nproc 0", 0, ["nproc must be", "from 1 to", "got 0"]),
+        ("--nproc -1", 2, ["nproc must be", "from 1 to", "got -1"]),
+        ("--nproc 100000", 0, ["--nproc 100000", "no GPU", "allowed: 1 to"]),
         ("--nproc two", 0, ["--nproc", "two"]),
+        ("--master-port 65536", 0, ["master_port", "1 to 65,535", "got 65536"]),
+        ("--rdzv-endpoint host:0", 0, ["port of rdzv_endpoint", "1 to 65,535", "got '0'"]),
+        ("--rdzv-endpoint host:port", 0, ["port of rdzv_endpoint", "got 'port'"]),
         ("--nnodes 2 --node-rank 2", 0, ["--node-rank 2", "--nnodes 2", "from 0"]),
-        ("--nnodes 0", 0, ["--nnodes 0"]),
+        ("--nnodes 0", 0, ["nnodes must be", "from 1 to", "got 0"]),
     ],
 )
 def test_a_number_that_cannot_be_is_refused_before_anything_starts(

@@ -335,7 +335,7 @@ def test_a_bad_item_file_is_named_with_its_line(tmp_path, name, content, message
 MISTAKES = {
     "no item file": ([], "item2meta_train.json is missing"),
     "both of one": (["--train-only", "--valid-only"], "leave nothing to fetch"),
-    "no workers": (["--workers", 0], "workers must be above 0"),
+    "no workers": (["--workers", 0], "workers must be a whole number from 1"),
     "a misspelt flag": (["--worker", 3], "did you mean --workers?"),
 }
 

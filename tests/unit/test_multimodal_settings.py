@@ -101,7 +101,7 @@ def test_values_no_run_can_use_are_refused(tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text("training:\n  batch_size: 0\n")
     outcome = run_here(run_training.main, ["--config", path, "--print-config"])
-    assert outcome.code == 2 and "batch_size must be above 0, got 0" in outcome.last_line
+    assert outcome.code == 2 and "batch_size must be a whole number from 1" in outcome.last_line
 
 
 @pytest.mark.parametrize(

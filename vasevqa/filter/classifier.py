@@ -23,6 +23,7 @@ from shared.config import ProcessOptions, ToolOptions, option, parse
 from shared.errors import UserError
 from shared.files import open_lock
 from shared.launch import launch, world_size
+from shared.settings import Count, Seconds, Share, Workers
 
 # --- configuration: edit here, or type the flag of the same name ----------------------------------
 DEFAULT_GPU = 2
@@ -45,31 +46,21 @@ class Config:
     model_path: Path = option(FILTER / MODEL_PATH, "what model.py wrote")
     source_dir: Path = option(FILTER / SOURCE_DIR, "folder of pictures, any depth")
     target_dir: Path = option(FILTER / TARGET_DIR, "where 0/, 1/ and quarantine/ go")
-    batch_size: int = option(BATCH_SIZE, "pictures at a time")
-    threshold: float = option(
+    batch_size: Count = option(BATCH_SIZE, "pictures at a time")
+    threshold: Share = option(
         CONFIDENCE_THRESHOLD, "probability of high quality from which a picture is 1",
         aliases=("--confidence-threshold",),
     )  # fmt: skip
     link: bool = option(False, "symbolic links in place of copies")
-    workers: int = option(4, "processes that decode pictures, for each process")
-    max_unreadable: float = option(0.5, "share of unreadable files above which the run stops")
+    workers: Workers = option(4, "processes that decode pictures, for each process")
+    max_unreadable: Share = option(0.5, "share of unreadable files above which the run stops")
     resume: Literal["auto", "never"] = option(
         "auto", "auto: use the results that are there; never: classify again", const="auto"
     )
     run_dir: Path | None = option(None, "status and results; default: <target_dir>/.classifier")
-    timeout: float = option(3600.0, "seconds one process waits for another")
+    timeout: Seconds = option(3600.0, "seconds one process waits for another")
     tool: ToolOptions = field(default_factory=ToolOptions)
     processes: ProcessOptions = field(default_factory=ProcessOptions)
-
-    def __post_init__(self) -> None:
-        """Refuse what no run can use."""
-        if self.batch_size < 1 or self.workers < 0:
-            raise ValueError(
-                f"batch_size must be at least 1 and workers at least 0, got {self.batch_size} and "
-                f"{self.workers}"
-            )
-        if not 0 <= self.threshold <= 1:
-            raise ValueError(f"threshold must be in [0, 1], got {self.threshold}")
 
     @property
     def state_dir(self) -> Path:

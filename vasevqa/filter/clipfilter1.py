@@ -19,7 +19,7 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
@@ -28,6 +28,7 @@ from shared.device import present_gpus, visible_gpus
 from shared.errors import UserError
 from shared.files import open_lock
 from shared.launch import launch, world_size
+from shared.settings import Count, Range, Seconds, Seed, Share, ShareAboveZero, Workers
 
 FILTER = Path(__file__).resolve().parent
 INPUT_DIR = FILTER / "images3" / "1"
@@ -44,10 +45,14 @@ class Config:
 
     input_dir: Path = option(INPUT_DIR, "folder of pictures, any depth")
     output_dir: Path = option(OUTPUT_DIR, "where accepted/, rejected/ and the report go")
-    threshold: float | None = option(None, "lowest score to accept; default: from a sample")
-    keep: float | None = option(None, "share of a sample that the threshold keeps (default: 0.75)")
+    threshold: Annotated[float, Range(-2, 2)] | None = option(
+        None, "lowest score to accept; default: from a sample"
+    )
+    keep: ShareAboveZero | None = option(
+        None, "share of a sample that the threshold keeps (default: 0.75)"
+    )
     analyze_only: bool = option(False, "score a sample, say how the scores lie, stop")
-    sample_size: int = option(SAMPLE_SIZE, "pictures of the sample, drawn by --seed")
+    sample_size: Count = option(SAMPLE_SIZE, "pictures of the sample, drawn by --seed")
     model_cache_dir: Path | None = option(
         None, "folder of a CLIP, or cache of the hub; default: ./model, then ./CLIP/model"
     )
@@ -59,32 +64,23 @@ class Config:
     prompts: Path = option(FILTER / "prompts.txt", "file of the prompts, [high] and [low]")
     dedup: bool = option(False, "of accepted files with the same content keep one")
     link: bool = option(False, "symbolic links in place of copies")
-    batch_size: int = option(32, "pictures encoded at a time")
-    workers: int = option(2, "processes that decode pictures, for each process")
+    batch_size: Count = option(32, "pictures encoded at a time")
+    workers: Workers = option(2, "processes that decode pictures, for each process")
     cache_dir: Path = option(CACHE_DIR, "embeddings of all pictures ever encoded")
-    seed: int = option(0, "of the sample")
-    max_unreadable: float = option(0.5, "share of unreadable files above which the run stops")
+    seed: Seed = option(0, "of the sample")
+    max_unreadable: Share = option(0.5, "share of unreadable files above which the run stops")
     resume: Literal["auto", "never"] = option(
         "auto", "auto: use the scores that are there; never: score again", const="auto"
     )
     run_dir: Path | None = option(None, "status and scores; default: <output_dir>/.clipfilter1")
-    timeout: float = option(3600.0, "seconds one process waits for another")
+    timeout: Seconds = option(3600.0, "seconds one process waits for another")
     tool: ToolOptions = field(default_factory=ToolOptions)
     processes: ProcessOptions = field(default_factory=ProcessOptions)
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
-        for name in ("sample_size", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.workers < 0:
-            raise ValueError(f"workers must be at least 0, got {self.workers}")
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise ValueError(f"keep must be above 0 and at most 1, got {self.keep}")
         if self.keep is not None and self.threshold is not None:
             raise ValueError("threshold and keep cannot both be given: leave one out")
-        if self.threshold is not None and not -2 <= self.threshold <= 2:
-            raise ValueError(f"threshold must be in [-2, 2], got {self.threshold}")
 
     @property
     def state_dir(self) -> Path:

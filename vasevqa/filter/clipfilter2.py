@@ -22,9 +22,10 @@ from typing import Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
 from shared.config import ProcessOptions, ToolOptions, option, parse
-from shared.errors import UserError
+from shared.errors import UserError, shown
 from shared.files import open_lock
 from shared.launch import launch
+from shared.settings import Count, Seconds, Workers
 
 FILTER = Path(__file__).resolve().parent
 INPUT_DIR = FILTER / "filtered_vases" / "accepted"
@@ -49,33 +50,28 @@ class Config:
     pretrained: str = option("openai", "open_clip's name of the weights, for the hub")
     prompts: Path = option(FILTER / "prompts.txt", "file of the prompts; [high] counts here")
     link: bool = option(False, "symbolic links in place of copies")
-    batch_size: int = option(32, "pictures encoded at a time")
-    workers: int = option(2, "processes that decode pictures, for each process")
+    batch_size: Count = option(32, "pictures encoded at a time")
+    workers: Workers = option(2, "processes that decode pictures, for each process")
     cache_dir: Path = option(CACHE_DIR, "embeddings of all pictures ever encoded")
     resume: Literal["auto", "never"] = option(
         "auto", "auto: use the scores that are there; never: score again", const="auto"
     )
     run_dir: Path | None = option(None, "status and scores; default: <output_dir>/.clipfilter2")
-    timeout: float = option(3600.0, "seconds one process waits for another")
+    timeout: Seconds = option(3600.0, "seconds one process waits for another")
     tool: ToolOptions = field(default_factory=ToolOptions)
     processes: ProcessOptions = field(default_factory=ProcessOptions)
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
-        if self.batch_size < 1 or self.workers < 0:
-            raise ValueError(
-                f"batch_size must be at least 1 and workers at least 0, got {self.batch_size} and "
-                f"{self.workers}"
-            )
         try:
             groups = re.compile(self.pattern).groups
-        except re.error as error:
+        except (re.error, RecursionError, OverflowError) as error:
             raise ValueError(
-                f"pattern {self.pattern!r} is no regular expression: {error}"
+                f"pattern {shown(self.pattern)} is no regular expression: {error}"
             ) from None
         if groups < 2:
             raise ValueError(
-                f"pattern {self.pattern!r} has {groups} group(s): it needs (vase) and (view)"
+                f"pattern {shown(self.pattern)} has {groups} group(s): it needs (vase) and (view)"
             )
 
     @property

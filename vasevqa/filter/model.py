@@ -16,7 +16,7 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
@@ -24,6 +24,7 @@ from shared.config import RunOptions, option, parse
 from shared.errors import UserError
 from shared.files import open_lock
 from shared.launch import launch, world_size
+from shared.settings import Count, Positive, Range, Seed, Share, Workers
 
 # --- configuration: edit here, or type the flag of the same name ----------------------------------
 DEFAULT_GPU = 2
@@ -41,33 +42,23 @@ class Config:
     """Settings of the training."""
 
     gpu: int = option(DEFAULT_GPU, "GPU for one process, if it is there", scope="free")
-    batch_size: int = option(BATCH_SIZE, "pictures a step, summed over all processes")
-    num_epochs: int = option(NUM_EPOCHS, "passes over the training split", scope="length")
+    batch_size: Count = option(BATCH_SIZE, "pictures a step, summed over all processes")
+    num_epochs: Count = option(NUM_EPOCHS, "passes over the training split", scope="length")
     data_dir: Path = option(FILTER / DATA_DIR, "folder with 0/ (low) and 1/ (high)", scope="free")
     output_dir: Path = option(FILTER, "where model, picture and results go", scope="free")
     arch: Literal["resnet50", "resnet34", "resnet18", "resnet10"] = option("resnet50", "network")
-    image_size: int = option(224, "side of the network's input, pixels")
+    image_size: Annotated[int, Range(32, 4096)] = option(224, "side of the network's input, pixels")
     pretrained: str = option(
         "auto", "weights to start from: a file; auto: ImageNet's where they lie here; none"
     )
-    lr: float = option(1e-3, "learning rate, cosine to 0 over the epochs")
+    lr: Positive = option(1e-3, "learning rate, cosine to 0 over the epochs")
     weight_decay: float = option(1e-4, "Adam's weight decay")
-    patience: int | None = option(None, "epochs without a better validation before it stops")
-    max_unreadable: float = option(0.5, "share of unreadable files above which it stops")
-    workers: int = option(8, "loader workers a process", scope="free")
-    split_seed: int = option(42, "of the three splits")
+    patience: Count | None = option(None, "epochs without a better validation before it stops")
+    max_unreadable: Share = option(0.5, "share of unreadable files above which it stops")
+    workers: Workers = option(8, "loader workers a process", scope="free")
+    split_seed: Seed = option(42, "of the three splits")
     estimate: bool = option(False, "print the memory that the training takes, stop", scope="free")
     run: RunOptions = field(default_factory=RunOptions)
-
-    def __post_init__(self) -> None:
-        """Refuse what no run can use."""
-        for name in ("batch_size", "num_epochs", "lr", "image_size"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience must be at least 1, got {self.patience}")
-        if self.image_size < 32:
-            raise ValueError(f"image_size must be at least 32, got {self.image_size}")
 
     @property
     def run_dir(self) -> Path:

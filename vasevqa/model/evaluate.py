@@ -24,6 +24,7 @@ from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
 from shared.files import read_json, write_json, write_text
 from shared.launch import launch_alone
+from shared.settings import Count
 
 if TYPE_CHECKING:
     from vasevqa.model.rows import Row
@@ -39,18 +40,12 @@ class Config:
     checkpoint: Path = option(HERE / "output" / "checkpoint-merged", "a merged model")
     data_root: Path = option(HERE / "data" / "questions.json", "JSON or JSONL file of rows")
     out: Path | None = option(None, "where results go; default: evaluation, beside the model")
-    limit: int | None = option(None, "questions, spread over the file; default: all")
+    limit: Count | None = option(None, "questions, spread over the file; default: all")
     before: str | None = option(None, "the model to compare with, or none; default: its base")
     system: str | None = option(None, "system prompt: a text, or a file that ends in .txt")
-    batch_size: int = option(8, "questions answered at a time")
-    max_new_tokens: int = option(64, "tokens of an answer at most")
+    batch_size: Count = option(8, "questions answered at a time")
+    max_new_tokens: Count = option(64, "tokens of an answer at most")
     tool: ToolOptions = field(default_factory=ToolOptions)
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot work."""
-        for name in ("batch_size", "max_new_tokens", "limit"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -58,7 +53,9 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Config, argv, __doc__)
     if cfg.tool.demo:
         cfg = _with_demo(cfg)
-    from vasevqa.model import needs, training_files
+    from vasevqa.model import needs, plan, training_files
+
+    pixels = plan.max_pixels(os.environ)
 
     models = _models(cfg)
     for directory in models.values():
@@ -73,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = data.rows
     if cfg.limit is not None and cfg.limit < len(rows):
         rows = [rows[at * len(rows) // cfg.limit] for at in range(cfg.limit)]
-    return _evaluate(cfg, models, rows, data.root)
+    return _evaluate(cfg, models, rows, data.root, pixels)
 
 
 def _with_demo(cfg: Config) -> Config:
@@ -102,7 +99,9 @@ def _models(cfg: Config) -> dict[str, Path]:
     return {**models, "after": cfg.checkpoint}
 
 
-def _evaluate(cfg: Config, models: dict[str, Path], rows: "list[Row]", root: Path) -> int:
+def _evaluate(
+    cfg: Config, models: dict[str, Path], rows: "list[Row]", root: Path, pixels: int
+) -> int:
     import torch
 
     from shared.device import resolve
@@ -112,7 +111,7 @@ def _evaluate(cfg: Config, models: dict[str, Path], rows: "list[Row]", root: Pat
     settings = evaluation.Settings(
         cfg.batch_size,
         cfg.max_new_tokens,
-        int(os.environ.get("MAX_PIXELS") or 1003520),
+        pixels,
         _system(cfg.system),
         torch.bfloat16 if device.type == "cuda" else torch.float32,
         device,

@@ -71,6 +71,7 @@ def _flags(documented: list[str], typed: list[str]) -> "tuple[Flags, Flags]":
     flags = paths.absolute(base, HERE) | paths.absolute(words, Path.cwd())
     own = {name: flags.pop(name) for name in OWN if name in flags}
     swift_flags.refuse_unknown(flags)
+    swift_flags.check_numbers(flags)
     return flags, own
 
 

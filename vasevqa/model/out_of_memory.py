@@ -14,7 +14,7 @@ from pathlib import Path
 
 from shared.lock import try_to_lock
 from vasevqa.model import swift_flags
-from vasevqa.model.plan import COMMANDS, Plan
+from vasevqa.model.plan import COMMANDS, Plan, max_pixels
 
 
 def explain(words: Sequence[str], environ: Mapping[str, str]) -> None:
@@ -27,7 +27,7 @@ def explain(words: Sequence[str], environ: Mapping[str, str]) -> None:
             if is_first:
                 from vasevqa.model import memory_plan
 
-                pixels = int(environ.get("MAX_PIXELS") or 1003520)
+                pixels = max_pixels(environ)
                 sys.stderr.write(memory_plan.after_failure(plan, pixels) + "\n")
     except Exception as problem:  # the error before it is the one that counts
         sys.stderr.write(f"no memory plan: {problem}\n")

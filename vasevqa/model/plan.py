@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from shared import settings
 from shared.errors import UserError
 from shared.files import read_json
+from shared.settings import COUNTS, PORTS, PROCESSES
 from vasevqa.model import paths, swift_flags
 from vasevqa.model.swift_flags import Flags
 
@@ -97,6 +99,7 @@ def make(script: str, documented: list[str], typed: list[str], here: Path, there
     if "run_dir" in own:
         flags["output_dir"] = [str(here / swift_flags.text(own, "run_dir"))]
     swift_flags.refuse_unknown(flags)
+    swift_flags.check_numbers(flags)
     if not flags.get("output_dir"):
         raise UserError("--output_dir is not given: name a directory for checkpoints and log")
     return Plan(script, flags, own, documented_flags, notes=(*base_notes, *notes))
@@ -131,6 +134,11 @@ def architecture(model: str) -> str | None:
     return config.get("model_type") if isinstance(config, dict) else None
 
 
+def max_pixels(environ: Mapping[str, str]) -> int:
+    """Pixels that larger pictures are scaled down to, as in the scripts. Raises UserError."""
+    return settings.number("MAX_PIXELS", environ.get("MAX_PIXELS") or 1003520, int, COUNTS)
+
+
 def num_steps(plan: Plan, num_rows: int) -> int:
     """Optimizer steps of the run, as swift will count them."""
     most = swift_flags.whole(plan.flags, "max_steps", -1)
@@ -163,12 +171,11 @@ def num_checkpoints(plan: Plan, steps: int) -> int:
 
 
 def _world_size(environ: Mapping[str, str], visible_gpus: int) -> int:
-    sizes = {}
-    for name in ("NPROC_PER_NODE", "NNODES"):
-        value = environ.get(name) or "1"
-        if not value.isdigit() or int(value) < 1:
-            raise UserError(f"{name}={value} must be a number from 1, or unset")
-        sizes[name] = int(value)
+    ranges = {"NPROC_PER_NODE": PROCESSES, "NNODES": COUNTS, "MASTER_PORT": PORTS}
+    sizes = {
+        name: settings.number(name, environ.get(name) or 1, int, allowed)
+        for name, allowed in ranges.items()
+    }
     if visible_gpus and sizes["NPROC_PER_NODE"] > visible_gpus:
         raise UserError(
             f"NPROC_PER_NODE={sizes['NPROC_PER_NODE']}, but {visible_gpus} GPU(s) are visible "

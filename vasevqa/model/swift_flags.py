@@ -12,7 +12,9 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
-from shared.errors import UserError, did_you_mean
+from shared import settings
+from shared.errors import UserError, did_you_mean, shortened
+from shared.settings import COUNTS, SIZES, WORKERS, Range
 
 Flags = dict[str, list[str]]  # name without dashes, with underscores → its values
 
@@ -49,6 +51,40 @@ _DECLARED_IN = (
     ("trl", "trainer/*config.py"),
     ("trl", "trainer/*args*.py"),
 )
+ANY = Range(-Range.high)
+_COUNT, _POSITIVE, _NOT_NEGATIVE = (int, COUNTS), (float, Range(above=True)), (float, Range())
+_SEED = (int, Range(0, 2**32 - 1))  # which swift hands to numpy
+# The ranges of numbers whose flags say no to others only after swift's imports, or in a traceback.
+_NUMBERS: dict[str, tuple[type, Range]] = {
+    "learning_rate": _POSITIVE,
+    "num_train_epochs": _POSITIVE,
+    "max_steps": (int, Range(-1, COUNTS.high)),
+    "per_device_train_batch_size": _COUNT,
+    "per_device_eval_batch_size": _COUNT,
+    "gradient_accumulation_steps": _COUNT,
+    "steps_per_generation": _COUNT,
+    "generation_batch_size": _COUNT,
+    "num_generations": _COUNT,
+    "max_completion_length": _COUNT,
+    "max_length": _COUNT,
+    "save_steps": _POSITIVE,
+    "eval_steps": _POSITIVE,
+    "logging_steps": _POSITIVE,
+    "save_total_limit": _COUNT,
+    "dataloader_num_workers": (int, WORKERS),
+    "dataset_num_proc": (int, WORKERS),
+    "seed": _SEED,
+    "data_seed": _SEED,
+    "lora_rank": (int, SIZES),
+    "lora_alpha": _COUNT,
+    "lora_dropout": (float, Range(0, 1, below=True)),
+    "split_dataset_ratio": (float, Range(0, 1, below=True)),
+    "warmup_ratio": (float, Range(0, 1)),
+    "weight_decay": _NOT_NEGATIVE,
+    "max_grad_norm": _NOT_NEGATIVE,
+    "temperature": _POSITIVE,
+    "beta": _NOT_NEGATIVE,
+}
 _FIELD = re.compile(r"^    ([a-zA-Z_]\w*) *:", re.MULTILINE)
 
 
@@ -62,7 +98,7 @@ def read(words: Iterable[str]) -> Flags:
             name = written.replace("-", "_")
             flags[name] = [value] if equals else []
         elif not name:
-            raise UserError(f"{word}: expected --flag value; every setting has a name")
+            raise UserError(f"{shortened(word)}: expected --flag value; every setting has a name")
         else:
             flags[name].append(word)
     return flags
@@ -102,6 +138,23 @@ def refuse_unknown(flags: Iterable[str]) -> None:
             )
 
 
+def check_numbers(flags: Flags) -> None:
+    """Raise UserError for a number that is not finite or outside of its flag's range."""
+    for name, values in flags.items():
+        kind, allowed = _NUMBERS.get(name, (float, ANY))
+        for value in values:
+            if name in _NUMBERS or _is_number(value):
+                settings.number(f"--{name}", value, kind, allowed)
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
+
+
 @cache
 def declared() -> frozenset[str]:
     """Every name declared where swift's settings are: all flags, and a few names more."""
@@ -126,19 +179,13 @@ def text(flags: Mapping[str, list[str]], name: str, default: str = "") -> str:
 
 def number(flags: Mapping[str, list[str]], name: str, default: float) -> float:
     """A flag as a number. Raises UserError when it is none."""
-    value = text(flags, name, str(default))
-    try:
-        return float(value)
-    except ValueError:
-        raise UserError(f"--{name} {value} must be a number") from None
+    return settings.number(f"--{name}", text(flags, name, str(default)), float, ANY)
 
 
 def whole(flags: Mapping[str, list[str]], name: str, default: int) -> int:
     """A flag as a whole number. Raises UserError when it is none."""
     value = number(flags, name, default)
-    if value != int(value):
-        raise UserError(f"--{name} {text(flags, name)} must be a whole number")
-    return int(value)
+    return settings.number(f"--{name}", int(value) if value.is_integer() else value, int, ANY)
 
 
 def is_true(flags: Mapping[str, list[str]], name: str, default: bool = False) -> bool:

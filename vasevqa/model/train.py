@@ -37,6 +37,8 @@ def main(argv: list[str]) -> int:
 
     argv: sft or grpo, the script's own flags, `---`, what the user typed.
     """
+    from vasevqa.model import plan as planning
+
     script, *words = argv
     end = words.index("---")
     documented, typed = words[:end], words[end + 1 :]
@@ -44,12 +46,11 @@ def main(argv: list[str]) -> int:
         sys.stdout.write(__doc__ or "")
         return DONE
     plan = _plan(script, documented, typed)
+    planning.max_pixels(os.environ)
     if "estimate" in plan.own:
         from vasevqa.model import memory_plan
 
-        sys.stdout.write(
-            memory_plan.text(plan, int(os.environ.get("MAX_PIXELS") or 1003520)) + "\n"
-        )
+        sys.stdout.write(memory_plan.text(plan, planning.max_pixels(os.environ)) + "\n")
         return DONE
     if "print_config" in plan.own:
         sys.stdout.write(json.dumps(plan.flags, indent=2, ensure_ascii=False) + "\n")
