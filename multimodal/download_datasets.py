@@ -110,13 +110,11 @@ def _chosen(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _check_source(cfg: Config) -> None:
-    kind, colon, rest = cfg.audiocaps_source.partition(":")
-    if (kind, colon) == ("youtube", "") or (kind in ("hf", "local") and rest):
-        return
-    raise UserError(
-        f"--audiocaps-source {cfg.audiocaps_source}: allowed are youtube, hf:OWNER/NAME and "
-        "local:DIRECTORY"
-    )
+    from multimodal.sources import check_audiocaps
+
+    check_audiocaps(cfg.audiocaps_source)
+    if cfg.cookies and not cfg.cookies.is_file():
+        raise UserError(f"--cookies {cfg.cookies}: no such file")
 
 
 def _make_demo(cfg: Config) -> int:
@@ -215,8 +213,6 @@ def _youtube(cfg: Config) -> "YouTube":
             f"AudioCaps from YouTube needs {' and '.join(lacking)}: pip install yt-dlp, install "
             "ffmpeg, or give --audiocaps-source hf:OWNER/NAME or local:DIRECTORY"
         )
-    if cfg.cookies and not cfg.cookies.is_file():
-        raise UserError(f"--cookies {cfg.cookies}: no such file")
     return clip_sources.YouTube(
         _ask, tools["yt-dlp"] or "", tools["ffmpeg"] or "", cfg.cookies, cfg.max_workers
     )

@@ -66,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     checkpoint = checkpoint_at(cfg.checkpoint)
     run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
     out = cfg.out or (run_dir or checkpoint.parent) / "evaluation"
+    if cfg.data_root:
+        _there(cfg.datasets, cfg.data_root)
     if cfg.tool.dry_run:
         sys.stdout.write(f"{checkpoint}, {cfg.split} splits; results go to {out}\n")
         return 0

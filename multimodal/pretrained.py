@@ -30,17 +30,12 @@ _WORDS = "token_embedding.weight"
 def find(choice: str, directory: Path) -> Path | None:
     """The file that `choice` means: none, a path, or (auto) the one in `directory`, if any.
 
-    Raises UserError for a path that is not there, and when auto finds several.
+    Raises UserError when auto finds several.
     """
     if choice == "none":
         return None
     if choice != "auto":
-        path = Path(choice).expanduser().absolute()
-        if not path.exists():
-            raise UserError(
-                f"--pretrained {choice}: no such file; give an open_clip checkpoint, auto or none"
-            )
-        return path
+        return Path(choice).expanduser().absolute()
     found = sorted(path for pattern in PLACES for path in directory.glob(pattern))
     if len(found) > 1:
         raise UserError(

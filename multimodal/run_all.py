@@ -95,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg, rest = parse_own(Config, argv, __doc__)
     if cfg.demo:
         cfg = _with_demo(cfg)
+    _check_paths(cfg)
     if cfg.dry_run:
         if _settings(cfg, rest) is None:
             return USER_ERROR
@@ -114,6 +115,15 @@ def _with_demo(cfg: Config) -> Config:
     demo = HERE / "demo"
     changes = {"data_root": demo / "data", "output_dir": demo / "runs" / "outputs"}
     return replace(cfg, **{n: v for n, v in changes.items() if n not in cfg.typed})
+
+
+def _check_paths(cfg: Config) -> None:
+    """Raise UserError for a typed directory that a stage would miss."""
+    from multimodal.sources import check_audiocaps
+
+    check_audiocaps(cfg.audiocaps_source)
+    if cfg.skip_download and not cfg.demo and not cfg.data_root.is_dir():
+        raise UserError(f"--data-root {cfg.data_root} is missing: leave out --skip-download")
 
 
 def _marker(cfg: Config, stage: str) -> Path:

@@ -160,6 +160,7 @@ def main(argv: list[str] | None = None) -> int:
         print(plan_text(cfg))
         return 0
     _check_data(cfg)
+    _check_pretrained(cfg)
     if cfg.run.dry_run:
         print(_plan(cfg))
         return 0
@@ -234,6 +235,15 @@ def _check_data(cfg: Config) -> None:
         raise UserError(
             f"{cfg.data_root} lacks {', '.join(missing)}: fetch the data by python "
             "download_datasets.py --datasets coco clotho audiocaps, or type --data-root PATH"
+        )
+
+
+def _check_pretrained(cfg: Config) -> None:
+    path = Path(cfg.pretrained).expanduser().absolute()
+    if cfg.pretrained not in ("auto", "none") and not path.exists():
+        raise UserError(
+            f"--pretrained {cfg.pretrained}: no such file; give an open_clip checkpoint, auto or "
+            "none"
         )
 
 

@@ -8,8 +8,10 @@ case. Where nobody publishes a size or checksum, None and '' stand.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from shared.download import File
+from shared.errors import UserError, shortened
 
 _COCO = "http://images.cocodataset.org"
 _COCO_S3 = "https://s3.amazonaws.com/images.cocodataset.org"
@@ -20,6 +22,18 @@ _AUDIOCAPS_HEADER = "audiocap_id,youtube_id,start_time,caption"
 _VOXCELEB = "https://cn01.mmai.io/download/voxceleb?key={key}&file="
 
 DOWNLOADS = "downloads"  # below a data set's directory, where archives lie
+
+
+def check_audiocaps(source: str) -> None:
+    """Raise UserError for what is no source of AudioCaps' sounds, or a directory not there."""
+    kind, colon, rest = source.partition(":")
+    if not ((kind, colon) == ("youtube", "") or (kind in ("hf", "local") and rest)):
+        raise UserError(
+            f"--audiocaps-source {shortened(source)}: allowed are youtube, hf:OWNER/NAME and "
+            "local:DIRECTORY"
+        )
+    if kind == "local" and not Path(rest).expanduser().is_dir():
+        raise UserError(f"--audiocaps-source {source}: no such directory")
 
 
 @dataclass(frozen=True)

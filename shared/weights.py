@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import struct
+import warnings
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -296,7 +297,9 @@ def _read_pickled(path: Path) -> Any:
             with path.open("rb") as stream:
                 pickles.check_stream(stream)
         # Only the zip format can be mapped; files of torch before 1.6 are read whole.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about a pickle that is refused in a moment
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise UserError(_why_refused(path, str(error))) from error
     except Exception as error:  # a damaged file fails in any of a dozen ways, none of them a bug

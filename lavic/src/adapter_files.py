@@ -40,13 +40,18 @@ def base_of(adapter: Path, typed: str | None = None) -> str:
     name = typed or stored
     if not isinstance(name, str) or not name:
         raise UserError(f"{adapter} does not name its base model: type --model-name")
+    check_base(name, f" (the adapter was trained on {stored})")
+    return name
+
+
+def check_base(name: str, remark: str = "") -> None:
+    """Raise UserError, with the remark, for a path that leads nowhere; a Hub's id passes."""
     is_path = name.startswith(("/", ".", "~")) or name.count("/") != 1
     if is_path and not Path(name).is_dir():
         raise UserError(
-            f"the base model {name} is not there (the adapter was trained on {stored}): type "
-            "--model-name with its directory, or with its id on the Hub"
+            f"the base model {name} is not there{remark}: type --model-name with its directory, or "
+            "with its id on the Hub"
         )
-    return name
 
 
 def _settings(adapter: Path) -> dict[str, Any]:

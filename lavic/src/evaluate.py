@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root,
 
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
-from shared.files import make_output, write_json
+from shared.files import make_output, read_object, write_json
 from shared.launch import launch_alone
 from shared.settings import Count, Workers
 
@@ -62,6 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     stage = stage_of(adapter)
     if stage is None:
         raise UserError(f"{adapter} is of neither stage: give what they have written")
+    _check_data(cfg, adapter, stage)
     if cfg.tool.dry_run:
         sys.stdout.write(f"stage {stage}: {adapter} on {cfg.data_root}; results go to {out}\n")
         return 0
@@ -84,6 +85,24 @@ def _with_demo(cfg: Config) -> Config:
         "cache": paths.root / "runs" / "vector_cache",
     }
     return replace(cfg, **{n: value for n, value in changes.items() if n not in cfg.tool.typed})
+
+
+def _check_data(cfg: Config, adapter: Path, stage: int) -> None:
+    """Refuse a missing base model and missing data before anything slow is imported."""
+    from lavic.src.adapter_files import ABOUT, base_of
+
+    base_of(adapter, cfg.model_name)
+    category = cfg.category or str(read_object(adapter / ABOUT).get("category"))
+    names = {
+        1: ("item2meta_valid.jsonl", "valid_images"),
+        2: (f"{category}/test.jsonl", "item2meta_train.json", "train_images"),
+    }[stage]
+    for name in names:
+        if not (cfg.data_root / name).exists():
+            raise UserError(
+                f"{cfg.data_root / name} is missing: put the recipe's data there, or type "
+                "--data-root PATH"
+            )
 
 
 def _adapter_at(checkpoint: Path) -> Path:

@@ -116,8 +116,9 @@ def main(argv: list[str] | None = None) -> int:
 
         print(memory_plan.reckon(cfg))
         return 0
-    from lavic.src import sample_choice
+    from lavic.src import adapter_files, sample_choice
 
+    adapter_files.check_base(cfg.model_name)
     found = sample_choice.open_samples(cfg)
     if cfg.run.dry_run:
         print(_plan(cfg, len(found.train), len(found.valid)))

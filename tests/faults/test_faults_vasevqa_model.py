@@ -121,7 +121,7 @@ MISTAKES = {
     "data that are not there": (["--dataset", "/no.json"], "the data set /no.json is missing"),
     "a misspelt flag": (["--learnin_rate", "1"], "did you mean --learning_rate?"),
     "a value without a flag": (["fast"], "fast: expected --flag value"),
-    "half a step": (["--max_steps", "1.5"], "--max_steps 1.5 must be a whole number"),
+    "half a step": (["--max_steps", "1.5"], "--max_steps must be a whole number"),
     "a checkpoint that is not there": (
         ["--resume_from_checkpoint", "/no/checkpoint-3"],
         "/no/checkpoint-3: no such checkpoint",

@@ -27,6 +27,7 @@ from shared.launch import launch_alone
 from shared.settings import Count
 
 if TYPE_CHECKING:
+    from vasevqa.model.evaluation import Settings
     from vasevqa.model.rows import Row
 
 HERE = Path(__file__).resolve().parent
@@ -64,13 +65,24 @@ def main(argv: list[str] | None = None) -> int:
     data = training_files.open_file(cfg.data_root, [Path.cwd(), HERE], is_grpo=False)
     for problem in data.problems:
         raise UserError(problem)
+    system = _system(cfg.system)
     if cfg.tool.dry_run:
         sys.stdout.write(f"{len(data.rows)} questions to {', '.join(map(str, models.values()))}\n")
         return 0
     rows = data.rows
     if cfg.limit is not None and cfg.limit < len(rows):
         rows = [rows[at * len(rows) // cfg.limit] for at in range(cfg.limit)]
-    return _evaluate(cfg, models, rows, data.root, pixels)
+    import torch
+
+    from shared.device import resolve
+    from vasevqa.model import evaluation
+
+    device = resolve(cfg.tool.device, 0, os.environ)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    settings = evaluation.Settings(
+        cfg.batch_size, cfg.max_new_tokens, pixels, system, dtype, device
+    )  # fmt: skip
+    return _evaluate(cfg, models, rows, data.root, settings)
 
 
 def _with_demo(cfg: Config) -> Config:
@@ -100,22 +112,10 @@ def _models(cfg: Config) -> dict[str, Path]:
 
 
 def _evaluate(
-    cfg: Config, models: dict[str, Path], rows: "list[Row]", root: Path, pixels: int
+    cfg: Config, models: dict[str, Path], rows: "list[Row]", root: Path, settings: "Settings"
 ) -> int:
-    import torch
-
-    from shared.device import resolve
     from vasevqa.model import evaluation
 
-    device = resolve(cfg.tool.device, 0, os.environ)
-    settings = evaluation.Settings(
-        cfg.batch_size,
-        cfg.max_new_tokens,
-        pixels,
-        _system(cfg.system),
-        torch.bfloat16 if device.type == "cuda" else torch.float32,
-        device,
-    )
     answers = {
         name: list(evaluation.Answerer(path, settings).answer(rows, root))
         for name, path in models.items()

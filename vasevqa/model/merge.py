@@ -37,7 +37,7 @@ OWN = ("demo", "dry_run", "exist_ok")  # exist_ok would keep old weights, silent
 
 def main(argv: list[str]) -> int:
     """Choose, merge, compare, put in place; the exit code. argv as in train.py."""
-    from vasevqa.model import merging, swift_flags
+    from vasevqa.model import merging, needs, swift_flags
 
     end = argv.index("---")
     if {"-h", "--help"} & set(argv[end + 1 :]):
@@ -50,6 +50,8 @@ def main(argv: list[str]) -> int:
         return _publish(chosen, target, dry="dry_run" in own)
     merge = merging.plan(chosen, target)
     if "model" in flags:
+        for problem in needs.model(flags, is_grpo=False):
+            raise UserError(problem)
         merge = merging.Merge(merge.adapter, swift_flags.text(flags, "model"), target)
     log.info("adapter %s, base %s", merge.adapter, merge.base)
     if merge.is_done:

@@ -18,7 +18,7 @@ from pathlib import Path
 from shared.errors import MissingToolError
 from shared.files import read_json, read_object
 from vasevqa.model import swift_flags
-from vasevqa.model.paths import is_local
+from vasevqa.model.paths import BY_ENDING, OR_HUB_ID, is_local
 
 # package → what pip calls it, and what it is for
 ALWAYS = {"swift": "ms-swift>=4.6,<5", "qwen_vl_utils": "qwen_vl_utils>=0.0.14"}
@@ -127,6 +127,16 @@ def system_prompt(flags: Mapping[str, list[str]]) -> Iterator[str]:
     value = swift_flags.text(flags, "system")
     if value.endswith(".txt") and not Path(value).is_file():
         yield f"the system prompt {value} is missing: type --system FILE.txt, or the text itself"
+
+
+def other_paths(flags: Mapping[str, list[str]]) -> Iterator[str]:
+    """A line for each further flag that names a file or directory which is not there."""
+    checked = ("model", "dataset", "val_dataset", "system")
+    for name in (*OR_HUB_ID, *BY_ENDING):
+        for value in flags.get(name, ()) if name not in checked else ():
+            is_path = value.endswith(BY_ENDING[name]) if name in BY_ENDING else is_local(value)
+            if is_path and not Path(value).exists():
+                yield f"--{name} {value} is missing: give a path that is there"
 
 
 def divisible(flags: Mapping[str, list[str]], world_size: int) -> Iterator[str]:

@@ -84,6 +84,7 @@ def check(plan: Plan, roots: Sequence[Path]) -> Findings:
     problems = list(needs.model(plan.flags, is_grpo=plan.is_grpo))
     problems += needs.plugins(plan.flags)
     problems += needs.system_prompt(plan.flags)
+    problems += needs.other_paths(plan.flags)
     problems += needs.stop_file()
     if plan.is_grpo:
         problems += needs.divisible(plan.flags, plan.world_size)

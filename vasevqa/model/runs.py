@@ -87,11 +87,8 @@ def begin(plan: Plan) -> Plan:
     resume = swift_flags.text(plan.own, "resume", "auto")
     if "demo" in plan.own and "resume" not in plan.own:
         resume = "never"
-    given = swift_flags.text(plan.flags, "resume_from_checkpoint")
-    if resume not in RESUME_WORDS:
-        given = resume
-    if given:
-        start = named(Path(given))
+    start = typed_checkpoint(plan)
+    if start:
         if not start.path.is_relative_to(plan.output_dir):
             continuation(plan.output_dir, {}, "never")
     else:
@@ -99,6 +96,14 @@ def begin(plan: Plan) -> Plan:
     if start is None:
         return plan
     return replace(plan, flags=plan.flags | {"resume_from_checkpoint": [str(start.path)]})
+
+
+def typed_checkpoint(plan: Plan) -> Checkpoint | None:
+    """The checkpoint that the user named, if any. Raises UserError when it is not whole."""
+    resume = swift_flags.text(plan.own, "resume", "auto")
+    given = swift_flags.text(plan.flags, "resume_from_checkpoint")
+    given = given if resume in RESUME_WORDS else resume
+    return named(Path(given)) if given else None
 
 
 def describe(plan: Plan) -> None:

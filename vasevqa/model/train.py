@@ -103,6 +103,7 @@ def _run(plan: "Plan", found: "Findings", steps: int) -> int:
     from shared import lock
     from vasevqa.model import runs, training_files
 
+    runs.typed_checkpoint(plan)
     if "dry_run" in plan.own:
         sys.stdout.write(f"swift {shlex.join(plan.command)}\n")
         return DONE
