@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from shared.errors import UserError, did_you_mean, one_line, shown
-from shared.files import is_file
+from shared.files import is_file, read_text
 
 RECIPE = Path(__file__).resolve().parent
 ROOT = RECIPE.parent
@@ -112,7 +112,7 @@ def _parse(path: Path) -> ast.Module:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the parser, about escapes in somebody's text
-            return ast.parse(path.read_text(encoding="utf-8-sig"))
+            return ast.parse(read_text(path, "utf-8-sig"))
     except SyntaxError as error:
         raise UserError(f"{path}:{error.lineno or 1}: {error.msg}; not a Python file") from None
     except (OSError, ValueError, MemoryError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from shared.errors import UserError, did_you_mean, one_line, shown
+from shared.files import read_text
 
 LIST = "Eval/list_eval_partition.txt"  # below the data root
 SPLITS = ("train", "query", "gallery")
@@ -122,7 +123,7 @@ def read_partition(path: Path) -> Partition:
 
 def _lines(path: Path) -> list[str]:
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
     except FileNotFoundError:
         raise UserError(
             f"{path} is missing: the data root must hold Eval/list_eval_partition.txt and Img/img/ "

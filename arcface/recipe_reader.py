@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from arcface.recipe import AdaptiveMargins, Checkpoints, Head, Loader, Optimizer, Recipe
 from arcface.section import Section, is_number
 from shared.errors import UserError, one_line, shown
+from shared.files import read_text
 from shared.settings import COUNTS, SEEDS, SIZES, WORKERS, Range
 
 # Dotted keys that are read though a file may not hold them, for config_options.with_options.
@@ -169,7 +170,7 @@ def _margins(value: Any, num_classes: int, name: str, cwd: Path) -> float | tupl
     if isinstance(value, str) and len(value) < _LONGEST_PATH:
         path = cwd / Path(value).expanduser()
         try:
-            value = [float(word) for word in path.read_text(encoding="utf-8-sig").split()]
+            value = [float(word) for word in read_text(path, "utf-8-sig").split()]
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else one_line(error)
             raise UserError(

@@ -20,6 +20,7 @@ from face_distill import roc, trained, verification
 from face_distill.pair_files import Pairs, read_pairs
 from face_distill.verification import Accuracy
 from shared.errors import UserError, one_line
+from shared.files import check_regular
 from shared.images import printable
 
 FOLDS = 10
@@ -170,6 +171,7 @@ def _distances_of_rows(path: Path, pair_set: PairSet) -> NDArray[np.float64] | N
     if not path.exists():
         return None
     try:
+        check_regular(path)
         rows = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except Exception as error:  # a damaged array fails in any of a dozen ways, none of them a bug
         raise UserError(f"{path} is cut off or no array: {one_line(error)}") from error

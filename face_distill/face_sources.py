@@ -16,6 +16,7 @@ import numpy as np
 from face_distill.record_reader import RecordReader
 from face_distill.recordio import RecordError
 from shared.errors import UserError
+from shared.files import read_bytes
 
 FLOAT32_EXACT = 1 << 24  # from here on, not every key can be written as a float32 label
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
@@ -173,7 +174,7 @@ class FolderSource:
     def read(self, key: int) -> bytes:
         """The encoded image of a key. Raises UserError when the file is gone."""
         try:
-            return self._paths[key].read_bytes()
+            return read_bytes(self._paths[key])
         except OSError as error:
             raise UserError(f"{self._paths[key]} cannot be read: {error.strerror}") from None
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import UserError
+from shared.files import read_bytes
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def _encoded(image: Any, path: Path) -> bytes:
 def _unpickle(path: Path) -> tuple[list[Any], list[Any]]:
     """The two lists of a pair file. Raises UserError when it holds anything else."""
     try:
-        content = path.read_bytes()
+        content = read_bytes(path)
         _check_memo(content)
         # Files written by Python 2 hold their images as its str: these come as bytes.
         images, same = _PairUnpickler(io.BytesIO(content), encoding="bytes").load()

@@ -16,6 +16,7 @@ from face_distill.recordio import (
     RecordFile,
     unpack,
 )
+from shared.files import read_bytes
 
 
 def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +36,7 @@ def read_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _index_text(path: Path) -> bytes:
     try:
-        text = path.read_bytes()
+        text = read_bytes(path)
     except FileNotFoundError:
         raise RecordError(
             f"{path} is missing: the index belongs beside the record file; unpack the data again"

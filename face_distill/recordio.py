@@ -23,7 +23,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from shared.errors import UserError
-from shared.files import write_atomic
+from shared.files import check_regular, write_atomic
 
 MAGIC = 0xCED7230A
 _MAGIC_BYTES = struct.pack("<I", MAGIC)
@@ -150,9 +150,12 @@ class RecordFile:
         self._descriptor: int | None = None
         self._opened_by = 0
         try:
+            check_regular(self.path)
             self.size = self.path.stat().st_size
         except FileNotFoundError:
             raise RecordError(f"{path} is missing: unpack or fetch the data set again") from None
+        except OSError as error:
+            raise RecordError(f"{path} cannot be read: {error.strerror}") from None
 
     def read(self, offset: int) -> tuple[bytes, int]:
         """The payload of the record that starts at a byte, and the byte behind the record."""

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from face_distill.face_sources import number_by_appearance
 from shared.errors import UserError, one_line
-from shared.files import read_json
+from shared.files import open_regular, read_json
 
 EMBEDDING, MAP = "teacher_embedding.npy", "teacher_feat_map.npy"
 LABELS, MANIFEST = "teacher_labels.npy", "manifest.json"
@@ -188,7 +188,7 @@ class TeacherFeatures:
 
 def _map_array(path: Path, expected: str) -> np.ndarray:
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             start = stream.read(64)
         if start.startswith(b"version https://git-lfs"):
             raise UserError(

@@ -23,6 +23,7 @@ from face_distill import iresnet
 from face_distill.preprocess import Preprocess
 from shared import weights
 from shared.errors import UserError, did_you_mean
+from shared.files import check_regular
 from shared.hub import fetched_weights
 
 TORCHSCRIPT = "torchscript"
@@ -295,6 +296,7 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 def _is_torchscript(path: Path) -> bool:
     """Whether the file is a zip archive with TorchScript's table of constants."""
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
     except (OSError, zipfile.BadZipFile):

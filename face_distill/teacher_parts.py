@@ -25,6 +25,7 @@ from face_distill.teacher import EMBEDDING, LABELS, MANIFEST, MAP
 from shared import lock
 from shared.errors import UserError, one_line
 from shared.files import (
+    check_regular,
     move_aside,
     read_json,
     remove_stale_temporaries,
@@ -145,6 +146,7 @@ class Parts:
     def _read(self, number: int, name: str) -> np.ndarray:
         path, expected = self._path(number), (len(self.rows(number)), *self.shapes[name])
         try:
+            check_regular(path)
             with np.load(path, allow_pickle=False) as stored:
                 array = stored[name]
             if array.shape != expected or array.dtype != np.float32:
@@ -190,8 +192,11 @@ def _clear(out: Path, plan: dict[str, Any], found: Any) -> None:
 
 
 def _is_complete(out: Path, num_rows: int) -> bool:
+    paths = [out / name for name in (EMBEDDING, MAP, LABELS)]
     try:
-        arrays = [np.load(out / n, "r", allow_pickle=False) for n in (EMBEDDING, MAP, LABELS)]
+        for path in paths:
+            check_regular(path)
+        arrays = [np.load(path, "r", allow_pickle=False) for path in paths]
     except (OSError, ValueError, EOFError):
         return False
     return all(len(array) == num_rows for array in arrays)

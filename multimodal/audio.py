@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.files import check_regular
+
 log = logging.getLogger(__name__)
 
 SAMPLE_RATE = 16_000  # Hz
@@ -117,6 +119,7 @@ class FeatureCache:
         """log_mel of the whole file, float32 (T, 80). Raises AudioError as read_waveform does."""
         stored = self._place(path)
         try:
+            check_regular(stored)
             found = np.load(stored, allow_pickle=False)
             if found.dtype == np.float16 and found.shape[1:] == (NUM_MELS,):
                 return torch.from_numpy(found).float()

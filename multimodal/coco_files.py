@@ -10,6 +10,7 @@ from typing import TypeVar
 import msgspec
 
 from shared.errors import UserError, one_line
+from shared.files import read_bytes
 
 YEARS = (2017, 2014)
 HALVES = ("train", "val")
@@ -80,7 +81,7 @@ def read(path: Path, kind: type[T]) -> T:
     Raises UserError that names the file and the place in it.
     """
     try:
-        return msgspec.json.decode(path.read_bytes().removeprefix(_BOM), type=kind)
+        return msgspec.json.decode(read_bytes(path).removeprefix(_BOM), type=kind)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

@@ -21,7 +21,7 @@ sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # 
 
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError, shown
-from shared.files import make_output, write_atomic, write_json
+from shared.files import make_output, read_text, write_atomic, write_json
 from shared.launch import launch_alone
 from shared.settings import Count, Range, Workers
 
@@ -132,7 +132,7 @@ def _lines(path: Path | None, flag: str) -> list[str]:
     if path is None:
         return []
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path, "utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--{flag} {path} cannot be read as UTF-8 text: {error}") from None
     found = [" ".join(line.split()) for line in lines if line.strip()]

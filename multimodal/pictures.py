@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from shared import images
+from shared.files import open_regular
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in [0, 1]
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -57,7 +58,7 @@ def problem(path: Path) -> str | None:
     A file that is cut short, empty or something else is found, damage in the middle is not.
     """
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             head = stream.read(2)
             stream.seek(-2, 2)
             tail = stream.read(2)

@@ -140,7 +140,8 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 def files_in(directory: Path, *, hashed: bool) -> list[dict[str, Any]]:
     """Name, bytes and SHA-256 of the checkpoints there; the sum only when `hashed`."""
-    paths = sorted(directory.glob("*.pt"), key=lambda path: path.stat().st_mtime)
+    paths = [path for path in directory.glob("*.pt") if path.is_file()]
+    paths.sort(key=lambda path: path.stat().st_mtime)
     return [
         {
             "file": path.name,

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 from shared.errors import UserError
+from shared.files import read_bytes
 
 
 def read_table(path: Path, encoding: str, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
@@ -16,13 +17,13 @@ def read_table(path: Path, encoding: str, columns: list[str]) -> list[tuple[int,
     these columns or with a row of another length.
     """
     try:
-        text = path.read_bytes().decode(encoding)
+        text = read_bytes(path).decode(encoding)
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): download_datasets.py fetches it"
         ) from None
     except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        line = read_bytes(path)[: error.start].count(b"\n") + 1
         raise UserError(f"{path}, line {line}: not {encoding}; fetch the file again") from None
     reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval=None)
     lacking = [column for column in columns if column not in _header(reader, path)]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from shared import pickles
 from shared.errors import UserError, one_line
-from shared.files import write_atomic
+from shared.files import check_regular, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +139,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises DamagedError for a torn or foreign file, UserError for one that would run code.
     """
     try:
+        check_regular(path)
         with zipfile.ZipFile(path) as archive:
             torn = archive.testzip()
             if torn:

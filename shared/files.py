@@ -6,9 +6,12 @@ Standard library only.
 from __future__ import annotations
 
 import contextlib
+import errno
+import io
 import json
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -62,10 +65,37 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     write_text(path, text, durable=durable)
 
 
+def check_regular(path: str | Path) -> None:
+    """Raise OSError for what is no regular file: a pipe or a device may be read without end."""
+    mode = Path(path).stat().st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+def open_regular(path: Path) -> io.BufferedReader:
+    """The file, to read its bytes. Raises OSError as `check_regular`, and for one not to be had."""
+    check_regular(path)
+    return path.open("rb")
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of the file. Raises OSError as `open_regular`."""
+    with open_regular(path) as stream:
+        return stream.read()
+
+
+def read_text(path: Path, encoding: str = "utf-8", errors: str = "strict") -> str:
+    """The text in the file. Raises OSError as `open_regular`, and UnicodeDecodeError."""
+    with io.TextIOWrapper(open_regular(path), encoding, errors) as stream:
+        return stream.read()
+
+
 def read_json(path: Path) -> Any:
     """The JSON value in `path`, or None when the file is missing or not JSON."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except (OSError, ValueError, RecursionError):  # the last: nested without end
         return None
 
@@ -77,10 +107,17 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file; any other line, as a killed writer's, is passed over."""
-    if not path.exists():
+    """The objects of a JSON-lines file; any other line, as a killed writer's, is passed over.
+
+    Nothing for a file that is missing. Raises UserError for one that cannot be read.
+    """
+    try:
+        stream = open_regular(path)
+    except FileNotFoundError:
         return
-    with path.open(encoding="utf-8", errors="replace") as lines:
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; move it away") from None
+    with io.TextIOWrapper(stream, "utf-8", "replace") as lines:
         for line in lines:
             with contextlib.suppress(ValueError, RecursionError):
                 row = json.loads(line)

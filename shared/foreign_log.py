@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from shared.files import open_regular
+
 _POSITION, _PACE, _MEMORY = "global_step/max_steps", "train_speed(s/it)", "memory(GiB)"
 _CHECKPOINTS = ("best_model_checkpoint", "last_model_checkpoint")
 _NAMES = {"learning_rate": "lr"}  # what our own recipes call it
@@ -49,7 +51,7 @@ class JsonLinesProgress:
 
     def _news(self, path: Path) -> Iterator[dict[str, Any]]:
         """The whole lines that were added; half a line waits for its end."""
-        with contextlib.suppress(OSError), path.open("rb") as stream:
+        with contextlib.suppress(OSError), open_regular(path) as stream:
             stream.seek(self._offsets.get(path, 0))
             text = stream.read()
             whole = text[: text.rfind(b"\n") + 1]

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError, one_line
-from shared.files import is_file
+from shared.files import is_file, read_bytes
 from shared.page import Page, Picture
 from shared.progress import clock
 from shared.run_record import RunRecord, Series, as_text, flat, number, read
@@ -226,7 +226,7 @@ def _add_pictures(page: Page, record: RunRecord) -> None:
     room = _LARGEST_PAGE
     for path in record.pictures:
         try:
-            content = path.read_bytes() if path.stat().st_size <= _LARGEST_PICTURE else None
+            content = read_bytes(path) if path.stat().st_size <= _LARGEST_PICTURE else None
             if content is None or len(content) > room:
                 page.text(f"Not shown, too large: {path}")
                 continue

@@ -45,7 +45,7 @@ def decide(
         return Decision(run_dir / last)
     if resume not in ("auto", "latest", "never"):
         path = Path(resume)
-        return Decision(path / last if path.is_dir() else path, is_named=path.is_file())
+        return Decision(path / last if path.is_dir() else path, is_named=not path.is_dir())
     if restarted:
         return Decision()
     state = read_object(run_dir / "status.json")

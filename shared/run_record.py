@@ -19,7 +19,7 @@ from typing import Any
 
 from shared import processes
 from shared.errors import one_line
-from shared.files import is_file
+from shared.files import is_file, open_regular, read_text
 from shared.run_view import log_lines
 
 PAGES = "pages"  # of a run directory: the pictures and tables that a recipe adds to the report
@@ -142,7 +142,7 @@ def _object(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LARGEST_JSON:
             raise ValueError("too large to be one")
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_text(path))
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
         return {}
@@ -195,7 +195,7 @@ def _curves(record: RunRecord) -> dict[str, dict[str, Series]]:
 
 def _rows(path: Path) -> Iterator[dict[str, Any] | None]:
     """The rows of metrics.jsonl; None for a line that is none."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         while line := stream.readline(_LONGEST_LINE):
             if stream.tell() > _LARGEST_METRICS:
                 return

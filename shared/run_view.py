@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from shared import lock, processes
-from shared.files import read_object
+from shared.files import open_regular, read_bytes, read_object
 
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
 RUNNING, STARTING, STALE = "running", "starting", "stale"
@@ -141,7 +141,7 @@ def warnings_of(log: str | None, number: int = 5) -> list[str]:
 
 def log_lines(log: str | None, number: int | None = None) -> list[str]:
     """The last lines of a log, of its last megabyte at most; of a rewritten line the last state."""
-    with contextlib.suppress(OSError), Path(log or "").open("rb") as stream:
+    with contextlib.suppress(OSError), open_regular(Path(log or "")) as stream:
         size = stream.seek(0, os.SEEK_END)
         stream.seek(max(0, size - _TAIL))
         text = stream.read().decode("utf-8", "replace")
@@ -184,7 +184,7 @@ class _Rows:
 def _rows(path: Path) -> _Rows:
     """Parse no more than is shown: a long run's file has a million lines."""
     try:
-        lines = path.read_bytes().splitlines()
+        lines = read_bytes(path).splitlines()
     except OSError:
         return _Rows()
     train = [line for line in lines if b'"split": "train"' in line]

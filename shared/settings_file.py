@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from shared import gone
 from shared.errors import UserError, did_you_mean, one_line, shortened, shown
-from shared.files import read_json
+from shared.files import read_json, read_text
 from shared.settings import Setting, from_plain, in_range, leaves, plain, reader_of, without_none
 
 RESUME_WORDS = ("auto", "latest", "never")
@@ -47,7 +47,7 @@ def load_file(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path, "utf-8-sig")
         if text.count("[") + text.count("{") > _MOST_BRACKETS:  # yaml's time grows with the square
             raise ValueError("it nests too deeply")
         loaded = yaml.safe_load(text) or {}

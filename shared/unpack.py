@@ -26,6 +26,7 @@ from typing import IO, Any, NoReturn
 
 from shared.download import check_space
 from shared.errors import MissingToolError, UserError, one_line
+from shared.files import check_regular
 from shared.progress import Meter
 
 STAGING = ".unpacking"
@@ -61,6 +62,8 @@ def unpack(parts: Sequence[Path], directory: Path, run: Run | None = None) -> in
     shutil.rmtree(staging, ignore_errors=True)  # of a process that was killed
     staging.mkdir()
     try:
+        for part in parts:
+            check_regular(part)
         _unpack_into(parts, staging, run)
         count = _check_tree(staging, archive)
         _move(staging, directory)

@@ -21,7 +21,7 @@ import sys
 import tempfile
 import traceback
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,45 @@ class Campaign:
 
 def run(name: str, reader: Reader, cases: int, timeout: float) -> Campaign:
     """Try `cases` damaged copies in a process of its own; AssertionError if that dies or hangs."""
+
+    def damaged_copies(whole: dict[Path, bytes]) -> Iterator[str]:
+        for number in range(cases):
+            for path, content in damage(whole, random.Random(f"{name} {number}")).items():
+                path.write_bytes(content)
+            yield f"case {number}"
+
+    return _in_child(name, reader, damaged_copies, timeout)
+
+
+def run_without_files(name: str, reader: Reader, timeout: float) -> Campaign:
+    """The same with each file in turn replaced by a pipe, and by a link to a device."""
+
+    def replaced(whole: dict[Path, bytes]) -> Iterator[str]:
+        for path in whole:
+            for kind, put in (("pipe", os.mkfifo), ("device", _link_to_zeros)):
+                _write_anew(whole)
+                path.unlink()
+                put(path)
+                yield f"{path.name} is a {kind}"
+
+    return _in_child(name, reader, replaced, timeout)
+
+
+def _link_to_zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _write_anew(files: dict[Path, bytes]) -> None:
+    for path, content in files.items():
+        path.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+Cases = Callable[[dict[Path, bytes]], Iterator[str]]  # from whole files; names what it prepared
+
+
+def _in_child(name: str, reader: Reader, cases: Cases, timeout: float) -> Campaign:
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     at = context.Value("i", 0)
@@ -91,7 +130,7 @@ def run(name: str, reader: Reader, cases: int, timeout: float) -> Campaign:
     return answer
 
 
-def _try_all(name: str, reader: Reader, cases: int, pipe: Any, at: Any) -> None:
+def _try_all(name: str, reader: Reader, cases: Cases, pipe: Any, at: Any) -> None:
     """In the child: every case, under guard."""
     campaign, started = Campaign(), list[str]()
     sys.addaudithook(lambda event, args: started.append(event) if event in _FORBIDDEN else None)
@@ -102,14 +141,12 @@ def _try_all(name: str, reader: Reader, cases: int, pipe: Any, at: Any) -> None:
         whole = _make(reader, directory)
         _limit_memory()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for number in range(cases):
+        for number, case in enumerate(cases(whole)):
             at.value = number
-            for path, content in damage(whole, random.Random(f"{name} {number}")).items():
-                path.write_bytes(content)
             if fault := _try(reader, directory, campaign):
-                campaign.faults.append(f"{name} case {number}: {fault}")
+                campaign.faults.append(f"{name}, {case}: {fault}")
             if started or Path("PWNED").exists():
-                campaign.faults.append(f"{name} case {number}: started {started or 'PWNED'}")
+                campaign.faults.append(f"{name}, {case}: started {started or 'PWNED'}")
                 started.clear()
         growth = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         if growth > GROWTH:

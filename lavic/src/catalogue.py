@@ -17,6 +17,7 @@ from typing import Any
 
 from lavic.src.json_lines import read_objects
 from shared.errors import UserError, one_line
+from shared.files import read_bytes
 
 NO_TITLE = "No Title"
 _OF_ITEM, _OF_LINE = "image_descriptions_llava_cleaned", "image_description_llava_cleaned"
@@ -146,7 +147,7 @@ def _schema(path: Path) -> str:
 
 def _content(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_bytes(path).decode("utf-8-sig")
     except OSError as error:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): put the file there, or type its path"

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 from lavic.src.json_lines import read_objects
 from shared.errors import UserError, one_line
+from shared.files import read_text
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,9 @@ def why_unusable(picture: Picture) -> str | None:
 
 def _of_items(path: Path) -> Iterator[tuple[str, str]]:
     try:
-        items = json.loads(path.read_text(encoding="utf-8-sig"))
+        items = json.loads(read_text(path, "utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no UTF-8 text ({error.reason})") from None
     except json.JSONDecodeError as error:

@@ -35,6 +35,7 @@ class Folder:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             remove_stale_temporaries(directory)
+            notes = list(read_json_lines(directory / VERIFIED))
             self._notes = (directory / VERIFIED).open("a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise UserError(
@@ -43,7 +44,7 @@ class Folder:
         self._directory, self._lock = directory, threading.Lock()
         self._known = {
             row["name"]: (row["size"], row["time"])
-            for row in read_json_lines(directory / VERIFIED)
+            for row in notes
             if row.keys() == {"name", "size", "time"} and isinstance(row["name"], str)
         }
 

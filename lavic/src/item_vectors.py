@@ -29,7 +29,7 @@ from lavic.src.llava import cls_vectors, core_of, picture_views
 from shared import distributed
 from shared.distributed import World
 from shared.errors import UserError
-from shared.files import remove_stale_temporaries, write_atomic
+from shared.files import check_regular, read_bytes, remove_stale_temporaries, write_atomic
 from shared.images import read_rgb
 from shared.loader import make_eval_loader
 
@@ -127,6 +127,7 @@ class _Store:
         wanted, found = set(wanted), dict[str, Tensor]()
         for path in sorted(self._directory.glob("*.safetensors")) if wanted else ():
             try:
+                check_regular(path)
                 with safe_open(str(path), framework="pt") as file:
                     names = json.loads(file.metadata()["pictures"])
                     if wanted.isdisjoint(names):
@@ -244,7 +245,7 @@ def _digests(items: list[str], images: Path) -> tuple[dict[str, str], dict[str, 
         if path.parent != images or not path.is_file():
             return "", "missing"
         try:
-            return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(), ""
+            return hashlib.blake2b(read_bytes(path), digest_size=16).hexdigest(), ""
         except OSError as error:
             return "", f"cannot be read: {error.strerror}"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
+from shared.files import open_regular
 
 
 def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -17,7 +18,7 @@ def read_objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     line that is no JSON object, and for a file that cannot be read.
     """
     try:
-        with path.open("rb") as lines:
+        with open_regular(path) as lines:
             for number, line in enumerate(lines, 1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")

@@ -21,6 +21,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from shared.device import driver_version, present_gpus, visible_gpus
+from shared.files import open_regular
 from shared.tools.needs import Need
 
 OK, NOTE, MISSING = "ok", "note", "missing"
@@ -313,7 +314,7 @@ def _is_there(path: Path) -> bool:
     try:
         if path.is_dir():
             return any(path.iterdir())
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             start = stream.read(24)
     except OSError:
         return False

@@ -13,6 +13,7 @@ Exit codes: 0 done, stopped or running, 1 failed or stale, 2 no run.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import shutil
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root,
 from shared import lock, logs, processes, run_text
 from shared.config import option, parse
 from shared.errors import DONE, FAILED, USER_ERROR, UserError, did_you_mean
-from shared.files import read_object
+from shared.files import open_regular, read_object, read_text
 from shared.run_view import RUNNING, STALE, STARTING, View, log_lines, view
 from shared.settings import Seconds
 
@@ -137,7 +138,7 @@ def beginning(recipes: list[str], root: Path, known: list[View]) -> list[View]:
     found = []
     for path in (root / recipe / place / "run.pid" for recipe in recipes for place in LOGS):
         with contextlib.suppress(OSError, ValueError):
-            pid = int(path.read_text())
+            pid = int(read_text(path))
             if _is_script_of(root, path, pid) and pid not in [other.pid for other in known]:
                 log = str((path.parent / "latest.log").resolve())
                 recipe = path.relative_to(root).parts[0]
@@ -261,7 +262,7 @@ def tail(run: View, every: float) -> None:
         return
     with (
         contextlib.suppress(KeyboardInterrupt, OSError),
-        Path(run.log).open(errors="replace") as log,
+        io.TextIOWrapper(open_regular(Path(run.log)), "utf-8", "replace") as log,
     ):
         log.seek(0, os.SEEK_END)
         while True:

@@ -16,6 +16,20 @@ def test_damage_ends_in_a_result_or_in_one_line(name):
     assert campaign.cases == cases
 
 
+# Of these it is the test that opens or copies the files.
+NOT_OPENED = {
+    *("cfg-options", "teacher parts", "swift's log", "ModelScope's listing", "Hub's index"),
+    "foreign HTML",
+}
+
+
+@pytest.mark.parametrize("name", [name for name in READERS if name not in NOT_OPENED])
+def test_a_pipe_or_a_device_in_place_of_a_file_ends_in_a_result_or_in_one_line(name):
+    campaign = fuzzing.run_without_files(name, READERS[name], timeout=100)
+    assert campaign.faults == []
+    assert campaign.cases
+
+
 def read_badly(directory):
     content = (directory / "file").read_bytes()
     if content != b"good":

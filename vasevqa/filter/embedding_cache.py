@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import UserError, one_line
-from shared.files import write_atomic
+from shared.files import check_regular, write_atomic
 from shared.lock import try_to_lock
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ class EmbeddingCache:
         """A small array that belongs to the model, made once: the prompts' embeddings (P, D)."""
         path = self._dir / f"{name}.npy"
         try:
+            check_regular(path)
             found = np.load(path, allow_pickle=False)
             if found.dtype == np.float32 and found.shape[1:] == self._row["vector"].shape:
                 return found

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import UserError, did_you_mean, one_line
+from shared.files import read_text
 
 DEFAULT = Path(__file__).with_name("prompts.txt")
 _GROUPS = ("high", "low")
@@ -31,7 +32,7 @@ def read(path: Path) -> Prompts:
     Raises UserError with the line for anything else, and for an empty group.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path, "utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompts {path} cannot be read: {one_line(error)}") from None
     groups: dict[str, list[str]] = {name: [] for name in _GROUPS}

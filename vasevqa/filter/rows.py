@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.distributed import World
-from shared.files import read_json_lines
+from shared.files import open_regular, read_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Parts:
 
 def file_identity(path: Path) -> str:
     """Changes with the content of a file."""
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:24]
 
 

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from shared import images
 from shared.distributed import World
 from shared.errors import UserError, one_line
+from shared.files import read_bytes
 from shared.loader import make_eval_loader
 from vasevqa.filter.clip_model import Clip
 from vasevqa.filter.embedding_cache import EmbeddingCache, digest_of
@@ -144,7 +145,7 @@ class _Files(Dataset[Prepared]):
     def __getitem__(self, index: int) -> Prepared:
         item = self._items[index]
         try:
-            content = (self._root / item.name).read_bytes()
+            content = read_bytes(self._root / item.name)
         except OSError as error:
             return Prepared(item, problem=f"cannot be read: {error.strerror}")
         digest = digest_of(content)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
-from shared.files import read_json
+from shared.files import open_regular, read_json
 from vasevqa.model import runs
 from vasevqa.model.needs import broken_safetensors, weights
 from vasevqa.model.paths import is_local
@@ -140,7 +140,7 @@ def _find_again(base: Path, noted: list[Any]) -> Path:
 
 def _shapes(directory: Path) -> Iterator[tuple[str, list[int]]]:
     for path in sorted(directory.glob("*.safetensors")):
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             header = json.loads(stream.read(struct.unpack("<Q", stream.read(8))[0]))
         for name, entry in header.items():
             if name != "__metadata__" and isinstance(entry, dict):

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 
 from shared.errors import MissingToolError
-from shared.files import read_json, read_object
+from shared.files import open_regular, read_json, read_object, read_text
 from vasevqa.model import swift_flags
 from vasevqa.model.paths import BY_ENDING, OR_HUB_ID, is_local
 
@@ -83,7 +83,7 @@ def _is_name(value: object) -> bool:
 def broken_safetensors(path: Path) -> str | None:
     """Why a .safetensors file is not whole, or None; only its header is read."""
     try:
-        with path.open("rb") as stream:
+        with open_regular(path) as stream:
             start = stream.read(8)
             if start and _LFS.startswith(start):
                 return "is a Git LFS pointer, not the weights (git lfs pull)"
@@ -188,7 +188,7 @@ def _how_to_get(path: Path, is_grpo: bool) -> str:
 
 def _names_in(plugin: Path) -> set[str]:
     """Functions of a plugin, and the texts in it, among which are the names it registers."""
-    tree = ast.parse(plugin.read_text(encoding="utf-8-sig"), str(plugin))
+    tree = ast.parse(read_text(plugin, "utf-8-sig"), str(plugin))
     functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
     texts = {
         node.value

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
+from shared.files import read_text
 
 TAG = "<image>"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -67,7 +68,7 @@ class RowError(ValueError):
 def read(path: Path) -> list[dict[str, Any]]:
     """The objects in a .json or .jsonl file. Raises UserError naming file and line."""
     try:
-        content = path.read_text(encoding="utf-8-sig")
+        content = read_text(path, "utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is no UTF-8 text (byte {error.start}): save it as UTF-8") from None
     except OSError as error:
