@@ -22,7 +22,7 @@ from arcface.partition import LIST, Picture, read_partition
 from arcface.pipeline import Pipeline, build_pipeline
 from arcface.section import refuse_unknown
 from shared.errors import UserError, one_line, shown
-from shared.images import decode_rgb
+from shared.images import read_rgb
 
 LEFT_OUT = -1  # position of an item whose picture could not be read
 _SETTINGS = ("type", "data_root", "split", "pipeline", "data_prefix", "ann_file", "test_mode")
@@ -115,8 +115,8 @@ class InShop(Dataset[Garment]):
         if self._bad[index]:
             return None
         try:
-            return decode_rgb(self._paths[index].read_bytes())
-        except (OSError, ValueError) as error:
+            return read_rgb(self._paths[index])
+        except ValueError as error:
             self._bad[index] = True
             reason = one_line(error)
         log.warning("left out: %s (%s)", self._paths[index], reason)

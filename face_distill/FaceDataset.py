@@ -17,7 +17,6 @@ import math
 import shutil
 import sys
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ if __name__ == "FaceDataset":  # imported by its bare name: the repository root 
 from face_distill.face_sources import FolderSource, RecordSource, number_by_appearance, open_source
 from face_distill.preprocess import resize
 from shared.errors import UserError, did_you_mean
+from shared.images import decode_rgb
 
 SIZE = 112  # pixels a side
 SELECTIONS = ("first_n", "per_id")
@@ -132,21 +132,14 @@ class FaceDataset(Dataset[tuple[Tensor, int, int]]):
 
 def decode(content: bytes) -> Tensor:
     """An encoded image as RGB, uint8 (3, 112, 112). Raises ValueError when it cannot be decoded."""
-    from torchvision.io import ImageReadMode, decode_image, decode_jpeg  # takes 3 s to import
+    return fitted(decode_rgb(content))
 
-    if not content:
-        raise ValueError("no bytes")
-    encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    decoder = decode_jpeg if content[:2] == b"\xff\xd8" else decode_image
-    try:
-        image = cast(Tensor, decoder(encoded, mode=ImageReadMode.RGB))
-    except RuntimeError as error:
-        raise ValueError(str(error).splitlines()[0]) from None
-    if image.dtype == torch.uint16:  # PNG with 16 bits a channel
-        image = (image.to(torch.int32) // 257).to(torch.uint8)
-    if image.shape[-2:] != (SIZE, SIZE):
-        image = resize(image[None], SIZE, SIZE)[0].to(torch.uint8).contiguous()
-    return image
+
+def fitted(image: Tensor) -> Tensor:
+    """An image, uint8 (3, H, W), as uint8 (3, 112, 112)."""
+    if image.shape[-2:] == (SIZE, SIZE):
+        return image
+    return resize(image[None], SIZE, SIZE)[0].to(torch.uint8).contiguous()
 
 
 def _check_numbers(selection: str, limit: int | None, per_id: int) -> None:

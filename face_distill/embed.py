@@ -15,7 +15,6 @@ import logging
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -147,14 +146,10 @@ def _prepare_out(out: Path, names: Path) -> None:
 
 
 def _embed(cfg: Config, images: list[str], tower: Path, checkpoint: Path) -> int:
-    from PIL import Image
-
     from face_distill.npy_stream import write_rows
     from face_distill.trained import FaceEmbedder, open_student
     from shared.device import resolve
 
-    # Such images are refused, with the reason: see image_folder.
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
     device = resolve(cfg.tool.device, 0, os.environ)
     embed = FaceEmbedder(open_student(tower, checkpoint), device, cfg.tool.amp)
     tally, width = Tally(), embed.student.embedding_dim

@@ -5,7 +5,6 @@ N pairs, D embedding width.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from face_distill.pair_files import Pairs
 from shared.errors import UserError
+from shared.images import decode_rgb, size_of
 
 # Squared distances of unit vectors lie in 0 … 4.
 THRESHOLDS = np.arange(0, 4, 0.01)
@@ -41,23 +41,21 @@ def decode(images: Sequence[bytes], first: int = 0) -> Tensor:
     Raises UserError for an image that is broken or above 1024 pixels a side, and for mixed sizes.
     """
     decoded = [_decoded(image, number) for number, image in enumerate(images, first)]
-    sizes = {image.shape for image in decoded}
+    sizes = {tuple(image.shape) for image in decoded}
     if len(sizes) != 1:
         raise UserError(f"images of a verification set must have one size, got {sorted(sizes)}")
-    return torch.from_numpy(np.stack(decoded)).permute(0, 3, 1, 2).contiguous()
+    return torch.stack(decoded).contiguous()
 
 
-def _decoded(image: bytes, number: int) -> NDArray[np.uint8]:
-    """One image as (H, W, 3)."""
-    from PIL import Image
-
+def _decoded(image: bytes, number: int) -> Tensor:
+    """One image (3, H, W)."""
     try:
-        with Image.open(io.BytesIO(image), formats=("JPEG", "PNG")) as opened:
-            if max(opened.size) > MAX_SIDE:
-                raise ValueError(f"{opened.size} pixels; at most {MAX_SIDE} a side are taken")
-            return np.asarray(opened.convert("RGB"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"image {number} of the pairs cannot be decoded: {error}") from error
+        size = size_of(image)
+        if max(size) > MAX_SIDE:
+            raise ValueError(f"{size} pixels; at most {MAX_SIDE} a side are taken")
+        return decode_rgb(image)
+    except ValueError as error:
+        raise UserError(f"image {number} of the pairs cannot be decoded: {error}") from None
 
 
 def flip_embeddings(

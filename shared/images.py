@@ -13,48 +13,54 @@ torch is imported by the first picture: entry scripts look into folders before t
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
 import logging
 import os
-import struct
 import warnings
 from collections import Counter, deque
 from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from shared import files
 from shared.errors import UserError, one_line
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
 MOST_PIXELS = 100_000_000  # a small file may claim any size; decoding it would fill the memory
-_PNG = b"\x89PNG\r\n\x1a\n"  # byte 24 of such a file tells the bits of a channel
-_LARGE_JPEG = 1 << 19  # bytes; below it a JPEG cannot claim too much
+# What is decoded, whatever a file's name says; JPEG by torchvision, the others by Pillow. Not its
+# other formats: some start a program (EPS) or take any bytes for a picture (TGA).
+FORMATS = (
+    *("JPEG", "MPO", "PNG", "GIF", "WEBP", "BMP", "TIFF"),
+    *("AVIF", "JPEG2000", "DDS", "ICNS", "ICO", "PPM"),
+)
+_JPEG = b"\xff\xd8"
+_FRAME_HEADERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG's markers of a size
 
 
 def decode_rgb(content: bytes) -> Tensor:
     """The picture in `content` as RGB, uint8 (3, H, W), turned upright by its EXIF note.
 
-    The colours of a pixel lie side by side in memory (channels last), as `resize` likes them.
-    JPEG, GIF (first frame) and WebP go through torchvision, the rest through Pillow; both give the
-    same grey levels. Raises ValueError, with the reason, when nothing can be decoded.
+    The colours of a pixel lie side by side in memory (channels last), as `resize` likes them. Of
+    several pictures the first counts; transparency is dropped; 16 bits become 8.
+    Raises ValueError, with the reason, when nothing can be decoded.
     """
-    is_jpeg = content[:2] == b"\xff\xd8"
-    if not is_jpeg or len(content) > _LARGE_JPEG:
-        _check_header(content)
-    if content.startswith(_PNG):
-        # a damaged PNG makes torchvision 0.29 end the process (SIGSEGV): Pillow looks first
-        image = _decode_with_pillow(content)
-        return _interleaved(_decode_quickly(content, is_jpeg) if content[24] == 16 else image)
-    try:
-        image = _decode_quickly(content, is_jpeg)
-    except RuntimeError:
-        image = _decode_with_pillow(content)
-    return _interleaved(image)
+    if content.startswith(_JPEG) and _is_moderate_jpeg(content):
+        try:
+            return _decode_jpeg(content)
+        except RuntimeError:
+            pass  # Pillow says why
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.array(_decode_with_pillow(content))).permute(2, 0, 1)
 
 
 def read_rgb(path: Path) -> Tensor:
@@ -62,22 +68,24 @@ def read_rgb(path: Path) -> Tensor:
 
     Raises ValueError, with the reason in a few words, for one that is missing or cannot be read.
     """
-    if not path.is_file():  # reading a pipe would wait for ever
-        raise ValueError(_why_no_file(path))
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise ValueError(f"cannot be read: {error.strerror or one_line(error)}") from None
-    return decode_rgb(content)
+    return decode_rgb(_content(path))
 
 
 def problem(path: Path) -> str | None:
     """Why the file `path` gives no picture, or None when it gives one; it is decoded to know."""
     try:
-        read_rgb(path)
+        _decode_with_pillow(_content(path))
     except ValueError as error:
         return one_line(error)
     return None
+
+
+def size_of(content: bytes) -> tuple[int, int]:
+    """Width and height of the picture in `content`, before EXIF; only its header is read.
+
+    Raises ValueError, with the reason, for what is no picture and above MOST_PIXELS.
+    """
+    return _opened(content).size
 
 
 class Skipped:
@@ -166,60 +174,95 @@ def _leads_back(entry: Path, top: Path) -> bool:
     return target.is_relative_to(top) or top.is_relative_to(target)
 
 
-def _why_no_file(path: Path) -> str:
-    if path.is_symlink():
-        return "a link that leads nowhere"
-    return "no plain file" if path.exists() else "missing"
+def _content(path: Path) -> bytes:
+    """The bytes of the file. Raises ValueError."""
+    try:
+        return files.read_bytes(path)
+    except FileNotFoundError:
+        reason = "a link that leads nowhere" if path.is_symlink() else "missing"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror or one_line(error)}"
+    raise ValueError(reason)
 
 
-def _decode_quickly(content: bytes, is_jpeg: bool) -> Tensor:
+def _is_moderate_jpeg(content: bytes) -> bool:
+    """Whether the JPEG says its size in the usual place, and it is not above MOST_PIXELS."""
+    at, last = len(_JPEG), len(content) - 9
+    while at <= last and content[at] == 0xFF:
+        if content[at + 1] in _FRAME_HEADERS:
+            height, width = content[at + 5 : at + 7], content[at + 7 : at + 9]
+            return int.from_bytes(height) * int.from_bytes(width) <= MOST_PIXELS
+        at += 2 + int.from_bytes(content[at + 2 : at + 4])
+    return False
+
+
+def _decode_jpeg(content: bytes) -> Tensor:
     import torch
-    from torchvision.io import ImageReadMode, decode_image, decode_jpeg  # takes 3 s to import
+    from torchvision.io import ImageReadMode, decode_jpeg  # takes 3 s to import
 
-    decoder = decode_jpeg if is_jpeg else decode_image
     encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-    image = cast("Tensor", decoder(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True))
-    if image.dim() == 4:  # the frames of a GIF
-        image = image[0]
-    if image.dtype == torch.uint16:  # PNG with 16 bits a channel
-        image = (image.to(torch.int32) // 257).to(torch.uint8)
+    image = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+    return _interleaved(cast("Tensor", image))
+
+
+def _decode_with_pillow(content: bytes) -> Image:
+    """The picture as RGB, turned upright. Raises ValueError."""
+    from PIL import ImageOps
+
+    image = _opened(content)
+    try:
+        image.load()
+        with contextlib.suppress(Exception):  # a damaged EXIF note says nothing
+            image = ImageOps.exif_transpose(image)
+        return _eight_bits(image).convert("RGB")
+    except Exception as error:  # a damaged picture fails in any of a dozen ways, none of them a bug
+        raise ValueError(_reason(error)) from None
+
+
+def _opened(content: bytes) -> Image:
+    """The picture, not decoded yet. Raises ValueError for none, and above MOST_PIXELS."""
+    from PIL import Image, UnidentifiedImageError
+
+    if not content.strip(b"\0 \r\n"):
+        raise ValueError("the file holds zeros alone" if content else "the file is empty")
+    try:
+        image = Image.open(io.BytesIO(content), formats=_formats())
+    except UnidentifiedImageError:
+        start = content.lstrip()[:24].decode("ascii", "replace")
+        raise ValueError(f"no picture: it begins with {start!r}") from None
+    except Exception as error:
+        raise ValueError(_reason(error)) from None
+    if image.width * image.height > MOST_PIXELS:
+        raise ValueError(f"{image.width} × {image.height}: more than {MOST_PIXELS:,} pixels")
     return image
 
 
-_DAMAGE = (OverflowError, MemoryError, TypeError, LookupError, struct.error)  # within Pillow
-
-
-def _decode_with_pillow(content: bytes) -> Tensor:
-    import numpy as np
-    import torch
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-            return torch.from_numpy(np.array(upright)).permute(2, 0, 1)
-    except (OSError, SyntaxError, ValueError, *_DAMAGE) as error:
-        raise ValueError(one_line(error)) from None
-
-
-def _check_header(content: bytes) -> None:
-    """Raise ValueError for what is no picture, or claims to be an enormous one."""
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Those of FORMATS that this Pillow was built with."""
     from PIL import Image
 
-    if not content.strip(b"\0 \r\n"):
-        raise ValueError("the file is empty" if not content else "the file holds zeros alone")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as image:
-                width, height = image.size
-    except Image.DecompressionBombError:
-        raise ValueError(f"more than {MOST_PIXELS:,} pixels") from None
-    except (OSError, SyntaxError, ValueError):
-        start = content.lstrip()[:24].decode("ascii", "replace")
-        raise ValueError(f"no picture: it begins with {start!r}") from None
-    if width * height > MOST_PIXELS:
-        raise ValueError(f"{width} × {height}: more than {MOST_PIXELS:,} pixels")
+    Image.init()
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # MOST_PIXELS is the limit here
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
+def _eight_bits(image: Image) -> Image:
+    """The picture with grey levels up to 255, where it has 16 bits: Pillow would cut them off."""
+    import numpy as np
+    from PIL import Image
+
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.clip(np.asarray(image), 0, 65535) // 257).astype(np.uint8))
+
+
+def _reason(error: Exception) -> str:
+    from PIL import Image
+
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MOST_PIXELS:,} pixels"
+    return f"damaged ({one_line(error)})"
 
 
 def _interleaved(image: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def picture(seed=0, height=32, width=32):
@@ -24,5 +25,18 @@ def encoded(image, kind="JPEG", **settings):
 
 
 def with_pillow(content):
-    pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
+    return torch.from_numpy(np.array(upright.convert("RGB"))).permute(2, 0, 1)
+
+
+def damaged(content, seed):
+    """`content` with one to seven bytes in a row replaced."""
+    rng = np.random.default_rng(seed)
+    start, count = int(rng.integers(len(content))), int(rng.integers(1, 8))
+    return content[:start] + rng.bytes(count) + content[start + count :]
+
+
+def claiming(content, width, height):
+    """A JPEG that says it had another size."""
+    start = max(content.find(b"\xff\xc0"), content.find(b"\xff\xc2")) + 5
+    return content[:start] + struct.pack(">HH", height, width) + content[start + 4 :]

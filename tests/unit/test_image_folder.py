@@ -112,26 +112,25 @@ def bomb(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 def test_what_cannot_be_read_comes_with_its_reason(tmp_path):
     encoded = io.BytesIO()
     Image.fromarray(levels(112, 112, 3)).save(encoded, "PNG")
     contents = {
-        "empty file": b"",
-        "a web page": b"<!DOCTYPE html><html>no such image</html>",
-        "none of JPEG, PNG, BMP, WEBP": b"some text",
-        "cut off or damaged": encoded.getvalue()[: len(encoded.getvalue()) // 2],
-        "more than 89 million pixels": bomb(10_000),
+        "the file is empty": b"",
+        "no picture: it begins with '<!DOCTYPE html>": b"<!DOCTYPE html><html>none</html>",
+        "no picture: it begins with 'some text'": b"some text",
+        "damaged": encoded.getvalue()[: len(encoded.getvalue()) // 2],
+        "10001 × 10001: more than 100,000,000 pixels": bomb(10_001),
     }
     for reason, content in contents.items():
         (tmp_path / "x.png").write_bytes(content)
         assert reason_of(tmp_path / "x.png").startswith(reason)
     (tmp_path / "x.png").write_bytes(bomb(30_000))
-    assert reason_of(tmp_path / "x.png") == "more than 89 million pixels"
+    assert reason_of(tmp_path / "x.png") == "more than 100,000,000 pixels"
     (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
     assert reason_of(tmp_path / "gone.png") == "a link that leads nowhere"
     os.mkfifo(tmp_path / "pipe.png")
-    assert reason_of(tmp_path / "pipe.png") == "no plain file"
+    assert reason_of(tmp_path / "pipe.png") == "cannot be read: not a regular file"
 
 
 def test_a_damaged_byte_anywhere_never_raises(tmp_path):

@@ -1,6 +1,7 @@
 """Pictures decoded as by Pillow, refused with a reason; those of a folder; what is skipped."""
 
 import os
+import struct
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 from PIL import Image
 
 from shared.errors import UserError
-from shared.images import Skipped, decode_rgb, find_images, printable, problem, read_rgb
-from tests.pictures import encoded, picture, with_pillow
+from shared.images import FORMATS, Skipped, decode_rgb, find_images, printable, problem, read_rgb
+from tests.pictures import claiming, damaged, encoded, picture, with_pillow
 
 # --- which files ----------------------------------------------------------------------------------
 
@@ -53,20 +54,64 @@ def test_names_that_are_no_text_can_be_shown(tmp_path):
 # --- decoding -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
-def test_pictures_of_every_kind_are_decoded_as_by_pillow(kind):
-    content = encoded(picture(), kind)
+MODES = {
+    "JPEG": ("RGB", "L", "CMYK"),
+    "MPO": ("RGB",),
+    "PNG": ("RGB", "L", "LA", "RGBA", "P", "1"),
+    "GIF": ("RGB", "L", "P", "RGBA"),
+    "WEBP": ("RGB", "RGBA"),
+    "BMP": ("RGB", "L", "P", "1"),
+    "TIFF": ("RGB", "L", "CMYK", "RGBA", "P"),
+    "AVIF": ("RGB", "RGBA"),
+    "JPEG2000": ("RGB", "L", "RGBA"),
+    "DDS": ("RGB", "L", "RGBA"),
+    "ICNS": ("RGB", "RGBA"),
+    "ICO": ("RGB", "RGBA"),
+    "PPM": ("RGB", "L", "1"),
+}
+
+
+def coloured(mode, seed=0):
+    """A picture in a mode of Pillow's; one with transparency has all degrees of it."""
+    image = picture(seed, 32, 48)
+    if "A" in mode:
+        image.putalpha(Image.linear_gradient("L").resize(image.size))
+    return image.convert(mode)
+
+
+def exif(orientation):
+    note = Image.Exif()
+    note[0x0112] = orientation
+    return note
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(("kind", "mode"), [(k, mode) for k in FORMATS for mode in MODES[k]])
+def test_every_format_mode_and_orientation_gives_pillows_picture(kind, mode, orientation):
+    content = encoded(coloured(mode), kind, exif=exif(orientation))
     image = decode_rgb(content)
-    assert image.dtype == torch.uint8 and image.stride() == (1, 3 * 32, 3)
+    assert image.dtype == torch.uint8 and image.stride() == (1, 3 * image.shape[2], 3)
     assert torch.equal(image, with_pillow(content))
 
 
-@pytest.mark.parametrize(
-    ("mode", "kind"),
-    [("L", "JPEG"), ("CMYK", "JPEG"), ("RGBA", "PNG"), ("P", "PNG"), ("LA", "PNG"), ("1", "PNG")],
-)
-def test_odd_colours_become_rgb_as_by_pillow(mode, kind):
-    content = encoded(picture().convert(mode), kind)
+@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF"])
+def test_a_sideways_photograph_is_turned_upright(kind):
+    for orientation in range(1, 9):
+        height, width = decode_rgb(encoded(coloured("RGB"), kind, exif=exif(orientation))).shape[1:]
+        assert (height, width) == ((32, 48) if orientation < 5 else (48, 32))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_damaged_exif_note_leaves_the_picture_as_it_is(kind):
+    content = encoded(coloured("RGB"), kind, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
+    assert torch.equal(decode_rgb(content), decode_rgb(encoded(coloured("RGB"), kind)))
+
+
+@pytest.mark.parametrize("background", [0, 7])
+def test_transparent_pixels_of_a_gif_keep_their_colour_and_the_first_frame_counts(background):
+    first, second = (picture(seed).quantize(16) for seed in range(2))
+    colours = {"transparency": 3, "background": background}
+    content = encoded(first, "GIF", save_all=True, append_images=[second], **colours)
     assert torch.equal(decode_rgb(content), with_pillow(content))
 
 
@@ -74,14 +119,6 @@ def test_sixteen_bits_become_eight():
     levels = np.arange(256, dtype=np.uint16).reshape(16, 16)
     image = decode_rgb(encoded(Image.fromarray(levels * 257), "PNG"))
     assert torch.equal(image, torch.from_numpy(levels.astype(np.uint8)).expand(3, 16, 16))
-
-
-def test_a_sideways_photograph_is_turned_upright():
-    exif = Image.Exif()
-    exif[0x0112] = 6  # taken with the camera turned
-    upright = decode_rgb(encoded(picture(0, 16, 24), exif=exif))
-    assert upright.shape == (3, 24, 16)
-    assert torch.equal(upright, with_pillow(encoded(picture(0, 16, 24))).rot90(-1, (1, 2)))
 
 
 @pytest.mark.parametrize(
@@ -94,6 +131,7 @@ def test_a_sideways_photograph_is_turned_upright():
         (encoded(picture())[:-20], "(?i)truncated|not processed"),
         (encoded(picture(), "PNG")[:200], "."),
         (b"\xff\xd8\xff", "."),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "begins with '%!PS-Adobe"),
         (b"version https://git-lfs.github.com/spec/v1\n", "begins with 'version https://git-"),
     ],
 )
@@ -109,6 +147,40 @@ def test_a_small_file_that_claims_to_be_enormous_is_refused(side):
     assert len(bomb) < 1 << 17
     with pytest.raises(ValueError, match="more than 100,000,000 pixels"):
         decode_rgb(bomb)
+
+
+@pytest.mark.parametrize("settings", [{}, {"progressive": True}])
+def test_a_small_jpeg_that_claims_to_be_enormous_is_refused(settings):
+    bomb = claiming(encoded(picture(), **settings), 65_000, 65_000)
+    with pytest.raises(ValueError, match="more than 100,000,000 pixels"):
+        decode_rgb(bomb)
+
+
+def test_an_icon_that_holds_an_enormous_picture_is_refused():
+    inner = encoded(Image.new("1", (20_000, 20_000)), "PNG")
+    icon = struct.pack(">4sI4sI", b"icns", 16 + len(inner), b"ic07", 8 + len(inner)) + inner
+    with pytest.raises(ValueError, match="more than 100,000,000 pixels"):
+        decode_rgb(icon)
+
+
+def test_a_texture_of_an_unknown_kind_is_refused():
+    content = bytearray(encoded(picture(), "DDS"))
+    content[80:88] = struct.pack("<I4s", 4, b"ATI9")  # a pixel format by name
+    with pytest.raises(ValueError, match="damaged"):
+        decode_rgb(bytes(content))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damage_is_a_reason_whatever_the_decoder_raises(kind):
+    whole = encoded(picture(), kind)
+    refused = 0
+    for seed in range(200):
+        try:
+            assert decode_rgb(damaged(whole, seed)).dtype == torch.uint8
+        except ValueError as error:
+            assert str(error) and "\n" not in str(error)
+            refused += 1
+    assert refused
 
 
 # --- files and what is left out -------------------------------------------------------------------
@@ -127,10 +199,18 @@ def test_files_that_give_no_picture_say_why(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     assert problem(tmp_path / "empty.jpg") == "the file is empty"
     assert problem(tmp_path / "link.jpg") == "a link that leads nowhere"
-    assert problem(tmp_path / "pipe.jpg") == "no plain file"
+    assert problem(tmp_path / "pipe.jpg") == "cannot be read: not a regular file"
     assert problem(tmp_path / "none.jpg") == "missing"
-    with pytest.raises(ValueError, match="missing"):
-        read_rgb(tmp_path / "none.jpg")
+    for name, reason in [("none.jpg", "missing"), ("pipe.jpg", "not a regular file")]:
+        with pytest.raises(ValueError, match=reason):
+            read_rgb(tmp_path / name)
+
+
+def test_a_device_in_place_of_a_picture_is_not_read(tmp_path):
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "folder.jpg").mkdir()
+    assert problem(tmp_path / "zero.jpg") == "cannot be read: not a regular file"
+    assert problem(tmp_path / "folder.jpg") == "cannot be read: Is a directory"
 
 
 def test_damage_anywhere_in_a_png_is_a_reason_and_never_the_end_of_the_process():

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root,
 
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
-from shared.files import read_json, write_json, write_text
+from shared.files import read_json, read_text, write_json, write_text
 from shared.launch import launch_alone
 from shared.settings import Count
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Config, argv, __doc__)
     if cfg.tool.demo:
         cfg = _with_demo(cfg)
-    from vasevqa.model import needs, plan, training_files
+    from vasevqa.model import needs, pictures, plan, training_files
 
     pixels = plan.max_pixels(os.environ)
 
@@ -65,13 +65,15 @@ def main(argv: list[str] | None = None) -> int:
     data = training_files.open_file(cfg.data_root, [Path.cwd(), HERE], is_grpo=False)
     for problem in data.problems:
         raise UserError(problem)
+    rows = data.rows
+    if cfg.limit is not None and cfg.limit < len(rows):
+        rows = [rows[at * len(rows) // cfg.limit] for at in range(cfg.limit)]
+    for path, reason in pictures.check(data.root / i for row in rows for i in row.images).items():
+        raise UserError(f"the picture {path} cannot be decoded ({reason}): replace it")
     system = _system(cfg.system)
     if cfg.tool.dry_run:
         sys.stdout.write(f"{len(data.rows)} questions to {', '.join(map(str, models.values()))}\n")
         return 0
-    rows = data.rows
-    if cfg.limit is not None and cfg.limit < len(rows):
-        rows = [rows[at * len(rows) // cfg.limit] for at in range(cfg.limit)]
     import torch
 
     from shared.device import resolve
@@ -160,7 +162,7 @@ def _system(value: str | None) -> str | None:
     if value is None or not value.endswith(".txt"):
         return value
     try:
-        return Path(value).read_text(encoding="utf-8")
+        return read_text(Path(value))
     except OSError as error:
         raise UserError(f"--system {value} cannot be read: {error.strerror}") from None
 

@@ -1,40 +1,24 @@
 """Whether training's pictures can be decoded: a sample at once, all of them beside each other.
 
-Pillow decodes, as swift does: there a picture that fails is replaced by another row, and training
-goes on. Results are kept, by path, size and time of change.
+With swift, a picture that cannot be decoded is replaced by another row, and training continues.
+Results are kept, by path, size and time of change.
 """
 
 from __future__ import annotations
 
 import json
 import random
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from shared.errors import one_line
 from shared.files import read_object, write_json
+from shared.images import problem
 
 SAMPLE = 64
-MOST_PIXELS = 178_956_970  # Pillow's limit, above which it takes a picture for a bomb
 _BLOCK = 256
 
 Report = Callable[[int, int], None]  # of how many so far, and in all
-
-
-def problem(path: Path) -> str | None:
-    """Why the picture cannot be decoded, or None."""
-    from PIL import Image
-
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, MemoryError) as error:
-        return one_line(error)
-    return None
 
 
 def sample(paths: Sequence[Path], seed: int = 0) -> list[Path]:
