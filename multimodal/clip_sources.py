@@ -72,7 +72,7 @@ def _index(directory: Path) -> dict[tuple[str, str | None], Path]:
         for name in sorted(names):
             path = Path(folder) / name
             match = _NAME.fullmatch(path.stem)
-            if match and path.suffix.lower() in audio.SUFFIXES:
+            if match and path.suffix.lower() in audio.SUFFIXES and path.is_file():
                 start = match["start"]
                 found[match["video"], start and str(int(start))] = path
     return found

@@ -68,7 +68,7 @@ def usable(
     paths = [path_of(item) for item in listed]
     with ThreadPoolExecutor(_READERS) as threads:
         problems = list(
-            threads.map(lambda path: problem(path) if path and path.is_file() else "missing", paths)
+            threads.map(lambda path: problem(path) if path and path.exists() else "missing", paths)
         )
     good = [item for item, why in zip(listed, problems, strict=True) if why is None]
     missing = problems.count("missing")

@@ -70,6 +70,7 @@ def _bring(source: Path, goal: Path, others: list[Path], link: bool) -> None:
     if not source.exists():  # a link that leads nowhere, or gone since it was scored
         log.warning("not copied: %s is not there", source)
         return
+    link = link or not source.is_file()  # a pipe or a device cannot be copied
     there = [other for other in others if os.path.lexists(other)]
     if there and not os.path.lexists(goal) and _is_same(source, there[0], link):
         goal.parent.mkdir(parents=True, exist_ok=True)
