@@ -186,7 +186,7 @@ def test_fault_36_gpu_that_torch_cannot_use_is_no_reason_to_train_on_the_cpu(mon
         (["--nproc-per-node", 3], {}, "--nproc 3: 2 GPU(s) are visible"),
         ([], {"NPROC_PER_NODE": "3"}, "3: 2 GPU(s) are visible"),
         (["--nproc", 2], {"CUDA_VISIBLE_DEVICES": "1"}, "1 GPU(s) are visible; allowed: 1 to 1"),
-        (["--nproc", 0], {}, "--nproc 0: "),
+        (["--nproc", 0], {}, "nproc must be a whole number from 1"),
         (["--nproc", 1000, "--device", "cpu"], {}, "--nproc 1000: no GPU is visible"),
         ([], {"NPROC_PER_NODE": "all"}, "NPROC_PER_NODE"),
         (["--nnodes", 2, "--node-rank", 2], {}, "--node-rank 2 of --nnodes 2"),

@@ -74,6 +74,7 @@ def test_the_whole_way_once_and_then_what_was_lost(tmp_path):
 
 
 def test_flags_of_the_training_go_to_it_and_wrong_ones_end_the_preflight(tmp_path, caplog):
+    (tmp_path / "d").mkdir()
     flags = ["--data-root", str(tmp_path / "d"), "--output-dir", str(tmp_path / "o")]
     assert run_all.main([*flags, "--skip-download", "--modle-size", "base"]) == 2
     assert "unknown argument --modle-size; did you mean --model-size?" in caplog.text
