@@ -42,9 +42,9 @@ def dry_run(script: str, line: str) -> Outcome:
 SFT = "sft --output_dir out --- --model model --dataset rows.json "
 CASES = {
     "face: faces": ("face_distill.train_distill", f"--data-root {GONE}"),
-    "face: an exported adapter": ("face_distill.export_adapter", f"--checkpoint {GONE}"),
+    "face: a student": ("face_distill.evaluate", f"--checkpoint {GONE}"),
     "face: a tower": (
-        "face_distill.export_adapter",
+        "face_distill.evaluate",
         f"--checkpoint best_model.pt --blip-path {GONE}",
     ),
     "face: a teacher": ("face_distill.extract_teacher", f"--weights {GONE}"),
