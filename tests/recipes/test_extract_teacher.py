@@ -372,7 +372,7 @@ MISTAKES = {
     ),
     "fp16 on the CPU": (["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs a GPU"),
     "code without consent": (["--arch", "auto"], "--arch torchscript if you trust its source"),
-    "out is a file": (["--out", __file__], "cannot be used"),
+    "out is a file": (["--out", __file__], "cannot be written"),
 }
 
 

@@ -220,7 +220,7 @@ def broken(tmp_path: Path, name: str, content: str) -> Path:
 
 
 MISTAKES = {
-    "no adapter typed": (["--model-dir", ""], "is no adapter"),
+    "no adapter typed": (["--model-dir", ""], "the path is empty"),
     "an adapter that is not there": (["--model_dir", "/nowhere"], "/nowhere is no adapter"),
     "an unknown category": (["--category", "all_buety"], "invalid choice"),
     "an unknown kind of candidates": (["--candidate_type", "st"], "invalid choice"),
