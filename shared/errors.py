@@ -125,7 +125,7 @@ _HINTS: tuple[tuple[tuple[str, ...], str, tuple[dict[str, str], ...]], ...] = (
     (
         ("no space left on device",),
         "the disk is full",
-        ({"": "free some space and type the same command again; the last checkpoint is whole"},),
+        ({"": "free some space; the last checkpoint is whole"},),
     ),
     (
         ("nvidia driver", "too old"),

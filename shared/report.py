@@ -94,7 +94,7 @@ def _ending(record: RunRecord) -> str:
         return f"Still running when this page was written: {place}."
     if record.state == "killed":
         pid = record.status.get("pid")
-        resume = "The same command continues from the last checkpoint."
+        resume = "With --resume auto the same command continues from the last checkpoint."
         return f"Killed: process {pid} was not found; its last report is {place}. {resume}"
     words = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
     word = words.get(record.state, "Nothing says how this run ended")

@@ -163,7 +163,10 @@ def _state(run_dir: Path, status: dict[str, Any], rows: _Rows) -> tuple[str, str
         known = said in (DONE, FAILED, STOPPED)
         return (str(said), "") if known else (STALE, "status.json is missing or not readable")
     if is_here and not is_there:
-        return STALE, f"process {pid} not found; the same command continues the run"
+        return (
+            STALE,
+            f"process {pid} not found; with --resume auto the same command continues the run",
+        )
     age = _age(status) or 0.0
     limit = max(_SILENCE, _STEPS_OF_SILENCE / (rows.last.get("steps_per_s") or 1.0))
     where = "" if is_here else f"on {host}, whose processes cannot be seen from here"

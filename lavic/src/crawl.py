@@ -257,7 +257,7 @@ def _conclude(cfg: Config, crawler: Crawler, total: int, there: int, stop: StopR
     if tally.failed:
         log.info("each with its reason in %s", cfg.data_root / FAILURES)
     if stop.number:
-        log.info("%s: stopped; the same command goes on", name_of(stop.number))
+        log.info("%s: stopped; the same command continues", name_of(stop.number))
         return exit_code_for(stop.number)
     if tally.may_come:
         log.warning("%d of them may come yet: type the same command again", tally.may_come)

@@ -90,7 +90,7 @@ def test_a_filter_run_that_is_ended_goes_on_where_it_was(
     if code > 0:
         status = status_of(tmp_path / "out" / ".clipfilter1")
         assert (status["state"], status["exit_code"]) == ("stopped", code)
-        assert "the same command goes on from there" in status["reason"]
+        assert "the same command continues it" in status["reason"]
         assert not (tmp_path / "out" / "filtering_report.json").exists()
     assert run_here(clipfilter1.main, flags).code == 0
     assert MANY <= rows_in(tmp_path / "out") <= MANY + 1  # no row twice, but for a torn one

@@ -423,7 +423,7 @@ def test_a_stopped_crawl_leaves_whole_files_and_goes_on(shop, tmp_path, number, 
         outcome = running.finish(15)
         assert running.leaves_nothing()
     assert outcome.code == code, outcome.text
-    assert "the same command goes on" in outcome.text
+    assert "the same command continues" in outcome.text
     fetched = there(root)
     assert 5 <= len(fetched) < 59
     assert all(content == shop.files[name] for name, content in fetched.items())

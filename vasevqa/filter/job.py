@@ -117,8 +117,9 @@ class Job:
         code, state = DONE, "done"
         if self._stopped_by:
             code, state = exit_code_for(self._stopped_by), "stopped"
+            flag = "" if self._config.resume == "auto" else " with --resume auto"
             reason = f"{name_of(self._stopped_by)}: {self._what} stopped at {self._done} of " \
-                     f"{self._total}; the same command goes on from there"  # fmt: skip
+                     f"{self._total}; the same command{flag} continues it"  # fmt: skip
         self._close_progress()
         if self._status:
             self._status.write(
