@@ -165,7 +165,7 @@ def _state(run_dir: Path, status: dict[str, Any], rows: _Rows) -> tuple[str, str
     if is_here and not is_there:
         return (
             STALE,
-            f"process {pid} not found; with --resume auto the same command continues the run",
+            f"process {pid} not found; --resume auto continues the run",
         )
     age = _age(status) or 0.0
     limit = max(_SILENCE, _STEPS_OF_SILENCE / (rows.last.get("steps_per_s") or 1.0))
