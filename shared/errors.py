@@ -74,11 +74,12 @@ _NUMBER = re.compile(r"\d+")
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:
     """'; did you mean X?' for the allowed name nearest to `name`, or '' when none is near.
 
-    Names that differ in their numbers alone are others of a series (shards, epochs), not spellings
+    Files whose names differ in numbers alone are others of a series (shards, epochs), not spellings
     of one: then there is no near name either.
     """
     names = list(allowed)
-    if _NUMBER.sub("0", name) in {_NUMBER.sub("0", other) for other in names}:
+    series = {_NUMBER.sub("0", other) for other in names}
+    if "." in name and _NUMBER.sub("0", name) in series:
         return ""
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""
