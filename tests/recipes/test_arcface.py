@@ -211,7 +211,7 @@ def test_without_resume_the_same_command_starts_anew_and_keeps_the_old_run(flags
     short = [*flags, "--no-validate", "--cfg-options", "train_cfg.max_epochs=1"]
     assert train(*short).code == 0
     again = train(*short)
-    assert again.code == 0 and "a new run starts: --resume never" in again.text
+    assert again.code == 0 and "a new run starts: --resume auto was not typed" in again.text
     assert (tmp_path / "work.1" / "epoch_1.pth").exists()
     assert (tmp_path / "work" / "epoch_1.pth").exists()
 
