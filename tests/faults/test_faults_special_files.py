@@ -24,7 +24,6 @@ from face_distill import embed, extract_teacher, iresnet, train_distill
 from lavic.src import knowledge_distillation, prompt_tuning
 from multimodal import run_training
 from multimodal.coco import Coco
-from shared.ddp_series.mingpt import train as mingpt
 from shared.files import read_json
 from tests import arcface_nano, lavic_nano, multimodal_data, vase_filter_nano
 from tests.face_students import write_run
@@ -213,7 +212,6 @@ SCRIPTS: dict[str, Main] = {
     "quality network": model.main,
     "first filter": clipfilter1.main,
     "second filter": clipfilter2.main,
-    "mingpt": mingpt.main,
     "arcface": run_arcface.main,
 }
 

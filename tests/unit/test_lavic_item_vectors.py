@@ -61,7 +61,7 @@ def test_pictures_that_are_missing_or_damaged_have_no_vectors_and_a_reason(tower
     missing, damaged = ids()[MISSING], ids()[DAMAGED]
     assert set(vectors.without) == {missing, damaged}
     assert vectors.without[missing] == "missing"
-    assert vectors.without[damaged] == "Truncated File Read"
+    assert vectors.without[damaged] == "damaged (Truncated File Read)"
     assert "2 of 24 candidates (8.3 %) have no usable picture" in caplog.text
     assert missing not in vectors.views and damaged not in vectors.views
 
