@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,17 @@ def unix_socket(path: Path) -> None:
 
 
 KINDS = [pipe, device, unix_socket]
+
+
+@pytest.fixture(autouse=True)
+def _limited_memory() -> Iterator[None]:
+    """A device that is read ends in MemoryError, not with the machine."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * resource.getpagesize() + 8 * 10**9
+    resource.setrlimit(resource.RLIMIT_AS, (limit, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def replaced(path: Path, put: Callable[[Path], None]) -> Path:
@@ -130,6 +142,7 @@ def quality(root: Path) -> tuple[Main, list[object], Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.limit(300)
 @pytest.mark.parametrize("recipe", [multimodal, quality])
 def test_a_pipe_among_training_pictures_is_left_out(recipe, tmp_path):
     main, flags, picture = recipe(tmp_path)
