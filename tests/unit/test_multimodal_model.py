@@ -104,7 +104,7 @@ def test_attention_gives_the_same_numbers_and_gradients_by_every_kernel(kind, mo
             out.square().sum().backward()
             results.append([out.detach(), *(leaf.grad for leaf in leaves)])
         for one, other in zip(*results, strict=True):
-            torch.testing.assert_close(one, other, atol=5e-6, rtol=1e-5)  # float32, other orders of sums
+            torch.testing.assert_close(one, other, atol=5e-6, rtol=1e-5)  # other orders of sums
 
 
 def test_a_block_computes_what_torchs_own_layer_computes():

@@ -199,7 +199,7 @@ def test_a_checkpoint_that_cannot_be_written_warns_or_stops_as_asked(
     with open_run(tmp_path / "a") as run:
         run.restore(parts())
         run.save(parts())
-    assert "training goes on" in caplog.text
+    assert "training continues" in caplog.text
     assert "the disk is full" in caplog.text
     stop = Config(run=RunOptions(on_full_disk="stop"))
     with (
