@@ -109,7 +109,7 @@ def test_fault_30_set_without_a_whole_batch_is_refused(tmp_path):
     outcome = probe(tmp_path / "run", "--num-points", 7)
     assert outcome.code == 2
     assert "7 samples are too few for one step" in outcome.last_line
-    assert "--batch-size" in outcome.last_line
+    assert "make the batch smaller" in outcome.last_line
     with pytest.raises(UserError, match=r"4 process\(es\) × batch size 1 a process need 4"):
         steps_per_epoch(2, 1, 4)
 
