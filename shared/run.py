@@ -33,7 +33,7 @@ from shared import checkpoint, distributed, lock, outcome, resume, run_directory
 from shared.checkpoint import Parts, Position
 from shared.config import HasRunOptions
 from shared.distributed import World
-from shared.errors import DONE, hint_for, one_line
+from shared.errors import DONE, UserError, hint_for, one_line
 from shared.files import read_object
 from shared.reporter import Plan, Reporter
 from shared.resume import Decision
@@ -59,6 +59,7 @@ class Run:
         self._stop_every = 1 if world.device.type == "cpu" else 20  # the exchange waits for the GPU
         self._stop, self._stopped_by, self._decision = StopRequest(), 0, Decision()
         self._unsaved = ""  # why the newest checkpoint is not on the disk
+        self._before: dict[str, str] = {}  # files of the run that is to be continued
         self._lock: int | None = None  # these three on rank 0 alone
         self._status: Status | None = None
         self._reporter: Reporter | None = None
@@ -190,6 +191,7 @@ class Run:
         )
         is_continued = self._decision.checkpoint is not None
         known = read_object(self._dir / "status.json") if is_continued else {}
+        self._before = run_directory.description(self._dir) if is_continued else {}
         self._status = Status(
             self._dir,
             pid=outcome.launcher_pid(),
@@ -209,6 +211,8 @@ class Run:
 
     def _close_after(self, error: BaseException) -> None:
         """Say in the status how the run broke; of several processes only the launcher knows."""
+        if isinstance(error, UserError) and not self._stop.has_loop:
+            run_directory.put_back(self._dir, self._before)  # refused: the run there is as it was
         if self._plan.total_steps:
             error.add_note(f"at step {self.position.step + 1} of {self._plan.total_steps}")
         failure = outcome.failure_of(error)

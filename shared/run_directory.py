@@ -17,7 +17,7 @@ import torch
 from shared import resume, status
 from shared.config import HasRunOptions, RunOptions
 from shared.device import driver_version
-from shared.files import move_aside, write_json
+from shared.files import move_aside, read_text, write_json, write_text
 from shared.resume import Decision
 from shared.settings import settings
 
@@ -50,6 +50,19 @@ def begin(run_dir: Path, last: str, tensorboard: Path | None, config: HasRunOpti
         if tensorboard and events:
             move_aside(tensorboard, events)
     return decision
+
+
+def description(run_dir: Path) -> dict[str, str]:
+    """What describes the run in the directory: name → content of its status and settings."""
+    paths = (run_dir / "status.json", run_dir / "config.json")
+    return {path.name: read_text(path, errors="replace") for path in paths if path.exists()}
+
+
+def put_back(run_dir: Path, description: dict[str, str]) -> None:
+    """Write these files as they were before a run that was refused."""
+    for name, content in description.items():
+        with contextlib.suppress(OSError):  # the refusal is what the user is told
+            write_text(run_dir / name, content)
 
 
 def is_continued(options: RunOptions) -> bool:

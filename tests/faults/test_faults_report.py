@@ -112,6 +112,6 @@ def test_a_mistake_before_the_run_leaves_no_page(tmp_path):
 
 
 def test_a_page_alone_is_no_run_worth_keeping(tmp_path):
-    for name in ("status.json", "config.json", "report.html"):
-        (tmp_path / name).write_text("{}")
+    (tmp_path / "status.json").write_text('{"schema": 1, "state": "failed"}')
+    (tmp_path / "report.html").write_text("<html>")
     assert not resume.decide(tmp_path, "last.pt", "auto", {}, False).move_aside

@@ -204,7 +204,7 @@ def test_fault_47_ascii_locale_and_a_path_with_chinese_characters(tmp_path):
     with start([PROBE, "--nproc", 2, "--run-dir", run_dir], **ASCII) as running:
         outcome = running.finish()
     assert outcome.code == 0, outcome.text
-    assert f"what was in {run_dir} is now in {run_dir}.1" in outcome.text  # that of one process
+    assert f"the run in {run_dir} is now in {run_dir}.1" in outcome.text  # that of one process
     assert max(losses(run_dir)) == 24
     assert not Path("X").exists()
 

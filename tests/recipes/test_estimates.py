@@ -124,7 +124,7 @@ def test_arcface_out_of_memory_names_the_setting_that_arcface_has(tmp_path, monk
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("arcface.training.train", train)
-    monkeypatch.setattr(run_arcface, "_check_data", lambda _: None)
+    monkeypatch.setattr("arcface.run_settings.check_data", lambda _: [])
     words = ["--init", "random", "--data-root", tmp_path, "--run-dir", tmp_path / "run"]
     ended = run_here(run_arcface.main, words)
     assert ended.code == 1

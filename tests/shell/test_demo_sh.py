@@ -52,7 +52,8 @@ def rows_of(lines: list[str]) -> list[str]:
 def site(house):
     """A house with demo.sh, a set-up that has nothing to do, and a pretended face_distill."""
     house.take("demo.sh", "shared/__init__.py", "shared/errors.py", "shared/files.py")
-    house.take("shared/child.py", "shared/prctl.py", "shared/tools/run_demos.py")
+    house.take("shared/child.py", "shared/prctl.py", "shared/processes.py")
+    house.take("shared/tools/run_demos.py")
     house.write("setup.sh", "#!/bin/sh\necho set up\n")
     house.python(".venv/bin/python", "root")
     pretend(house.root, "face_distill", DONE)
