@@ -137,6 +137,7 @@ def _settle_for_cpu() -> None:
 
 
 def _alone(main: Main, argv: list[str]) -> int:
+    outcome.forget()
     result = _guard(main, argv, rank=0)
     if isinstance(result, Failure):
         return outcome.report(result, outcome.run_dir())
@@ -147,11 +148,12 @@ def _alone(main: Main, argv: list[str]) -> int:
 def _together(main: Main, argv: list[str], options: ProcessOptions, count: int) -> int:
     """Check the input once, quickly, here; then hand over to the supervisor."""
     global _planned_world_size
-    _planned_world_size = count * options.nnodes
     dry_argv = argv if "--dry-run" in argv else [*argv, "--dry-run"]
     asked = any(flag in argv for flag in _WITHOUT_TRAINING)
     logging.disable(logging.NOTSET if asked else logging.WARNING)  # the run says these itself
+    _planned_world_size = count * options.nnodes
     checked = _guard(main, argv if asked else dry_argv, rank=0)
+    _planned_world_size = 1
     logging.disable(logging.NOTSET)
     if isinstance(checked, Failure):
         return outcome.report(checked, None)

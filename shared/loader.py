@@ -56,7 +56,7 @@ def make_loader(
         collate_fn=collate,
         pin_memory=world.device.type == "cuda",
         generator=torch.Generator().manual_seed(derive(seed, epoch, world.rank)),
-        worker_init_fn=_settle_worker if workers else None,
+        worker_init_fn=settle_worker if workers else None,
         persistent_workers=False,
     )
 
@@ -81,7 +81,7 @@ def make_eval_loader(
         collate_fn=collate,
         pin_memory=world.device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # or the iterator draws from the global state
-        worker_init_fn=_settle_worker if workers else None,
+        worker_init_fn=settle_worker if workers else None,
     )
 
 
@@ -128,7 +128,7 @@ def _restore(states: tuple[Any, ...]) -> None:
     random.setstate(states[2])
 
 
-def _settle_worker(_worker: int) -> None:
+def settle_worker(_worker: int) -> None:
     """Leave the process group that torchrun and Ctrl-C signal; die when the parent does."""
     os.setpgid(0, 0)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -83,6 +83,12 @@ def announce(run_dir: Path) -> None:
         write_json(Path(os.environ[NOTES]) / "run_dir.json", str(run_dir), durable=False)
 
 
+def forget() -> None:
+    """Know of no run: none has announced itself yet."""
+    global _run_dir
+    _run_dir = None
+
+
 def run_dir() -> Path | None:
     """The directory that this process's run announced."""
     return _run_dir

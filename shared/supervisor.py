@@ -38,7 +38,7 @@ def supervise(argv: list[str], options: ProcessOptions, count: int) -> int:
         # without it, restarted processes meet the addresses of the dead ones (pytorch#135712)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        stops = _Stops(Path(notes))
+        stops = Stops(Path(notes))
         try:
             agent_options = _agent_options(options, count, notes)
             stops.install()
@@ -49,7 +49,7 @@ def supervise(argv: list[str], options: ProcessOptions, count: int) -> int:
             stops.kill_workers()
 
 
-class _Stops:
+class Stops:
     """The launcher's signals: the first lets the workers save and leave, the second kills them."""
 
     def __init__(self, notes: Path) -> None:
@@ -58,6 +58,7 @@ class _Stops:
         self._notes = notes
 
     def install(self) -> None:
+        """Take these signals from now on; one that is ignored stays so."""
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup SIGHUP stays ignored
                 signal.signal(number, self._receive)
@@ -140,7 +141,7 @@ def _run_agent(agent_options: list[str], argv: list[str]) -> dict[int, int]:
     return {}
 
 
-def _conclude(exit_codes: dict[int, int], stops: _Stops, notes: Path) -> int:
+def _conclude(exit_codes: dict[int, int], stops: Stops, notes: Path) -> int:
     """Turn the outcome into the closing line, the final status and the exit code."""
     written = read_json(notes / "run_dir.json")
     run_dir = Path(written) if isinstance(written, str) else None
@@ -149,10 +150,10 @@ def _conclude(exit_codes: dict[int, int], stops: _Stops, notes: Path) -> int:
     )
     if not exit_codes or stopped:
         return _close_well(run_dir, stops, max(exit_codes.values(), default=DONE))
-    return outcome.report(_first_failure(exit_codes, notes), run_dir)
+    return outcome.report(first_failure(exit_codes, notes), run_dir)
 
 
-def _close_well(run_dir: Path | None, stops: _Stops, left_with: int) -> int:
+def _close_well(run_dir: Path | None, stops: Stops, left_with: int) -> int:
     """The end of a run that nobody broke: done, or stopped and saved, or stopped too early to.
 
     left_with: the workers' exit code, which counts where host 0 alone can see the status.
@@ -178,7 +179,7 @@ def _close_well(run_dir: Path | None, stops: _Stops, left_with: int) -> int:
     return code
 
 
-def _first_failure(exit_codes: dict[int, int], notes: Path) -> Failure:
+def first_failure(exit_codes: dict[int, int], notes: Path) -> Failure:
     """The failure that the others follow from: a killed process, else the earliest own error."""
     latest = max(
         (path.name.split(".")[1] for path in notes.glob("failure.*.json")), default="0", key=int

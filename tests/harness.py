@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import multiprocessing
 import os
@@ -24,6 +25,7 @@ import sys
 import tempfile
 import time
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,10 +35,8 @@ from unittest import mock
 
 import torch
 
-from shared import checkpoint, files, processes
-from shared import launch as launching
-from shared import outcome as outcomes
-from shared.files import read_json, read_json_lines
+from shared import checkpoint
+from shared.launch import launch
 
 ROOT = Path(__file__).resolve().parents[1]
 PROBE = ROOT / "tests" / "faults" / "probe_recipe.py"
@@ -102,7 +102,7 @@ class Running:
     def processes(self) -> list[int]:
         """The run's live processes; one that is dying, and holds its locks still, is among them."""
         found = processes_of(self.token)
-        self._seen = {pid for pid in self._seen if processes.is_alive(pid)} | set(found)
+        self._seen = {pid for pid in self._seen if is_alive(pid)} | set(found)
         return sorted(self._seen)
 
     def signal(self, number: int, *, group: bool = False) -> None:
@@ -149,25 +149,25 @@ def start(
 
 
 _PACED = """
-import runpy, sys, time
-sys.path.insert(0, sys.argv[1])
-from shared import metrics
-first, seconds, log = int(sys.argv[2]), float(sys.argv[3]), metrics.Metrics.log
-def slowly(self, step, *more):
-    log(self, step, *more)
-    time.sleep(seconds if step >= first else 0)
-metrics.Metrics.log = slowly
+import json, pathlib, runpy, sys, time
+from torch.optim.optimizer import register_optimizer_step_post_hook
+first, seconds, path = int(sys.argv[1]), float(sys.argv[2]), pathlib.Path(sys.argv[3])
+def slowly(*_):
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    time.sleep(seconds if any(row.get("step", 0) >= first for row in rows) else 0)
+register_optimizer_step_post_hook(slowly)
 del sys.argv[:4]
+sys.path[0] = str(pathlib.Path(sys.argv[0]).parent)
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def paced(script: Path, step: int, seconds: float = 0.5) -> list[object]:
+def paced(script: Path, run_dir: Path, step: int, seconds: float = 0.5) -> list[object]:
     """What to start in place of `script` to meet it at `step`: from there on it takes its time.
 
-    For a run of one process; what it computes stays the same.
+    run_dir: where its metrics.jsonl tells the step. What it computes stays the same.
     """
-    return ["-c", _PACED, ROOT, step, seconds, script]
+    return ["-c", _PACED, step, seconds, run_dir / "metrics.jsonl", script]
 
 
 def environment(**changes: str) -> dict[str, str]:
@@ -184,17 +184,24 @@ def run_here(main: Callable[[list[str]], int], args: Sequence[object]) -> Outcom
     with (
         mock.patch.object(sys, "argv", [str(PROBE), *map(str, args)]),
         mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
-        mock.patch.object(outcomes, "_run_dir", None),
-        mock.patch.object(launching, "_planned_world_size", 1),  # an earlier launch's stays behind
         contextlib.redirect_stdout(stream),
         contextlib.redirect_stderr(stream),
     ):
         try:
-            code = launching.launch(main)
+            code = launch(main)
         finally:
             root.handlers[:], root.level = handlers, level
     stream.flush()
     return Outcome(code, cast(io.BytesIO, stream.buffer).getvalue().decode())
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; one that has ended and waits to be collected does not."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state not in "ZX"
 
 
 def processes_of(token: str) -> list[int]:
@@ -262,15 +269,24 @@ def wait_for_step(
 
 def losses(run_dir: Path, key: str = "loss") -> dict[int, float]:
     """{step: training loss, named `key`} of metrics.jsonl; AssertionError for a step twice."""
-    rows = [r for r in read_json_lines(run_dir / "metrics.jsonl") if r.get("split") == "train"]
+    rows = [row for row in json_lines(run_dir / "metrics.jsonl") if row.get("split") == "train"]
     found = {row["step"]: row[key] for row in rows}
     assert len(found) == len(rows), f"steps twice in {run_dir}: {[row['step'] for row in rows]}"
     return found
 
 
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file that may be being written: a last line without its end is no row yet."""
+    content = path.read_bytes() if path.exists() else b""
+    return [json.loads(line) for line in content.rpartition(b"\n")[0].splitlines()]
+
+
 def status_of(run_dir: Path) -> dict[str, Any]:
-    """status.json."""
-    return read_json(run_dir / "status.json") or {}
+    """status.json, which is replaced in one step; {} before there is one."""
+    try:
+        return json.loads((run_dir / "status.json").read_bytes())
+    except FileNotFoundError:
+        return {}
 
 
 def free_port() -> int:
@@ -311,8 +327,12 @@ def killed_saves(directory: Path, kills: int, megabytes: int, seed: int) -> Kill
         time.sleep(moment)  # the moment of the kill is the experiment
         saver.kill()
         saver.join()
-        half_written += bool(files.remove_stale_temporaries(directory))
-        state = checkpoint.load(last)  # checks every byte
+        temporaries = list(directory.glob("*.tmp.*"))
+        half_written += bool(temporaries)
+        for path in temporaries:
+            path.unlink()
+        assert zipfile.ZipFile(last).testzip() is None  # every byte
+        state = torch.load(last)
         loadable += state["parts"]["model"].numel() == megabytes * 250_000
     return KilledSaves(kills, loadable, half_written)
 

@@ -59,7 +59,7 @@ def test_01_19_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(
     """In each of the stages, mid-epoch, with dropout and modality dropout."""
     output = tmp_path / "outputs"
     flags = flags_for(data, output, "--workers", workers)
-    with start([*paced(SCRIPT, step), *flags]) as running:
+    with start([*paced(SCRIPT, output, step), *flags]) as running:
         wait_for_step(output, step, running)
         running.signal(signal.SIGTERM)
         assert running.finish().code == 143
@@ -80,7 +80,7 @@ def test_01_19_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(
 def test_05_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(data, undisturbed, tmp_path):
     output = tmp_path / "outputs"
     flags = flags_for(data, output, "--save-every", 4)
-    with start([*paced(SCRIPT, 22), *flags]) as running:
+    with start([*paced(SCRIPT, output, 22), *flags]) as running:
         wait_for_step(output, 22, running)
         running.signal(signal.SIGKILL)
         running.finish()
@@ -130,7 +130,7 @@ def test_kill_campaign_any_moment_leaves_a_run_that_continues_exactly(data, undi
     output, kills = tmp_path / "outputs", 0
     flags = flags_for(data, output, "--save-every", 3)
     for step in (3, 9, 18, 19, 25, 38, 39, 48, 57):
-        with start([*paced(SCRIPT, step), *flags]) as running:
+        with start([*paced(SCRIPT, output, step), *flags]) as running:
             wait_for_step(output, step, running)
             running.signal(signal.SIGKILL)
             running.finish()

@@ -168,7 +168,7 @@ def worker():
     parent = os.getppid()
     while os.getppid() == parent:
         time.sleep(0.01)
-    loader._settle_worker(0)
+    loader.settle_worker(0)
     time.sleep(3600)
 
 multiprocessing.get_context("fork").Process(target=worker).start()

@@ -134,7 +134,7 @@ def test_a_training_that_is_ended_becomes_the_undisturbed_one(tmp_path, number):
         assert running.finish().code == 0, running.text
     out = [*flags, "--output_dir", tmp_path / "out"]
     run_dir = tmp_path / "out" / ".quality_model"
-    with start([*paced(FILTER / "model.py", 12), *out]) as running:
+    with start([*paced(FILTER / "model.py", run_dir, 12), *out]) as running:
         reached = lambda: max(losses(run_dir), default=0) >= 12  # noqa: E731
         wait_until(reached, "step 12", running=running)
         running.signal(number)

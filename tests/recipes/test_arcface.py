@@ -179,7 +179,7 @@ def undisturbed(inshop, tmp_path_factory):
 @pytest.mark.serial
 def test_sigterm_saves_and_resume_gives_the_undisturbed_run(flags, undisturbed, tmp_path):
     run_dir = tmp_path / "work"
-    with start([*paced(SCRIPT, 6), *flags, "--log-every", 1]) as running:
+    with start([*paced(SCRIPT, run_dir, 6), *flags, "--log-every", 1]) as running:
         wait_for_step(run_dir, 6, running)
         running.signal(signal.SIGTERM)
         assert running.finish().code == 143
@@ -196,7 +196,9 @@ def test_sigterm_saves_and_resume_gives_the_undisturbed_run(flags, undisturbed, 
 @pytest.mark.serial
 def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, undisturbed, tmp_path):
     run_dir = tmp_path / "work"
-    with start([*paced(SCRIPT, 7), *flags, "--log-every", 1, "--save-every", 3]) as running:
+    with start(
+        [*paced(SCRIPT, run_dir, 7), *flags, "--log-every", 1, "--save-every", 3]
+    ) as running:
         wait_for_step(run_dir, 7, running)
         running.signal(signal.SIGKILL)
         running.finish()

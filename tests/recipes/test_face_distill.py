@@ -154,7 +154,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(flags, tmp_pat
     options = [*flags, "--workers", workers]
     assert run_here(train_distill.main, [*options, "--run-dir", tmp_path / "whole"]).code == 0
     run_dir = tmp_path / "checkpoints"
-    with start([*paced(SCRIPT, 7), *options]) as running:
+    with start([*paced(SCRIPT, run_dir, 7), *options]) as running:
         wait_for_step(run_dir, 7, running, key="Loss/Total")
         running.signal(signal.SIGTERM)
         assert running.finish().code == 143
@@ -172,7 +172,7 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, tmp_pat
     options = [*flags, "--save-every", 3]
     assert run_here(train_distill.main, [*options, "--run-dir", tmp_path / "whole"]).code == 0
     run_dir = tmp_path / "checkpoints"
-    with start([*paced(SCRIPT, 8), *options]) as running:
+    with start([*paced(SCRIPT, run_dir, 8), *options]) as running:
         wait_for_step(run_dir, 8, running, key="Loss/Total")
         running.signal(signal.SIGKILL)
         running.finish()

@@ -128,7 +128,7 @@ def test_sigterm_saves_in_mid_epoch_and_the_resumed_run_is_the_undisturbed_one(
 ):
     options = [*flags, "--num_workers", workers, "--num_epochs", 12]
     assert train([*options, "--output_dir", tmp_path / "whole"]).code == 0
-    with start([*paced(SCRIPT, 7), *options]) as running:
+    with start([*paced(SCRIPT, run_dir, 7), *options]) as running:
         wait_for_step(run_dir, 7, running, key="train_loss")
         running.signal(signal.SIGTERM)
         assert running.finish().code == 143, running.text
@@ -149,7 +149,7 @@ def test_sigterm_saves_in_mid_epoch_and_the_resumed_run_is_the_undisturbed_one(
 def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, run_dir, tmp_path):
     options = [*flags, "--save_every", 3, "--num_epochs", 10]
     assert train([*options, "--output_dir", tmp_path / "whole"]).code == 0
-    with start([*paced(SCRIPT, 8), *options]) as running:
+    with start([*paced(SCRIPT, run_dir, 8), *options]) as running:
         wait_for_step(run_dir, 8, running, key="train_loss")
         running.signal(signal.SIGKILL)
         running.finish()

@@ -131,7 +131,7 @@ def test_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(flags, tmp_pat
     whole = [*options, "--finetune_output_dir", tmp_path / "whole"]
     assert run_here(prompt_tuning.main, whole).code == 0
     run_dir = tmp_path / "out"
-    with start([*paced(SCRIPT, 6), *options]) as running:
+    with start([*paced(SCRIPT, run_dir, 6), *options]) as running:
         wait_for_step(run_dir, 6, running, key="train_loss")
         running.signal(signal.SIGTERM)
         assert running.finish().code == 143, running.text
@@ -163,7 +163,7 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, tmp_pat
     whole = [*options, "--finetune_output_dir", tmp_path / "whole"]
     assert run_here(prompt_tuning.main, whole).code == 0
     run_dir = tmp_path / "out"
-    with start([*paced(SCRIPT, 7), *options]) as running:
+    with start([*paced(SCRIPT, run_dir, 7), *options]) as running:
         wait_for_step(run_dir, 7, running, key="train_loss")
         running.signal(signal.SIGKILL)
         running.finish()

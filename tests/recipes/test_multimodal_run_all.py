@@ -94,7 +94,10 @@ def test_a_disk_too_small_ends_the_preflight(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**9))
     flags = ["--data-root", str(tmp_path / "data"), "--output-dir", str(tmp_path / "outputs")]
     assert run_all.main([*flags, "--datasets", "coco"]) == 2
-    assert f"GB are needed in {tmp_path / 'data'} for archives and what they hold" in capsys.readouterr().err
+    assert (
+        f"GB are needed in {tmp_path / 'data'} for archives and what they hold"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_torchaudio_that_does_not_import_is_named(tmp_path, monkeypatch, caplog):

@@ -15,6 +15,7 @@ from shared import launch, logs, outcome, supervisor
 from shared.config import parse
 from shared.errors import MissingToolError, UserError
 from shared.outcome import Failure
+from tests.harness import run_here
 
 PROBE = Path(__file__).resolve().parents[1] / "faults" / "probe_recipe.py"
 
@@ -204,7 +205,6 @@ def test_what_trains_nothing_runs_once_and_starts_no_process(
 def test_the_number_of_processes_is_known_while_the_input_is_checked(
     supervised: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(launch, "_planned_world_size", 1)
     sizes: list[int] = []
     monkeypatch.setattr(sys, "argv", ["train.py", "--nproc", "2", "--nnodes", "3"])
     launch.launch(lambda _: sizes.append(launch.world_size()) or 0)
@@ -216,23 +216,14 @@ def test_the_number_of_processes_is_known_while_the_input_is_checked(
 # how a process ended
 
 
-def ending(error: BaseException | None, code: int = 0) -> int | Failure:
-    def main(_: list[str]) -> int:
-        if error is not None:
-            raise error
-        return code
-
-    return launch._guard(main, [], rank=1)
-
-
 @pytest.mark.parametrize("code", [0, 1, 143])
 def test_what_main_returns_is_the_code(code: int) -> None:
-    assert ending(None, code) == code
+    assert run_here(lambda _: code, []).code == code
 
 
 @pytest.mark.parametrize(("left", "code"), [(None, 0), (0, 0), (3, 3), (130, 130)])
 def test_leaving_early_keeps_its_code(left: int | None, code: int) -> None:
-    assert ending(SystemExit(left)) == code
+    assert run_here(lambda _: sys.exit(left), []).code == code
 
 
 def test_leaving_with_words_fails_and_says_them(
@@ -266,16 +257,15 @@ def test_leaving_with_words_fails_and_says_them(
     ],
 )
 def test_failures_are_told_apart(error: BaseException, code: int, kind: str) -> None:
-    failure = ending(error)
-    assert isinstance(failure, Failure)
+    failure = outcome.failure_of(error, rank=1)
     assert (failure.rank, failure.code, failure.kind) == (1, code, kind)
     assert bool(failure.traceback) == (kind != "user")
     assert "\n" not in failure.message
 
 
 def test_a_missing_package_is_named_with_the_way_out() -> None:
-    failure = ending(ModuleNotFoundError("No module named 'peft'", name="peft"))
-    assert isinstance(failure, Failure)
+    error = ModuleNotFoundError("No module named 'peft'", name="peft")
+    failure = outcome.failure_of(error)
     assert "Python package peft is not installed" in failure.message
     assert "setup.sh" in failure.message
 
@@ -283,8 +273,7 @@ def test_a_missing_package_is_named_with_the_way_out() -> None:
 def test_notes_of_the_run_are_part_of_the_message() -> None:
     error = ValueError("broken")
     error.add_note("at step 7 of 9")
-    failure = ending(error)
-    assert isinstance(failure, Failure)
+    failure = outcome.failure_of(error, rank=1)
     assert failure.message == "ValueError: broken, at step 7 of 9"
 
 
@@ -330,20 +319,20 @@ def test_the_earliest_own_error_is_the_cause_and_lost_peers_are_not(tmp_path: Pa
     leave_word(tmp_path, 0, "peer_lost", "RuntimeError: Connection closed by peer", at=1.0)
     leave_word(tmp_path, 1, "error", "ValueError: broken", at=3.0)
     leave_word(tmp_path, 2, "error", "ValueError: later", at=4.0)
-    first = supervisor._first_failure({0: 1, 1: 1, 2: 1}, tmp_path)
+    first = supervisor.first_failure({0: 1, 1: 1, 2: 1}, tmp_path)
     assert (first.rank, first.message) == (1, "rank 1: ValueError: broken")
 
 
 def test_a_mistake_of_the_user_keeps_its_code_and_its_words(tmp_path: Path) -> None:
     for rank in (0, 1):
         leave_word(tmp_path, rank, "user", "--data /x is not there", at=1.0 + rank)
-    first = supervisor._first_failure({0: 2, 1: 2}, tmp_path)
+    first = supervisor.first_failure({0: 2, 1: 2}, tmp_path)
     assert (first.code, first.message) == (2, "--data /x is not there")
 
 
 def test_a_killed_process_is_the_cause_of_lost_peers(tmp_path: Path) -> None:
     leave_word(tmp_path, 0, "peer_lost", "RuntimeError: Connection reset", at=1.0)
-    first = supervisor._first_failure({0: 1, 1: -9}, tmp_path)
+    first = supervisor.first_failure({0: 1, 1: -9}, tmp_path)
     assert "rank 1 was killed by SIGKILL" in first.message
 
 
@@ -351,14 +340,14 @@ def test_the_rank_that_did_not_answer_is_named_and_not_the_one_that_waited(tmp_p
     for rank in (0, 1):
         (tmp_path / f"pid.{rank}").write_text("1")
     leave_word(tmp_path, 0, "timeout", "RuntimeError: Timed out waiting 5000ms", at=1.0)
-    first = supervisor._first_failure({0: 1}, tmp_path)
+    first = supervisor.first_failure({0: 1}, tmp_path)
     assert first.message.startswith("rank 1 did not answer within --timeout")
 
 
 def test_failures_of_an_earlier_start_are_forgotten(tmp_path: Path) -> None:
     leave_word(tmp_path, 0, "error", "ValueError: first start", at=1.0, restart=0)
     leave_word(tmp_path, 1, "error", "ValueError: second start", at=9.0, restart=1)
-    assert "second start" in supervisor._first_failure({1: 1}, tmp_path).message
+    assert "second start" in supervisor.first_failure({1: 1}, tmp_path).message
 
 
 # speed of what needs no torch
@@ -374,18 +363,6 @@ def test_what_trains_nothing_imports_nothing_slow(flag: str) -> None:
     assert {"argparse", "dataclasses"} <= imported  # the list is the one that is meant
     assert not imported & {"torch", "numpy", "yaml", "tqdm", "tensorboard"}
     assert time.monotonic() - begun < 10  # a bound for a hang; the figure is in tests/benchmarks
-
-
-def test_torchruns_variables_make_this_a_worker(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    worked: list[list[str]] = []
-    monkeypatch.setattr(launch, "_work", lambda _main, argv: worked.append(argv) or 0)
-    monkeypatch.setattr(sys, "argv", ["train.py", "--nproc", "2"])
-    monkeypatch.setitem(os.environ, "RANK", "1")
-    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    assert launch.launch(lambda _: 0) == 0
-    assert worked == [["--nproc", "2"]]
 
 
 def test_a_script_for_one_process_runs_once_whoever_asks_for_more(

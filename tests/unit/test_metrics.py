@@ -1,6 +1,7 @@
 import builtins
 import json
 import math
+import resource
 import time
 from pathlib import Path
 from typing import Any
@@ -114,12 +115,14 @@ def test_a_full_disk_costs_rows_and_not_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     metrics = Metrics(tmp_path / "metrics.jsonl", None, 0)
-    metrics._lines.close()
-    with Path("/dev/full").open("a", encoding="utf-8", buffering=1) as refusing:
-        metrics._lines = refusing
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # no file may grow
+    try:
         for step in (1, 2, 3):
             metrics.log(step, 0, "train", {"loss": 1.0})
         metrics.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caplog.text.count("are not written") == 1
     assert "metrics from step 1 on are not written" in caplog.text
 

@@ -33,7 +33,7 @@ class Config:
 @pytest.fixture(autouse=True)
 def no_announcement(monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher's memory of the run directory is of this process: put it back."""
-    monkeypatch.setattr(outcome, "_run_dir", None)
+    outcome.forget()
     monkeypatch.delenv(outcome.NOTES, raising=False)
     monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT", raising=False)
 
