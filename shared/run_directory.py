@@ -55,7 +55,7 @@ def begin(run_dir: Path, last: str, tensorboard: Path | None, config: HasRunOpti
 def description(run_dir: Path) -> dict[str, str]:
     """What describes the run in the directory: name → content of its status and settings."""
     paths = (run_dir / "status.json", run_dir / "config.json")
-    return {path.name: read_text(path, errors="replace") for path in paths if path.exists()}
+    return {path.name: read_text(path, errors="replace") for path in paths if path.is_file()}
 
 
 def put_back(run_dir: Path, description: dict[str, str]) -> None:
