@@ -11,9 +11,12 @@ import io
 import logging
 import os
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+log = logging.getLogger(__name__)
 
 _FORMAT = "%(asctime)s | %(message)s"
 _DATE = "%Y-%m-%d %H:%M:%S"
@@ -130,8 +133,17 @@ def setup(rank: int = 0) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
     if rank != 0:
         logging.getLogger().setLevel(logging.WARNING)
+    threading.excepthook = _say_of_thread
     for noisy in ("httpx", "httpcore", "urllib3", "filelock", "PIL", "matplotlib"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _say_of_thread(ended: threading.ExceptHookArgs) -> None:
+    """One line for a thread that could not write (TensorBoard's); a traceback for other errors."""
+    if isinstance(ended.exc_value, OSError):
+        log.warning("a thread that writes files has ended: %s", ended.exc_value)
+    else:
+        threading.__excepthook__(ended)
 
 
 def say(text: str) -> None:

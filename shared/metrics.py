@@ -39,10 +39,9 @@ class Metrics:
             "time": round(time.time(), 3),
             **values,
         }
+        self._draw(values, step)
         try:
             self._lines.write(json.dumps(row) + "\n")
-            if self._board:
-                self._draw(values, step)
         except OSError as error:
             if not self._is_losing:
                 log.warning("metrics from step %d on are not written: %s", step, error)
@@ -53,8 +52,12 @@ class Metrics:
         self._is_losing = False
 
     def _draw(self, values: dict[str, float | None], step: int) -> None:
-        for tag, value in values.items():
-            self._board.add_scalar(tag, float("nan") if value is None else value, step)
+        try:
+            for tag, value in values.items() if self._board else ():
+                self._board.add_scalar(tag, float("nan") if value is None else value, step)
+        except OSError as error:  # its writing thread has ended for good
+            log.warning("no TensorBoard from step %d on (%s); see metrics.jsonl", step, error)
+            self._board = None
 
     def close(self) -> None:
         """Flush and close both."""

@@ -2,6 +2,7 @@ import builtins
 import json
 import math
 import resource
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,27 @@ def test_a_full_disk_costs_rows_and_not_the_run(
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert caplog.text.count("are not written") == 1
     assert "metrics from step 1 on are not written" in caplog.text
+
+
+def test_a_board_that_cannot_be_written_any_more_costs_charts_and_no_rows(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    metrics = Metrics(tmp_path / "metrics.jsonl", tmp_path / "board", Position())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, hard))  # no file may grow
+    try:
+        metrics.log(1, 0, "train", {"loss": 1.0})
+        deadline = time.monotonic() + 60
+        while "no TensorBoard from step" not in caplog.text and time.monotonic() < deadline:
+            metrics.log(2, 0, "train", {"loss": 1.0})
+            time.sleep(0.1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    metrics.log(3, 0, "train", {"loss": 1.0})
+    metrics.close()
+    assert caplog.text.count("no TensorBoard from step") == 1
+    assert rows(tmp_path / "metrics.jsonl")[-1]["step"] == 3
 
 
 def test_a_mean_weighs_its_values() -> None:

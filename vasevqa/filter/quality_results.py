@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared import checkpoint
 from shared.distributed import World
 from shared.errors import one_line
 from shared.files import write_atomic, write_json
@@ -57,8 +58,9 @@ def conclude(
         outputs += draw(cfg.output_dir, history, tested)
         results = _results(history, tested, data) | {"best_epoch": best_epoch}
         path = cfg.output_dir / "training_results.json"
-        write_json(path, results)
-        outputs = [cfg.best, *outputs, path]
+        with checkpoint.beside(path):
+            write_json(path, results)
+        outputs = [file for file in (cfg.best, *outputs, path) if file.exists()]
         _say(tested)
     return {
         "result": {
