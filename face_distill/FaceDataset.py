@@ -26,8 +26,13 @@ from torch.utils.data import Dataset
 if __name__ == "FaceDataset":  # imported by its bare name: the repository root may be unknown
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from face_distill.face_sources import FolderSource, RecordSource, number_by_appearance, open_source
-from face_distill.preprocess import resize
+from face_distill.distill.preprocess import resize
+from face_distill.distill.sources import (
+    FolderSource,
+    RecordSource,
+    number_by_appearance,
+    open_source,
+)
 from shared.errors import UserError, did_you_mean
 from shared.images import decode_rgb
 

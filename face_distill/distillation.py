@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from face_distill import losses, model
-from face_distill.losses import ArcFaceHead
-from face_distill.model import FaceStudent
+from face_distill.distill import losses, model
+from face_distill.distill.losses import ArcFaceHead
+from face_distill.distill.model import FaceStudent
 from shared.distributed import World, gather_with_grad
 from shared.errors import UserError
 

@@ -31,8 +31,8 @@ from shared.settings import Count, Workers
 if TYPE_CHECKING:
     import numpy as np
 
+    from face_distill.distill.trained import FaceEmbedder
     from face_distill.image_folder import Face, Unreadable
-    from face_distill.trained import FaceEmbedder
 
 PROJECT_ROOT = Path(__file__).resolve().parent
 CHECKPOINT = PROJECT_ROOT / "checkpoints" / "best_student_adapter_face.pth"
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Config, argv, __doc__)
     if cfg.tool.demo:
         cfg = _with_demo(cfg)
-    from face_distill import run_settings
+    from face_distill.distill import run_settings
     from shared.images import SUFFIXES, find_images
 
     assert cfg.folder is not None
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with_demo(cfg: Config) -> Config:
     """`cfg` with the demo's student and tower, where none were typed."""
-    from face_distill.run_settings import demo_student
+    from face_distill.distill.run_settings import demo_student
 
     demo = PROJECT_ROOT / "demo"
     out = cfg.out if "out" in cfg.tool.typed else demo / OUT.name
@@ -146,8 +146,8 @@ def _prepare_out(out: Path, names: Path) -> None:
 
 
 def _embed(cfg: Config, images: list[str], tower: Path, checkpoint: Path) -> int:
+    from face_distill.distill.trained import FaceEmbedder, open_student
     from face_distill.npy_stream import write_rows
-    from face_distill.trained import FaceEmbedder, open_student
     from shared.device import resolve
 
     device = resolve(cfg.tool.device, 0, os.environ)

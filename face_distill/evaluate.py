@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Config, argv, __doc__)
     if cfg.tool.demo:
         cfg = _with_demo(cfg)
-    from face_distill import run_settings
+    from face_distill.distill import run_settings
 
     checkpoint = run_settings.checkpoint_at(cfg.checkpoint)
     tower = run_settings.tower_of(checkpoint, cfg.blip_path, Path(BLIP_PATH))
@@ -82,8 +82,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with_demo(cfg: Config) -> Config:
     """`cfg` on what ./train.sh --demo left: its paths where none were typed."""
-    from face_distill import demo
-    from face_distill.run_settings import demo_student
+    from face_distill.demo_data import demo
+    from face_distill.distill.run_settings import demo_student
 
     root = Path(PROJECT_ROOT) / "demo"
     changes = demo_student(root, cfg.tool.typed)

@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from face_distill import roc, trained, verification
-from face_distill.pair_files import Pairs, read_pairs
-from face_distill.verification import Accuracy
+from face_distill.distill import roc, trained, verification
+from face_distill.distill.pair_files import Pairs, read_pairs
+from face_distill.distill.verification import Accuracy
 from shared.errors import UserError, one_line
 from shared.files import check_regular
 from shared.images import printable
@@ -140,7 +140,7 @@ def teacher_distances(
 
 def network_distances(path: Path, arch: str, device: torch.device, batch_size: int) -> Distances:
     """The teacher in a weight file, opened now, in float32. Raises UserError for a wrong file."""
-    from face_distill.teacher_networks import open_teacher
+    from face_distill.distill.teacher_networks import open_teacher
 
     teacher = open_teacher(path, arch).to(device)
     return lambda pair_set: embedded_distances(

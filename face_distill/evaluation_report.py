@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from face_distill.distill.roc import FAR_TARGETS, Roc
 from face_distill.evaluation import Figures, PairSet, Results
-from face_distill.roc import FAR_TARGETS, Roc
 from shared.files import write_json
 from shared.page import Page, write_chart
 

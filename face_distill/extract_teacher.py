@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with_demo(cfg: Config) -> Config:
     """`cfg` on the demo's 800 faces; the teacher is the user's still, the demo ships no network."""
-    from face_distill import demo
+    from face_distill.demo_data import demo
 
     root = Path(PROJECT_ROOT) / "demo"
     paths = demo.build(root)

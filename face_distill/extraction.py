@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from face_distill import teacher_parts
+from face_distill.distill.teacher_networks import Teacher, open_teacher, spatial_probability
 from face_distill.FaceDataset import FaceDataset
-from face_distill.teacher_networks import Teacher, open_teacher, spatial_probability
 from face_distill.teacher_parts import Parts
 from shared import distributed, outcome
 from shared.distributed import World

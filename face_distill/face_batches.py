@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from face_distill.distill.preprocess import Preprocess
+from face_distill.distill.teacher import TeacherFeatures
 from face_distill.FaceDataset import FaceDataset
-from face_distill.preprocess import Preprocess
-from face_distill.teacher import TeacherFeatures
 from shared.checkpoint import Position
 from shared.distributed import World
 from shared.errors import UserError

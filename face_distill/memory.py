@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from face_distill.model import FaceStudent, adapter_layers
+from face_distill.distill.model import FaceStudent, adapter_layers
 from shared import class_centres, estimate
 from shared.estimate import MemoryPlan
 from shared.files import read_json

@@ -21,7 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from face_distill.teacher import EMBEDDING, LABELS, MANIFEST, MAP
+from face_distill.distill.teacher import EMBEDDING, LABELS, MANIFEST, MAP
 from shared import lock
 from shared.errors import UserError, one_line
 from shared.files import (

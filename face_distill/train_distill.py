@@ -152,7 +152,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with_demo(cfg: Config) -> Config:
     """`cfg` on the built-in data: its paths and sizes where none were typed."""
-    from face_distill import demo
+    from face_distill.demo_data import demo
 
     root = Path(PROJECT_ROOT) / "demo"
     paths = demo.build(root)

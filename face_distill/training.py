@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from face_distill import students
+from face_distill.distill import students
 from face_distill.distillation import Distiller, build
 from face_distill.face_batches import FaceBatches, open_batches
 from shared import distributed, seed

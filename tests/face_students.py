@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from face_distill.losses import ArcFaceHead
-from face_distill.model import FaceStudent, load_tower, trainable_state
+from face_distill.distill.losses import ArcFaceHead
+from face_distill.distill.model import FaceStudent, load_tower, trainable_state
 from shared.files import write_json
 
 LAYERS = [0, 2]

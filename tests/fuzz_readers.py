@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from arcface import config_options, config_reader, partition, recipe, recipe_reader, run_settings
-from face_distill import pair_files, record_reader, recordio, teacher, verification
-from face_distill import run_settings as face_settings
+from face_distill.demo_data import records
+from face_distill.distill import pair_files, recordio, teacher, verification
+from face_distill.distill import run_settings as face_settings
 from shared import (
     checkpoint,
     config,
@@ -65,17 +66,16 @@ def together(*makers: Callable[[Path], Any]) -> Callable[[Path], Any]:
 
 def _make_records(directory: Path) -> None:
     labels: list[Any] = [np.array([3.0, 5.0], np.float32), 1.0, 1.0, 2.0]
-    payloads = [recordio.pack(label, picture("JPEG")) for label in labels]
-    payloads[2] += recordio._MAGIC_BYTES * 3  # split over several parts
+    payloads = [records.pack(label, picture("JPEG")) for label in labels]
+    payloads[2] += recordio.MAGIC_BYTES * 3  # split over several parts
     items = list(enumerate(payloads))
-    recordio.write_records(directory / "train.rec", directory / "train.idx", items)
+    records.write_records(directory / "train.rec", directory / "train.idx", items)
 
 
 def _read_records(directory: Path) -> None:
-    reader = record_reader.RecordReader(directory / "train.rec", directory / "train.idx")
+    reader = recordio.RecordReader(directory / "train.rec", directory / "train.idx")
     for key in reader.keys:
         recordio.unpack(reader.read(int(key)), "record")
-    list(recordio.scan(directory / "train.rec"))
 
 
 def _make_features(directory: Path) -> None:

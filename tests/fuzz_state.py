@@ -15,7 +15,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from face_distill import download_weight, embed, evaluation, model, run_settings, teacher_parts
+from face_distill import download_weight, embed, evaluation, teacher_parts
+from face_distill.distill import model, run_settings
 from lavic.src import (
     adapter_files,
     adapters,

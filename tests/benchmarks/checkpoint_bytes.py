@@ -55,8 +55,8 @@ def make_student(device: str, **config: Any) -> Any:
     """A face student with adapters in twelve layers spread evenly, or in all of a smaller tower."""
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
-    from face_distill.losses import ArcFaceHead
-    from face_distill.model import FaceStudent, adapter_layers
+    from face_distill.distill.losses import ArcFaceHead
+    from face_distill.distill.model import FaceStudent, adapter_layers
 
     with torch.device(device):
         tower = Blip2VisionModel(Blip2VisionConfig(**config))

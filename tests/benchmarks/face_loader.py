@@ -29,11 +29,11 @@ from PIL import Image
 from torch import Tensor
 from torchvision import transforms
 
-from face_distill.demo_faces import NUM_LATENTS, draw_face, draw_shot, look_of
+from face_distill.demo_data.faces import NUM_LATENTS, draw_face, draw_shot, look_of
+from face_distill.demo_data.records import pack, write_records
+from face_distill.distill.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from face_distill.distill.recordio import RecordReader
 from face_distill.FaceDataset import FaceDataset
-from face_distill.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
-from face_distill.record_reader import RecordReader
-from face_distill.recordio import pack, write_records
 
 BATCH = 32
 

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from arcface.run_scripts import run_arcface
-from face_distill import demo as faces
 from face_distill import train_distill
+from face_distill.demo_data import demo as faces
 from lavic.src import knowledge_distillation
 from multimodal import run_training
 from shared import files

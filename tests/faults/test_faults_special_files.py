@@ -20,8 +20,9 @@ import torch
 from PIL import Image
 
 from arcface.run_scripts import run_arcface
-from face_distill import demo as face_demo
-from face_distill import embed, extract_teacher, iresnet, train_distill
+from face_distill import embed, extract_teacher, train_distill
+from face_distill.demo_data import demo as face_demo
+from face_distill.distill import iresnet
 from lavic.src import knowledge_distillation, prompt_tuning
 from multimodal import run_training
 from multimodal.coco import Coco

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torchvision import models
 
 from arcface.config_options import DATASETS
-from face_distill import demo, iresnet, train_distill
-from face_distill.pair_files import read_pairs
+from face_distill import train_distill
+from face_distill.demo_data import demo
+from face_distill.distill import iresnet
+from face_distill.distill.pair_files import read_pairs
 from shared.files import read_json
 from shared.tools.run_demos import RECIPES
 from tests.harness import ROOT, environment, run_here, status_of, wait_until

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from face_distill import download_weight, model
+from face_distill import download_weight
+from face_distill.distill import model
 from shared import web
 from shared.files import write_json
 from shared.launch import launch_alone

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import Blip2VisionModel
 
-from face_distill import demo, embed
-from face_distill.model import trainable_state
-from face_distill.preprocess import CLIP_MEAN, CLIP_STD
+from face_distill import embed
+from face_distill.demo_data import demo
+from face_distill.distill.model import trainable_state
+from face_distill.distill.preprocess import CLIP_MEAN, CLIP_STD
 from shared.files import read_json, write_json
 from tests.face_students import LAYERS, student_of, write_run
 from tests.harness import Outcome, run_here

@@ -13,7 +13,7 @@ from arcface import memory as arcface_memory
 from arcface.encoders import build_encoder
 from arcface.run_scripts import run_arcface
 from face_distill import memory, train_distill
-from face_distill.model import FaceStudent
+from face_distill.distill.model import FaceStudent
 from face_distill.train_distill import Config
 from tests.harness import ROOT, run_here
 from tests.unit.test_estimate import bytes_kept_on_the_cpu

@@ -15,8 +15,10 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 
-from face_distill import demo, evaluate, evaluation, model
-from face_distill.preprocess import Preprocess
+from face_distill import evaluate, evaluation
+from face_distill.demo_data import demo
+from face_distill.distill import model
+from face_distill.distill.preprocess import Preprocess
 from shared.files import read_json, write_json
 from tests.harness import run_here
 
@@ -200,8 +202,8 @@ def test_page_and_charts_show_the_same_figures(results):
 
 
 def test_the_curve_rises_where_a_pair_of_two_people_is_let_in():
+    from face_distill.distill.roc import Roc
     from face_distill.evaluation_report import _staircase
-    from face_distill.roc import Roc
 
     far, tar = _staircase(Roc(np.array([0, 0, 0.5, 0.5, 1]), np.array([0, 0.2, 0.2, 0.6, 1])))
     assert far.tolist() == [0, 0.5, 0.5, 1, 1]

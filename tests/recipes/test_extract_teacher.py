@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from face_distill import demo, extract_teacher, iresnet, teacher_parts, train_distill
+from face_distill import extract_teacher, teacher_parts, train_distill
+from face_distill.demo_data import demo
+from face_distill.distill import iresnet
+from face_distill.distill.recordio import RecordReader
+from face_distill.distill.teacher import TeacherFeatures
 from face_distill.FaceDataset import FaceDataset
-from face_distill.record_reader import RecordReader
-from face_distill.teacher import TeacherFeatures
 from shared.files import read_json
 from tests.harness import ROOT, run_here, start, status_of, wait_until
 

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from face_distill import demo, model, train_distill
+from face_distill import train_distill
+from face_distill.demo_data import demo
+from face_distill.distill import model
 from shared.files import read_json, read_json_lines
 from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step
 

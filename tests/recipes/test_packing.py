@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from face_distill import demo, embed, train_distill, training
+from face_distill import embed, train_distill, training
+from face_distill.demo_data import demo
 from shared.files import read_json, read_json_lines
 from tests.harness import ROOT, Outcome, run_here, status_of
 

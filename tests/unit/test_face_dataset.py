@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from face_distill import face_sources
+from face_distill.demo_data.records import pack, write_records
+from face_distill.distill import sources as face_sources
+from face_distill.distill.recordio import RecordReader
 from face_distill.FaceDataset import FaceDataset
-from face_distill.record_reader import RecordReader
-from face_distill.recordio import pack, write_records
 from shared.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,11 +12,11 @@ from PIL import Image
 from safetensors import safe_open
 from transformers import Blip2Config, Blip2VisionModel
 
-from face_distill import demo
-from face_distill.demo_faces import draw_face, draw_shot, look_of
+from face_distill.demo_data import demo
+from face_distill.demo_data.faces import draw_face, draw_shot, look_of
+from face_distill.distill.recordio import RecordReader
+from face_distill.distill.teacher import TeacherFeatures
 from face_distill.FaceDataset import FaceDataset
-from face_distill.record_reader import RecordReader
-from face_distill.teacher import TeacherFeatures
 
 
 @pytest.fixture(scope="module")

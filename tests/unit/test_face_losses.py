@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from face_distill.losses import (
+from face_distill.distill.losses import (
     ArcFaceHead,
     add_margin,
     attention_transfer,

@@ -14,8 +14,8 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from face_distill.losses import ArcFaceHead, attention_transfer, rkd_angle, rkd_distance
-from face_distill.model import FaceStudent, adapter_layers
+from face_distill.distill.losses import ArcFaceHead, attention_transfer, rkd_angle, rkd_distance
+from face_distill.distill.model import FaceStudent, adapter_layers
 from shared.distributed import World, gather_with_grad
 
 pytestmark = pytest.mark.slow

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from face_distill import model as face_model
-from face_distill.losses import ArcFaceHead
-from face_distill.model import (
+from face_distill.distill import model as face_model
+from face_distill.distill.losses import ArcFaceHead
+from face_distill.distill.model import (
     FaceStudent,
     MLPWithAdapter,
     adapter_layers,

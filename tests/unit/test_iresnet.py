@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from face_distill import iresnet
+from face_distill.distill import iresnet
 from shared.errors import UserError
 
 # Counted by hand below; 43.59 M and 65.16 M are also the figures that the literature gives.

@@ -7,10 +7,19 @@ import struct
 import numpy as np
 import pytest
 
-from face_distill.record_reader import RecordReader, read_index
-from face_distill.recordio import RecordError, RecordFile, encode, pack, scan, unpack, write_records
+from face_distill.demo_data.records import encode, pack, write_records
+from face_distill.distill.recordio import RecordError, RecordFile, RecordReader, read_index, unpack
 
 MAGIC = b"\x0a\x23\xd7\xce"
+
+
+def scan(path):
+    """Byte offset and payload of every record in file order, without an index."""
+    file, offset = RecordFile(path), 0
+    while offset < file.size:
+        payload, end = file.read(offset)
+        yield offset, payload
+        offset = end
 
 
 def written(tmp_path, payloads, keys=None):

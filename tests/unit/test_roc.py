@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from face_distill.roc import FAR_TARGETS, auc, roc, tar_at_far, ten_fold_tar_at_far
+from face_distill.distill.roc import FAR_TARGETS, auc, roc, tar_at_far, ten_fold_tar_at_far
 from shared.errors import UserError
 
 

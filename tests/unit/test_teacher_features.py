@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from face_distill import teacher as teacher_module
-from face_distill.teacher import TeacherFeatures
+from face_distill.distill import teacher as teacher_module
+from face_distill.distill.teacher import TeacherFeatures
 from shared.errors import UserError
 
 N, D = 6, 5

@@ -10,9 +10,9 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
-from face_distill import iresnet, teacher_networks
-from face_distill.preprocess import Preprocess
-from face_distill.teacher_networks import open_teacher, spatial_probability
+from face_distill.distill import iresnet, teacher_networks
+from face_distill.distill.preprocess import Preprocess
+from face_distill.distill.teacher_networks import open_teacher, spatial_probability
 from shared.errors import UserError
 
 FACES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 112, 112), np.uint8))

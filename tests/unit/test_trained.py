@@ -7,10 +7,11 @@ import pytest
 import torch
 from transformers import Blip2VisionModel
 
-from face_distill import demo, run_settings, trained
-from face_distill.model import FaceStudent, trainable_state
-from face_distill.preprocess import CLIP_MEAN, CLIP_STD
-from face_distill.trained import FaceEmbedder, adapter_shape, open_student
+from face_distill.demo_data import demo
+from face_distill.distill import run_settings, trained
+from face_distill.distill.model import FaceStudent, trainable_state
+from face_distill.distill.preprocess import CLIP_MEAN, CLIP_STD
+from face_distill.distill.trained import FaceEmbedder, adapter_shape, open_student
 from shared.errors import UserError
 from shared.files import write_json
 from tests.face_students import BEST, BOTTLENECK, LAYERS, student_of, write_run
@@ -201,6 +202,6 @@ def test_the_tower_is_the_typed_one_or_the_runs_or_the_default(tmp_path):
 
 
 def test_the_name_of_the_best_student_is_the_one_that_training_writes():
-    from face_distill import students
+    from face_distill.distill import students
 
     assert run_settings.BEST == students.BEST == BEST

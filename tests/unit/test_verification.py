@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from face_distill.pair_files import Pairs, read_pairs
-from face_distill.verification import (
+from face_distill.distill.pair_files import Pairs, read_pairs
+from face_distill.distill.verification import (
     accuracy_of,
     decode,
     flip_embeddings,

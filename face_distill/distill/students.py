@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from face_distill import model, verification
-from face_distill.model import FaceStudent
-from face_distill.pair_files import read_pairs
-from face_distill.preprocess import Preprocess
+from face_distill.distill import model, verification
+from face_distill.distill.model import FaceStudent
+from face_distill.distill.pair_files import read_pairs
+from face_distill.distill.preprocess import Preprocess
 from shared import checkpoint, weights
 from shared.distributed import World
 from shared.early_stopping import EarlyStopping

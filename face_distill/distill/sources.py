@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from face_distill.record_reader import RecordReader
-from face_distill.recordio import RecordError
+from face_distill.distill.recordio import RecordError, RecordReader
 from shared.errors import UserError
 from shared.files import read_bytes
 

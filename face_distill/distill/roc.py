@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from face_distill.verification import fold_numbers
+from face_distill.distill.verification import fold_numbers
 from shared.errors import UserError
 
 FAR_TARGETS = (1e-1, 1e-2, 1e-3, 1e-4)

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from face_distill.pair_files import Pairs
+from face_distill.distill.pair_files import Pairs
 from shared.errors import UserError
 from shared.images import decode_rgb, size_of
 

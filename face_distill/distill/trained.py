@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from face_distill import model
-from face_distill.model import FaceStudent
-from face_distill.preprocess import Preprocess
-from face_distill.run_settings import BEST, settings_of
+from face_distill.distill import model
+from face_distill.distill.model import FaceStudent
+from face_distill.distill.preprocess import Preprocess
+from face_distill.distill.run_settings import BEST, settings_of
 from shared import checkpoint as checkpoints
 from shared import weights
 from shared.errors import UserError

@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from face_distill import recordio
-from face_distill.demo_faces import NUM_LATENTS, SIZE, draw_face, draw_shot, look_of
+from face_distill.demo_data import records
+from face_distill.demo_data.faces import NUM_LATENTS, SIZE, draw_face, draw_shot, look_of
 from face_distill.FaceDataset import FaceDataset
 from shared.build_once import build_once
 from shared.files import write_atomic, write_json, write_text
@@ -118,8 +118,7 @@ def _write_training_set(directory: Path, latents: np.ndarray, seed: int) -> np.n
             jpeg, identity = _picture(person, rng)
             images.append(jpeg)
             maps.append(identity)
-    records = _records(images)
-    recordio.write_records(directory / "train.rec", directory / "train.idx", records)
+    records.write_records(directory / "train.rec", directory / "train.idx", _records(images))
     write_text(directory / "property", f"{NUM_PEOPLE},{SIZE},{SIZE}\n")
     return np.stack(maps)
 
@@ -128,13 +127,13 @@ def _records(images: list[bytes]) -> Iterator[tuple[int, bytes]]:
     """Keys and payloads: the header, the images from key 1, one identity record a person."""
     image_end = len(images) + 1
     header = np.array([image_end, image_end + NUM_PEOPLE], np.float32)
-    yield 0, recordio.pack(header, b"")
+    yield 0, records.pack(header, b"")
     for key, jpeg in enumerate(images, 1):
-        yield key, recordio.pack(float((key - 1) // PICTURES_EACH), jpeg, key)
+        yield key, records.pack(float((key - 1) // PICTURES_EACH), jpeg, key)
     for person in range(NUM_PEOPLE):
         start = 1 + person * PICTURES_EACH
         bounds = np.array([start, start + PICTURES_EACH], np.float32)
-        yield image_end + person, recordio.pack(bounds, b"", image_end + person)
+        yield image_end + person, records.pack(bounds, b"", image_end + person)
 
 
 def _picture(person: np.ndarray, rng: np.random.Generator) -> tuple[bytes, np.ndarray]:
