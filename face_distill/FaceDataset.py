@@ -17,11 +17,12 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
 if __name__ == "FaceDataset":  # imported by its bare name: the repository root may be unknown
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -133,6 +134,24 @@ class FaceDataset(Dataset[tuple[Tensor, int, int]]):
         for index in range(len(self)):
             images[index] = self._decode(index)
         return images
+
+
+def split(
+    faces: FaceDataset, fraction: float, seed: int, smallest: int = 2
+) -> tuple[Subset[Any], Subset[Any]]:
+    """The training images and the held-out ones, a share of `fraction` drawn by `seed`.
+
+    Raises UserError for a share of fewer than `smallest` images.
+    """
+    count = round(len(faces) * fraction)
+    if fraction and count < smallest:
+        near = math.ceil(1e4 * smallest / len(faces)) / 1e4
+        raise UserError(
+            f"--val-fraction {fraction} holds out {count} of {len(faces)} images, {smallest} are "
+            f"needed (2 a process: losses compare pairs); use {near:g} or more, or 0"
+        )
+    order = torch.randperm(len(faces), generator=torch.Generator().manual_seed(seed)).tolist()
+    return Subset(faces, sorted(order[count:])), Subset(faces, sorted(order[:count]))
 
 
 def decode(content: bytes) -> Tensor:

@@ -31,7 +31,7 @@ from shared.settings import Count, Workers
 if TYPE_CHECKING:
     import numpy as np
 
-    from face_distill.distill.trained import FaceEmbedder
+    from face_distill.distill.model import FaceEmbedder
     from face_distill.image_folder import Face, Unreadable
 
 PROJECT_ROOT = Path(__file__).resolve().parent
@@ -103,7 +103,7 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Config, argv, __doc__)
     if cfg.tool.demo:
         cfg = _with_demo(cfg)
-    from face_distill.distill import run_settings
+    from face_distill.distill import student_files
     from shared.images import SUFFIXES, find_images
 
     assert cfg.folder is not None
@@ -111,8 +111,8 @@ def main(argv: list[str] | None = None) -> int:
     if not images:
         kinds = " ".join(sorted(SUFFIXES))
         raise UserError(f"{cfg.folder} holds no images ({kinds}): give the folder with the faces")
-    checkpoint = run_settings.checkpoint_at(cfg.checkpoint)
-    tower = run_settings.tower_of(checkpoint, cfg.blip_path, BLIP_PATH)
+    checkpoint = student_files.checkpoint_at(cfg.checkpoint)
+    tower = student_files.tower_of(checkpoint, cfg.blip_path, BLIP_PATH)
     log.info("%d images in %s, student %s on the tower %s", len(images), cfg.folder, checkpoint,
              tower)  # fmt: skip
     if cfg.tool.dry_run:
@@ -123,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with_demo(cfg: Config) -> Config:
     """`cfg` with the demo's student and tower, where none were typed."""
-    from face_distill.distill.run_settings import demo_student
+    from face_distill.distill.student_files import demo_student
 
     demo = PROJECT_ROOT / "demo"
     out = cfg.out if "out" in cfg.tool.typed else demo / OUT.name
@@ -146,7 +146,7 @@ def _prepare_out(out: Path, names: Path) -> None:
 
 
 def _embed(cfg: Config, images: list[str], tower: Path, checkpoint: Path) -> int:
-    from face_distill.distill.trained import FaceEmbedder, open_student
+    from face_distill.distill.model import FaceEmbedder, open_student
     from face_distill.npy_stream import write_rows
     from shared.device import resolve
 

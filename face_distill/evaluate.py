@@ -64,10 +64,11 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Config, argv, __doc__)
     if cfg.tool.demo:
         cfg = _with_demo(cfg)
-    from face_distill.distill import run_settings
 
-    checkpoint = run_settings.checkpoint_at(cfg.checkpoint)
-    tower = run_settings.tower_of(checkpoint, cfg.blip_path, Path(BLIP_PATH))
+    from face_distill.distill import student_files
+
+    checkpoint = student_files.checkpoint_at(cfg.checkpoint)
+    tower = student_files.tower_of(checkpoint, cfg.blip_path, Path(BLIP_PATH))
     files = _set_files(cfg.data_root)
     if cfg.teacher and not cfg.teacher.exists():
         raise UserError(f"--teacher {cfg.teacher} is missing: give a weight file, or embeddings")
@@ -83,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
 def _with_demo(cfg: Config) -> Config:
     """`cfg` on what ./train.sh --demo left: its paths where none were typed."""
     from face_distill.demo_data import demo
-    from face_distill.distill.run_settings import demo_student
+    from face_distill.distill.student_files import demo_student
 
     root = Path(PROJECT_ROOT) / "demo"
     changes = demo_student(root, cfg.tool.typed)

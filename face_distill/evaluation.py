@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from face_distill.distill import roc, trained, verification
+from face_distill.distill import model, roc, verification
 from face_distill.distill.pair_files import Pairs, read_pairs
 from face_distill.distill.verification import Accuracy
 from shared.errors import UserError, one_line
@@ -115,18 +115,18 @@ def student_distances(
 
     Raises UserError when a file is missing or damaged, or the tower is not the checkpoint's.
     """
-    student = trained.open_student(
+    student = model.open_student(
         tower,
         checkpoint if tuned else None,
-        image_size=trained.stored_image_size(checkpoint),
+        image_size=model.stored_image_size(checkpoint),
     )
-    embed = trained.FaceEmbedder(student, device, amp)
+    embed = model.FaceEmbedder(student, device, amp)
     return lambda pair_set: embedded_distances(embed, pair_set, batch_size)
 
 
 def check_checkpoint(checkpoint: Path) -> None:
     """Raise UserError when there are no adapters in `checkpoint`; quick, without the tower."""
-    trained.adapter_shape(trained.read_trained(checkpoint), checkpoint)
+    model.adapter_shape(model.read_trained(checkpoint), checkpoint)
 
 
 def teacher_distances(

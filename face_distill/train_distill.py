@@ -6,18 +6,22 @@ torchrun --nproc_per_node=4 train_distill.py     the same on four GPUs, said exp
 python train_distill.py --demo                   built-in data, on any machine
 """
 
+from __future__ import annotations
+
+import logging
 import math
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
 from shared.config import RunOptions, option, parse
 from shared.errors import UserError
-from shared.files import open_lock
+from shared.files import open_lock, read_object, write_json
 from shared.launch import launch, world_size
 from shared.settings import (
     COUNTS,
@@ -28,6 +32,18 @@ from shared.settings import (
     Workers,
     number,
 )
+
+if TYPE_CHECKING:  # torch comes after the input is checked
+    from torch import Tensor
+
+    from face_distill.distill.model import FaceStudent
+    from face_distill.distill.teacher import TeacherFeatures
+    from shared.distributed import World
+    from shared.early_stopping import EarlyStopping
+    from shared.metrics import Mean
+    from shared.run import Run
+
+log = logging.getLogger(__name__)
 
 # --- configuration: edit here, or type the flag of the same name ----------------------------------
 PROJECT_ROOT = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120, as documented
@@ -143,11 +159,283 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     os.close(open_lock(cfg.run_dir))  # better refused now than after the tower was loaded
     from face_distill import memory
-    from face_distill.training import train
     from shared.estimate import explained_out_of_memory
 
     with explained_out_of_memory(lambda: memory.text(cfg, world_size(), failed=True)):
         return train(cfg)
+
+
+def train(cfg: Config) -> int:
+    """The whole training; the exit code."""
+    import torch
+    from torch.optim.lr_scheduler import CosineAnnealingLR
+
+    from face_distill.distill import losses, model, student_files
+    from face_distill.distill.preprocess import Preprocess
+    from face_distill.distill.teacher import TeacherFeatures
+    from face_distill.FaceDataset import FaceDataset, split
+    from shared import distributed, seed
+    from shared.early_stopping import EarlyStopping
+    from shared.loader import make_eval_loader, make_loader
+    from shared.metrics import Mean
+    from shared.precision import Amp
+    from shared.reporter import Plan
+    from shared.run import Run
+    from shared.sampling import steps_per_epoch
+
+    world = distributed.setup(cfg.run.device, cfg.run.timeout)
+    per_process = cfg.batch_size // world.size
+    with Run(cfg, world, cfg.run_dir, "face_distill", last="last.pth",
+             tensorboard=cfg.tensorboard) as run:  # fmt: skip
+        # data: pictures, and what the teacher says of each
+        seed.seed_all(cfg.run.seed)
+        teacher = TeacherFeatures(cfg.teacher_feat_dir)
+        faces = FaceDataset(cfg.data_root, cfg.selection, len(teacher), cfg.per_id, cfg.cache)
+        teacher.check_alignment(faces)
+        train_set, val_set = split(faces, cfg.val_fraction, cfg.run.seed, 2 * world.size)
+        steps = steps_per_epoch(len(train_set), per_process, world.size)
+
+        # the student: a frozen tower with adapters, and the ArcFace head
+        student = model.build_student(
+            cfg.blip_path, cfg.adapter_layers, _num_classes(cfg, faces.num_classes),
+            scale=cfg.arc_scale, margin=cfg.arc_margin, image_size=cfg.image_size,
+            checkpointing=cfg.gradient_checkpointing,
+        ).to(world.device)  # fmt: skip
+        net = distributed.wrap(student, world)
+        preprocess = Preprocess(student.image_size).to(world.device)
+        at_mode = losses.at_mode_for(cfg.at_mode, teacher.kind)
+
+        trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
+        schedule = CosineAnnealingLR(optimizer, T_max=cfg.epochs)
+        amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
+        stopping, mean_loss = EarlyStopping(cfg.patience), Mean(world.device)
+        parts = {"optimizer": optimizer, "schedule": schedule, "amp": amp, "stopping": stopping,
+                 "student": model.Trainable(student), "mean_loss": mean_loss}  # fmt: skip
+        counts = {"training images": len(train_set), "identities": faces.num_classes,
+                  "held-out images": len(val_set)}  # fmt: skip
+        log.info("%d images of %d identities, %d held out", *counts.values())
+        position = run.restore(parts, Plan(cfg.epochs * steps, cfg.batch_size, data=counts))
+        before = _verified_before(cfg, world, student, position.step)
+
+        while position.epoch < cfg.epochs and not stopping.should_stop:
+            arc_only = position.epoch < cfg.warmup_epochs
+            loader = make_loader(train_set, per_process, world, seed=cfg.run.seed,
+                                 workers=cfg.workers, epoch=position.epoch,
+                                 offset=position.batch)  # fmt: skip
+            for images, labels, wanted in _on_device(loader, teacher, preprocess, world):
+                with amp.autocast():
+                    embeddings, tokens, arc = net(images, labels)
+                    terms = _terms(cfg, at_mode, (embeddings, tokens, arc), wanted, world)
+                loss = _total(cfg, terms, arc_only=arc_only)
+                amp.backward(loss)
+                amp.step(optimizer, trainable, clip_norm=cfg.largest_norm)
+                mean_loss.add(loss)
+                position.advance()
+                if position.step == 1:
+                    log.info(_description(cfg, at_mode, teacher.kind, terms))
+                shown = {f"Loss/{name}": term for name, term in terms.items()}
+                run.log({"Loss/Total": loss, **shown, "LR": schedule.get_last_lr()[0]})
+                stop = run.should_stop()
+                if stop or position.step % cfg.run.save_every == 0:
+                    # rank 0's state is saved for all: let each hold an equal share of the sums
+                    mean_loss.sums = distributed.mean(mean_loss.sums, world)
+                    run.save(parts)
+                if stop:
+                    return run.finish()
+
+            monitored = mean_loss
+            if len(val_set):
+                loader = make_eval_loader(val_set, per_process, world, workers=cfg.workers,
+                                          smallest=2)  # fmt: skip
+                held_out = _on_device(loader, teacher, preprocess, world)
+                monitored = _validation(cfg, at_mode, student, held_out, arc_only=arc_only)
+            epoch_loss = monitored.of(distributed.total(monitored.sums, world))
+            if position.epoch <= cfg.warmup_epochs:
+                stopping.reset()  # until here the loss had another composition
+            improved = stopping.update(epoch_loss)
+            _report(cfg, run, epoch_loss, stopping)
+            if world.is_main:
+                student_files.save_epoch(cfg.run_dir, student, position.epoch + 1,
+                                         is_best=improved, full=cfg.full_checkpoint)  # fmt: skip
+            schedule.step()
+            mean_loss.reset()
+            position.next_epoch()
+            run.save(parts)
+        code = run.finish(**_ending(cfg, world, student, before, stopping))
+    distributed.cleanup(world)
+    return code
+
+
+# --- the loss -------------------------------------------------------------------------------------
+
+
+def _terms(
+    cfg: Config,
+    at_mode: str,
+    outputs: tuple[Tensor, ...],
+    wanted: tuple[Tensor, Tensor, str],
+    world: World | None = None,
+) -> dict[str, Tensor]:
+    """ArcFace, attention transfer and relational distillation, unweighted scalars.
+
+    outputs: the student's embeddings (B, D), patch tokens (B, L, D) and mean ArcFace loss.
+    wanted: the teacher's embeddings (B, D_t), maps and kind of maps.
+    The first two are means over this process's images. The relations are those of the images of
+    all processes of `world`, the same on each, with exact gradients under DDP's averaging; without
+    `world`, of this process's alone.
+    """
+    from face_distill.distill import losses
+    from shared.distributed import World, gather_with_grad
+
+    embeddings, tokens, arc = outputs
+    teacher_embeddings, maps, kind = wanted
+    everyone = gather_with_grad(embeddings, world or World())
+    teachers = gather_with_grad(teacher_embeddings, world or World())
+    relations = losses.rkd_distance(everyone, teachers, cfg.rkd_norm)
+    if cfg.rkd_angle_weight:
+        relations = relations + cfg.rkd_angle_weight * losses.rkd_angle(everyone, teachers)
+    attention = losses.attention_transfer(tokens, maps, at_mode, kind)
+    return {"ArcFace": arc, "AT": attention, "RKD": relations}
+
+
+def _total(cfg: Config, terms: dict[str, Tensor], *, arc_only: bool) -> Tensor:
+    """The weighted sum of the terms, a scalar; of ArcFace alone during the warm-up."""
+    total = cfg.lambda_arc * terms["ArcFace"]
+    if arc_only:
+        return total
+    return total + cfg.lambda_at * terms["AT"] + cfg.lambda_rkd * terms["RKD"]
+
+
+def _validation(
+    cfg: Config, at_mode: str, student: FaceStudent, batches: Iterator[Any], *, arc_only: bool
+) -> Mean:
+    """The mean total over this process's share of the held-out images, relations in each batch."""
+    import torch
+
+    from shared.metrics import Mean
+
+    mean = Mean(next(student.parameters()).device)
+    student.eval()
+    with torch.no_grad():
+        for images, labels, wanted in batches:
+            terms = _terms(cfg, at_mode, student(images, labels), wanted)
+            mean.add(_total(cfg, terms, arc_only=arc_only), len(images))
+    student.train()
+    return mean
+
+
+def _description(cfg: Config, at_mode: str, kind: str, terms: dict[str, Tensor]) -> str:
+    """How the loss is formed, and each term's raw and weighted size."""
+    factors = {"ArcFace": cfg.lambda_arc, "AT": cfg.lambda_at, "RKD": cfg.lambda_rkd}
+    sizes = {name: float(term.detach()) for name, term in terms.items()}
+    shown = [
+        f"{name} {size:.4g} x {factors[name]:g} = {size * factors[name]:.4g}"
+        for name, size in sizes.items()
+    ]
+    return (
+        f"attention transfer {at_mode} on {kind} maps, RKD over {cfg.rkd_norm} pairs | "
+        f"{' | '.join(shown)}"
+    )
+
+
+# --- the data, the epochs, the end ----------------------------------------------------------------
+
+
+def _on_device(
+    loader: Any, teacher: TeacherFeatures, preprocess: Any, world: World
+) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor, str]]]:
+    """Images (B, 3, S, S) normalised, labels (B,), the teacher's embeddings, maps, kind of maps."""
+    for images, labels, indices in loader:
+        embeddings, maps = (rows.to(world.device) for rows in teacher.rows(indices))
+        faces = preprocess(images.to(world.device, non_blocking=True))
+        yield faces, labels.to(world.device), (embeddings, maps, teacher.kind)
+
+
+def _num_classes(cfg: Config, found: int) -> int:
+    """Classes of the head. Raises UserError when they are fewer than the `found` identities."""
+    wanted = found if cfg.num_classes == "auto" else int(cfg.num_classes)
+    if wanted < found:
+        raise UserError(
+            f"--num-classes {wanted} is below the {found} identities of the selected images; "
+            f"use auto, or {found} and above"
+        )
+    return wanted
+
+
+def _report(cfg: Config, run: Run, loss: float, stopping: EarlyStopping) -> None:
+    """Log an epoch's loss, and whether it counts yet."""
+    run.log({"epoch/loss": loss}, split="epoch")
+    run.log({"epoch/lowest_loss": stopping.best}, split="best")
+    epoch, kind = run.position.epoch + 1, "validation" if cfg.val_fraction else "training"
+    if epoch <= cfg.warmup_epochs:
+        text = "epoch %d/%d: ArcFace alone (warm-up) | %s loss %.4f"
+        log.info(text, epoch, cfg.epochs, kind, loss)
+        return
+    begins = " with all terms from here on" if epoch == cfg.warmup_epochs + 1 else ""
+    log.info(
+        "epoch %d/%d%s | %s loss %.4f | lowest %.4f | %d of %d epochs without a lower one",
+        epoch, cfg.epochs, begins, kind, loss, stopping.best, stopping.bad, cfg.patience,
+    )  # fmt: skip
+
+
+def _accuracy(cfg: Config, world: World, student: FaceStudent) -> float:
+    """The student's ten-fold accuracy on --verify's pairs."""
+    from face_distill.distill import pair_files, verification
+    from face_distill.distill.preprocess import Preprocess
+
+    assert cfg.verify is not None
+    preprocess = Preprocess(student.image_size).to(world.device)
+    student.eval()
+    accuracy = verification.verify(
+        lambda images: student(preprocess(images.to(world.device)))[0],
+        pair_files.read_pairs(cfg.verify),
+    )
+    student.train()
+    return accuracy.mean
+
+
+def _verified_before(cfg: Config, world: World, student: FaceStudent, step: int) -> float | None:
+    """Accuracy before the first step; of a resumed run, the one noted then; None on other ranks."""
+    from shared.checkpoint import beside
+
+    note = cfg.run_dir / "verification.json"
+    if not (cfg.verify and world.is_main):
+        return None
+    if step > 0:
+        written = read_object(note)
+        return written.get("before") if written.get("pairs") == str(cfg.verify) else None
+    before = _accuracy(cfg, world, student)
+    with beside(note):
+        write_json(note, {"pairs": str(cfg.verify), "before": before})
+    return before
+
+
+def _ending(
+    cfg: Config, world: World, student: FaceStudent, before: float | None, stopping: EarlyStopping
+) -> dict[str, Any]:
+    """What the run ends with: why, which files, and the best student's accuracy against before."""
+    from face_distill.distill import model
+    from face_distill.distill.student_files import BEST
+    from shared.checkpoint import beside
+
+    files = sorted(cfg.run_dir.glob("*student_adapter_face*.pth"))
+    reason = f"the loss did not fall for {stopping.bad} epochs" if stopping.should_stop else ""
+    ending: dict[str, Any] = {"outputs": [str(path) for path in files], "reason": reason}
+    if before is None or not cfg.verify or not (cfg.run_dir / BEST).exists():
+        return ending
+    model.load_student(student, cfg.run_dir / BEST)
+    after = _accuracy(cfg, world, student)
+    note = cfg.run_dir / "verification.json"
+    with beside(note):
+        write_json(note, {"pairs": str(cfg.verify), "before": before, "after": after})
+    log.info("verification accuracy on %s: %.4f untrained, %.4f trained", cfg.verify, before, after)
+    name = f"verification accuracy ({cfg.verify.stem})"
+    result = {"name": name, "before": before, "after": after, "higher_is_better": True}
+    return ending | {"result": result}
+
+
+# --- settings, files, processes -------------------------------------------------------------------
 
 
 def _with_demo(cfg: Config) -> Config:

@@ -17,7 +17,7 @@ from PIL import Image
 from arcface import config_options, config_reader, partition, recipe, recipe_reader, run_settings
 from face_distill.demo_data import records
 from face_distill.distill import pair_files, recordio, teacher, verification
-from face_distill.distill import run_settings as face_settings
+from face_distill.distill import student_files as face_settings
 from shared import (
     checkpoint,
     config,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from face_distill import download_weight, embed, evaluation, teacher_parts
-from face_distill.distill import model, run_settings
+from face_distill.distill import model, student_files
 from lavic.src import (
     adapter_files,
     adapters,
@@ -344,7 +344,7 @@ READERS: dict[str, Reader] = {
     ),
     "student's notes": Reader(
         put("config.json", json.dumps(SETTINGS | {"identity": {"lr": 0.1}})),
-        lambda d: run_settings.settings_of(d / run_settings.BEST),
+        lambda d: student_files.settings_of(d / student_files.BEST),
     ),
     "lavic adapter": Reader(
         together(

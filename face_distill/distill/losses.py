@@ -25,6 +25,11 @@ MINMAX_TEMPERATURE = 4.0
 ANGLE_CHUNK_ELEMENTS = 1 << 24  # differences or angles held at a time by rkd_angle: 64 MB each
 
 
+def at_mode_for(mode: str, kind: str) -> str:
+    """The mode of `attention_transfer`; "auto" is the one for the `kind` of the teacher's maps."""
+    return DEFAULT_AT_MODE[kind] if mode == "auto" else mode
+
+
 def _no_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 

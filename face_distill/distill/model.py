@@ -5,7 +5,10 @@ B batch, S image side in pixels, L tokens, D width of the tower.
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,9 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from face_distill.distill.losses import ArcFaceHead
+from face_distill.distill.preprocess import Preprocess
+from face_distill.distill.student_files import BEST, settings_of
+from shared import checkpoint as checkpoints
 from shared import weights
 from shared.errors import UserError, one_line
 from shared.files import read_json
+from shared.precision import Amp
 
 if TYPE_CHECKING:  # importing transformers' models takes seconds; only load_tower needs them
     from transformers import Blip2VisionConfig, Blip2VisionModel
@@ -24,6 +32,9 @@ if TYPE_CHECKING:  # importing transformers' models takes seconds; only load_tow
 TOWER_PREFIX = "vision_model."  # the tower's name inside a whole BLIP-2 checkpoint
 BOTTLENECK_DIVISOR = 4  # width of the tower over width of an adapter
 INITIAL_SCALE = 0.1
+_ADAPTER = re.compile(r"vit\.encoder\.layers\.(\d+)\.mlp\.adapter\.down_proj\.weight")
+
+log = logging.getLogger(__name__)
 
 
 def load_tower(path: Path) -> Blip2VisionModel:
@@ -174,8 +185,10 @@ class FaceStudent(nn.Module):
             self.vit.gradient_checkpointing_enable()
         self.train()
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> tuple[Tensor, ...]:
         """Embeddings (B, D) and patch tokens (B, L, D) of normalised `images` (B, 3, S, S).
+
+        With `labels` (B,) the head's mean loss comes third.
 
         The embedding is the class token after the last layer norm, not unit length; the tokens
         are the patches row by row. Raises ValueError when S is not the student's image size: the
@@ -188,7 +201,11 @@ class FaceStudent(nn.Module):
             )
         interpolate = self.image_size != self.vit.config.image_size
         output = self.vit(images, interpolate_pos_encoding=interpolate).last_hidden_state
-        return output[:, 0], output[:, 1:]
+        embeddings, tokens = output[:, 0], output[:, 1:]
+        if labels is None:
+            return embeddings, tokens
+        assert self.head is not None
+        return embeddings, tokens, self.head(embeddings, labels)
 
     def train(self, mode: bool = True) -> FaceStudent:
         """Set training mode for the head; the frozen tower stays in eval mode, without dropout."""
@@ -218,6 +235,34 @@ def _checked_size(image_size: int | None, config: Blip2VisionConfig) -> int:
     return size
 
 
+def build_student(
+    blip_path: Path,
+    layers: str,
+    num_classes: int,
+    *,
+    scale: float,
+    margin: float,
+    image_size: int | None = None,
+    checkpointing: bool = False,
+) -> FaceStudent:
+    """A student with its ArcFace head, ready to train, on the CPU; says what of it trains.
+
+    layers: as for `adapter_layers`. Raises UserError when the tower cannot be loaded.
+    """
+    tower = load_tower(blip_path)
+    chosen = adapter_layers(len(tower.encoder.layers), layers)
+    head = ArcFaceHead(tower.config.hidden_size, num_classes, scale, margin)
+    student = FaceStudent(tower, chosen, head, image_size=image_size, checkpointing=checkpointing)
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in student.parameters()]
+    log.info(
+        "adapters in layers %s | %.2f M of %.1f M parameters train",
+        " ".join(map(str, chosen)),
+        sum(size for size, trains in sizes if trains) / 1e6,
+        sum(size for size, _ in sizes) / 1e6,
+    )
+    return student
+
+
 def trainable_state(student: FaceStudent) -> dict[str, Tensor]:
     """Copies of what training changes (adapters and head) on the CPU, by name: tens of MB."""
     return {
@@ -241,3 +286,124 @@ def load_student(student: FaceStudent, path: Path) -> None:
     frozen = student.state_dict().keys() - trainable
     is_full = not frozen.isdisjoint(state)
     weights.load_strict(student, state, only=None if is_full else trainable, source=path)
+
+
+class Trainable:
+    """The trained part of a student, as a part of a checkpoint."""
+
+    def __init__(self, student: FaceStudent) -> None:
+        self._student = student
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Adapters and head, on the CPU."""
+        return trainable_state(self._student)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Put them back. Raises UserError when they do not fit."""
+        weights.load_strict(self._student, state, only=self.state_dict().keys(), source="last.pth")
+
+
+# --- a trained student out of its files -----------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Which layers have an adapter, ascending, and the adapters' inner width."""
+
+    layers: list[int]
+    bottleneck: int
+
+
+def adapter_shape(state: dict[str, Tensor], source: Path) -> AdapterShape:
+    """The adapters that `state` holds. Raises UserError, naming `source`, when there are none."""
+    widths = {
+        int(found[1]): tensor.shape[0]
+        for name, tensor in state.items()
+        if (found := _ADAPTER.fullmatch(name)) and tensor.dim() == 2
+    }
+    if not widths or len(set(widths.values())) > 1:
+        raise UserError(
+            f"{source} holds no face adapters (vit.encoder.layers.N.mlp.adapter.…): give "
+            "best_student_adapter_face.pth, student_adapter_face_epoch_N.pth or an exported adapter"
+        )
+    return AdapterShape(sorted(widths), next(iter(widths.values())))
+
+
+def read_trained(path: Path) -> dict[str, Tensor]:
+    """The tensors of a trained student under their plain names, on the CPU, as the file has them.
+
+    Raises UserError for what `weights.read` refuses, and for the checkpoint a run resumes from.
+    """
+    try:
+        return weights.strip_wrappers(weights.read(path))
+    except UserError:
+        if _is_of_a_run(path):
+            raise UserError(
+                f"{path} is what a run resumes from (optimizer and all), not a student: give "
+                f"{path.with_name(BEST)}, or a student_adapter_face_epoch_N.pth beside it"
+            ) from None
+        raise
+
+
+def _is_of_a_run(path: Path) -> bool:
+    try:
+        return path.is_file() and "parts" in checkpoints.load(path)
+    except (checkpoints.DamagedError, UserError, TypeError):
+        return False
+
+
+def open_student(
+    blip_path: Path, checkpoint: Path | None = None, *, image_size: int | None = None
+) -> FaceStudent:
+    """The student without its head, on the CPU, frozen; untrained without a `checkpoint`.
+
+    checkpoint: adapters alone or the whole student, as training writes them; or an adapter that
+    an earlier version exported.
+    image_size: side of the input; by default that of the run, or else the tower's own.
+    Raises UserError when a file is missing, damaged or of another tower.
+    """
+    if checkpoint is None:
+        student = FaceStudent(load_tower(blip_path), [], image_size=image_size)
+        return student.requires_grad_(False).eval()
+    shape = adapter_shape(read_trained(checkpoint), checkpoint)
+    tower = load_tower(blip_path)
+    if shape.layers[-1] >= len(tower.encoder.layers):
+        raise UserError(
+            f"{checkpoint} has an adapter in layer {shape.layers[-1]}, the tower in {blip_path} "
+            f"has {len(tower.encoder.layers)}: give the tower it was trained on (--blip-path)"
+        )
+    student = FaceStudent(
+        tower,
+        shape.layers,
+        bottleneck=shape.bottleneck,
+        image_size=image_size or stored_image_size(checkpoint),
+    )
+    load_student(student, checkpoint)
+    return student.requires_grad_(False).eval()
+
+
+def stored_image_size(checkpoint: Path) -> int | None:
+    """The side of the input that the run or export beside `checkpoint` notes, if it notes one."""
+    size = settings_of(checkpoint).get("image_size")
+    if size is None or (type(size) is int and size > 0):
+        return size
+    raise UserError(f"the settings beside {checkpoint} give image_size {size!r}: expected a number")
+
+
+class FaceEmbedder(nn.Module):
+    """uint8 faces (B, 3, H, W) on any device → embeddings (B, D), float32, on `device`.
+
+    Not unit length; wrap it in `verification.flip_embeddings` for the usual protocol.
+    """
+
+    def __init__(self, student: FaceStudent, device: torch.device, amp: str = "off") -> None:
+        super().__init__()
+        self.student = student.to(device).eval()
+        self._preprocess = Preprocess(student.image_size).to(device)
+        self._device, self._amp = device, Amp(amp, device)
+
+    @torch.inference_mode()
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        with self._amp.autocast():
+            return self.student(self._preprocess(images.to(self._device)))[0].float()

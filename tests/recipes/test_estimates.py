@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import face_distill.training
 from arcface import memory as arcface_memory
 from arcface.encoders import build_encoder
 from arcface.run_scripts import run_arcface
@@ -88,7 +87,7 @@ def test_after_an_out_of_memory_error_the_run_says_what_helps(cfg, tmp_path, mon
     def train(_: Config) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(face_distill.training, "train", train)
+    monkeypatch.setattr(train_distill, "train", train)
     monkeypatch.setattr(train_distill, "_check_files", lambda _: None)
     words = ["--blip-path", cfg.blip_path, "--batch-size", 512, "--adapter-layers", "spread:2"]
     ended = run_here(train_distill.main, [*words, "--run-dir", tmp_path / "run"])

@@ -312,7 +312,7 @@ def test_the_demo_before_its_training_says_what_to_type(monkeypatch, tmp_path):
 def test_one_model_is_in_memory_at_a_time(faces, monkeypatch, flags, tmp_path):
     alive, most = set(), []
 
-    class Counted(evaluation.trained.FaceEmbedder):
+    class Counted(evaluation.model.FaceEmbedder):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             alive.add(id(self))

@@ -138,6 +138,28 @@ def test_a_held_out_share_gives_the_validation_loss(flags, tmp_path):
     assert max(totals(tmp_path / "checkpoints")) == 2 * (16 // 4)
 
 
+def test_a_last_held_out_batch_of_one_image_joins_the_one_before(flags, tmp_path):
+    outcome = run_here(train_distill.main, [*flags, "--val-fraction", 0.25, "--epochs", 2])
+    assert outcome.code == 0, outcome.text  # 5 of 20 images in batches of 4: pairs need two
+    assert "15 images of 5 identities, 5 held out" in outcome.text
+
+
+def test_a_held_out_share_too_small_for_pairs_on_each_process_is_refused(flags, tmp_path):
+    with start([SCRIPT, *flags, "--val-fraction", 0.1, "--nproc", 2]) as running:
+        outcome = running.finish()
+    assert outcome.code == 2
+    assert "holds out 2 of 20 images, 4 are needed" in outcome.last_line
+    assert "use 0.2 or more, or 0" in outcome.last_line
+    assert outcome.text.count("are needed") == 1
+
+
+def test_the_log_says_which_terms_an_epoch_had(flags):
+    outcome = run_here(train_distill.main, [*flags, "--epochs", 3])
+    assert "epoch 1/3: ArcFace alone (warm-up) | training loss" in outcome.text
+    assert "epoch 2/3 with all terms from here on | training loss" in outcome.text
+    assert "epoch 3/3 | training loss" in outcome.text
+
+
 @pytest.mark.serial
 def test_two_processes_train_as_one_does_on_the_same_batches(flags, tmp_path):
     for processes in (1, 2):

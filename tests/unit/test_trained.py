@@ -8,10 +8,15 @@ import torch
 from transformers import Blip2VisionModel
 
 from face_distill.demo_data import demo
-from face_distill.distill import run_settings, trained
-from face_distill.distill.model import FaceStudent, trainable_state
+from face_distill.distill import model, student_files
+from face_distill.distill.model import (
+    FaceEmbedder,
+    FaceStudent,
+    adapter_shape,
+    open_student,
+    trainable_state,
+)
 from face_distill.distill.preprocess import CLIP_MEAN, CLIP_STD
-from face_distill.distill.trained import FaceEmbedder, adapter_shape, open_student
 from shared.errors import UserError
 from shared.files import write_json
 from tests.face_students import BEST, BOTTLENECK, LAYERS, student_of, write_run
@@ -62,7 +67,7 @@ def test_a_state_without_regular_adapters_is_refused_by_the_name_of_its_file(sta
 def test_settings_come_from_a_run_and_from_an_export_and_nothing_else(tmp_path):
     (tmp_path / "run").mkdir()
     run = tmp_path / "run" / BEST
-    assert run_settings.settings_of(run) == {}
+    assert student_files.settings_of(run) == {}
     for text, expected in [
         ('{"settings": {"image_size": 56}, "identity": {}}', {"image_size": 56}),
         ('{"image_size": 28, "schema": 1}', {"image_size": 28, "schema": 1}),
@@ -71,8 +76,8 @@ def test_settings_come_from_a_run_and_from_an_export_and_nothing_else(tmp_path):
         ("{", {}),
     ]:
         (run.parent / "config.json").write_text(text)
-        assert run_settings.settings_of(run) == expected
-        assert run_settings.settings_of(run.parent) == expected
+        assert student_files.settings_of(run) == expected
+        assert student_files.settings_of(run.parent) == expected
 
 
 def test_the_untrained_student_is_the_bare_tower_bit_for_bit(tower, faces):
@@ -160,7 +165,7 @@ def test_the_checkpoint_a_run_resumes_from_is_refused_with_the_file_to_give(towe
 def test_wrapped_names_are_read_as_plain_ones(tower, tmp_path):
     state = {f"module._orig_mod.{n}": t for n, t in trainable_state(student_of(tower)).items()}
     torch.save(state, tmp_path / "wrapped.pth")
-    assert adapter_shape(trained.read_trained(tmp_path / "wrapped.pth"), tmp_path).layers == LAYERS
+    assert adapter_shape(model.read_trained(tmp_path / "wrapped.pth"), tmp_path).layers == LAYERS
     assert isinstance(open_student(tower, tmp_path / "wrapped.pth"), FaceStudent)
 
 
@@ -172,13 +177,13 @@ def test_a_run_directory_means_its_best_student_and_an_export_itself(tmp_path):
     for path in (run / BEST, run / "last.pth", export / "model.safetensors"):
         path.parent.mkdir(exist_ok=True)
         path.touch()
-    assert run_settings.checkpoint_at(run) == run / BEST
-    assert run_settings.checkpoint_at(export) == export
-    assert run_settings.checkpoint_at(run / "last.pth") == run / "last.pth"
+    assert student_files.checkpoint_at(run) == run / BEST
+    assert student_files.checkpoint_at(export) == export
+    assert student_files.checkpoint_at(run / "last.pth") == run / "last.pth"
     with pytest.raises(UserError, match="holds no trained student"):
-        run_settings.checkpoint_at(tmp_path)
+        student_files.checkpoint_at(tmp_path)
     with pytest.raises(UserError, match=r"did you mean best_student_adapter_face\.pth"):
-        run_settings.checkpoint_at(run / "best_student_adapter.pth")
+        student_files.checkpoint_at(run / "best_student_adapter.pth")
 
 
 def test_the_tower_is_the_typed_one_or_the_runs_or_the_default(tmp_path):
@@ -192,7 +197,7 @@ def test_the_tower_is_the_typed_one_or_the_runs_or_the_default(tmp_path):
         text = json.dumps({"settings": {"blip_path": str(places[stored])}})
         (tmp_path / "config.json").write_text(text)
         typed_path = places[typed] if typed else None
-        return run_settings.tower_of(checkpoint, typed_path, places["default"])
+        return student_files.tower_of(checkpoint, typed_path, places["default"])
 
     assert found("typed", "stored") == places["typed"]
     assert found(None, "stored") == places["stored"]
@@ -202,6 +207,5 @@ def test_the_tower_is_the_typed_one_or_the_runs_or_the_default(tmp_path):
 
 
 def test_the_name_of_the_best_student_is_the_one_that_training_writes():
-    from face_distill.distill import students
 
-    assert run_settings.BEST == students.BEST == BEST
+    assert student_files.BEST == BEST

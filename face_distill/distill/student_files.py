@@ -1,20 +1,42 @@
-"""What lies beside a trained student: which file is meant, its settings, the tower it needs.
+"""The files of a trained student: written by a run, found by the tools, with settings and tower.
 
-Standard library only: entry scripts look here before anything slow is imported.
+Entry scripts look here before anything slow is imported.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from shared.errors import UserError, did_you_mean
 from shared.files import read_json
 
+if TYPE_CHECKING:
+    from face_distill.distill.model import FaceStudent
+
 SETTINGS = "config.json"  # of a run directory, or of an adapter that an earlier version exported
 BEST = "best_student_adapter_face.pth"
+EVERY_EPOCHS = 5  # student_adapter_face_epoch_*.pth
 _EXPORTED = "model.safetensors"
+
+
+def save_epoch(
+    run_dir: Path, student: FaceStudent, epoch: int, *, is_best: bool, full: bool
+) -> None:
+    """Write the documented files of an epoch (from 1): the best, and every fifth.
+
+    full: the whole student, not adapters and head alone.
+    """
+    from face_distill.distill.model import trainable_state
+    from shared import checkpoint
+
+    periodic = f"student_adapter_face_epoch_{epoch}.pth"
+    names = [BEST] * is_best + [periodic] * (epoch % EVERY_EPOCHS == 0)
+    state = (student.state_dict() if full else trainable_state(student)) if names else {}
+    for path in (run_dir / name for name in names):
+        with checkpoint.beside(path):
+            checkpoint.save(path, state, keep=1)
 
 
 def checkpoint_at(path: Path) -> Path:
