@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from face_distill.distill import model, roc, verification
+from face_distill.distill import model, verification
 from face_distill.distill.pair_files import Pairs, read_pairs
 from face_distill.distill.verification import Accuracy
 from shared.errors import UserError, one_line
@@ -49,9 +49,9 @@ class Figures:
 
     accuracy: Accuracy
     auc: float
-    tar_at_far: list[roc.TarAtFar]  # the headline: exact, on the whole set
-    folded_tar_at_far: list[roc.FoldedTarAtFar]
-    curve: roc.Roc
+    tar_at_far: list[verification.TarAtFar]  # the headline: exact, on the whole set
+    folded_tar_at_far: list[verification.FoldedTarAtFar]
+    curve: verification.Roc
 
 
 Distances = Callable[[PairSet], NDArray[np.float64] | None]  # squared (N,); None: knows not the set
@@ -70,7 +70,7 @@ def read_set(path: Path, limit: int | None = None) -> PairSet:
     """
     pairs = read_pairs(path)
     try:
-        roc.split_kinds(np.zeros(len(pairs.same)), pairs.same)
+        verification.split_kinds(np.zeros(len(pairs.same)), pairs.same)
         chosen = _spread(pairs.same, limit or len(pairs.same))
         verification.fold_numbers(len(chosen), FOLDS)
         numbers = np.stack((2 * chosen, 2 * chosen + 1), 1).ravel()
@@ -224,10 +224,10 @@ def judge(distances: NDArray[np.float64], same: NDArray[np.bool_]) -> Figures:
     """All figures of one model on one set. distances: squared, of unit embeddings, (N,)."""
     return Figures(
         accuracy=verification.accuracy_of(distances, same, FOLDS),
-        auc=roc.auc(distances, same),
-        tar_at_far=roc.tar_at_far(distances, same),
-        folded_tar_at_far=roc.ten_fold_tar_at_far(distances, same, folds=FOLDS),
-        curve=roc.roc(distances, same),
+        auc=verification.auc(distances, same),
+        tar_at_far=verification.tar_at_far(distances, same),
+        folded_tar_at_far=verification.ten_fold_tar_at_far(distances, same, folds=FOLDS),
+        curve=verification.roc(distances, same),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from face_distill.distill.roc import FAR_TARGETS, Roc
+from face_distill.distill.verification import FAR_TARGETS, Roc
 from face_distill.evaluation import Figures, PairSet, Results
 from shared.files import write_json
 from shared.page import Page, write_chart

@@ -202,7 +202,7 @@ def test_page_and_charts_show_the_same_figures(results):
 
 
 def test_the_curve_rises_where_a_pair_of_two_people_is_let_in():
-    from face_distill.distill.roc import Roc
+    from face_distill.distill.verification import Roc
     from face_distill.evaluation_report import _staircase
 
     far, tar = _staircase(Roc(np.array([0, 0, 0.5, 0.5, 1]), np.array([0, 0.2, 0.2, 0.6, 1])))
@@ -321,7 +321,7 @@ def test_one_model_is_in_memory_at_a_time(faces, monkeypatch, flags, tmp_path):
         def __del__(self):
             alive.discard(id(self))
 
-    monkeypatch.setattr(evaluation.trained, "FaceEmbedder", Counted)
+    monkeypatch.setattr(evaluation.model, "FaceEmbedder", Counted)
     out = ["--out", tmp_path / "out", "--limit", 10]
     assert run_here(evaluate.main, [*flags, *out]).code == 0
     assert most == [1, 1]

@@ -2,9 +2,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from sklearn.metrics import roc_auc_score, roc_curve
 
-from face_distill.distill.roc import FAR_TARGETS, auc, roc, tar_at_far, ten_fold_tar_at_far
+from face_distill.distill.verification import FAR_TARGETS, auc, roc, tar_at_far, ten_fold_tar_at_far
 from shared.errors import UserError
 
 
@@ -20,15 +19,16 @@ CASES = [(2000, 0, None), (2000, 1, 1), (300, 2, 2), (40, 3, 0), (2000, 4, 0)]
 
 
 @pytest.mark.parametrize(("count", "seed", "decimals"), CASES)
-def test_the_curve_and_its_area_are_sklearns(count, seed, decimals):
+def test_the_curve_counts_what_each_distance_accepts_and_its_area_is_below_it(
+    count, seed, decimals
+):
     distances, same = random_distances(count, seed, decimals)
-    far, tar, _ = roc_curve(same, -distances, drop_intermediate=False)
+    accepted = np.array([distances <= threshold for threshold in np.unique(distances)])
     found = roc(distances, same)
-    np.testing.assert_allclose(found.far, far, atol=1e-15)
-    np.testing.assert_allclose(found.tar, tar, atol=1e-15)
-    expected = roc_auc_score(same, -distances)
-    assert auc(distances, same) == pytest.approx(expected, abs=1e-12)
-    assert np.trapezoid(found.tar, found.far) == pytest.approx(expected, abs=1e-12)
+    np.testing.assert_allclose(found.far, [0, *accepted[:, ~same].mean(1)], atol=1e-15)
+    np.testing.assert_allclose(found.tar, [0, *accepted[:, same].mean(1)], atol=1e-15)
+    area = np.trapezoid(found.tar, found.far)
+    assert auc(distances, same) == pytest.approx(area, abs=1e-12)
 
 
 def test_the_area_is_the_share_of_comparisons_won_with_ties_half():
