@@ -48,6 +48,7 @@ class Config:
     source: Literal["auto", "hub", "modelscope"] = option(
         "auto", "Hugging Face's Hub or ModelScope; auto: the Hub, unless USE_MODELSCOPE_HUB=1"
     )
+    modelscope: bool = option(False, "the same as --source modelscope")
     repo_id: str | None = option(
         None, f"repository, owner/name; default: {REPO_ID}, on ModelScope {MODELSCOPE_REPO_ID}"
     )
@@ -85,7 +86,7 @@ def _open(cfg: Config) -> "Repository":
     """The repository at the source that was asked for."""
     from shared import hub
 
-    if hub.is_wanted(cfg.source, os.environ):
+    if cfg.modelscope or hub.is_wanted(cfg.source, os.environ):
         return hub.open_modelscope(
             cfg.repo_id or MODELSCOPE_REPO_ID,
             cfg.revision or MODELSCOPE_REVISION,

@@ -16,9 +16,9 @@ import numpy as np
 from face_distill.distill.recordio import RecordError, RecordReader
 from shared.errors import UserError
 from shared.files import read_bytes
+from shared.images import SUFFIXES, find_images
 
 FLOAT32_EXACT = 1 << 24  # from here on, not every key can be written as a float32 label
-_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 
 
 def open_source(root: Path) -> RecordSource | FolderSource:
@@ -147,24 +147,27 @@ class RecordSource:
 
 
 class FolderSource:
-    """Images in root/<identity>/<image>, both in the order of their names; keys count from 0."""
+    """Images in root/<identity>/<image>, or deeper, in the order of their names; keys from 0.
+
+    An image belongs to the first folder of its path. Hidden files and folders are no faces.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        people = sorted(path for path in root.iterdir() if path.is_dir())
-        self._paths = [path for person in people for path in _images(person)]
-        self._names = [path.parent.name for path in self._paths]
-        self.keys = np.arange(len(self._paths))
-        if not self._paths:
+        inside = (name.split("/") for name in find_images(root) if "/" in name)
+        self._names = ["/".join(parts) for parts in sorted(inside)]
+        self.keys = np.arange(len(self._names))
+        if not self._names:
             raise UserError(
                 f"{root} holds neither train.rec with train.idx nor <identity>/<image> "
-                f"({' '.join(sorted(_SUFFIXES))}); unpack the data set there or pass --data-root"
+                f"({' '.join(sorted(SUFFIXES))}); unpack the data set there or pass --data-root"
             )
 
     def labels(self, keys: np.ndarray) -> np.ndarray:
         """The identity of each image, int64 (len(keys),), counted in the order of the folders."""
-        numbers = {name: number for number, name in enumerate(dict.fromkeys(self._names))}
-        return np.array([numbers[self._names[key]] for key in keys], np.int64)
+        people = [name.partition("/")[0] for name in self._names]
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(people))}
+        return np.array([numbers[people[key]] for key in keys], np.int64)
 
     def identities(self) -> Iterator[np.ndarray]:
         """The image keys of each folder, int64 (n,)."""
@@ -172,22 +175,23 @@ class FolderSource:
 
     def read(self, key: int) -> bytes:
         """The encoded image of a key. Raises UserError when the file is gone."""
+        path = self._root / self._names[key]
         try:
-            return read_bytes(self._paths[key])
+            return read_bytes(path)
         except OSError as error:
-            raise UserError(f"{self._paths[key]} cannot be read: {error.strerror}") from None
+            raise UserError(f"{path} cannot be read: {error.strerror}") from None
 
     def where(self, key: int) -> str:
         """The image's file and key, for messages."""
-        return f"{self._paths[key]} (key {key})"
+        return f"{self._root / self._names[key]} (key {key})"
 
     def identity_bytes(self, keys: np.ndarray) -> bytes:
         """What tells these images from others: their paths below the root."""
-        names = (self._paths[key].relative_to(self._root).as_posix() for key in keys)
+        names = (self._names[key] for key in keys)
         return "\0".join(names).encode("utf-8", "surrogateescape")
 
     def keep(self, keys: np.ndarray) -> FolderSource:
-        """This source: paths are small, and keys are positions among all of them."""
+        """This source: names are small, and keys are positions among all of them."""
         return self
 
 
@@ -207,7 +211,3 @@ def number_by_appearance(labels: np.ndarray) -> np.ndarray:
     rank = np.empty(len(first), np.int64)
     rank[np.argsort(first)] = np.arange(len(first))
     return rank[inverse]
-
-
-def _images(person: Path) -> list[Path]:
-    return sorted(path for path in person.iterdir() if path.suffix.lower() in _SUFFIXES)

@@ -115,8 +115,9 @@ class TeacherFeatures:
             raise UserError(
                 f"{self.directory / LABELS} puts row {row} to identity {theirs[row]} (counted in "
                 f"the order of appearance), {dataset.root} puts image {row} to identity "
-                f"{ours[row]}; {different.size} of {len(ours)} rows differ: use the selection the "
-                "features were made with, or extract them again with extract_teacher.py"
+                f"{ours[row]}; {different.size} of {len(ours)} rows differ: "
+                f"{_selection_of(self.labels)}, or extract the features again with "
+                "extract_teacher.py"
             )
 
     def _has(self, name: str) -> bool:
@@ -184,6 +185,14 @@ class TeacherFeatures:
                 f"expected {_SHAPES[MAP]}"
             )
         return (side, side) if self.kind == "probability" else (shape[1], side, side)
+
+
+def _selection_of(labels: np.ndarray) -> str:
+    """What to type for features of these people: as many images of each are a selection per_id."""
+    counts = np.unique(np.unique(labels, return_counts=True)[1])
+    if len(counts) == 1:
+        return f"the rows are {counts[0]} of each: type --selection per_id --per-id {counts[0]}"
+    return "use the selection the features were made with"
 
 
 def _map_array(path: Path, expected: str) -> np.ndarray:

@@ -312,13 +312,14 @@ def test_entry_scripts_answer_help_without_heavy_imports():
         assert our_modules(imports) <= light_closure(), path
 
 
-def test_no_function_is_above_60_lines():
+def test_no_function_is_above_60_lines_and_no_training_above_100():
     long = {
         f"{path}:{node.name}": length
         for path in sources(*ROOMS, "tests")
         for node in ast.walk(tree_of(path))
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
-        and (length := (node.end_lineno or 0) - node.lineno + 1) > 60
+        and (length := (node.end_lineno or 0) - node.lineno + 1)
+        > (100 if node.name == "train" else 60)
     }
     assert not long
 

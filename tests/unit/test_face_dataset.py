@@ -13,8 +13,10 @@ from torch.utils.data import DataLoader
 
 from face_distill.demo_data.records import pack, write_records
 from face_distill.distill import sources as face_sources
+from face_distill.distill import verification
 from face_distill.distill.recordio import RecordReader
 from face_distill.FaceDataset import FaceDataset
+from face_distill.image_folder import Face, read_face
 from shared.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -176,6 +178,33 @@ def test_a_folder_of_folders_is_read_in_the_order_of_names(tmp_path):
     (tmp_path / "id1" / "2.png").write_bytes(b"broken")
     with pytest.raises(UserError, match=r"id1/2\.png \(key 5\): the image is corrupt"):
         faces[5]
+
+
+def test_hidden_files_and_folders_are_no_faces_and_deeper_ones_belong_to_their_person(tmp_path):
+    root = folder(tmp_path, counts=[2, 2])
+    for name in (".ipynb_checkpoints/a.png", "id0/._0.png", "id1/.hidden/a.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(picture(90))
+    for name in ("id0/2.bmp", "id1/summer/0.png"):
+        (root / name).parent.mkdir(exist_ok=True)
+        (root / name).write_bytes(picture(91, form="BMP" if name.endswith("bmp") else "PNG"))
+    faces = FaceDataset(root, cache=False)
+    assert faces.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert torch.equal(faces[2][0], faces[5][0])  # the same pixels, kept in both forms
+
+
+def test_training_embedding_and_verification_turn_a_picture_by_its_exif(tmp_path):
+    upright = np.random.default_rng(3).integers(0, 256, (112, 112, 3), np.uint8)
+    turned, exif = Image.fromarray(np.rot90(upright)), Image.Exif()
+    exif[0x0112] = 6  # to be shown a quarter turn to the right
+    (tmp_path / "id0").mkdir()
+    turned.save(tmp_path / "id0" / "0.png", exif=exif)
+    expected = torch.from_numpy(upright).permute(2, 0, 1)
+    content = (tmp_path / "id0" / "0.png").read_bytes()
+    assert torch.equal(FaceDataset(tmp_path, cache=False)[0][0], expected)
+    face = read_face(tmp_path / "id0" / "0.png")
+    assert isinstance(face, Face) and torch.equal(torch.from_numpy(face.pixels), expected)
+    assert torch.equal(verification.decode([content])[0], expected)
 
 
 def test_the_selection_hash_tells_selections_apart(tmp_path):

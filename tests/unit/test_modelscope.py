@@ -136,13 +136,14 @@ def test_the_address_is_the_one_modelscopes_own_programs_take(environ, endpoint)
     assert hub.modelscope_endpoint(environ) == endpoint
 
 
-@pytest.mark.parametrize("how", ["flag", "variable"])
+@pytest.mark.parametrize("how", ["source", "flag", "variable"])
 def test_download_weight_takes_modelscope_by_flag_and_by_variable(
     server, tmp_path, monkeypatch, how
 ):
     words = ["--repo-id", REPO_ID, "--blip-path", tmp_path]
-    if how == "flag":
-        words += ["--source", "modelscope", "--endpoint", server.url]
+    if how != "variable":
+        flag = ["--modelscope"] if how == "flag" else ["--source", "modelscope"]
+        words += [*flag, "--endpoint", server.url]
     else:
         monkeypatch.setenv("USE_MODELSCOPE_HUB", "1")
         monkeypatch.setenv("MODELSCOPE_DOMAIN", server.url)

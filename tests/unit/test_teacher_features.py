@@ -179,6 +179,12 @@ def test_different_people_name_both_sides_and_the_row(tmp_path):
         teacher.check_alignment(Faces())
 
 
+def test_features_of_as_many_images_of_each_name_the_selection_that_fits(tmp_path):
+    teacher = TeacherFeatures(stored(tmp_path, labels=[0, 0, 0, 1, 1, 1]))
+    with pytest.raises(UserError, match="3 of each: type --selection per_id --per-id 3"):
+        teacher.check_alignment(Faces())
+
+
 def test_a_different_selection_names_both_sides(tmp_path):
     teacher = TeacherFeatures(stored(tmp_path, manifest={"selection_sha256": "cd" * 32}))
     with pytest.raises(UserError, match=r"manifest\.json says .*cdcdcdcdcdcd.*abababababab"):
