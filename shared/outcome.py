@@ -159,9 +159,9 @@ def failure_of(error: BaseException, rank: int = 0) -> Failure:
     """The failure that an exception is: the user's, a cause, or the consequence of another's."""
     if isinstance(error, UserError):
         return Failure(rank, error.exit_code, "user", _mistake(error), at=time.time())
-    if isinstance(error, ModuleNotFoundError) and _is_foreign(error.name):
+    if isinstance(error, ModuleNotFoundError) and error.name:
         code = MissingToolError.exit_code
-        return Failure(rank, code, "user", _missing_package(str(error.name)), at=time.time())
+        return Failure(rank, code, "user", _missing_module(error.name), at=time.time())
     if isinstance(error, KeyboardInterrupt):
         text = "interrupted before training began"
         return Failure(rank, INTERRUPTED, "user", text, at=time.time())
@@ -211,12 +211,12 @@ def _essence(error: BaseException) -> str:
     return one_line(error)
 
 
-def _is_foreign(name: str | None) -> bool:
-    """Whether a module's name is not of this repository."""
-    return bool(name) and not (Path(__file__).parents[1] / str(name).partition(".")[0]).exists()
-
-
-def _missing_package(name: str) -> str:
+def _missing_module(name: str) -> str:
+    """What to do about a module that is not there: a package to install, or a file of ours."""
+    root = Path(__file__).parents[1]
+    if (root / name.partition(".")[0]).exists():
+        file = f"{name.replace('.', '/')}.py"
+        return f"{file} is missing in {root}: put it back there (git checkout -- {file})"
     return (
         f"the Python package {name} is not installed in {sys.executable}; run ./setup.sh and use "
         "its .venv, or pip install -r the recipe's requirements.txt"

@@ -247,7 +247,7 @@ def test_leaving_with_words_fails_and_says_them(
         (KeyboardInterrupt(), 130, "user"),
         (ModuleNotFoundError("No module named 'peft'", name="peft"), 3, "user"),
         (ModuleNotFoundError("No module named 'peft.x'", name="peft.x"), 3, "user"),
-        (ModuleNotFoundError("No module named 'shared.x'", name="shared.x"), 1, "error"),
+        (ModuleNotFoundError("No module named 'shared.x'", name="shared.x"), 3, "user"),
         (ValueError("broken"), 1, "error"),
         (MemoryError(), 1, "error"),
         (RuntimeError("Timed out waiting 5000ms for recv operation to complete"), 1, "timeout"),
@@ -268,6 +268,15 @@ def test_a_missing_package_is_named_with_the_way_out() -> None:
     failure = outcome.failure_of(error)
     assert "Python package peft is not installed" in failure.message
     assert "setup.sh" in failure.message
+
+
+def test_a_missing_file_of_ours_is_named_with_its_place() -> None:
+    error = ModuleNotFoundError(
+        "No module named 'face_distill.FaceDataset'", name="face_distill.FaceDataset"
+    )
+    message = outcome.failure_of(error).message
+    assert message.startswith("face_distill/FaceDataset.py is missing in ")
+    assert "git checkout -- face_distill/FaceDataset.py" in message
 
 
 def test_notes_of_the_run_are_part_of_the_message() -> None:
