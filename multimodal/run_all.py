@@ -7,16 +7,18 @@
     ./run_all.sh --datasets coco                                with these data sets alone
     ./run_all.sh --demo                                         built-in data, about two minutes
 
-A data set that cannot be fetched stops nothing as long as pairs of one kind are there: training
-takes what is whole, the report names the rest, and the exit code is the download's.
+Training takes the data sets that are whole; the report names the others, and the exit code is then
+the download's.
 """
 
+import importlib.util
 import json
 import logging
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -25,34 +27,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
 
 from shared.config import option, parse_own
-from shared.errors import DONE, FAILED, MISSING_TOOL, USER_ERROR, UserError, did_you_mean
+from shared.errors import DONE, MISSING_TOOL, USER_ERROR, UserError, did_you_mean
 from shared.files import read_object
 from shared.launch import launch_alone
-from shared.stages import Stage, StageOptions, command_stage, run_stages
+from shared.stages import Stage, StageOptions, run_stages
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("coco", "clotho", "audiocaps", "voxceleb")
 FETCHED = ("coco", "clotho", "audiocaps")  # VoxCeleb needs a key, and is fetched when named
 MINIMUM_GB = {"tiny": 4, "small": 8, "base": 12, "large": 20}  # of GPU memory, as documented
-_PROBE = """
-import importlib, importlib.util, json
-found = {"missing": [], "gpus": [], "torchaudio": ""}
-for name in ("torch", "torchvision", "open_clip", "soundfile", "soxr", "msgspec", "tensorboard"):
-    if importlib.util.find_spec(name) is None:
-        found["missing"].append(name)
-if not found["missing"]:
-    import torch
-    found["torch"] = torch.__version__
-    for number in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(number)
-        found["gpus"].append([facts.name, facts.total_memory / 1e9])
-if importlib.util.find_spec("torchaudio"):
-    try:
-        import torchaudio
-    except Exception as error:
-        found["torchaudio"] = f"{type(error).__name__}: {error}"
-print(json.dumps(found))
-"""
 
 log = logging.getLogger(__name__)
 
@@ -84,31 +67,28 @@ class Config:
         """The checkpoint that is evaluated."""
         return self.output_dir / "checkpoints" / "best_model.pt"
 
-    @property
-    def state_dir(self) -> Path:
-        """Where the done-markers lie: beside the outputs, which a new run moves aside."""
-        return self.output_dir.with_name(f"{self.output_dir.name}_stages")
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stages that are not done; the exit code of the first that failed."""
-    cfg, rest = parse_own(Config, argv, __doc__)
+    cfg, flags = parse_own(Config, argv, __doc__)
     if cfg.demo:
         cfg = _with_demo(cfg)
     _check_paths(cfg)
+    settings = _settings(cfg, flags)
+    if settings is None:
+        return USER_ERROR
     if cfg.dry_run:
-        if _settings(cfg, rest) is None:
-            return USER_ERROR
-        for name, command in (("download", _download(cfg)), ("training", _training(cfg, rest)),
+        for name, command in (("download", _download(cfg)), ("training", _training(cfg, flags)),
                               ("evaluation", _evaluation(cfg))):  # fmt: skip
             sys.stdout.write(f"{name}: {' '.join(map(str, command))}\n")
         return DONE
+    # beside the outputs, which a new run moves aside
+    state_dir = cfg.output_dir.with_name(f"{cfg.output_dir.name}_stages")
     options = cfg.stages
-    if cfg.demo and not (options.from_stage or options.only) and _marker(cfg, "report").exists():
-        options = replace(options, force=True)  # a demo that is done begins afresh
-    for name in ("preflight", "environment"):  # what they look at changes by itself
-        _marker(cfg, name).unlink(missing_ok=True)
-    return run_stages(_stages(cfg, rest), options, cfg.state_dir)
+    if cfg.demo and not (options.from_stage or options.only):
+        is_done = (state_dir / "report.json").exists()
+        options = replace(options, force=options.force or is_done)  # one that is done begins afresh
+    return run_stages(list(_stages(cfg, flags, settings)), options, state_dir)
 
 
 def _with_demo(cfg: Config) -> Config:
@@ -126,27 +106,17 @@ def _check_paths(cfg: Config) -> None:
         raise UserError(f"--data-root {cfg.data_root} is missing: leave out --skip-download")
 
 
-def _marker(cfg: Config, stage: str) -> Path:
-    return cfg.state_dir / f"{stage}.json"
-
-
-def _stages(cfg: Config, rest: list[str]) -> list[Stage]:
-    fetched = _marker(cfg, "download")  # new data is reason enough to train again
+def _stages(cfg: Config, flags: list[str], settings: dict[str, Any]) -> Iterator[Stage]:
+    """The stages in their order; the training's data sets are known when they were fetched."""
     evaluated = cfg.output_dir / "evaluation" / "evaluation.json"
-    stages = [
-        Stage("preflight", lambda: _preflight(cfg, rest)),
-        Stage("environment", lambda: _environment(cfg, rest)),
-        replace(command_stage("download", _download(cfg)), optional=True),
-        Stage(
-            "training",
-            lambda: command_stage("training", _training(cfg, rest)).run(),
-            {"flags": rest, "data": str(cfg.data_root), "names": cfg.datasets, "fetched": fetched},
-            (cfg.best,),
-        ),
-        command_stage("evaluation", _evaluation(cfg), {"checkpoint": cfg.best}, (evaluated,)),
-        Stage("report", lambda: _report(cfg), {"evaluated": evaluated}),
-    ]
-    return [stage for stage in stages if stage.name != "download" or not cfg.skip_download]
+    yield Stage("preflight", lambda: _preflight(cfg), is_check=True)
+    yield Stage("environment", lambda: _environment(settings["model_size"]), is_check=True)
+    if not cfg.skip_download:
+        yield Stage("download", _download(cfg), optional=True)
+    asked = {"flags": flags, "data": str(cfg.data_root), "names": cfg.datasets}
+    yield Stage("training", lambda: _training(cfg, flags), asked, (cfg.best,))
+    yield Stage("evaluation", _evaluation(cfg), {"checkpoint": cfg.best}, (evaluated,))
+    yield Stage("report", lambda: _report(cfg), {"evaluated": evaluated})
 
 
 def _script(name: str) -> list[str | Path]:
@@ -161,18 +131,18 @@ def _download(cfg: Config) -> list[str | Path]:
     return [*command, "--delete-archives"] if cfg.delete_archives else command
 
 
-def _training(cfg: Config, rest: list[str]) -> list[str | Path]:
+def _training(cfg: Config, flags: list[str]) -> list[str | Path]:
     """run_training.py with the user's flags; of the data sets that were named those that are there.
 
-    A demo is told to go on where an interrupted one stopped; left alone it would begin afresh.
+    A demo is told to continue an interrupted one; left alone it would begin afresh.
     """
     command = [*_script("run_training.py"), "--data-root", cfg.data_root]
     command += ["--output-dir", cfg.output_dir]
     there = [name for name in cfg.datasets if not _lacking(cfg, name)]
     command += ["--datasets", *there] if there else []
     command += ["--demo"] if cfg.demo else []
-    command += ["--resume", "auto"] if cfg.demo and "--resume" not in rest else []
-    return [*command, *rest]
+    command += ["--resume", "auto"] if cfg.demo and "--resume" not in flags else []
+    return [*command, *flags]
 
 
 def _evaluation(cfg: Config) -> list[str | Path]:
@@ -180,14 +150,21 @@ def _evaluation(cfg: Config) -> list[str | Path]:
     return [*command, "--demo"] if cfg.demo else command
 
 
+def _settings(cfg: Config, flags: list[str]) -> dict[str, Any] | None:
+    """What run_training.py makes of the flags; None, with its complaint in the log, if nothing."""
+    command = [*map(str, _training(replace(cfg, datasets=()), flags)), "--print-config"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        log.error("%s", done.stderr.strip())
+        return None
+    return json.loads(done.stdout)
+
+
 # --- stages that run here -------------------------------------------------------------------------
 
 
-def _preflight(cfg: Config, rest: list[str]) -> int:
-    """Find out now what would fail after hours: flags, disk, programs, keys."""
-    settings = _settings(cfg, rest)
-    if settings is None:
-        return USER_ERROR
+def _preflight(cfg: Config) -> int:
+    """Find out now what would fail after hours: disk, programs, keys."""
     if cfg.skip_download or cfg.demo:
         return DONE
     from multimodal import downloading
@@ -196,78 +173,49 @@ def _preflight(cfg: Config, rest: list[str]) -> int:
     chosen = cfg.datasets or FETCHED
     needs = {name: downloading.need_of(DATA_SETS[name], cfg.data_root / name) for name in chosen}
     downloading.check_each(needs, cfg.data_root)
-    if not any(need.fetch for need in needs.values()):
-        return DONE
-    for line in _will_be_skipped(cfg, chosen):
-        log.warning("%s", line)
+    if any(need.fetch for need in needs.values()):
+        for line in _will_be_skipped(cfg, chosen):
+            log.warning("%s", line)
     return DONE
 
 
-def _settings(cfg: Config, rest: list[str]) -> dict[str, Any] | None:
-    """What run_training.py makes of the flags; None, with its complaint in the log, if nothing."""
-    command = [*map(str, _training(replace(cfg, datasets=()), rest)), "--print-config"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        log.error("%s", done.stderr.strip())
-        return None
-    return json.loads(done.stdout)
-
-
-def _will_be_skipped(cfg: Config, chosen: tuple[str, ...]) -> list[str]:
+def _will_be_skipped(cfg: Config, chosen: tuple[str, ...]) -> Iterator[str]:
     """What cannot be fetched on this machine, and what to do about it."""
-    lines = []
-    if "clotho" in chosen and not _can_unpack_7z():
-        lines.append("clotho: no program for 7z here: pip install py7zr")
+    programs = ("7z", "7zz", "7za", "bsdtar")
+    can_unpack = importlib.util.find_spec("py7zr") or any(map(shutil.which, programs))
+    if "clotho" in chosen and not can_unpack:
+        yield "clotho: no program for 7z here: pip install py7zr"
     tools = [name for name in ("yt-dlp", "ffmpeg") if not shutil.which(name)]
     if "audiocaps" in chosen and cfg.audiocaps_source == "youtube" and tools:
-        lines.append(f"audiocaps: {' and '.join(tools)} missing; or give --audiocaps-source")
+        yield f"audiocaps: {' and '.join(tools)} missing; or give --audiocaps-source"
     if "voxceleb" in chosen and not os.environ.get("VOXCELEB_KEY"):
-        lines.append("voxceleb: VOXCELEB_KEY is not set")
-    return lines
+        yield "voxceleb: VOXCELEB_KEY is not set"
 
 
-def _can_unpack_7z() -> bool:
-    import importlib.util
+def _environment(model_size: str) -> int:
+    """Look at this interpreter's packages, a torchaudio that is broken, and the GPUs' memory."""
+    from shared.device import gpu_use
+    from shared.tools.doctor_checks import MISSING, packages
 
-    programs = ("7z", "7zz", "7za", "bsdtar")
-    return bool(importlib.util.find_spec("py7zr") or any(map(shutil.which, programs)))
-
-
-def _environment(cfg: Config, rest: list[str]) -> int:
-    """Look at this interpreter's packages, at a broken torchaudio and at the GPU's memory."""
-    command = [sys.executable, "-P", "-c", _PROBE]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        log.error("%s\n%s cannot import what is needed", done.stderr.strip(), sys.executable)
-        return FAILED
-    found = json.loads(done.stdout.splitlines()[-1])
-    if found["missing"]:
-        log.error(
-            "%s lacks %s: bash %s makes an environment that has them",
-            sys.executable, ", ".join(found["missing"]), HERE / "setup_environment.sh",
-        )  # fmt: skip
+    lacking = [check for check in packages(HERE.parent, [HERE.name]) if check.state == MISSING]
+    for check in lacking:
+        log.error("%s: %s; %s", check.name, check.value, check.advice)
+    if lacking:
+        log.error("bash %s makes an environment that has all", HERE / "setup_environment.sh")
         return MISSING_TOOL
-    if found["torchaudio"]:
-        log.error(
-            "torchaudio is installed and does not import (%s); transformers fails because of it, "
-            "and nothing here needs it: %s -m pip uninstall torchaudio",
-            found["torchaudio"], sys.executable,
-        )  # fmt: skip
-        return MISSING_TOOL
-    log.info("%s with torch %s", sys.executable, found["torch"])
-    size = (_settings(cfg, rest) or {}).get("model_size", "")
-    for name, gigabytes in found["gpus"]:
-        if gigabytes < MINIMUM_GB.get(size, 0):
+    for gpu in gpu_use():
+        gigabytes = gpu["total_bytes"] / 1e9
+        if gigabytes < MINIMUM_GB.get(model_size, 0):
             log.warning(
-                "%s has %.0f GB, and size %s is meant for %d GB and more: give a smaller "
+                "GPU %d has %.0f GB, and size %s is meant for %d GB and more: give a smaller "
                 "--model-size or --batch-size if memory runs out",
-                name, gigabytes, size, MINIMUM_GB[size],
+                gpu["index"], gigabytes, model_size, MINIMUM_GB[model_size],
             )  # fmt: skip
     return DONE
 
 
 def _report(cfg: Config) -> int:
-    """Tell the report what was left out, and the user where the report is."""
+    """Add what was skipped to the report, and say where it is."""
     from multimodal.report import add_section, newest
 
     path = newest(cfg.output_dir)
@@ -281,7 +229,7 @@ def _report(cfg: Config) -> int:
     ]
     add_section(path, "left_out", left_out)
     for row in left_out:
-        log.warning("left out: %s (%s)", row["data set"], row["why"])
+        log.warning("skipped: %s (%s)", row["data set"], row["why"])
     log.info("report: %s", path.with_suffix(".md"))
     return DONE
 

@@ -6,9 +6,12 @@ launcher can count GPUs before it.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +45,24 @@ def visible_gpus(environ: Mapping[str, str], present: int) -> int:
             break
         valid.append(entry)
     return len(valid) if present and len(set(valid)) == len(valid) else 0
+
+
+def gpu_use() -> list[dict[str, float]]:
+    """Index, use in percent, used and total bytes of every GPU; [] without nvidia-smi."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return []
+    asked = "--query-gpu=index,utilization.gpu,memory.used,memory.total"
+    command = [program, asked, "--format=csv,noheader,nounits"]
+    found = []
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+        for line in result.stdout.splitlines():
+            with contextlib.suppress(ValueError):  # some cards tell no use
+                index, percent, used, total = (float(word) for word in line.split(","))
+                sizes = {"used_bytes": used * 2**20, "total_bytes": total * 2**20}
+                found.append({"index": index, "percent": percent, **sizes})
+    return found
 
 
 def check_mask(environ: Mapping[str, str], present: int) -> None:

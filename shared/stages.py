@@ -1,51 +1,40 @@
-"""The stages of a run_all script: each done once, the chain goes on where it broke.
+"""The stages of a run_all script: each is done once, and a broken chain continues where it broke.
 
     stages = [
-        command_stage("train", [sys.executable, str(TRAIN), "--lr", "1e-4"], outputs=(BEST,)),
-        Stage("table", write_table, inputs={"checkpoint": BEST}, outputs=(TABLE,)),
+        Stage("train", [sys.executable, TRAIN, "--lr", "1e-4"], {"data": DATA}, (BEST,)),
+        Stage("table", write_table, {"checkpoint": BEST}, (TABLE,)),
     ]
     return run_stages(stages, cfg.stages, run_dir / "stages")
 
-A stage that ended well leaves a marker in the state directory. It is passed over as long as its
-inputs are the same and its outputs exist. Standard library only.
+A stage that ended well leaves a marker NAME.json with its command and inputs. It is done as long as
+these are the same and its outputs are there; a stage that runs again makes all after it run again.
+Standard library only.
 """
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import re
 import shlex
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from shared import outcome, status
+from shared import lock, logs, outcome
 from shared.child import Child
 from shared.config import option
-from shared.errors import (
-    DONE,
-    FAILED,
-    INTERRUPTED,
-    STOPPED,
-    MissingToolError,
-    UserError,
-    did_you_mean,
-    one_line,
-)
-from shared.files import open_lock, read_json, write_json
-from shared.lock import try_to_lock
+from shared.errors import DONE, FAILED, MissingToolError, UserError, did_you_mean, one_line
+from shared.files import read_object, write_json
 from shared.progress import clock
-from shared.settings import differing, plain
-from shared.signals import StopRequest, exit_code_for, name_of
+from shared.signals import exit_code_for, name_of
+from shared.status import Status, now
 
 log = logging.getLogger(__name__)
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+Words = Sequence[str | Path]
 
 
 @dataclass(frozen=True)
@@ -61,92 +50,71 @@ class StageOptions:
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a chain. `run` returns an exit code.
+    """One step of a chain.
 
-    inputs: what the result depends on, as JSON values and paths; a file counts by its size and
-    time of change, a directory by its name. outputs: files and directories that must be there
-    afterwards. optional: later stages run although this one failed.
+    command: the words of a program; or a function of some seconds that returns an exit code, or
+    words that depend on the stages before. inputs: what else the result depends on; a file counts
+    by its size and time of change, a directory by its name. outputs: what must be there afterwards.
+    optional: later stages run although this one failed. is_check: it runs every time, and later
+    stages stay done.
     """
 
     name: str
-    run: Callable[[], int]
+    command: Words | Callable[[], Words | int]
     inputs: Mapping[str, Any] = field(default_factory=dict)
     outputs: tuple[Path, ...] = ()
     optional: bool = False
+    is_check: bool = False
 
-    def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.name):
-            raise ValueError(f"stage {self.name!r}: letters, digits, dot, dash and underscore only")
+    @property
+    def line(self) -> str:
+        """The command as a shell takes it; '' for a function."""
+        return "" if callable(self.command) else shlex.join(map(str, self.command))
 
-
-@dataclass(frozen=True)
-class _Result:
-    """What became of a stage. state: done, already done, failed, stopped, passed over, not run."""
-
-    name: str
-    state: str
-    seconds: float | None = None
-    code: int | None = None
+    @property
+    def missing(self) -> str:
+        """The outputs that are not there."""
+        return ", ".join(str(path) for path in self.outputs if not path.exists())
 
 
-def command_stage(
-    name: str,
-    command: Sequence[str | Path],
-    inputs: Mapping[str, Any] | None = None,
-    outputs: tuple[Path, ...] = (),
-    *,
-    env: Mapping[str, str] | None = None,
-    optional: bool = False,
-) -> Stage:
-    """A stage that runs a program; the command is one of its inputs.
+def run_stages(
+    stages: Sequence[Stage], options: StageOptions, state_dir: Path, progress: Status | None = None
+) -> int:
+    """Run the stages that are not done, in order; the exit code of the one that ended the chain.
 
-    Running it raises MissingToolError when the program does not start.
+    progress: a status.json that is told which stage runs. Raises UserError for an unknown stage,
+    and when the chain is running in another process.
     """
-    line = shlex.join(os.fspath(word) for word in command)
-
-    def run() -> int:
-        log.info("%s", line)
-        try:
-            with Child() as child:
-                code = child.run(command, env)
-        except OSError as error:
-            raise MissingToolError(f"{command[0]} does not start: {one_line(error)}") from None
-        if child.stopped_by:  # the chain, too, is to hear of it
-            os.kill(os.getpid(), child.stopped_by)
-        return code
-
-    return Stage(name, run, {"command": line, **(inputs or {})}, outputs, optional)
-
-
-def run_stages(stages: Sequence[Stage], options: StageOptions, state_dir: Path) -> int:
-    """Run the stages that are not done, in order; the exit code of the first that failed.
-
-    The next call goes on at the stage that failed. Ends with a table of all stages. Raises
-    UserError for unknown stage names, and when the chain is at work in another process.
-    """
-    again = _chosen(stages, options)
-    results: dict[str, _Result] = {stage.name: _Result(stage.name, "not run") for stage in stages}
-    stop = StopRequest()
-    with _only_one(state_dir):
-        stop.install()
-        try:
-            for stage in stages:
-                if stop.number:
-                    break
-                result = _settle(stage, again[stage.name], state_dir, stop)
-                results[stage.name] = result
-                if result.state == "stopped" or (result.state == "failed" and not stage.optional):
-                    break
-        finally:
-            stop.remove()
-    return _conclude(list(results.values()), stages, stop)
+    chosen, is_forced = _chosen([stage.name for stage in stages], options)
+    rows = {stage.name: ("not run", "-", "-") for stage in stages}  # state, time, exit code
+    with os.fdopen(lock.take(state_dir, "directory")), Child() as child:
+        for number, stage in enumerate(stages, 1):
+            if stage.name not in chosen:
+                continue
+            inputs, marker = _inputs(stage), state_dir / f"{stage.name}.json"
+            reason = "asked for" if is_forced else _why(stage, inputs, read_object(marker))
+            log.info("stage %s: %s", stage.name, reason or "already done, with the same inputs")
+            if not reason:
+                rows[stage.name] = ("already done", "-", "-")
+                continue
+            if progress:
+                progress.write(step=number, last={"stage": stage.name})
+            marker.unlink(missing_ok=True)
+            began = time.monotonic()
+            code = _run(stage, child)
+            seconds = time.monotonic() - began
+            if code == DONE:
+                _forget([] if stage.is_check else stages[number:], state_dir)
+                facts = {"finished_at": now(), "seconds": round(seconds, 3), "inputs": inputs}
+                write_json(marker, facts)
+            rows[stage.name] = (_state(code, child), clock(seconds), str(code))
+            if child.stopped_by or (code != DONE and not stage.optional):
+                break
+    return _conclude(rows, stages, child.stopped_by)
 
 
-def _chosen(stages: Sequence[Stage], options: StageOptions) -> dict[str, bool | None]:
-    """For each stage: True to run it in any case, False if it is not done, None to leave it out."""
-    names = [stage.name for stage in stages]
-    if len(set(names)) < len(names):
-        raise ValueError(f"stages of the same name: {names}")
+def _chosen(names: list[str], options: StageOptions) -> tuple[list[str], bool]:
+    """The stages that the flags name, and whether they run although they are done."""
     for flag, name in (("--from", options.from_stage), ("--only", options.only)):
         if name is not None and name not in names:
             near = did_you_mean(name, names)
@@ -154,121 +122,86 @@ def _chosen(stages: Sequence[Stage], options: StageOptions) -> dict[str, bool | 
     if options.from_stage and options.only:
         raise UserError("--from and --only exclude each other: give one of them")
     if options.only:
-        return {name: True if name == options.only else None for name in names}
+        return [options.only], True
     if options.from_stage:
-        begin = names.index(options.from_stage)
-        return {name: True if at >= begin else None for at, name in enumerate(names)}
-    return dict.fromkeys(names, options.force)
+        return names[names.index(options.from_stage) :], True
+    return names, options.force
 
 
-@contextlib.contextmanager
-def _only_one(state_dir: Path) -> Iterator[None]:
-    handle = open_lock(state_dir)
-    try:
-        if not try_to_lock(handle):
-            raise UserError(
-                f"these stages are at work in another process, which keeps {state_dir}; wait for "
-                "it, or stop it"
-            )
-        yield
-    finally:
-        os.close(handle)
+def _forget(stages: Sequence[Stage], state_dir: Path) -> None:
+    """Remove the markers of stages whose input was made anew."""
+    for stage in stages:
+        (state_dir / f"{stage.name}.json").unlink(missing_ok=True)
 
 
-def _settle(stage: Stage, again: bool | None, state_dir: Path, stop: StopRequest) -> _Result:
-    """Run the stage, or say why not."""
-    if again is None:
-        return _Result(stage.name, "passed over")
-    marker, inputs = state_dir / f"{stage.name}.json", _described(stage.inputs)
-    reason = "asked for" if again else _why_not_done(stage, inputs, read_json(marker))
-    if not reason:
-        log.info("stage %s: done before, with the same inputs", stage.name)
-        return _Result(stage.name, "already done")
-    log.info("stage %s: %s", stage.name, reason)
-    marker.unlink(missing_ok=True)  # whatever happens now, the earlier result no longer stands
-    began = time.monotonic()
-    code = _call(stage, stop)
-    seconds = time.monotonic() - began
-    if code != DONE:
-        stopped = code in (INTERRUPTED, STOPPED) and stop.number
-        return _Result(stage.name, "stopped" if stopped else "failed", seconds, code)
-    facts = {"stage": stage.name, "exit_code": code, "seconds": round(seconds, 3)}
-    write_json(marker, facts | {"finished_at": status.now(), "inputs": inputs})
-    return _Result(stage.name, "done", seconds, code)
-
-
-def _why_not_done(stage: Stage, inputs: dict[str, Any], marker: Any) -> str:
+def _why(stage: Stage, inputs: dict[str, str], marker: dict[str, Any]) -> str:
     """Why the stage has to run, or '' when it is done."""
-    if not isinstance(marker, dict):
+    if stage.is_check or not marker:
         return "starts"
-    missing = [str(path) for path in stage.outputs if not path.exists()]
-    if missing:
-        return f"runs again: {', '.join(missing)} is missing"
-    changed = differing(marker.get("inputs") or {}, inputs)
-    return f"runs again: {'; '.join(changed)}" if changed else ""
+    if stage.missing:
+        return f"runs again: {stage.missing} is missing"
+    told = marker.get("inputs")
+    before = told if isinstance(told, dict) else {}
+    names = [name for name in before | inputs if before.get(name) != inputs.get(name)]
+    changes = [f"{name}: {before.get(name)} → {inputs.get(name)}" for name in names]
+    return f"runs again: {'; '.join(changes)}" if changes else ""
 
 
-def _call(stage: Stage, stop: StopRequest) -> int:
+def _inputs(stage: Stage) -> dict[str, str]:
+    """Command and inputs as texts; a file with its size and time of change."""
+    found = {"command": stage.line} if stage.line else {}
+    for name, value in stage.inputs.items():
+        found[name] = str(value)
+        if isinstance(value, Path) and value.is_file():
+            facts = value.stat()
+            changed = datetime.fromtimestamp(facts.st_mtime, UTC).isoformat()
+            found[name] += f" of {changed}, {facts.st_size} bytes"
+    return found
+
+
+def _run(stage: Stage, child: Child) -> int:
     """The stage's exit code; a failure that was raised is reported here."""
     try:
-        code = stage.run()
-    except SystemExit as left:
-        code = left.code if isinstance(left.code, int) else FAILED if left.code else DONE
-    except (KeyboardInterrupt, outcome.StopNow):
-        return exit_code_for(stop.number) if stop.number else INTERRUPTED
+        code = _call(stage, child)
     except Exception as error:
         return outcome.report(outcome.failure_of(error), None)
-    missing = [str(path) for path in stage.outputs if not path.exists()]
-    if code == DONE and missing:
-        log.error("stage %s ended well but left no %s", stage.name, ", ".join(missing))
+    if code == DONE and stage.missing:
+        log.error("stage %s ended well but left no %s", stage.name, stage.missing)
         return FAILED
     return code
 
 
-def _conclude(results: list[_Result], stages: Sequence[Stage], stop: StopRequest) -> int:
-    """The table, the closing line and the exit code of the chain."""
-    optional = {stage.name for stage in stages if stage.optional}
-    broken = [result for result in results if result.state in ("failed", "stopped")]
-    broken.sort(key=lambda result: result.name in optional)  # one that ended the chain comes first
-    if broken and (broken[0].name not in optional or not stop.number):
-        names = ", ".join(result.name for result in broken)
-        code, reason = broken[0].code or FAILED, f"stage {names}; the same command goes on there"
-    elif stop.number:
-        code, name = exit_code_for(stop.number), name_of(stop.number)
-        reason = f"{name}; the same command goes on"
-    else:
-        code, reason = DONE, f"{len(results)} stages"
-    log.info("%s", "stages\n" + _table(results))
+def _call(stage: Stage, child: Child) -> int:
+    command = stage.command() if callable(stage.command) else stage.command
+    if isinstance(command, int):  # of a function: Ctrl-C ends the programs that it asks
+        return exit_code_for(child.stopped_by) if command and child.stopped_by else command
+    log.info("%s", shlex.join(map(str, command)))
+    try:
+        return child.run(command)
+    except OSError as error:
+        raise MissingToolError(f"{command[0]} does not start: {one_line(error)}") from None
+
+
+def _state(code: int, child: Child) -> str:
+    if code == DONE:
+        return "done"
+    return "stopped" if child.stopped_by and code == exit_code_for(child.stopped_by) else "failed"
+
+
+def _conclude(
+    rows: dict[str, tuple[str, str, str]], stages: Sequence[Stage], stopped_by: int
+) -> int:
+    """Log the table and the closing line; the exit code of the chain."""
+    cells = [(name, *row) for name, row in rows.items()]
+    log.info("stages\n%s", logs.table(("stage", "state", "time", "exit code"), cells))
+    failed = [stage for stage in stages if rows[stage.name][0] == "failed"]
+    code, reason = DONE, f"{len(stages)} stages"
+    if stopped_by and all(stage.optional for stage in failed):
+        code = exit_code_for(stopped_by)
+        reason = f"{name_of(stopped_by)}; the same command continues"
+    elif failed:  # one that ended the chain is the last
+        code = int(rows[failed[-1].name][2])
+        names = ", ".join(stage.name for stage in failed)
+        reason = f"stage {names}; the same command continues there"
     outcome.closing_line(code, reason)
     return code
-
-
-def _table(results: list[_Result]) -> str:
-    rows: list[tuple[str, ...]] = [("stage", "state", "time", "exit code")]
-    for result in results:
-        took = "-" if result.seconds is None else _duration(result.seconds)
-        code = "-" if result.code is None else str(result.code)
-        rows.append((result.name, result.state, took, code))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    rows.insert(1, tuple("-" * width for width in widths))
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else clock(seconds)
-
-
-def _described(value: Any) -> Any:
-    """Inputs as JSON values; a file with its size and time of change."""
-    if isinstance(value, Mapping):
-        return {str(key): _described(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_described(item) for item in value]
-    if isinstance(value, Path) and value.is_file():
-        facts = value.stat()
-        changed = datetime.fromtimestamp(facts.st_mtime, UTC).isoformat()
-        return f"{value} of {changed}, {facts.st_size} bytes"
-    return plain(value)

@@ -1,4 +1,4 @@
-"""The documented flow from pictures to a model; each stage once, going on where it broke.
+"""The documented flow from pictures to a model: each stage once, continuing where it broke.
 
     ./run_all.sh                       every stage that is not done, in the documents' order
     ./run_all.sh --from grpo           begin again there;  --only STAGE  --force
@@ -10,13 +10,12 @@ them, which trains the classifier). Each is the documented command; settings are
 script. evaluate needs model/data/questions.json.
 """
 
-import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
@@ -26,13 +25,9 @@ from shared.errors import DONE, INTERRUPTED, STOPPED
 from shared.files import open_lock, read_object, write_json
 from shared.launch import launch_alone
 from shared.settings import ShareAboveZero, settings
-from shared.stages import Stage, StageOptions, command_stage, run_stages
+from shared.stages import Stage, StageOptions, run_stages
 from shared.status import Status
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
-log = logging.getLogger(__name__)
 RECIPE = Path(__file__).resolve().parent
 FILTER, MODEL = RECIPE / "filter", RECIPE / "model"
 STATES = {DONE: "done", INTERRUPTED: "stopped", STOPPED: "stopped"}
@@ -55,68 +50,74 @@ def main(argv: list[str] | None = None) -> int:
     """Run the stages that are not done; the exit code of the first that failed."""
     cfg = parse(Config, argv, __doc__)
     state_dir = cfg.state_dir or RECIPE / ("demo/runs" if cfg.demo else "") / "flow"
-    commands = list(_commands(cfg))
+    output = RECIPE / "demo" / "runs" if cfg.demo else MODEL / "output"
+    stages = list(_stages(cfg, output))
     if cfg.dry_run:
-        for name, command, _ in commands:
-            sys.stdout.write(f"{name}: {shlex.join(map(str, command))}\n")
+        for stage in stages:
+            sys.stdout.write(f"{stage.name}: {stage.line}\n")
         return DONE
     options = cfg.stages
     if cfg.demo and not (options.from_stage or options.only):
         options = replace(options, force=True)  # a demo begins afresh
-    os.close(open_lock(state_dir))
-    status = Status(state_dir, recipe="vasevqa", pid=os.getpid(), total_steps=len(commands))
-    stages = [command_stage(name, words, outputs=made) for name, words, made in commands]
-    # nothing is written before the first stage: another process may be at work here
-    counted = [_counted(stage, status, lambda: _describe(cfg, state_dir)) for stage in stages]
-    code = run_stages(counted, options, state_dir)
-    _close(status, code, RECIPE / "demo" / "runs" if cfg.demo else MODEL / "output")
-    _show(state_dir, [name for name, *_ in commands])
+    os.close(open_lock(state_dir, "--state-dir"))
+    status = Status(state_dir, recipe="vasevqa", total_steps=len(stages))
+    code = run_stages(stages, options, state_dir, status)
+    _close(status, code, output)
+    _describe(cfg, state_dir)
+    _show(state_dir, stages)
     return code
 
 
-def _commands(cfg: Config) -> "Iterator[tuple[str, list[str | Path], tuple[Path, ...]]]":
-    """Name, command and outputs of every stage, in order."""
-    demo: list[str | Path] = ["--demo"] if cfg.demo else []
-    runs = RECIPE / "demo" / "runs"
-    filtered = runs / "filter" / "filtered_vases" if cfg.demo else FILTER / "filtered_vases"
-    output = runs if cfg.demo else MODEL / "output"
-    merged = output / "checkpoint-merged"
-    python = sys.executable
+def _stages(cfg: Config, output: Path) -> Iterator[Stage]:
+    """The documented commands in their order."""
+    python, demo = sys.executable, ["--demo"] if cfg.demo else []
     keep = [] if cfg.keep is None else ["--keep", str(cfg.keep)]
+    filtered = (output / "filter" if cfg.demo else FILTER) / "filtered_vases"
+    places = ["--input_dir", filtered / "accepted", "--output_dir", filtered]
+    merged, data = output / "checkpoint-merged", MODEL / "data"
     if cfg.demo:
-        yield "quality", [python, FILTER / "model.py", *demo], ()
-    yield "classifier", [python, FILTER / "classifier.py", *demo], ()
-    first = [FILTER / "clipfilter1.sh", "2", "--yes", *keep, *demo]
-    yield "clipfilter1", first, (filtered / "filtering_report.json",)
-    second = [python, FILTER / "clipfilter2.py", *demo]
-    if not cfg.demo:
-        second += ["--input_dir", filtered / "accepted", "--output_dir", filtered]
-    yield "clipfilter2", second, (filtered / "best_views_report.json",)
-    yield "sft", [MODEL / "sft.sh", *demo], (output / "7B",)
-    yield "merge", [MODEL / "merge.sh", *demo], (merged,)
-    yield "grpo", [MODEL / "grpo.sh", *demo], (output / "GRPO",)
-    yield "merge2", [MODEL / "merge.sh", *demo], (merged,)
-    if cfg.demo or (MODEL / "data" / "questions.json").is_file():
-        yield "evaluate", [python, MODEL / "evaluate.py", *demo], (output / "evaluation",)
+        yield Stage("quality", [python, FILTER / "model.py", *demo])
+    yield Stage("classifier", [python, FILTER / "classifier.py", *demo])
+    yield Stage(
+        "clipfilter1",
+        [FILTER / "clipfilter1.sh", "2", "--yes", *keep, *demo],
+        outputs=(filtered / "filtering_report.json",),
+    )
+    yield Stage(
+        "clipfilter2",
+        [python, FILTER / "clipfilter2.py", *(demo or places)],
+        outputs=(filtered / "best_views_report.json",),
+    )
+    yield Stage(
+        "sft",
+        [MODEL / "sft.sh", *demo],
+        {"data": data / "video_training_dataset.json"},
+        (output / "7B",),
+    )
+    yield Stage("merge", [MODEL / "merge.sh", *demo], outputs=(merged,))
+    yield Stage(
+        "grpo",
+        [MODEL / "grpo.sh", *demo],
+        {"data": data / "grpo_video_dataset.json"},
+        (output / "GRPO",),
+    )
+    yield Stage("merge2", [MODEL / "merge.sh", *demo], outputs=(merged,))
+    questions = data / "questions.json"
+    if cfg.demo or questions.is_file():
+        yield Stage(
+            "evaluate",
+            [python, MODEL / "evaluate.py", *demo],
+            {"questions": questions},
+            (output / "evaluation",),
+        )
 
 
 def _describe(cfg: Config, state_dir: Path) -> None:
+    """Write config.json: settings, command and versions, for the report."""
     from vasevqa.model.runs import surroundings
 
     described = {"settings": settings(cfg), "command": shlex.join(sys.argv), **surroundings()}
     write_json(state_dir / "config.json", described)
-
-
-def _counted(stage: Stage, status: Status, describe: "Callable[[], None]") -> Stage:
-    """`stage`, which tells the status that it began."""
-
-    def run() -> int:
-        step = status.fields.get("step", 0) + 1
-        status.write(step=step, last={"stage": stage.name})
-        describe()
-        return stage.run()
-
-    return replace(stage, run=run)
 
 
 def _close(status: Status, code: int, output: Path) -> None:
@@ -144,9 +145,9 @@ def _close(status: Status, code: int, output: Path) -> None:
     )
 
 
-def _show(state_dir: Path, names: list[str]) -> None:
+def _show(state_dir: Path, stages: list[Stage]) -> None:
     """Write report.html of the chain, with a page that says when each stage was done."""
-    markers = [(name, read_object(state_dir / f"{name}.json")) for name in names]
+    markers = [(stage.name, read_object(state_dir / f"{stage.name}.json")) for stage in stages]
     rows = [(name, done.get("finished_at"), done.get("seconds")) for name, done in markers]
     sheet = page.Page("Stages")
     sheet.table(("stage", "done at", "seconds"), rows)

@@ -18,7 +18,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root,
 
 from shared import lock, logs, processes, run_text
 from shared.config import option, parse
+from shared.device import gpu_use
 from shared.errors import DONE, FAILED, USER_ERROR, UserError, did_you_mean
 from shared.files import open_regular, read_object, read_text
 from shared.run_view import RUNNING, STALE, STARTING, View, log_lines, view
@@ -122,7 +122,7 @@ def find(cfg: Config, root: Path) -> View:
     if not begun:
         whose = f"of {cfg.recipe} " if cfg.recipe else ""
         raise UserError(f"no run {whose}is to be found below {root}; name its directory")
-    return replace(begun[0], gpus=gpus())
+    return replace(begun[0], gpus=gpu_use())
 
 
 def run_directories(recipes: list[str], root: Path) -> list[Path]:
@@ -157,25 +157,7 @@ def _is_script_of(root: Path, pid_file: Path, pid: int) -> bool:
 
 def seen(run_dir: Path) -> View:
     """The run in `run_dir`, with the machine's GPUs."""
-    return replace(view(run_dir), gpus=gpus())
-
-
-def gpus() -> list[dict[str, float]]:
-    """Index, use in percent, used and total bytes of every GPU; [] without nvidia-smi."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return []
-    asked = "--query-gpu=index,utilization.gpu,memory.used,memory.total"
-    command = [program, asked, "--format=csv,noheader,nounits"]
-    found = []
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        result = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-        for line in result.stdout.splitlines():
-            with contextlib.suppress(ValueError):  # some cards tell no use
-                index, percent, used, total = (float(word) for word in line.split(","))
-                sizes = {"used_bytes": used * 2**20, "total_bytes": total * 2**20}
-                found.append({"index": index, "percent": percent, **sizes})
-    return found
+    return replace(view(run_dir), gpus=gpu_use())
 
 
 # what is shown

@@ -67,7 +67,7 @@ def test_the_whole_way_once_and_then_what_was_lost(tmp_path):
     output.with_name("outputs_stages").joinpath("report.json").unlink()
     code, text = chain(output)
     assert code == 0, text
-    assert "stage training: done before" in text and "stage download: done before" in text
+    assert "stage training: already done" in text and "stage download: already done" in text
     assert "stage evaluation: runs again" in text and "stage report: starts" in text
     assert len(list((output / "reports").glob("report_*.json"))) == 1
     assert not list(output.parent.parent.rglob("X"))
@@ -100,23 +100,32 @@ def test_a_disk_too_small_ends_the_preflight(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_a_torchaudio_that_does_not_import_is_named(tmp_path, monkeypatch, caplog):
-    fake = tmp_path / "site/torchaudio"
-    fake.mkdir(parents=True)
-    (fake / "__init__.py").write_text("raise RuntimeError('compiled with different CUDA versions')")
+def test_what_is_missing_ends_the_environment_stage(tmp_path, monkeypatch, caplog):
+    told = tmp_path / "site/torchaudio-2.0.dist-info/METADATA"
+    told.parent.mkdir(parents=True)
+    told.write_text("Metadata-Version: 2.1\nName: torchaudio\nVersion: 2.0\n")
+    fake = tmp_path / "site/torchaudio/__init__.py"
+    fake.parent.mkdir()
+    fake.write_text("raise RuntimeError('compiled with different CUDA versions')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    cfg = run_all.Config(output_dir=tmp_path / "outputs", demo=True)
-    assert run_all._environment(cfg, []) == 3
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    output = tmp_path / "outputs"
+    flags = ["--demo", "--output-dir", str(output), "--only", "environment"]
+    assert run_all.main(flags) == 3
     assert "different CUDA versions" in caplog.text and "pip uninstall torchaudio" in caplog.text
 
 
-def test_what_this_machine_cannot_fetch_is_said_at_once(tmp_path, monkeypatch):
+def test_what_this_machine_cannot_fetch_is_said_at_once(tmp_path, monkeypatch, caplog):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("VOXCELEB_KEY", raising=False)
     monkeypatch.setitem(sys.modules, "py7zr", None)
-    lines = run_all._will_be_skipped(run_all.Config(), ("clotho", "audiocaps", "voxceleb"))
-    assert [line.split(":")[0] for line in lines] == ["clotho", "audiocaps", "voxceleb"]
-    assert "yt-dlp and ffmpeg" in lines[1]
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**13, 0, 10**13))
+    flags = ["--data-root", tmp_path / "data", "--output-dir", tmp_path / "outputs"]
+    flags += ["--datasets", "clotho", "audiocaps", "voxceleb", "--only", "preflight"]
+    assert run_all.main(list(map(str, flags))) == 0
+    for line in ("clotho: no program for 7z", "yt-dlp and ffmpeg missing", "VOXCELEB_KEY is not"):
+        assert line in caplog.text
 
 
 def test_named_data_sets_that_are_not_whole_are_left_to_the_report(tmp_path, monkeypatch):
@@ -158,7 +167,7 @@ def test_killed_at_three_places_and_resumed(tmp_path, number):
         time.sleep(3)  # what was started dies with it
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "stage training: done before" in done.stdout
+    assert "stage training: already done" in done.stdout
     newest = max((output / "reports").glob("report_*.json"))  # every start writes one
     assert json.loads(newest.read_text())["retrieval"]
 

@@ -41,6 +41,7 @@ OWNERS = {
     },
     "processes": {
         "shared.child",
+        "shared.device",  # nvidia-smi
         "shared.loader",  # its workers look at the process that forked them
         "shared.tools.doctor_checks",  # whether torchaudio imports, whether torch sees the GPU
     },

@@ -1,100 +1,120 @@
-"""The whole flow: its order, where it goes on, and what it reports."""
+"""The whole flow: its order, where it continues, and what it reports."""
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+from pathlib import Path
+
+import pytest
 
 from shared.files import open_lock, read_json, write_json
 from shared.lock import try_to_lock
-from shared.stages import Stage
-from shared.status import Status
-from tests.harness import run_here
+from tests.harness import Outcome, run_here
 from vasevqa import run_all
 
 DOCUMENTED = ["classifier", "clipfilter1", "clipfilter2", "sft", "merge", "grpo", "merge2"]
+SCORES = {
+    "metrics": {"normalised": 0.9, "contained": 0.7},
+    "before": {"normalised": 0.0, "contained": 0.1},
+    "majority": 0.318,
+    "counts": {"questions": 280},
+}
 
 
-def commands(*argv):
-    return list(run_all._commands(run_all.parse(run_all.Config, list(argv))))
+def flow(*flags: object) -> Outcome:
+    return run_here(run_all.main, flags)
+
+
+def commands(*flags: str) -> dict[str, list[str]]:
+    """{stage: words of its command}, as --dry-run prints them."""
+    rows = [row.split(": ", 1) for row in flow(*flags, "--dry-run").text.splitlines()]
+    return {name: shlex.split(line) for name, line in rows}
+
+
+def script(path: Path, output: Path | None = None, text: str = "{}", code: int = 0) -> None:
+    """A script that writes `text` into `output` and ends with `code`."""
+    line = f"mkdir -p {output.parent}; echo {shlex.quote(text)} > {output}" if output else ":"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".py":
+        path.write_text(f"import os\nos.system({line!r})\nraise SystemExit({code})\n")
+    else:
+        path.write_text(f"#!/usr/bin/env bash\n{line}\nexit {code}\n")
+        path.chmod(0o755)
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> Path:
+    """A recipe whose scripts do nothing but leave what the flow expects of a demo."""
+    model, runs = tmp_path / "model", tmp_path / "demo" / "runs"
+    for name, path in (("RECIPE", tmp_path), ("MODEL", model), ("FILTER", tmp_path / "filter")):
+        monkeypatch.setattr(run_all, name, path)
+    filtered = runs / "filter" / "filtered_vases"
+    script(tmp_path / "filter" / "model.py")
+    script(tmp_path / "filter" / "classifier.py")
+    script(tmp_path / "filter" / "clipfilter1.sh", filtered / "filtering_report.json")
+    script(tmp_path / "filter" / "clipfilter2.py", filtered / "best_views_report.json")
+    script(model / "sft.sh", runs / "7B" / "report.html", "of the training")
+    script(model / "merge.sh", runs / "checkpoint-merged" / "config.json")
+    script(model / "grpo.sh", runs / "GRPO" / "args.json")
+    script(model / "evaluate.py", runs / "evaluation" / "vqa.json", json.dumps(SCORES))
+    return tmp_path
 
 
 def test_the_stages_are_those_of_the_documents_in_their_order():
-    assert [name for name, *_ in commands()][:7] == DOCUMENTED
-    demo = [name for name, *_ in commands("--demo")]
-    assert demo == ["quality", *DOCUMENTED, "evaluate"]
+    assert list(commands())[:7] == DOCUMENTED
+    assert list(commands("--demo")) == ["quality", *DOCUMENTED, "evaluate"]
 
 
 def test_every_stage_runs_a_script_that_is_there():
-    for name, words, outputs in commands("--demo"):
-        script = words[1] if words[0] == run_all.sys.executable else words[0]
-        assert script.is_file() and "--demo" in words, name
-        assert all(path.is_relative_to(run_all.RECIPE / "demo" / "runs") for path in outputs)
+    for name, words in commands("--demo").items():
+        named = words[1] if words[0] == run_all.sys.executable else words[0]
+        assert Path(named).is_file() and "--demo" in words, name
 
 
 def test_the_filter_is_told_how_much_to_keep_and_asks_nothing():
-    first = {name: words for name, words, _ in commands("--keep", "0.5")}["clipfilter1"]
-    assert first[1:] == ["2", "--yes", "--keep", "0.5"]
+    assert commands("--keep", "0.5")["clipfilter1"][1:] == ["2", "--yes", "--keep", "0.5"]
 
 
-def test_the_result_is_the_accuracy_before_and_after(tmp_path):
-    (tmp_path / "evaluation").mkdir()
-    write_json(
-        tmp_path / "evaluation" / "vqa.json",
-        {
-            "metrics": {"normalised": 0.9, "contained": 0.7},
-            "before": {"normalised": 0.0, "contained": 0.1},
-            "majority": 0.318,
-            "counts": {"questions": 280},
-        },
-    )
-    (tmp_path / "flow").mkdir()
-    status = Status(tmp_path / "flow", recipe="vasevqa")
-    run_all._counted(Stage("sft", lambda: 0), status, lambda: None).run()
-    run_all._close(status, 0, tmp_path)
-    found = read_json(tmp_path / "flow" / "status.json")
-    assert (found["state"], found["step"], found["last"]) == ("done", 1, {"stage": "sft"})
+def test_the_result_is_the_accuracy_before_and_after_and_the_page_shows_the_stages(recipe):
+    outcome = flow("--demo")
+    assert outcome.code == 0, outcome.text
+    flow_dir = recipe / "demo" / "runs" / "flow"
+    status = read_json(flow_dir / "status.json")
+    assert (status["state"], status["step"], status["last"]) == ("done", 9, {"stage": "evaluate"})
     name = "answers right in content (majority answer 0.318, N 280)"
     expected = {"name": name, "before": 0.1, "after": 0.7, "higher_is_better": True}
-    assert found["result"] == expected
-    run_all._close(status, 143, tmp_path)
-    found = read_json(tmp_path / "flow" / "status.json")
-    assert (found["state"], found["result"], found["reason"]) == ("stopped", None, "stage sft")
+    assert status["result"] == expected
+    page = (flow_dir / "report.html").read_text()
+    assert read_json(flow_dir / "sft.json")["finished_at"] in page
+    assert str(recipe / "demo/runs/7B/report.html") in page and "of the training" not in page
+    config = read_json(flow_dir / "config.json")
+    assert config["settings"]["demo"] is True and "ms-swift" in config["versions"]
 
 
-def test_the_chain_has_a_page_with_its_stages_and_its_result(tmp_path):
-    flow = tmp_path / "flow"
-    flow.mkdir()
-    write_json(flow / "sft.json", {"seconds": 12.5, "finished_at": "2026-01-01T00:00:00Z"})
-    (tmp_path / "7B").mkdir()
-    (tmp_path / "7B" / "report.html").write_text("of the training")
-    status = Status(flow, recipe="vasevqa")
-    run_all._counted(Stage("merge", lambda: 1), status, lambda: None).run()
-    run_all._close(status, 1, tmp_path)
-    run_all._show(flow, ["sft", "merge"])
-    text = (flow / "report.html").read_text()
-    assert "Failed (exit code 1): stage merge" in text
-    assert "2026-01-01T00:00:00Z" in text and "12.5" in text
-    assert str(tmp_path / "7B" / "report.html") in text and "of the training" not in text
+def test_a_failed_stage_is_named_and_the_chain_continues_there(recipe):
+    script(recipe / "model" / "grpo.sh", code=7)
+    outcome = flow("--demo")
+    flow_dir = recipe / "demo" / "runs" / "flow"
+    status = read_json(flow_dir / "status.json")
+    assert outcome.code == status["exit_code"] == 7
+    assert (status["state"], status["reason"], status["result"]) == ("failed", "stage grpo", None)
+    assert "Failed (exit code 7): stage grpo" in (flow_dir / "report.html").read_text()
+    script(recipe / "model" / "grpo.sh", recipe / "demo" / "runs" / "GRPO" / "args.json")
+    outcome = flow("--demo", "--from", "grpo")
+    assert outcome.code == 0, outcome.text
+    assert "stage sft" not in outcome.text
 
 
-def test_a_stage_that_is_none_and_a_chain_at_work_leave_what_is_there(tmp_path):
+def test_a_stage_that_is_none_and_a_running_chain_leave_what_is_there(tmp_path):
     os.close(open_lock(tmp_path))
     write_json(tmp_path / "status.json", {"state": "running", "pid": 1})
-    outcome = run_here(run_all.main, ["--only", "sfd", "--state-dir", tmp_path])
+    outcome = flow("--only", "sfd", "--state-dir", tmp_path)
     assert outcome.code == 2 and "did you mean sft?" in outcome.text
     handle = open_lock(tmp_path)
     assert try_to_lock(handle)
-    outcome = run_here(run_all.main, ["--only", "sft", "--state-dir", tmp_path])
-    assert outcome.code == 2 and "at work in another process" in outcome.text
+    outcome = flow("--only", "sft", "--state-dir", tmp_path)
+    assert outcome.code == 2 and "in use by a live run" in outcome.text
     os.close(handle)
     assert read_json(tmp_path / "status.json") == {"state": "running", "pid": 1}
-
-
-def test_the_first_stage_describes_the_chain(tmp_path):
-    cfg = run_all.parse(run_all.Config, ["--keep", "0.5"])
-    status = Status(tmp_path, recipe="vasevqa")
-    run_all._counted(
-        Stage("sft", lambda: 0), status, lambda: run_all._describe(cfg, tmp_path)
-    ).run()
-    config = read_json(tmp_path / "config.json")
-    assert config["settings"]["keep"] == 0.5 and "ms-swift" in config["versions"]
