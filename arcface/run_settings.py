@@ -18,7 +18,7 @@ from arcface.schedule import learning_rate_factor
 from shared.config import RunOptions, option
 from shared.errors import UserError
 from shared.files import read_json
-from shared.run_record import flat
+from shared.run_status import flat
 from shared.settings import differing
 
 _SHOWN = 5  # settings that differ, in one message

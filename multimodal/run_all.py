@@ -11,7 +11,6 @@ Training takes the data sets that are whole; the report names the others, and th
 the download's.
 """
 
-import importlib.util
 import json
 import logging
 import os
@@ -181,9 +180,9 @@ def _preflight(cfg: Config) -> int:
 
 def _will_be_skipped(cfg: Config, chosen: tuple[str, ...]) -> Iterator[str]:
     """What cannot be fetched on this machine, and what to do about it."""
-    programs = ("7z", "7zz", "7za", "bsdtar")
-    can_unpack = importlib.util.find_spec("py7zr") or any(map(shutil.which, programs))
-    if "clotho" in chosen and not can_unpack:
+    from shared.unpack import can_unpack_7z
+
+    if "clotho" in chosen and not can_unpack_7z():
         yield "clotho: no program for 7z here: pip install py7zr"
     tools = [name for name in ("yt-dlp", "ffmpeg") if not shutil.which(name)]
     if "audiocaps" in chosen and cfg.audiocaps_source == "youtube" and tools:
@@ -199,7 +198,7 @@ def _environment(model_size: str) -> int:
 
     lacking = [check for check in packages(HERE.parent, [HERE.name]) if check.state == MISSING]
     for check in lacking:
-        log.error("%s: %s; %s", check.name, check.value, check.advice)
+        log.error("%s: %s; %s", check.name, check.value, check.command)
     if lacking:
         log.error("bash %s makes an environment that has all", HERE / "setup_environment.sh")
         return MISSING_TOOL

@@ -14,19 +14,18 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from shared import processes
 from shared.errors import UserError
 from shared.files import open_lock, read_object, remove_stale_temporaries
+from shared.status import SILENCE, heartbeat_age
 
 log = logging.getLogger(__name__)
 
 NAME = "run.lock"
 _DYING = 2.0  # seconds that workers, which share the lock, may take to follow their process
-_HEARTBEAT = 120.0  # seconds after which a run on another host, without locks, counts as gone
 _warned = False
 
 
@@ -97,10 +96,8 @@ def _says_it_runs(status: dict[str, Any]) -> bool:
         return False
     if status.get("host") == socket.gethostname():
         return processes.is_same(status)
-    with contextlib.suppress(ValueError, TypeError):
-        heartbeat = datetime.fromisoformat(status.get("updated_at") or "")
-        return time.time() - heartbeat.timestamp() < _HEARTBEAT
-    return False
+    age = heartbeat_age(status)
+    return age is not None and age < SILENCE
 
 
 def _in_use(run_dir: Path, status: dict[str, Any], flag: str) -> str:

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,15 +144,6 @@ def _say_of_thread(ended: threading.ExceptHookArgs) -> None:
         log.warning("a thread that writes files has ended: %s", ended.exc_value)
     else:
         threading.__excepthook__(ended)
-
-
-def table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Rows of cells as aligned columns below their headers and a line of dashes."""
-    lines = [list(headers), *map(list, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]
-    lines.insert(1, ["-" * width for width in widths])
-    aligned = ([f"{c:<{w}}" for c, w in zip(line, widths, strict=True)] for line in lines)
-    return "\n".join("  ".join(cells).rstrip() for cells in aligned)
 
 
 def say(text: str) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import os
 import re
 import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,27 @@ def is_alive(pid: int) -> bool:
     except PermissionError:
         return True
     return _stat(pid)[:1] != ["Z"]
+
+
+def are_working(pid: int, seconds: float = 1.0) -> bool:
+    """Whether the process or a descendant uses the processor, or waits for a disk, for `seconds`.
+
+    What waiting threads use, below two hundredths of the time, does not count.
+    """
+    members = [pid, *descendants(pid)]
+    before = sum(map(_processor_time, members))
+    time.sleep(seconds)
+    if any(_stat(member)[:1] == ["D"] for member in members):
+        return True
+    return sum(map(_processor_time, members)) - before >= 0.02 * seconds
+
+
+def _processor_time(pid: int) -> float:
+    """Seconds of processor time that a process has used."""
+    with contextlib.suppress(LookupError, ValueError):
+        user, system = _stat(pid)[11:13]
+        return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
+    return 0.0
 
 
 def has_open(pid: int, path: Path) -> bool:

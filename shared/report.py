@@ -2,13 +2,15 @@
 
     write(run_dir)      run_dir/report.html
 
-Made of what the run directory holds (see shared/run_record.py), whole or not. A recipe adds to its
+Made of what the run directory holds (shared/run_status.py), whole or not. A recipe adds to its
 report by putting PNG, JPEG, SVG or HTML files into `pages/` of the run directory, or by naming them
 among the outputs of its status; HTML pages in `evaluation/` are taken too.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import math
 import re
@@ -17,20 +19,25 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from shared import run_status
 from shared.errors import UserError, one_line
 from shared.files import is_file, read_bytes
 from shared.page import Page, Picture
 from shared.progress import clock
-from shared.run_record import RunRecord, Series, as_text, flat, number, read
-from shared.run_view import warnings_of
+from shared.run_status import Run, Series, flat, number
 
 log = logging.getLogger(__name__)
 
 NAME = "report.html"
 STAGE = "stage"  # a tag of metrics.jsonl: charts mark the steps at which its value changes
 
+PAGES = "pages"  # of a run directory: the pictures and tables that a recipe adds to the report
+EVALUATION = "evaluation"  # where its evaluate.py writes: of what is there, the pages
+PICTURES = (".png", ".jpg", ".jpeg", ".svg", ".html")
+_LOG_END = 60  # lines
 _LARGEST_PICTURE, _LARGEST_PAGE = 8_000_000, 40_000_000  # bytes
-_BANNERS = {"done": "good", "failed": "bad", "killed": "bad"}
+_BANNERS = {"done": "good", "failed": "bad", "stale": "bad"}
+_WORDS = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
 _RESULT = {"before": "before", "after": "after", "unit": "unit", "n": "N", "chance": "chance"}
 
 _CHARTS = 24  # of a page, at most
@@ -46,11 +53,13 @@ def write(run_dir: Path, out: Path | None = None) -> Path:
     """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir} is no directory: give a run directory, with status.json in it")
-    record = read(run_dir)
-    if not (record.status or record.config or record.curves):
-        problems = "; ".join(record.problems)
+    run = run_status.read(run_dir)
+    config = run_status.json_object(run_dir / "config.json", run.problems)
+    curves = run_status.curves(run)
+    if not (run.status or config or curves):
+        problems = "; ".join(run.problems)
         raise UserError(f"{run_dir} holds no run ({problems}): give a directory with status.json")
-    out, page = out or run_dir / NAME, _report(record)
+    out, page = out or run_dir / NAME, _report(run, config, curves)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         page.write(out)
@@ -74,51 +83,56 @@ def refresh(run_dir: Path) -> None:
 # --- one run --------------------------------------------------------------------------------------
 
 
-def _report(record: RunRecord) -> Page:
-    page = Page(record.name)
-    page.banner(_ending(record), _BANNERS.get(record.state, "open"))
-    page.warnings(_warnings(record))
-    _add_result(page, record)
-    _add_curves(page, record)
-    _add_settings(page, record)
-    _add_pictures(page, record)
-    _add_facts(page, record)
+def _report(run: Run, config: dict[str, Any], curves: dict[str, dict[str, Series]]) -> Page:
+    own, log_file = run.run_dir.absolute().name, _log_of(run)
+    page = Page(" · ".join(dict.fromkeys(part for part in (_text(run, "recipe"), own) if part)))
+    page.banner(_ending(run), _BANNERS.get(run.state, "open"))
+    problems = [f"Not shown: {problem}." for problem in run.problems]
+    page.warnings([*problems, *run_status.warnings_of(log_file, 10)])
+    _add_result(page, run)
+    _add_curves(page, curves)
+    _add_settings(page, config)
+    _add_pictures(page, run)
+    _add_facts(page, run, config)
+    if lines := run_status.log_lines(log_file, _LOG_END):
+        page.lines(f"End of the log: {log_file}", lines, is_open=run.state != "done")
     return page
 
 
-def _ending(record: RunRecord) -> str:
+def _ending(run: Run) -> str:
     """How the run ended, in words."""
-    reason, place = record.text("reason"), _place(record)
-    code = record.status.get("exit_code")
-    if record.state == "running":
-        return f"Still running when this page was written: {place}."
-    if record.state == "killed":
-        pid = record.status.get("pid")
-        resume = "With --resume auto the same command continues from the last checkpoint."
-        return f"Killed: process {pid} was not found; its last report is {place}. {resume}"
-    words = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
-    word = words.get(record.state, "Nothing says how this run ended")
-    told = f"{word} (exit code {as_text(code)})" if code else word
+    reason, code = _text(run, "reason"), run.status.get("exit_code")
+    if run.state in run_status.LIVE:
+        silence = f" ({run.note})" if run.state == run_status.SILENT else ""
+        return f"Still running when this page was written: {_place(run)}{silence}."
+    if run.state == run_status.STALE:
+        return f"Stale: {run.note}. {_place(run).capitalize()}."
+    told = f"{_WORDS[run.state]} (exit code {as_text(code)})" if code else _WORDS[run.state]
     return f"{told}: {reason}" if reason else f"{told}."
 
 
-def _place(record: RunRecord) -> str:
-    step, total = (as_text(record.status.get(name)) for name in ("step", "total_steps"))
-    left = number(record.status.get("eta_s"))
-    if record.state == "running" and left and math.isfinite(left):
+def _place(run: Run) -> str:
+    step, total = (as_text(run.status.get(name)) for name in ("step", "total_steps"))
+    left = number(run.status.get("eta_s"))
+    if run.state in run_status.LIVE and left and math.isfinite(left):
         return f"at step {step} of {total}, {clock(left)} left"
     return f"at step {step} of {total}"
 
 
-def _warnings(record: RunRecord) -> list[str]:
-    """What could not be read, and the log's last warnings and errors."""
-    told = warnings_of(str(record.log), 10) if record.log else []
-    return [*(f"Not shown: {problem}." for problem in record.problems), *told]
+def _text(run: Run, name: str) -> str:
+    """A field of status.json as one line of text; '' without it."""
+    value = run.status.get(name)
+    return "" if value is None else " ".join(str(value).split())[:2000]
 
 
-def _add_result(page: Page, record: RunRecord) -> None:
+def _mapping(value: Any) -> dict[str, Any]:
+    """`value` where it is a mapping, else {}."""
+    return {str(name): item for name, item in value.items()} if isinstance(value, dict) else {}
+
+
+def _add_result(page: Page, run: Run) -> None:
     """The run's result with all that is known of it, the last and the best values, the data."""
-    result = record.mapping("result")
+    result = _mapping(run.status.get("result"))
     higher = result.pop("higher_is_better", None)
     better = {True: " (higher is better)", False: " (lower is better)"}.get(higher, "")
     if result:
@@ -127,16 +141,16 @@ def _add_result(page: Page, record: RunRecord) -> None:
         columns = [column for column in columns if column in result]
         headers = ["result", *(_RESULT.get(column, column) for column in columns)]
         page.table(headers, [(name, *(_cell(result[column]) for column in columns))])
-    last, best = record.mapping("last"), record.mapping("best")
+    last, best = (_mapping(run.status.get(name)) for name in ("last", "best"))
     rows = [(n, _cell(last.get(n)), _cell(best.get(n))) for n in dict.fromkeys([*last, *best])]
     if rows:
         page.table(("", "last", "best"), rows, fold="Last and best values")
-    _add_mapping(page, "Data", ("data", "count"), flat(record.mapping("data")))
+    _add_mapping(page, "Data", ("data", "count"), flat(_mapping(run.status.get("data"))))
 
 
-def _add_curves(page: Page, record: RunRecord) -> None:
+def _add_curves(page: Page, read: dict[str, dict[str, Series]]) -> None:
     """A chart for each quantity; what is the same at every step is named in a line."""
-    curves = _quantities(record.curves)
+    curves = _quantities(read)
     if not curves:
         return
     page.section("Curves")
@@ -146,7 +160,7 @@ def _add_curves(page: Page, record: RunRecord) -> None:
         page.text(f"Never changed: {told}.")
     moving = [tag for tag in curves if tag not in flat_ones]
     moving.sort(key=lambda tag: (tag in _SPEED, "loss" not in tag.lower()))
-    borders = _borders(record.curves.get(STAGE, {}))
+    borders = _borders(read.get(STAGE, {}))
     page.charts(
         {
             tag: {"lines": curves[tag], "log_y": _spans(tag, curves[tag]), "borders": borders}
@@ -203,8 +217,8 @@ def _borders(stages: Mapping[str, Series]) -> dict[float, str]:
     return found
 
 
-def _add_settings(page: Page, record: RunRecord) -> None:
-    settings, defaults = record.settings, record.defaults
+def _add_settings(page: Page, config: dict[str, Any]) -> None:
+    settings, defaults = (flat(_mapping(config.get(name))) for name in ("settings", "defaults"))
     if not settings:
         return
     page.section("Settings")
@@ -212,19 +226,20 @@ def _add_settings(page: Page, record: RunRecord) -> None:
     changed = [(name, as_text(settings[name]), as_text(defaults[name])) for name in names]
     if changed:
         page.table(("differs from the default", "value", "default"), changed)
-    elif "defaults" in record.config:
+    elif "defaults" in config:
         page.text("Every setting has its default.")
     rows = [(name, as_text(value)) for name, value in sorted(settings.items())]
     page.table(("setting", "value"), rows, fold=f"All {len(rows)} settings")
 
 
-def _add_pictures(page: Page, record: RunRecord) -> None:
+def _add_pictures(page: Page, run: Run) -> None:
     """The pictures, and pages of a recipe in frames that run no script and fetch nothing."""
-    if not record.pictures:
+    pictures = _pictures_of(run)
+    if not pictures:
         return
     page.section("Pictures")
     room = _LARGEST_PAGE
-    for path in record.pictures:
+    for path in pictures:
         try:
             content = read_bytes(path) if path.stat().st_size <= _LARGEST_PICTURE else None
             if content is None or len(content) > room:
@@ -239,24 +254,48 @@ def _add_pictures(page: Page, record: RunRecord) -> None:
             page.text(f"Not shown: {path.name}: {one_line(error)[:200]}")
 
 
-def _add_facts(page: Page, record: RunRecord) -> None:
-    """When and where, the environment, the end of the log."""
+def _add_facts(page: Page, run: Run, config: dict[str, Any]) -> None:
+    """When and where, and the environment."""
     page.section("Run")
     names = ("state", "exit_code", "step", "total_steps", "epoch", "started_at", "updated_at")
-    facts = {"directory": str(record.run_dir)}
-    facts |= {name: record.status[name] for name in names if name in record.status}
-    if seconds := _seconds_of(record):
+    facts = {"directory": str(run.run_dir)}
+    facts |= {name: run.status[name] for name in names if name in run.status}
+    if seconds := _seconds_of(run):
         facts["duration"] = clock(seconds)
-    command = record.config.get("command", record.status.get("command"))
+    command = config.get("command", run.status.get("command"))
     facts |= {"command": command} if isinstance(command, str) else {}
     rows = [(name, as_text(value)) for name, value in facts.items()]
-    outputs = record.status.get("outputs")
+    outputs = run.status.get("outputs")
     outputs = outputs if isinstance(outputs, list) else []
-    rows += [("output", as_text(path).removeprefix(f"{record.run_dir}/")) for path in outputs]
+    rows += [("output", as_text(path).removeprefix(f"{run.run_dir}/")) for path in outputs]
     page.table(("run", ""), rows)
-    _add_mapping(page, "Environment", ("environment", ""), record.environment)
-    if record.log_end:
-        page.lines(f"End of the log: {record.log}", record.log_end, is_open=record.state != "done")
+    host = {"host": run.status.get("host"), "processes": run.status.get("world_size")}
+    environment = {name: value for name, value in host.items() if value is not None}
+    for name in ("environment", "versions"):
+        environment |= flat(_mapping(config.get(name)))
+    _add_mapping(page, "Environment", ("environment", ""), environment)
+
+
+def _log_of(run: Run) -> Path | None:
+    """The run's log file: as status.json names it, else the newest in the run directory."""
+    named = run.status.get("log")
+    candidates = [Path(named)] if isinstance(named, str) and named else []
+    with contextlib.suppress(OSError):
+        candidates += sorted(run.run_dir.glob("*.log"), key=lambda p: p.stat().st_mtime)[::-1]
+    return next((path for path in candidates if is_file(path)), None)
+
+
+def _pictures_of(run: Run) -> list[Path]:
+    """Files of pages/ by their names, pages of an evaluation, pictures among the run's outputs."""
+    found: list[Path] = []
+    for pattern in (f"{PAGES}/*", f"{EVALUATION}/*.html"):
+        with contextlib.suppress(OSError):
+            found += sorted(run.run_dir.glob(pattern))
+    outputs = run.status.get("outputs")
+    names = [name for name in outputs if isinstance(name, str)] if isinstance(outputs, list) else []
+    found += [run.run_dir / name for name in names]  # an absolute one stays as it is
+    inside = [path for path in found if path.suffix.lower() in PICTURES and is_file(path)]
+    return [path for path in dict.fromkeys(inside) if path.name != "report.html"]
 
 
 def _add_mapping(
@@ -269,6 +308,16 @@ def _add_mapping(
 # --- values ---------------------------------------------------------------------------------------
 
 
+def as_text(value: Any) -> str:
+    """A value as the tables show it: texts as they are, all else as JSON."""
+    if isinstance(value, str):
+        return value
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (ValueError, TypeError, RecursionError):
+        return repr(type(value))
+
+
 def _cell(value: Any) -> Any:
     """A figure as a table shows it; all else as text."""
     is_figure = isinstance(value, (int, float)) and not isinstance(value, bool)
@@ -276,10 +325,10 @@ def _cell(value: Any) -> Any:
     return value if shown else as_text(value)
 
 
-def _seconds_of(record: RunRecord) -> float:
+def _seconds_of(run: Run) -> float:
     """From the start of the run (or of its continuation) to its last word; 0 when not known."""
     try:
-        times = [datetime.fromisoformat(record.text(n)) for n in ("started_at", "updated_at")]
+        times = [datetime.fromisoformat(_text(run, n)) for n in ("started_at", "updated_at")]
         return max(0.0, (times[1] - times[0]).total_seconds())
     except (ValueError, TypeError, OverflowError):
         return 0.0

@@ -1,6 +1,6 @@
-"""A run's view as text: the block that a monitor shows, and the table of several runs.
+"""A run as text for people: the block that a monitor shows, a line, and the table of several runs.
 
-Standard library only.
+The one place for the words of a state. Standard library only.
 """
 
 from __future__ import annotations
@@ -8,69 +8,82 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+from shared import terminal
 from shared.progress import clock
-from shared.run_view import FAILED, RUNNING, View
+from shared.run_status import DONE, FAILED, RUNNING, STALE, View, span
 
 _BARS = "▁▂▃▄▅▆▇█"
 _NAME = 9  # columns of the names on the left
+_COLOURS = {DONE: "green", RUNNING: "green", FAILED: "red", STALE: "red"}  # the others: yellow
 
 
-def block(seen: View, width: int = 100) -> str:
+def block(seen: View, columns: int = 80) -> str:
     """Everything about one run, a topic a line; what is not known is left out."""
-    lines = [headline(seen)]
+    speed = (_with(seen.samples_per_s, "samples/s"), _with(seen.steps_per_s, "steps/s"))
+    lines = [terminal.coloured(headline(seen), _COLOURS.get(seen.state, "yellow"))]
     for name, text in (
         ("note", seen.note),
         ("reason", seen.reason or ""),
-        ("progress", _progress(seen)),
-        (
-            "speed",
-            _joined(_with(seen.samples_per_s, "samples/s"), _with(seen.steps_per_s, "steps/s")),
-        ),
-        ("loss", _loss(seen, width - _NAME - 45)),
+        ("progress", _joined(_progress(seen), _heartbeat(seen))),
+        ("speed", _joined(*speed)),
+        ("loss", _loss(seen, columns - _NAME - 35)),
         ("training", _training(seen)),
         ("best", _best(seen)),
         ("val", "  ".join(f"{name} {number(value)}" for name, value in seen.validation.items())),
-        ("result", _result(seen)),
+        ("result", result_text(seen.result)),
         ("memory", _memory(seen)),
-        ("run", f"pid {seen.pid} on {seen.host}, {seen.run_dir}" if seen.pid else seen.run_dir),
-        ("log", seen.log or ""),
+        ("run", _joined(*_process(seen), _short(seen.run_dir))),
+        ("log", _short(seen.log) if seen.log else ""),
     ):
         if text:
-            lines.append(f"{name:<{_NAME}}{text}")
+            lines.append(terminal.fitted(f"{name:<{_NAME}}{text}", columns, _NAME))
     if seen.warnings:
-        lines += ["last warnings and errors", *(f"  {line[: width - 2]}" for line in seen.warnings)]
+        lines.append("last warnings and errors")
+        lines += [terminal.fitted(f"  {line}", columns, 4) for line in seen.warnings]
     return "\n".join(lines)
 
 
 def headline(seen: View) -> str:
     """'lavic: RUNNING', with the code of one that failed."""
+    return f"{seen.recipe or Path(seen.run_dir).name}: {state_text(seen)}"
+
+
+def state_text(seen: View) -> str:
+    """'RUNNING', 'FAILED (exit 1)'."""
     code = f" (exit {seen.exit_code})" if seen.state == FAILED else ""
-    return f"{seen.recipe or Path(seen.run_dir).name}: {seen.state.upper()}{code}"
+    return f"{seen.state.upper()}{code}"
 
 
 def short(seen: View) -> str:
     """One line about one run, for files and pipes."""
-    parts = [headline(seen), _progress(seen)]
-    parts += [f"loss {number(seen.loss)}" if seen.loss is not None else ""]
-    return "  ".join(part for part in (*parts, seen.note) if part)
+    loss = f"loss {number(seen.loss)}" if seen.loss is not None else ""
+    return _joined(headline(seen), _progress(seen), loss, seen.note)
 
 
-def table(views: Sequence[View], root: Path) -> str:
-    """Several runs, a row each."""
-    rows: list[tuple[str, ...]] = [("recipe", "state", "step", "updated", "directory")]
+def table(views: Sequence[View], root: Path, columns: int = 80) -> str:
+    """Several runs, a row each; a long directory goes on below."""
+    rows: list[tuple[str, ...]] = []
     for seen in views:
         path = Path(seen.run_dir)
         place = str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
-        code = f" ({seen.exit_code})" if seen.state == FAILED else ""
         step = "-" if seen.step is None else f"{seen.step}/{seen.total_steps or '?'}"
-        state = seen.state.upper() + code
-        rows.append((seen.recipe or "-", state, step, seen.updated_at or "-", place))
-    widths = [max(len(row[column]) for row in rows) for column in range(5)]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    )
+        ago = "-" if seen.heartbeat_s is None else f"{span(seen.heartbeat_s)} ago"
+        rows.append((state_text(seen), step, ago, place))
+    return terminal.table(("state", "step", "updated", "directory"), rows, columns)
+
+
+def result_text(result: dict[str, Any] | None) -> str:
+    """'accuracy 0.512 -> 0.874', with '(no gain)' where it got no better; '' without a result."""
+    if not result:
+        return ""
+    before, after = result.get("before"), result.get("after")
+    text = f"{result.get('name')} {number(before)} -> {number(after)}"
+    if not (isinstance(before, (int, float)) and isinstance(after, (int, float))):
+        return text
+    gain = after - before if result.get("higher_is_better", True) else before - after
+    return text if gain > 0 else f"{text} (no gain)"
 
 
 def gpu_texts(seen: View) -> list[str]:
@@ -113,18 +126,30 @@ def _with(value: float | None, unit: str) -> str:
     return "" if value is None else f"{number(value)} {unit}"
 
 
+def _short(path: str) -> str:
+    """A path as it is typed from here."""
+    here, place = Path.cwd(), Path(path)
+    return str(place.relative_to(here)) if place.is_relative_to(here) else path
+
+
+def _process(seen: View) -> tuple[str, ...]:
+    host = f" on {seen.host}" if seen.host else ""
+    return (f"pid {seen.pid}{host}",) if seen.pid else ()
+
+
 def _progress(seen: View) -> str:
     if seen.step is None:
         return ""
     share = "" if seen.percent is None else f" ({seen.percent} %)"
     left = "" if seen.eta_s is None else f"ETA {clock(seen.eta_s)}"
     epoch = "" if seen.epoch is None else f"epoch {seen.epoch}"
-    age = (
-        ""
-        if seen.heartbeat_s is None or seen.state != RUNNING
-        else f"heard {seen.heartbeat_s:.0f} s ago"
-    )
-    return _joined(f"step {seen.step}/{seen.total_steps or '?'}{share}", epoch, left, age)
+    return _joined(f"step {seen.step}/{seen.total_steps or '?'}{share}", epoch, left)
+
+
+def _heartbeat(seen: View) -> str:
+    if seen.heartbeat_s is None or seen.state != RUNNING:
+        return ""
+    return f"last heartbeat {span(seen.heartbeat_s)} ago"
 
 
 def _loss(seen: View, width: int) -> str:
@@ -144,14 +169,6 @@ def _best(seen: View) -> str:
     if not best:
         return ""
     return f"{best['name']} {number(best['value'])} in epoch {best['epoch']} (step {best['step']})"
-
-
-def _result(seen: View) -> str:
-    result = seen.result
-    if not result:
-        return ""
-    before, after = (number(result.get(when)) for when in ("before", "after"))
-    return f"{result.get('name')} {before} -> {after}"
 
 
 def _memory(seen: View) -> str:

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from shared import lock, logs, outcome
+from shared import lock, outcome, terminal
 from shared.child import Child
 from shared.config import option
 from shared.errors import DONE, FAILED, MissingToolError, UserError, did_you_mean, one_line
@@ -193,7 +193,7 @@ def _conclude(
 ) -> int:
     """Log the table and the closing line; the exit code of the chain."""
     cells = [(name, *row) for name, row in rows.items()]
-    log.info("stages\n%s", logs.table(("stage", "state", "time", "exit code"), cells))
+    log.info("stages\n%s", terminal.table(("stage", "state", "time", "exit code"), cells))
     failed = [stage for stage in stages if rows[stage.name][0] == "failed"]
     code, reason = DONE, f"{len(stages)} stages"
     if stopped_by and all(stage.optional for stage in failed):

@@ -22,6 +22,7 @@ from shared.files import read_object, write_json
 
 log = logging.getLogger(__name__)
 
+SILENCE = 300.0  # seconds without an update after which nobody relies on a run's status
 _EVERY = 2.0  # seconds between updates while training
 _LOCK = "run.lock"  # belongs to the directory: every run there takes it
 # of a run whatever it lists: written last, or after its end
@@ -71,6 +72,12 @@ def close(run_dir: Path | None, code: int, reason: str, state: str = "failed") -
     if run_dir and fields.get("state") == "running":
         fields |= {"state": state, "exit_code": code, "reason": reason, "updated_at": now()}
         _write(run_dir / "status.json", fields)
+
+
+def heartbeat_age(fields: dict[str, Any]) -> float | None:
+    """Seconds since a status was written; None where it does not say when."""
+    updated = _seconds(fields.get("updated_at"))
+    return max(0.0, time.time() - updated) if math.isfinite(updated) else None
 
 
 def files_of(run_dir: Path) -> set[str]:

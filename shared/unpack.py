@@ -12,6 +12,7 @@ call begins anew.
 from __future__ import annotations
 
 import errno
+import importlib.util
 import io
 import lzma
 import os
@@ -143,6 +144,13 @@ def _untar(path: Path, staging: Path) -> None:
             _check_name(member.name, path)
         _check_growth(sum(m.size for m in members), path.stat().st_size, path, staging)
         archive.extractall(staging, members, filter="data")
+
+
+def can_unpack_7z() -> bool:
+    """Whether py7zr or a program for 7z is there."""
+    if importlib.util.find_spec("py7zr"):
+        return True
+    return any(shutil.which(name) for name, _ in _SEVEN_ZIP)
 
 
 def _unpack_seven_zip(path: Path, staging: Path, run: Run | None) -> None:

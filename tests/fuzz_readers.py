@@ -25,8 +25,8 @@ from shared import (
     images,
     report,
     resume,
+    run_status,
     run_text,
-    run_view,
     seed,
     weights,
 )
@@ -289,6 +289,6 @@ READERS: dict[str, Reader] = {
     ),
     "run as the monitor sees it": Reader(
         together(put("status.json", json.dumps(STATUS)), put("metrics.jsonl", ROWS)),
-        lambda d: run_text.block(run_view.view(d), 80),
+        lambda d: run_text.block(run_status.view(d), 80),
     ),
 }

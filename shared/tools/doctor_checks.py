@@ -7,6 +7,7 @@ of its own, and only where there is a GPU that it might not be able to use.
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import os
 import re
 import shutil
@@ -22,7 +23,7 @@ from urllib.parse import urlsplit
 
 from shared.device import driver_version, present_gpus, visible_gpus
 from shared.files import open_regular
-from shared.tools.needs import Need
+from shared.tools.about import Need, Recipe
 
 OK, NOTE, MISSING = "ok", "note", "missing"
 _PARTS = (".part", ".incomplete", ".aria2", ".crdownload")
@@ -32,13 +33,17 @@ _PATIENCE = 5.0  # seconds for a host to answer
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the answer. state: ok, note (worth knowing) or missing; advice: what to do."""
+    """One line of the answer. state: ok, note (worth knowing) or missing.
+
+    command: for a shell in the repository's root; advice: what to do else.
+    """
 
     group: str
     name: str
     state: str
     value: str
     advice: str = ""
+    command: str = ""
 
 
 # --- packages -------------------------------------------------------------------------------------
@@ -62,11 +67,12 @@ def _package(name: str, floors: str, locked: str) -> Check:
     try:
         version = str(importlib.metadata.version(name))
     except importlib.metadata.PackageNotFoundError:
-        return Check("packages", name, MISSING, "not installed", "./setup.sh")
+        return Check("packages", name, MISSING, "not installed", command="./setup.sh")
     if not _satisfies(version, floors):
-        return Check("packages", name, MISSING, f"{version}, needs {floors}", "./setup.sh")
+        return Check("packages", name, MISSING, f"{version}, needs {floors}", command="./setup.sh")
     if locked and version.partition("+")[0] != locked.partition("+")[0]:
-        return Check("packages", name, NOTE, f"{version}; tested with {locked}", "./setup.sh")
+        value = f"{version}; tested with {locked}"
+        return Check("packages", name, NOTE, value, command="./setup.sh")
     return Check("packages", name, OK, version)
 
 
@@ -112,10 +118,11 @@ def _torchaudio() -> Iterator[Check]:
         have = importlib.metadata.version("torchaudio")
     except importlib.metadata.PackageNotFoundError:
         return
-    advice = "pip uninstall torchaudio (nothing here uses it, others fail to import because of it)"
+    advice = "nothing here uses it, and others fail to import because of it"
     problem = _last_line_of("import torchaudio")
     if problem:
-        yield Check("packages", "torchaudio", MISSING, f"{have} is broken: {problem}", advice)
+        value = f"{have} is broken: {problem}"
+        yield Check("packages", "torchaudio", MISSING, value, advice, "pip uninstall torchaudio")
     else:
         yield Check("packages", "torchaudio", OK, f"{have}, which nothing here needs")
 
@@ -216,8 +223,10 @@ def network(environ: Mapping[str, str], online: bool) -> Iterator[Check]:
     hub = environ.get("HF_ENDPOINT") or "https://huggingface.co"
     other = "https://huggingface.co" if "hf-mirror.com" in hub else "https://hf-mirror.com"
     yield _host("Hugging Face Hub", hub, online, f"another HF_ENDPOINT, as {other}")
-    scope = environ.get("MODELSCOPE_DOMAIN") or "www.modelscope.cn"
-    yield _host("ModelScope", f"https://{scope}", online, "HF_ENDPOINT and the Hub in its place")
+    domain = environ.get("MODELSCOPE_DOMAIN")
+    named = f"https://{domain}" if domain and "://" not in domain else domain
+    scope = environ.get("MODELSCOPE_ENDPOINT") or named or "https://www.modelscope.cn"
+    yield _host("ModelScope", scope, online, "another MODELSCOPE_ENDPOINT, or take the Hub")
     yield Check("network", "Hub's cache", OK, str(hub_cache(environ)))
     if environ.get("MODELSCOPE_CACHE"):
         yield Check("network", "ModelScope's cache", OK, environ["MODELSCOPE_CACHE"])
@@ -232,7 +241,7 @@ def network(environ: Mapping[str, str], online: bool) -> Iterator[Check]:
 def _host(name: str, address: str, online: bool, otherwise: str) -> Check:
     shown = without_credentials(address)
     if not online:
-        return Check("network", name, OK, f"{shown} (--online asks whether it answers)")
+        return Check("network", name, OK, f"{shown} (asked with --online)")
     try:
         request = urllib.request.Request(address, method="HEAD")
         with urllib.request.urlopen(request, timeout=_PATIENCE):
@@ -260,11 +269,13 @@ def without_credentials(address: str) -> str:
 # --- data and weights -----------------------------------------------------------------------------
 
 
-def data(
-    root: Path, recipe: str, needs: tuple[Need, ...], environ: Mapping[str, str]
-) -> list[Check]:
-    """What of the recipe's data and weights is there."""
-    return [_need(root, f"data of {recipe}", need, environ) for need in needs]
+def data(root: Path, recipe: Recipe, environ: Mapping[str, str]) -> Iterator[Check]:
+    """What of the recipe's weights, data and programs is there."""
+    group = f"real data of {recipe.name}"
+    for need in (*recipe.weights, *recipe.data):
+        yield _need(root, group, need, environ)
+    for need in recipe.programs:
+        yield _program(group, need)
 
 
 def _need(root: Path, group: str, need: Need, environ: Mapping[str, str]) -> Check:
@@ -272,10 +283,19 @@ def _need(root: Path, group: str, need: Need, environ: Mapping[str, str]) -> Che
     for place in places:
         if (found := _first(place)) is not None:
             return Check(group, need.what, OK, _short(found, root))
-    value = _short(places[0], root)
+    value, state = _short(places[0], root), NOTE if need.optional else MISSING
     if any(map(_is_on_its_way, places)):
-        return Check(group, need.what, MISSING, f"{value}: unfinished download", need.command)
-    return Check(group, need.what, NOTE if need.optional else MISSING, value, need.command)
+        value, state = f"{value}: unfinished download", MISSING
+    return Check(group, need.what, state, value, need.hint, need.command)
+
+
+def _program(group: str, need: Need) -> Check:
+    """A program, or a package in its place; without it a part of the data cannot be had: a note."""
+    name = f"{need.name}, for {need.what}"
+    for found in (need.name, *need.alternatives):
+        if shutil.which(found) or importlib.util.find_spec(found):
+            return Check(group, name, OK, found)
+    return Check(group, name, NOTE, "not found", need.hint, need.command)
 
 
 def _place(root: Path, path: str, environ: Mapping[str, str]) -> Path:

@@ -1,12 +1,13 @@
-"""Watch a run, or stop it: reads status.json, metrics.jsonl and the log; the run does not notice.
+"""Watch a run, or stop it: reads status.json, metrics.jsonl and the log, no more.
 
-    python shared/tools/monitor.py                     the newest run: live on a terminal, else once
-    python shared/tools/monitor.py --recipe lavic      that recipe's newest run
-    python shared/tools/monitor.py RUN_DIR --json      one JSON object
-    python shared/tools/monitor.py --stop              let it save and leave
-    python shared/tools/monitor.py --list              every run of this repository
+    python shared/tools/monitor.py                  the newest run, live on a screen
+    python shared/tools/monitor.py --recipe lavic   that recipe's newest run
+    python shared/tools/monitor.py RUN_DIR --json   one JSON object
+    python shared/tools/monitor.py --stop           let it save and leave
+    python shared/tools/monitor.py --list           every run of this repository
 
-Ctrl-C ends the watching alone.
+Ctrl-C ends the watching alone. SILENT: no heartbeat for five minutes, but its
+processes use the processor. STALE: they are gone, or use none.
 Exit codes: 0 done, stopped or running, 1 failed or stale, 2 no run.
 """
 
@@ -16,7 +17,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import signal
 import sys
 import time
@@ -26,26 +26,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
-from shared import lock, logs, processes, run_text
+from shared import lock, logs, processes, run_text, terminal
 from shared.config import option, parse
 from shared.device import gpu_use
 from shared.errors import DONE, FAILED, USER_ERROR, UserError, did_you_mean
 from shared.files import open_regular, read_object, read_text
-from shared.run_view import RUNNING, STALE, STARTING, View, log_lines, view
+from shared.run_status import ENDED, LIVE, STALE, STARTING, View, log_lines, view
 from shared.settings import Seconds
+from shared.tools import about
 
-ROOT = Path(__file__).resolve().parents[2]
-# where each recipe's documented runs, and those that were moved aside, keep their status
-RUNS = {
-    "face_distill": ("checkpoints*",),
-    "lavic": ("src/out_*",),
-    "vasevqa": ("model/output*/*", "filter/*", "filter/*/.*"),
-    "multimodal": ("outputs*", "outputs*/*"),
-    "arcface": ("work_dirs*/*",),
-}
+ROOT = about.ROOT
+RECIPES = about.read_all()
 OF_DEMOS = ("demo/runs/*", "demo/runs/*/*")
 LOGS = ("logs", "demo/runs/logs", "model/logs", "filter/logs")
-LIVE, ENDED = (RUNNING, STARTING), ("done", "failed", "stopped")
 PATIENCE = 150.0  # seconds that --stop waits: the launcher kills after 120
 MENU = """1 live log   2 summary   3 GPUs   4 warnings and errors   5 recent losses   6 quit"""
 
@@ -55,8 +48,8 @@ class Config:
     """What to watch, and how."""
 
     run_dir: Path | None = option(None, "the run's directory; may be typed without the flag")
-    recipe: str | None = option(None, f"that recipe's newest run: {', '.join(RUNS)}")
-    follow: bool = option(False, "go on until the run ends; on a terminal the default")
+    recipe: str | None = option(None, f"that recipe's newest run: {', '.join(RECIPES)}")
+    follow: bool = option(False, "show it until the run ends; on a terminal the default")
     once: bool = option(False, "show the present state and leave; elsewhere the default")
     json: bool = option(False, "one JSON object (with --follow a line each time)")
     stop: bool = option(False, "let the run save and leave, and wait for it")
@@ -65,9 +58,9 @@ class Config:
     every: Seconds = option(2.0, "seconds between two looks")
 
     def __post_init__(self) -> None:
-        if self.recipe is not None and self.recipe not in RUNS:
-            near = did_you_mean(self.recipe, RUNS)
-            raise ValueError(f"--recipe {self.recipe}: unknown{near} (known: {', '.join(RUNS)})")
+        if self.recipe is not None and self.recipe not in RECIPES:
+            near = did_you_mean(self.recipe, RECIPES)
+            raise ValueError(f"--recipe {self.recipe}: unknown{near} (known: {', '.join(RECIPES)})")
         if self.follow and self.once:
             raise ValueError("--follow and --once exclude each other: give one of them")
 
@@ -115,7 +108,7 @@ def find(cfg: Config, root: Path) -> View:
         if not (cfg.run_dir / "status.json").exists() and not lock.is_held(cfg.run_dir):
             raise UserError(f"{cfg.run_dir} holds no run: status.json is missing; see --list")
         return seen(cfg.run_dir)
-    recipes = [cfg.recipe] if cfg.recipe else list(RUNS)
+    recipes = [cfg.recipe] if cfg.recipe else list(RECIPES)
     newest = [view(path) for path in run_directories(recipes, root)[:5]]
     live = [found for found in newest if found.state in LIVE]
     begun = live or beginning(recipes, root, newest) or newest
@@ -127,7 +120,9 @@ def find(cfg: Config, root: Path) -> View:
 
 def run_directories(recipes: list[str], root: Path) -> list[Path]:
     """The directories with a status.json, the one that was written last first."""
-    patterns = [(root / recipe, glob) for recipe in recipes for glob in (*RUNS[recipe], *OF_DEMOS)]
+    patterns = [
+        (root / recipe, glob) for recipe in recipes for glob in (*RECIPES[recipe].runs, *OF_DEMOS)
+    ]
     found = {path for base, glob in patterns for path in base.glob(f"{glob}/status.json")}
     ordered = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
     return [path.parent for path in ordered]
@@ -169,9 +164,10 @@ def show(cfg: Config, run: View) -> int:
         indent = None if cfg.follow else 2
         print(json.dumps(asdict(run), indent=indent, ensure_ascii=False), flush=True)
     elif cfg.follow and not sys.stdout.isatty():
-        print(f"{datetime.now():%Y-%m-%d %H:%M:%S} | {run_text.short(run)}", flush=True)
+        line = f"{datetime.now():%H:%M:%S} | {run_text.short(run)}"
+        print(terminal.fitted(line, terminal.width(), 11), flush=True)
     else:
-        print(run_text.block(run, shutil.get_terminal_size().columns), flush=True)
+        print(run_text.block(run, terminal.width()), flush=True)
     return FAILED if run.state in (STALE, "failed") else DONE
 
 
@@ -188,24 +184,24 @@ def follow(cfg: Config, root: Path) -> int:
         if not logs.has_reader():  # as after `| head`
             return DONE
         if clear:
-            print("\nCtrl-C leaves; the run goes on", flush=True)
+            print("\nCtrl-C leaves; the run continues", flush=True)
         time.sleep(cfg.every)
-        run = seen(Path(run.run_dir)) if run.state == RUNNING else find(cfg, root)
+        run = find(cfg, root) if run.state == STARTING else seen(Path(run.run_dir))
 
 
 def show_list(cfg: Config, root: Path) -> int:
     """Print all runs, newest first."""
-    recipes = [cfg.recipe] if cfg.recipe else list(RUNS)
+    recipes = [cfg.recipe] if cfg.recipe else list(RECIPES)
     views = [view(path) for path in run_directories(recipes, root)]
     views = beginning(recipes, root, views) + views
     if cfg.json:
         print(json.dumps([asdict(run) for run in views], indent=2, ensure_ascii=False))
     else:
-        print(run_text.table(views, root) if views else f"no runs below {root}")
+        print(run_text.table(views, root, terminal.width()) if views else f"no runs below {root}")
     return DONE if views else USER_ERROR
 
 
-# the menu of old
+# the menu
 
 
 def show_menu(cfg: Config, root: Path) -> int:

@@ -157,7 +157,7 @@ def test_a_live_terminal_is_redrawn_until_the_run_ends(tmp_path):
             os.close(ours)
             assert watching.finish(timeout=10).code == 0
         assert running.finish().code == 0
-    assert "Ctrl-C leaves; the run goes on" in text
+    assert "Ctrl-C leaves; the run continues" in text
     assert text.rindex("probe: DONE") > text.rindex("probe: RUNNING")
 
 

@@ -30,7 +30,7 @@ LIGHT = {
         "foreign",
         "run_text",
     )
-} | {"shared.report", "shared.allocator"}
+} | {"shared.report", "shared.allocator", "shared.tools.about"}
 FOREIGN_TO_SHARED = {"transformers", "peft", "swift", "open_clip"}
 # Who in shared may talk to the process and its user, beside the entry scripts and shared/tools.
 OWNERS = {
@@ -38,6 +38,7 @@ OWNERS = {
     "environment": {
         *("shared.launch", "shared.outcome", "shared.supervisor", "shared.signals"),
         *("shared.distributed", "shared.run_directory", "shared.hub"),
+        "shared.terminal",  # NO_COLOR
     },
     "processes": {
         "shared.child",

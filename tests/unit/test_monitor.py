@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import pty
 import subprocess
 import sys
 import time
@@ -9,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from shared import run_text
-from shared.run_view import View
+from shared.run_status import View
 from shared.tools import monitor
-from tests.unit.test_run_view import log, train, write
+from tests.unit.test_run_status import log, train, write
 
 MONITOR = monitor.ROOT / "shared" / "tools" / "monitor.py"
 
@@ -79,6 +80,45 @@ def test_the_block_shows_what_the_files_tell(tmp_path, capsys):
         assert part in text, text
 
 
+def crowded(base: Path) -> Path:
+    """A run about which there is much to say."""
+    base.mkdir(parents=True)
+    path = base / ("a long name " * 9) / "x.log"
+    path.parent.mkdir()
+    path.write_text("2026 | WARNING: " + "many words " * 30)
+    result = {"name": "answers right " * 9, "before": 0.7, "after": 0.1, "higher_is_better": False}
+    run_dir = write(base / ("directory" * 12), log=str(path), result=result, recipe="lavic")
+    log(run_dir, *(train(at, loss=9.0 - at, lr=5e-5, grad_norm=2.5) for at in range(9)))
+    log(run_dir, {"step": 9, "epoch": 0, "split": "val", **{f"measure_{n}": n for n in range(20)}})
+    return run_dir
+
+
+@pytest.mark.parametrize("words", [["--once"], ["--list"]])
+def test_it_fits_80_columns_without_colour_in_a_pipe(tmp_path, capsys, words):
+    run_dir = crowded(tmp_path / "lavic" / "src")
+    run_dir.rename(run_dir.with_name(f"out_{run_dir.name}"))
+    code, text = run(capsys, tmp_path, *words)
+    assert code == 0 and "\x1b" not in text
+    assert "RUNNING" in text and max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("environ", "is_coloured"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
+)
+def test_colours_are_for_terminals_and_no_color_is_heard(tmp_path, environ, is_coloured):
+    write(tmp_path)
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(MONITOR), str(tmp_path), "--once"]
+    changed = {"TERM": "xterm", **{k: v for k, v in os.environ.items() if k != "NO_COLOR"}}
+    subprocess.run(command, stdout=theirs, env=changed | environ, check=True)
+    os.close(theirs)
+    text = os.read(ours, 65536).decode()
+    os.close(ours)
+    assert ("\x1b[32mprobe: RUNNING\x1b[0m" in text) == is_coloured
+    assert ("\x1b" in text) == is_coloured
+
+
 def test_json_is_one_object_with_everything(tmp_path, capsys):
     write(tmp_path)
     log(tmp_path, train(1, loss=2.0))
@@ -107,13 +147,13 @@ def test_a_live_run_comes_before_a_newer_one_that_has_ended(house, capsys):
 def test_the_list_has_every_run_the_newest_first(house, capsys):
     code, text = run(capsys, house, "--list")
     assert code == 0
-    head, *rows = text.splitlines()
-    assert head.split() == ["recipe", "state", "step", "updated", "directory"]
+    head, _, *rows = text.splitlines()
+    assert head.split() == ["state", "step", "updated", "directory"]
     assert [row.split()[-1] for row in rows] == [
         *("arcface/work_dirs/r50", "lavic/demo/runs/stage1", "lavic/src/out_distilled")
     ]
-    assert "FAILED (2)" in rows[1]
-    assert len(run(capsys, house, "--list", "--recipe", "lavic")[1].splitlines()) == 3
+    assert "FAILED (exit 2)" in rows[1]
+    assert len(run(capsys, house, "--list", "--recipe", "lavic")[1].splitlines()) == 4
     assert len(json.loads(run(capsys, house, "--list", "--json")[1])) == 3
 
 
@@ -145,7 +185,7 @@ def test_a_script_that_still_loads_its_models_is_seen_by_its_pid_file(house, cap
         other = run(capsys, house, "--recipe", "lavic")[1]
         script.kill()
     assert (code, text.splitlines()[0]) == (0, "lavic: STARTING")
-    assert str(logs / "training_1.log") in text
+    assert str(logs / "training_1.log") in text.replace("\n         ", "")
     assert (refused, "has not taken its directory yet" in why) == (2, True)
     assert "STARTING" not in other
     # once it has a status, that tells more

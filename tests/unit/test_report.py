@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import processes, report, run_record, status
+from shared import processes, report, run_status, status
 from shared.errors import UserError
 from shared.page import Page, Picture, line_chart
 from shared.tools import report as tool
@@ -301,17 +301,23 @@ def test_an_output_in_the_run_directory_is_named_from_there(run_dir):
                 **processes.describe(os.getpid()),
                 "eta_s": 200.0,
                 "started_at": status.now(),
+                "updated_at": status.now(),
             },
             "Still running when this page was written: at step 40 of 40, 0:03:20 left.",
             "open",
         ),
         (
             {"state": "running", "pid": 2**30, "host": socket.gethostname()},
-            f"Killed: process {2**30} was not found",
+            f"Stale: process {2**30} not found",
             "bad",
         ),
-        ({"state": "running"}, "Still running when this page was written", "open"),  # elsewhere
-        ({"state": ["?"], "reason": None}, "Nothing says how this run ended", "open"),
+        (
+            {"state": "running", "updated_at": status.now()},  # on another host
+            "Still running when this page was written",
+            "open",
+        ),
+        ({"state": "running"}, "d ago, on elsewhere, whose processes cannot be seen", "bad"),
+        ({"state": ["?"]}, "Stale: status.json is missing or not readable", "bad"),
     ],
 )
 def test_the_first_line_says_how_the_run_ended(tmp_path, changes, said, kind):
@@ -392,4 +398,4 @@ def test_a_day_of_steps_is_written_in_two_seconds(run_dir):
 
 
 def test_flat_settings_have_dotted_names():
-    assert run_record.flat({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "a.c": {}, "d": [2]}
+    assert run_status.flat({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "a.c": {}, "d": [2]}

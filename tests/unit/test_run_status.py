@@ -2,6 +2,7 @@ import fcntl
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from shared import processes
-from shared.run_view import log_lines, view, warnings_of
+from shared.run_status import View, log_lines, span, view, warnings_of
+from tests.harness import wait_until
 
 
 def write(run_dir: Path, age: float = 0.0, **fields: Any) -> Path:
@@ -76,15 +78,37 @@ def test_a_run_whose_number_was_given_out_again_is_stale(tmp_path):
     assert view(write(tmp_path, pid_command=["python", "another.py"])).state == "stale"
 
 
+def run_of(process: subprocess.Popen[bytes], run_dir: Path, age: float) -> View:
+    write(run_dir, age, **processes.describe(process.pid))
+    return view(run_dir)
+
+
+@pytest.mark.serial
+def test_of_a_silent_run_the_processor_time_of_its_processes_decides(tmp_path):
+    """The one that works is a child of the process that status.json names."""
+    busy = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'while True: pass'])"
+    with subprocess.Popen([sys.executable, "-c", busy]) as working:
+        wait_until(lambda: processes.descendants(working.pid), "the child")
+        seen = run_of(working, tmp_path, 700)
+        assert (seen.state, seen.note) == (
+            "silent",
+            "last heartbeat 11 min ago; its processes use the processor",
+        )
+        (child,) = processes.descendants(working.pid)
+        os.kill(child, signal.SIGSTOP)
+        seen = run_of(working, tmp_path, 700)
+        assert (seen.state, seen.heartbeat_s) == ("stale", pytest.approx(700, abs=5))
+        assert "last heartbeat 11 min ago; its processes use no processor time" in seen.note
+        assert run_of(working, tmp_path, 200).state == "running"
+        os.kill(child, signal.SIGKILL)
+
+
 @pytest.mark.parametrize(
-    ("age", "steps_per_s", "state"),
-    [(500, 10.0, "running"), (700, 10.0, "stale"), (700, 0.02, "running"), (1100, 0.02, "stale")],
+    ("seconds", "text"),
+    [(0, "0 s"), (59, "59 s"), (119, "1 min"), (7200, "2 h"), (200_000, "2 d")],
 )
-def test_silence_counts_by_the_time_of_a_step(tmp_path, age, steps_per_s, state):
-    log(tmp_path, train(1, loss=1.0, steps_per_s=steps_per_s))
-    seen = view(write(tmp_path, age))
-    assert seen.state == state
-    assert ("no sign of life" in seen.note) == (state == "stale")
+def test_a_time_is_told_in_its_largest_unit(seconds, text):
+    assert span(seconds) == text
 
 
 @pytest.mark.parametrize(("age", "state"), [(0, "running"), (700, "stale")])
@@ -222,6 +246,6 @@ def test_looking_writes_nothing(tmp_path):
 
 
 def test_a_view_needs_no_torch():
-    code = "import sys, shared.run_view, shared.run_text; sys.exit('torch' in sys.modules)"
+    code = "import sys, shared.run_status, shared.run_text; sys.exit('torch' in sys.modules)"
     root = Path(__file__).resolve().parents[2]
     assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
