@@ -15,7 +15,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from shared.prctl import die_with_parent
 
@@ -69,12 +69,14 @@ class Child:
         env: Mapping[str, str] | None = None,
         tick: Callable[[], None] | None = None,
         keep: Sequence[int] = (),
+        output: IO[bytes] | None = None,
     ) -> int:
         """Like `run`, on our own stdout and stderr: what it writes outlives this program.
 
-        tick: called every second. keep: descriptors that the child shares.
+        tick: called every second. keep: descriptors that the child shares. output: a file for what
+        it writes.
         """
-        self._start(command, env, pass_fds=keep)
+        self._start(command, env, pass_fds=keep, stdout=output, stderr=output)
         return self._wait(tick)
 
     def _start(

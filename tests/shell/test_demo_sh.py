@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import sys
 import time
@@ -11,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from shared.tools import run_demos
-from shared.tools.run_demos import Recipe
+from shared import report
+from shared.status import now
+from shared.tools import monitor, run_demos
+from tests.harness import wait_until
 
 TRAIN = """#!/usr/bin/env bash
 echo "training with $*"
@@ -22,6 +27,12 @@ echo "<html>" > demo/runs/checkpoints/report.html
 echo "interpreter $PYTHON"
 exit @CODE@
 """
+SHARED = (
+    *("__init__", "child", "errors", "files", "flags", "gone", "lock", "logs", "outcome", "prctl"),
+    *("processes", "progress", "run_status", "run_text", "settings", "signals", "status"),
+    *("terminal", "tools/about", "tools/run_demos"),
+)
+RUN = {"command": "train.sh --demo", "run": "demo/runs/checkpoints"}
 DONE = {
     "state": "done",
     "result": {
@@ -42,18 +53,19 @@ def pretend(directory: Path, name: str, status: dict, code: int = 0) -> None:
     script.chmod(0o755)
 
 
-def rows_of(lines: list[str]) -> list[str]:
-    """The table's rows, of what a demo printed."""
-    rule = next(at for at, line in enumerate(lines) if set(line) == {"-", " "})
-    return lines[rule + 1 : lines.index("", rule)]
+def on_one_line(text: str) -> str:
+    """`text` without the breaks that fit it to 80 columns."""
+    return " ".join(text.split())
+
+
+def log_of(root: Path, name: str) -> str:
+    return (root / name / run_demos.LOG).read_text()
 
 
 @pytest.fixture
 def site(house):
     """A house with demo.sh, a set-up that has nothing to do, and a pretended face_distill."""
-    house.take("demo.sh", "shared/__init__.py", "shared/errors.py", "shared/files.py")
-    house.take("shared/child.py", "shared/prctl.py", "shared/processes.py")
-    house.take("shared/tools/run_demos.py")
+    house.take("demo.sh", "face_distill/about.json", *(f"shared/{name}.py" for name in SHARED))
     house.write("setup.sh", "#!/bin/sh\necho set up\n")
     house.python(".venv/bin/python", "root")
     pretend(house.root, "face_distill", DONE)
@@ -61,12 +73,12 @@ def site(house):
 
 
 @pytest.fixture
-def two(tmp_path, monkeypatch):
-    """A root with two pretended recipes, both in the table."""
-    recipe = Recipe("something", "train.sh", ("--demo",), "checkpoints")
-    monkeypatch.setattr(run_demos, "RECIPES", {"one": recipe, "two": recipe})
+def two(tmp_path):
+    """A root with two pretended recipes."""
+    facts = {"trains": "something", "runs": [], "demo": RUN}
     for name in ("one", "two"):
         pretend(tmp_path, name, DONE)
+        (tmp_path / name / "about.json").write_text(json.dumps({"name": name, **facts}))
     return tmp_path
 
 
@@ -76,21 +88,24 @@ def test_a_demo_ends_with_the_table_of_what_was_learned(site, words):
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "set up"
-    assert "training with --demo" in lines
-    head, rule, row, _, pages, report, _, further = lines[-8:]
-    assert head.split() == ["recipe", "trained", "result", "time"]
-    assert set(rule) == {"-", " "}
-    assert row.startswith("face_distill  face adapters on a BLIP-2 vision tower  ")
-    assert "accuracy 0.5123 -> 0.875" in row
-    assert pages == "the runs as pages, for a browser"
-    assert report == "  face_distill/demo/runs/checkpoints/report.html"
-    assert further == "your own data: face_distill/README.md"
+    assert lines[1:] == [
+        "face_distill: face adapters on a BLIP-2 vision tower",
+        "  face_distill/train.sh --demo > face_distill/demo/runs/logs/demo.log",
+        "recipe        time  result",
+        "------------  ----  ------------------------",
+        lines[5],
+        "report: face_distill/demo/runs/checkpoints/report.html",
+        "your own data: face_distill/README.md",
+    ]
+    assert lines[5].endswith("s   accuracy 0.5123 -> 0.875")
+    assert "training with --demo\n" in log_of(site.root, "face_distill")
 
 
 def test_a_demo_uses_the_environment_that_was_set_up_unless_one_is_named(site):
-    out = site.run(site.root / "demo.sh", env={"VIRTUAL_ENV": "/other"}).stdout
-    assert f"interpreter {site.root}/.venv/bin/python" in out
-    assert "interpreter /mine" in site.run(site.root / "demo.sh", env={"PYTHON": "/mine"}).stdout
+    site.run(site.root / "demo.sh", env={"VIRTUAL_ENV": "/other"})
+    assert f"interpreter {site.root}/.venv/bin/python" in log_of(site.root, "face_distill")
+    site.run(site.root / "demo.sh", env={"PYTHON": "/mine"})
+    assert "interpreter /mine" in log_of(site.root, "face_distill")
 
 
 def test_a_failed_set_up_ends_the_demo_with_its_code(site):
@@ -104,28 +119,80 @@ def test_an_unknown_recipe_is_one_line_with_the_nearest_name(site):
     assert result.returncode == 2
     (line,) = result.stderr.splitlines()
     assert "face_distil; did you mean face_distill?" in line
-    assert "training" not in result.stdout
+    assert not (site.root / "face_distill/demo").exists()
 
 
 def test_help_lists_the_recipes_and_trains_nothing(site):
     result = site.run(site.root / "demo.sh", "--help")
     assert result.returncode == 0
     assert "face_distill" in result.stdout
-    assert "training" not in result.stdout
+    assert not (site.root / "face_distill/demo").exists()
 
 
 def test_one_failure_does_not_stop_the_others_and_shows_in_the_exit_code(two, capfd):
-    pretend(two, "one", {"state": "failed", "reason": "the disk\nis full"}, code=1)
+    pretend(two, "one", {"state": "failed", "exit_code": 1, "reason": "the disk\nis full"}, code=1)
     assert run_demos.main([], two) == 1
-    lines = capfd.readouterr().out.splitlines()
-    first, second = rows_of(lines)
-    assert "FAILED: the disk is full" in first
-    assert "accuracy 0.5123 -> 0.875" in second
+    text = capfd.readouterr().out
+    assert re.search(r"one +\d s +FAILED \(exit 1\): the disk is full\n", text)
+    assert re.search(r"two +\d s +accuracy 0.5123 -> 0.875\n", text)
 
 
 def test_every_recipe_ending_well_is_exit_code_0(two, capfd):
     assert run_demos.main([], two) == 0
-    assert capfd.readouterr().out.count("training with --demo") == 2
+    assert [log_of(two, name).count("training with --demo") for name in ("one", "two")] == [1, 1]
+
+
+LOUD = """#!/bin/sh
+for n in $(seq 2000); do echo "line $n, a long one: ======================================"; done
+exit 4
+"""
+
+
+def test_a_recipe_takes_at_most_15_lines_of_80_columns_and_its_log_the_rest(
+    two, capfd, monkeypatch
+):
+    """Also one that is long at work and fails: the end of its log is shown, and its place."""
+    monkeypatch.setattr(run_demos, "_TOLD_AT", (0.1, 1.0, 2.0))
+    (two / "one" / "train.sh").write_text(LOUD.replace("exit 4", "sleep 3.5; exit 4"))
+    assert run_demos.main(["one"], two) == 1
+    captured = capfd.readouterr()
+    lines = (captured.out + captured.err).splitlines()
+    assert len(lines) <= 15 and max(map(len, lines)) <= 80, lines
+    assert "  one/train.sh --demo > one/demo/runs/logs/demo.log" in lines
+    assert sum(line.startswith("  0:00:0") and "line 2000" in line for line in lines) >= 2
+    at = lines.index("  exit code 4; the log ends with:")
+    assert lines[at + 4].startswith("  | line 2000, a long one: ==")
+    assert log_of(two, "one").count("\n") == 2000
+
+
+def test_on_a_terminal_one_line_tells_how_far_it_is(site):
+    site.write("face_distill/train.sh", "#!/bin/sh\necho step 7\nsleep 2.5\nexit 1\n")
+    ours, theirs = pty.openpty()
+    process = site.start(site.root / "demo.sh", stdout=theirs, stderr=theirs, env={"TERM": "xterm"})
+    os.close(theirs)
+    text = b""
+    with contextlib.suppress(OSError):  # EIO: the writer has left
+        while chunk := os.read(ours, 65536):
+            text += chunk
+    os.close(ours)
+    assert process.wait(20) == 1
+    assert b"\r\x1b[2K  0:00:01  step 7\r\x1b[2K" in text
+    assert text.count(b"\n") <= 15
+
+
+def test_a_killed_demo_is_stale_as_for_the_monitor_and_the_report(two, capfd):
+    """Its status says that it runs, and its process is gone."""
+    status = {"state": "running", "pid": 2**22 + 1, "step": 3, "total_steps": 9}
+    pretend(two, "one", {**status, "updated_at": now()}, code=137)
+    assert run_demos.main(["one"], two) == 1
+    run_dir = two / "one" / "demo" / "runs" / "checkpoints"
+    row = on_one_line(capfd.readouterr().out)
+    assert "STALE: process 4194305 not found, last heartbeat" in row
+    assert monitor.main([str(run_dir), "--once"]) == 1
+    text = capfd.readouterr().out
+    assert ": STALE\n" in text and "process 4194305 not found, last heartbeat" in text
+    page = report.write(run_dir).read_text()
+    assert "Stale: process 4194305 not found, last heartbeat" in page
 
 
 @pytest.mark.parametrize(("after", "higher", "gained"), [(0.5, True, False), (0.5, False, True)])
@@ -138,7 +205,7 @@ def test_a_result_that_got_no_better_is_marked(two, capfd, after, higher, gained
 
 def test_a_recipe_named_twice_runs_once(two, capfd):
     assert run_demos.main(["two", "two"], two) == 0
-    assert capfd.readouterr().out.count("training with") == 1
+    assert capfd.readouterr().out.count("two: something") == 1
 
 
 def test_a_recipe_whose_script_is_not_there_is_not_offered(two, capfd):
@@ -169,7 +236,7 @@ def test_a_script_that_does_not_start_is_a_failure_of_its_own(two, capfd):
     assert run_demos.main([], two) == 1
     captured = capfd.readouterr()
     assert "does not start" in captured.err
-    assert "accuracy" in rows_of(captured.out.splitlines())[-1]
+    assert "accuracy" in on_one_line(captured.out)
 
 
 SLOW = """#!/bin/sh
@@ -195,22 +262,16 @@ sys.exit(130 if seen[0] == 2 else 143)'
 def test_a_stop_reaches_the_recipe_once_and_it_may_save(site, number, to_group, code):
     site.write("face_distill/train.sh", SLOW.replace("@PYTHON@", sys.executable))
     process = site.start(site.root / "demo.sh")
-    assert process.stdout
-    while "at work" not in process.stdout.readline():
-        assert process.poll() is None
+    log = site.root / "face_distill" / run_demos.LOG
+    wait_until(lambda: log.is_file() and "at work" in log.read_text(), "the recipe's work")
     (os.killpg if to_group else os.kill)(process.pid, number)
     out, _ = process.communicate(timeout=20)
     assert process.returncode == code
-    assert "times asked: 1" in out
-    assert f"STOPPED: exit code {code}" in rows_of(out.splitlines())[-1]
+    assert "times asked: 1" in log.read_text()
+    assert f"STOPPED: exit code {code}" in on_one_line(out)
 
 
 def test_after_a_stop_the_next_recipe_does_not_start(two, capfd):
     (two / "one" / "train.sh").write_text("#!/bin/sh\nkill -INT $PPID\nsleep 0.2\nexit 130\n")
     assert run_demos.main([], two) == 130
-    assert "=== two" not in capfd.readouterr().out
-
-
-def test_the_real_table_names_scripts_that_exist():
-    for name, recipe in run_demos.RECIPES.items():
-        assert (run_demos.ROOT / name / recipe.script).is_file()
+    assert "two: " not in capfd.readouterr().out
