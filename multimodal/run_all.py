@@ -14,7 +14,7 @@ the download's.
 import json
 import logging
 import os
-import shutil
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
 
 from shared.config import option, parse_own
-from shared.errors import DONE, MISSING_TOOL, USER_ERROR, UserError, did_you_mean
+from shared.errors import DONE, USER_ERROR, UserError, did_you_mean
 from shared.files import read_object
 from shared.launch import launch_alone
 from shared.stages import Stage, StageOptions, run_stages
@@ -34,7 +34,6 @@ from shared.stages import Stage, StageOptions, run_stages
 HERE = Path(__file__).resolve().parent
 NAMES = ("coco", "clotho", "audiocaps", "voxceleb")
 FETCHED = ("coco", "clotho", "audiocaps")  # VoxCeleb needs a key, and is fetched when named
-MINIMUM_GB = {"tiny": 4, "small": 8, "base": 12, "large": 20}  # of GPU memory, as documented
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.dry_run:
         for name, command in (("download", _download(cfg)), ("training", _training(cfg, flags)),
                               ("evaluation", _evaluation(cfg))):  # fmt: skip
-            sys.stdout.write(f"{name}: {' '.join(map(str, command))}\n")
+            sys.stdout.write(f"{name}: {shlex.join(map(str, command))}\n")
         return DONE
     # beside the outputs, which a new run moves aside
     state_dir = cfg.output_dir.with_name(f"{cfg.output_dir.name}_stages")
@@ -159,57 +158,21 @@ def _settings(cfg: Config, flags: list[str]) -> dict[str, Any] | None:
     return json.loads(done.stdout)
 
 
-# --- stages that run here -------------------------------------------------------------------------
-
-
 def _preflight(cfg: Config) -> int:
-    """Find out now what would fail after hours: disk, programs, keys."""
-    if cfg.skip_download or cfg.demo:
-        return DONE
-    from multimodal import downloading
-    from multimodal.sources import DATA_SETS
+    """Find out now what would fail after hours of downloads."""
+    if not (cfg.skip_download or cfg.demo):
+        from multimodal.preflight import check_downloads
 
-    chosen = cfg.datasets or FETCHED
-    needs = {name: downloading.need_of(DATA_SETS[name], cfg.data_root / name) for name in chosen}
-    downloading.check_each(needs, cfg.data_root)
-    if any(need.fetch for need in needs.values()):
-        for line in _will_be_skipped(cfg, chosen):
-            log.warning("%s", line)
+        has_key = bool(os.environ.get("VOXCELEB_KEY"))
+        names = cfg.datasets or FETCHED
+        check_downloads(names, cfg.data_root, cfg.audiocaps_source, has_key=has_key)
     return DONE
 
 
-def _will_be_skipped(cfg: Config, chosen: tuple[str, ...]) -> Iterator[str]:
-    """What cannot be fetched on this machine, and what to do about it."""
-    from shared.unpack import can_unpack_7z
-
-    if "clotho" in chosen and not can_unpack_7z():
-        yield "clotho: no program for 7z here: pip install py7zr"
-    tools = [name for name in ("yt-dlp", "ffmpeg") if not shutil.which(name)]
-    if "audiocaps" in chosen and cfg.audiocaps_source == "youtube" and tools:
-        yield f"audiocaps: {' and '.join(tools)} missing; or give --audiocaps-source"
-    if "voxceleb" in chosen and not os.environ.get("VOXCELEB_KEY"):
-        yield "voxceleb: VOXCELEB_KEY is not set"
-
-
 def _environment(model_size: str) -> int:
-    """Look at this interpreter's packages, a torchaudio that is broken, and the GPUs' memory."""
-    from shared.device import gpu_use
-    from shared.tools.doctor_checks import MISSING, packages
+    from multimodal.preflight import check_environment
 
-    lacking = [check for check in packages(HERE.parent, [HERE.name]) if check.state == MISSING]
-    for check in lacking:
-        log.error("%s: %s; %s", check.name, check.value, check.command)
-    if lacking:
-        log.error("bash %s makes an environment that has all", HERE / "setup_environment.sh")
-        return MISSING_TOOL
-    for gpu in gpu_use():
-        gigabytes = gpu["total_bytes"] / 1e9
-        if gigabytes < MINIMUM_GB.get(model_size, 0):
-            log.warning(
-                "GPU %d has %.0f GB, and size %s is meant for %d GB and more: give a smaller "
-                "--model-size or --batch-size if memory runs out",
-                gpu["index"], gigabytes, model_size, MINIMUM_GB[model_size],
-            )  # fmt: skip
+    check_environment(model_size)
     return DONE
 
 
@@ -235,13 +198,9 @@ def _report(cfg: Config) -> int:
 
 def _lacking(cfg: Config, name: str) -> str:
     """Why a data set cannot be trained on, '' when it can."""
-    from multimodal import downloading
-    from multimodal.sources import DATA_SETS
+    from multimodal.preflight import lacking
 
-    root = cfg.data_root / name
-    forms = [form for form in DATA_SETS.values() if form.name.removesuffix("2014") == name]
-    reasons = [downloading.lacking(form, root) for form in forms]
-    return "" if cfg.demo or not all(reasons) else reasons[0]
+    return "" if cfg.demo else lacking(name, cfg.data_root)
 
 
 if __name__ == "__main__":

@@ -68,6 +68,14 @@ class Progress:
         return " ".join(parts)
 
 
+def span(seconds: float) -> str:
+    """A time in its largest unit: 45 → '45 s', 4000 → '1 h'."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def clock(seconds: float) -> str:
     """3725 → '1:02:05'."""
     minutes, rest = divmod(round(seconds), 60)

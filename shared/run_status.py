@@ -29,6 +29,7 @@ from typing import Any
 from shared import lock, processes
 from shared.errors import one_line
 from shared.files import open_regular, read_text
+from shared.progress import span
 from shared.status import SILENCE, heartbeat_age
 
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
@@ -130,14 +131,6 @@ def json_object(path: Path, problems: list[str]) -> dict[str, Any]:
         problems.append(f"{path.name} holds no object")
         return {}
     return value
-
-
-def span(seconds: float) -> str:
-    """A time in its largest unit: 45 → '45 s', 4000 → '1 h'."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= size:
-            return f"{seconds // size:.0f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def _state(run_dir: Path, status: dict[str, Any], age: float | None) -> tuple[str, str]:

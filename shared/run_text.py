@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from shared import terminal
-from shared.progress import clock
-from shared.run_status import DONE, FAILED, RUNNING, STALE, View, span
+from shared.progress import clock, span
+from shared.run_status import DONE, FAILED, RUNNING, STALE, View
 
 _BARS = "▁▂▃▄▅▆▇█"
 _NAME = 9  # columns of the names on the left

@@ -61,8 +61,9 @@ class Progress:
         is_live = sys.stdout.isatty()
         if is_live or (self._left and self.seconds >= self._left[0]):
             self._left = [second for second in self._left if second > self.seconds]
-            last = (log_lines(self._log, 1) or [""])[0].strip()
-            line = f"  {clock(self.seconds)}  {last}"[: terminal.width() - 1]
+            last = (log_lines(self._log, 1) or [""])[0]
+            last = last.partition(" | ")[2] or last  # without the time of day
+            line = f"  {clock(self.seconds)}  {last}"[: terminal.width() - 1].rstrip()
             print(f"\r\x1b[2K{line}" if is_live else line, end="" if is_live else "\n", flush=True)
 
     def close(self) -> None:

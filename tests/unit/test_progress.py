@@ -6,7 +6,7 @@ import time
 import pytest
 
 from shared import progress
-from shared.progress import Progress, clock
+from shared.progress import Progress, clock, span
 
 
 class Clocks:
@@ -149,3 +149,11 @@ def test_a_bar_is_drawn_only_when_both_streams_are_terminals(
 )
 def test_seconds_as_a_clock_shows_them(seconds: float, text: str) -> None:
     assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59, "59 s"), (119, "1 min"), (7200, "2 h"), (200_000, "2 d")],
+)
+def test_a_time_is_told_in_its_largest_unit(seconds, text):
+    assert span(seconds) == text

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from shared import processes
-from shared.run_status import View, log_lines, span, view, warnings_of
+from shared.run_status import View, log_lines, view, warnings_of
 from tests.harness import wait_until
 
 
@@ -101,14 +101,6 @@ def test_of_a_silent_run_the_processor_time_of_its_processes_decides(tmp_path):
         assert "last heartbeat 11 min ago; its processes use no processor time" in seen.note
         assert run_of(working, tmp_path, 200).state == "running"
         os.kill(child, signal.SIGKILL)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 s"), (59, "59 s"), (119, "1 min"), (7200, "2 h"), (200_000, "2 d")],
-)
-def test_a_time_is_told_in_its_largest_unit(seconds, text):
-    assert span(seconds) == text
 
 
 @pytest.mark.parametrize(("age", "state"), [(0, "running"), (700, "stale")])
