@@ -103,15 +103,18 @@ def _ending(run: Run) -> str:
     """How the run ended, in words."""
     reason, code = _text(run, "reason"), run.status.get("exit_code")
     if run.state in run_status.LIVE:
-        silence = f" ({run.note})" if run.state == run_status.SILENT else ""
-        return f"Still running when this page was written: {_place(run)}{silence}."
+        told = [_place(run), run.note if run.state == run_status.SILENT else ""]
+        return f"Still running when this page was written: {', '.join(filter(None, told))}."
     if run.state == run_status.STALE:
-        return f"Stale: {run.note}. {_place(run).capitalize()}."
+        place = f" It was {_place(run)}." if run.status else ""
+        return f"Stale: {run.note}.{place}"
     told = f"{_WORDS[run.state]} (exit code {as_text(code)})" if code else _WORDS[run.state]
     return f"{told}: {reason}" if reason else f"{told}."
 
 
 def _place(run: Run) -> str:
+    if run.status.get("step") is None:
+        return "before the first step"
     step, total = (as_text(run.status.get(name)) for name in ("step", "total_steps"))
     left = number(run.status.get("eta_s"))
     if run.state in run_status.LIVE and left and math.isfinite(left):

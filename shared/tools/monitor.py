@@ -40,7 +40,7 @@ RECIPES = about.read_all()
 OF_DEMOS = ("demo/runs/*", "demo/runs/*/*")
 LOGS = ("logs", "demo/runs/logs", "model/logs", "filter/logs")
 PATIENCE = 150.0  # seconds that --stop waits: the launcher kills after 120
-MENU = """1 live log   2 summary   3 GPUs   4 warnings and errors   5 recent losses   6 quit"""
+MENU = "1 live log  2 summary  3 GPUs  4 warnings and errors  5 recent losses  6 quit"
 
 
 @dataclass(frozen=True)

@@ -114,7 +114,7 @@ def run_demo(recipe: Recipe, root: Path, child: Child) -> Outcome:
     if not (outcome.ended_well or child.stopped_by):
         print(f"  exit code {code}; the log ends with:")
         for line in log_lines(log, _LAST_LINES):
-            print(f"  | {line}"[: terminal.width()])
+            print(f"  | {line}"[: terminal.width()].rstrip())
     return outcome
 
 
