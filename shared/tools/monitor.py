@@ -1,6 +1,6 @@
 """Watch a run, or stop it: reads status.json, metrics.jsonl and the log, no more.
 
-    python shared/tools/monitor.py                  the newest run, live on a screen
+    python shared/tools/monitor.py                  the newest run
     python shared/tools/monitor.py --recipe lavic   that recipe's newest run
     python shared/tools/monitor.py RUN_DIR --json   one JSON object
     python shared/tools/monitor.py --stop           let it save and leave
@@ -13,6 +13,7 @@ Exit codes: 0 done, stopped or running, 1 failed or stale, 2 no run.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -20,19 +21,17 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
 from shared import lock, logs, processes, run_text, terminal
-from shared.config import option, parse
 from shared.device import gpu_use
 from shared.errors import DONE, FAILED, USER_ERROR, UserError, did_you_mean
 from shared.files import open_regular, read_object, read_text
 from shared.run_status import ENDED, LIVE, STALE, STARTING, View, log_lines, view
-from shared.settings import Seconds
 from shared.tools import about
 
 ROOT = about.ROOT
@@ -40,6 +39,7 @@ RECIPES = about.read_all()
 OF_DEMOS = ("demo/runs/*", "demo/runs/*/*")
 LOGS = ("logs", "demo/runs/logs", "model/logs", "filter/logs")
 PATIENCE = 150.0  # seconds that --stop waits: the launcher kills after 120
+LONGEST = 86_400  # seconds between two looks
 MENU = "1 live log  2 summary  3 GPUs  4 warnings and errors  5 recent losses  6 quit"
 
 
@@ -47,29 +47,22 @@ MENU = "1 live log  2 summary  3 GPUs  4 warnings and errors  5 recent losses  6
 class Config:
     """What to watch, and how."""
 
-    run_dir: Path | None = option(None, "the run's directory; may be typed without the flag")
-    recipe: str | None = option(None, f"that recipe's newest run: {', '.join(RECIPES)}")
-    follow: bool = option(False, "show it until the run ends; on a terminal the default")
-    once: bool = option(False, "show the present state and leave; elsewhere the default")
-    json: bool = option(False, "one JSON object (with --follow a line each time)")
-    stop: bool = option(False, "let the run save and leave, and wait for it")
-    list: bool = option(False, "every run of this repository, or of --recipe")
-    menu: bool = option(False, "choose from a menu, read from stdin")
-    every: Seconds = option(2.0, "seconds between two looks")
-
-    def __post_init__(self) -> None:
-        if self.recipe is not None and self.recipe not in RECIPES:
-            near = did_you_mean(self.recipe, RECIPES)
-            raise ValueError(f"--recipe {self.recipe}: unknown{near} (known: {', '.join(RECIPES)})")
-        if self.follow and self.once:
-            raise ValueError("--follow and --once exclude each other: give one of them")
+    run_dir: Path | None = None
+    recipe: str | None = None
+    follow: bool = False
+    once: bool = False
+    json: bool = False
+    stop: bool = False
+    list: bool = False
+    menu: bool = False
+    every: float = 2.0  # seconds
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     """Do what the flags ask for; the exit code."""
     logs.open_streams()
     try:
-        cfg = parse(Config, _named(sys.argv[1:] if argv is None else argv), __doc__)
+        cfg = _read_flags(sys.argv[1:] if argv is None else argv)
         if cfg.list:
             return show_list(cfg, root)
         if cfg.menu:
@@ -86,15 +79,43 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         return DONE
 
 
-def _named(argv: list[str]) -> list[str]:
-    """`argv` with --run-dir before a directory that stands for itself."""
-    takes_value = ("--run-dir", "--run_dir", "--recipe", "--every")
-    named: list[str] = []
-    for at, word in enumerate(argv):
-        if not word.startswith("-") and (at == 0 or argv[at - 1] not in takes_value):
-            named.append("--run-dir")
-        named.append(word)
-    return named
+def _read_flags(argv: list[str]) -> Config:
+    """The settings of a command line. Raises UserError for what it does not know."""
+    parser = argparse.ArgumentParser(
+        prog="monitor.py", description=__doc__, allow_abbrev=False, exit_on_error=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = parser.add_argument
+    add("place", nargs="?", type=Path, metavar="RUN_DIR", help="the run's directory")
+    add("--run-dir", "--run_dir", type=Path, metavar="RUN_DIR", help="the same")
+    add("--recipe", metavar="NAME", help=f"that recipe's newest run: {', '.join(RECIPES)}")
+    for name, text in (
+        ("follow", "show it until the run ends; on a terminal the default"),
+        ("once", "show the present state and leave; elsewhere the default"),
+        ("json", "one JSON object (with --follow a line each time)"),
+        ("stop", "let the run save and leave, and wait for it"),
+        ("list", "every run of this repository, or of --recipe"),
+        ("menu", "choose from a menu, read from stdin"),
+    ):
+        add(f"--{name}", action="store_true", help=text)
+    add("--every", type=float, default=2.0, metavar="S", help="seconds between two looks (2)")
+    try:
+        args, unknown = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; see --help") from None
+    if unknown:
+        near = did_you_mean(unknown[0], [f"--{item.name}" for item in fields(Config)])
+        raise UserError(f"unknown argument {unknown[0]}{near}; see --help")
+    if args.recipe not in (None, *RECIPES):
+        near = did_you_mean(args.recipe, RECIPES)
+        raise UserError(f"--recipe {args.recipe}: unknown{near} (known: {', '.join(RECIPES)})")
+    if args.follow and args.once:
+        raise UserError("--follow and --once exclude each other: give one of them")
+    if not 0 < args.every <= LONGEST:
+        raise UserError(f"--every {args.every:g}: must be a number above 0, at most {LONGEST}")
+    chosen = vars(args)
+    place = chosen.pop("place")
+    return Config(**(chosen | {"run_dir": place or args.run_dir}))
 
 
 # which run

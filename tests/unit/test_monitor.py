@@ -210,7 +210,8 @@ def test_a_pid_file_of_an_ended_script_counts_for_nothing(house, capsys, written
         (["{house}"], "holds no run: status.json is missing"),
         (["--stop"], "nothing to stop: arcface: STOPPED"),
         (["--once", "--follow"], "exclude each other"),
-        (["--every", "0"], "every must be a number above 0"),
+        (["--every", "0"], "--every 0: must be a number above 0"),
+        (["--every", "soon"], "--every: invalid float value: 'soon'"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(house, capsys, words, said):
