@@ -15,7 +15,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from shared.prctl import die_with_parent
 
@@ -46,20 +46,27 @@ class Child:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def run(self, command: Sequence[str | Path], env: Mapping[str, str] | None = None) -> int:
+    def run(
+        self,
+        command: Sequence[str | Path],
+        env: Mapping[str, str] | None = None,
+        tick: Callable[[], None] | None = None,
+        output: int = 1,
+    ) -> int:
         """Run `command`, its output passed through to the end; its exit code, as a shell has it.
 
-        Raises OSError when it does not start.
+        tick: called every second. output: the descriptor that its output goes to. Raises OSError
+        when it does not start.
         """
         ours, its = os.pipe()
         # the pipe ends after the script's own tee, so what is written next cannot overtake it
-        reader = threading.Thread(target=_pass_through, args=(ours,), daemon=True)
+        reader = threading.Thread(target=_pass_through, args=(ours, os.dup(output)), daemon=True)
         try:
             self._start(command, env, stdout=its, stderr=its)
         finally:
             os.close(its)
             reader.start()
-        code = self._wait()
+        code = self._wait(tick)
         reader.join(timeout=_LAST_WORDS)
         return code
 
@@ -69,14 +76,12 @@ class Child:
         env: Mapping[str, str] | None = None,
         tick: Callable[[], None] | None = None,
         keep: Sequence[int] = (),
-        output: IO[bytes] | None = None,
     ) -> int:
         """Like `run`, on our own stdout and stderr: what it writes outlives this program.
 
-        tick: called every second. keep: descriptors that the child shares. output: a file for what
-        it writes.
+        tick: called every second. keep: descriptors that the child shares.
         """
-        self._start(command, env, pass_fds=keep, stdout=output, stderr=output)
+        self._start(command, env, pass_fds=keep)
         return self._wait(tick)
 
     def _start(
@@ -125,8 +130,9 @@ def _settle(parent: int) -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)
 
 
-def _pass_through(descriptor: int) -> None:
+def _pass_through(descriptor: int, output: int) -> None:
     while chunk := os.read(descriptor, 65536):
-        with contextlib.suppress(OSError):  # our own stdout may be gone; the run goes on
-            os.write(1, chunk)
+        with contextlib.suppress(OSError):  # our own stdout may be gone; the run continues
+            os.write(output, chunk)
     os.close(descriptor)
+    os.close(output)

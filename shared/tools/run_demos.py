@@ -128,7 +128,7 @@ def _run(command: list[str], log: Path, child: Child) -> tuple[int, float]:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as stream:
-            code = child.run_attached(command, tick=progress.tell, output=stream)
+            code = child.run(command, tick=progress.tell, output=stream.fileno())
     except OSError as error:
         print(f"demo.sh: {command[0]} does not start: {error}", file=sys.stderr)
         code = FAILED
