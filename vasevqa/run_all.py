@@ -10,7 +10,6 @@ them, which trains the classifier). Each is the documented command; settings are
 script. evaluate needs model/data/questions.json.
 """
 
-import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -22,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 from shared import page, report
 from shared.config import option, parse
 from shared.errors import DONE, INTERRUPTED, STOPPED
-from shared.files import open_lock, read_object, write_json
+from shared.files import read_object, write_json
 from shared.launch import launch_alone
 from shared.settings import ShareAboveZero, settings
 from shared.stages import Stage, StageOptions, run_stages
@@ -59,7 +58,6 @@ def main(argv: list[str] | None = None) -> int:
     options = cfg.stages
     if cfg.demo and not (options.from_stage or options.only):
         options = replace(options, force=True)  # a demo begins afresh
-    os.close(open_lock(state_dir, "--state-dir"))
     status = Status(state_dir, recipe="vasevqa", total_steps=len(stages))
     code = run_stages(stages, options, state_dir, status)
     _close(status, code, output)
