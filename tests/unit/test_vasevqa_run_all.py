@@ -118,3 +118,21 @@ def test_a_stage_that_is_none_and_a_running_chain_leave_what_is_there(tmp_path):
     assert outcome.code == 2 and "in use by a live run" in outcome.text
     os.close(handle)
     assert read_json(tmp_path / "status.json") == {"state": "running", "pid": 1}
+
+
+def test_a_changed_data_file_runs_its_stage_and_all_after_it(recipe):
+    model, filtered = recipe / "model", recipe / "filter" / "filtered_vases"
+    script(recipe / "filter" / "clipfilter1.sh", filtered / "filtering_report.json")
+    script(recipe / "filter" / "clipfilter2.py", filtered / "best_views_report.json")
+    script(model / "sft.sh", model / "output" / "7B" / "args.json")
+    script(model / "merge.sh", model / "output" / "checkpoint-merged" / "config.json")
+    script(model / "grpo.sh", model / "output" / "GRPO" / "args.json")
+    data = model / "data" / "grpo_video_dataset.json"
+    data.parent.mkdir()
+    data.write_text("[]")
+    assert flow().code == 0
+    assert "stage grpo: already done" in flow().text
+    data.write_text("[1]")
+    text = flow().text
+    assert "stage merge: already done" in text
+    assert f"stage grpo: runs again: data: {data} of " in text and "stage merge2: starts" in text
