@@ -5,7 +5,7 @@ python download_datasets.py --datasets coco clotho audiocaps    several
 python download_datasets.py --datasets all                      all four
 python download_datasets.py --datasets coco --dry-run           what it takes: bytes and disk
 python download_datasets.py --datasets all --skip-existing      pass over files of the right size
-python download_datasets.py --datasets audiocaps --audiocaps-source local:/disk/audiocaps
+python download_datasets.py --datasets audiocaps --audiocaps-source local:DIR
 VOXCELEB_KEY=… python download_datasets.py --datasets voxceleb  with the key that they gave you
 
 After an interruption the same command continues. Every file is checked against its checksum where

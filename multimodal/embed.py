@@ -2,7 +2,7 @@
 
 python embed.py --images photos/ --texts captions.txt --audio sounds/   images.npy, texts.npy …
 python embed.py --images photos/ --labels labels.txt                    and zero_shot.json
-python embed.py --images a.jpg b.png --checkpoint outputs/checkpoints/final_model.pt --out found
+python embed.py --images a.jpg b.png --checkpoint FILE.pt --out DIRECTORY
 python embed.py --images photos/ --demo                                 with the demo's model
 
 Row i of a .npy (N, D), float32 and of unit length, belongs to name i of embeddings.json, so that

@@ -1,7 +1,7 @@
 """Evaluate a trained model: who finds whom among held-out pictures, sounds and their captions.
 
 python evaluate.py                                          outputs/, on the test splits in data/
-python evaluate.py --checkpoint outputs/checkpoints/final_model.pt --datasets coco clotho
+python evaluate.py --checkpoint FILE.pt --datasets coco clotho
 python evaluate.py --split val --limit 500                  500 items of each, spread over the split
 python evaluate.py --demo                                   what run_training.py --demo has trained
 

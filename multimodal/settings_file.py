@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from shared import settings
 from shared.errors import UserError, did_you_mean
 from shared.settings import Setting
-from shared.settings_file import checked, load_file
 
 MODEL = ("embed_dim", "use_checkpoint", "attention", "dropout", "activation", "pretrained")
 PATHS = ("data_root", "output_dir", "feature_cache")
@@ -28,7 +28,7 @@ def read(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
     """
     sections = _sections(known)
     found: dict[str, Any] = {}
-    for section, content in load_file(path).items():
+    for section, content in settings.load_file(path).items():
         if section not in sections:
             near = did_you_mean(str(section), sections) or f"; expected {', '.join(sections)}"
             raise UserError(f"{path}: unknown section {section}{near}")
@@ -38,7 +38,8 @@ def read(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
             field = sections[section].get(str(name).replace("-", "_"))
             if field is None:
                 raise UserError(f"{path}: unknown setting {section}.{name}{_hint(name, sections)}")
-            found[field] = checked(known[field], _rooted(known[field], value), path)
+            rooted = _rooted(known[field], value)
+            found[field] = settings.read(known[field], rooted, f"{path}: ")
     return found
 
 

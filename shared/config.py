@@ -2,13 +2,13 @@
 
     @dataclass(frozen=True)
     class Config:
-        batch_size: int = option(128, "images per optimizer step, summed over processes")
+        batch_size: Count = option(128, "images per optimizer step, summed over processes")
         run: RunOptions = field(default_factory=RunOptions)
 
-    cfg = parse(Config, argv, usage=__doc__)
+    cfg = parse(Config, argv, __doc__)
 
-Flags win over `--config FILE`, which wins over the defaults. `--batch-size` and `--batch_size` are
-the same flag. Unknown names are refused with the nearest one. Standard library only.
+What is typed wins over the settings of --demo, these over --config FILE, this over the defaults.
+`--batch-size` and `--batch_size` are the same flag. Unknown names are refused with the nearest one.
 """
 
 from __future__ import annotations
@@ -17,25 +17,31 @@ import dataclasses
 import json
 import sys
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from shared import flags, settings_file
 from shared.device import check_name
-from shared.errors import UserError, one_line
+from shared.errors import UserError, did_you_mean, one_line, shortened
 from shared.settings import (
     PORTS,
+    RESUME_WORDS,
     Count,
     Port,
     Range,
     Scope,
     Seconds,
     Seed,
-    in_range,
+    Setting,
+    leaves,
     number,
-    own_leaves,
-    own_names,
+    of_file,
+    of_line,
+    of_run,
+    of_script,
+    of_script_line,
+    refuse_changes,
     settings,
 )
 
@@ -64,30 +70,30 @@ def option(
     return field(default=default, metadata=metadata | {"positional": positional})
 
 
+def free(default: Any, text: str, **more: Any) -> Any:
+    """An `option` that a resumed run may always change."""
+    return option(default, text, scope="free", **more)
+
+
 @dataclass(frozen=True)
 class ProcessOptions:
     """Flags for the launcher of processes; torchrun's names."""
 
-    nproc: Count | None = option(
+    nproc: Count | None = free(
         None,
         "processes on this host; default: one a visible GPU, 1 without (also: NPROC_PER_NODE)",
-        scope="free",
         aliases=("--nproc-per-node",),
     )
-    nnodes: Count = option(1, "number of hosts", scope="free")
-    node_rank: int = option(0, "this host's number, from 0", scope="free")
-    master_addr: str | None = option(None, "host 0's name or address", scope="free")
-    master_port: Port | None = option(
-        None, "a free port on host 0 (one host: chosen)", scope="free"
-    )
-    rdzv_backend: str | None = option(None, "rendezvous backend, as torchrun's", scope="free")
-    rdzv_endpoint: str | None = option(None, "rendezvous host:port, as torchrun's", scope="free")
-    rdzv_id: str | None = option(None, "rendezvous id, as torchrun's", scope="free")
-    max_restarts: int = option(
-        0, "start all processes again from the last checkpoint after a crash", scope="free"
-    )
-    shutdown_timeout: Annotated[int, Range(0, 2_000_000)] = option(
-        120, "seconds to save and leave after SIGTERM before SIGKILL", scope="free"
+    nnodes: Count = free(1, "number of hosts")
+    node_rank: int = free(0, "this host's number, from 0")
+    master_addr: str | None = free(None, "host 0's name or address")
+    master_port: Port | None = free(None, "a free port on host 0 (one host: chosen)")
+    rdzv_backend: str | None = free(None, "rendezvous backend, as torchrun's")
+    rdzv_endpoint: str | None = free(None, "rendezvous host:port, as torchrun's")
+    rdzv_id: str | None = free(None, "rendezvous id, as torchrun's")
+    max_restarts: int = free(0, "start all processes again from the last checkpoint after a crash")
+    shutdown_timeout: Annotated[int, Range(0, 2_000_000)] = free(
+        120, "seconds to save and leave after SIGTERM before SIGKILL"
     )
 
     def __post_init__(self) -> None:
@@ -101,34 +107,29 @@ class RunOptions:
     """Flags that mean the same in every recipe."""
 
     demo: bool = option(False, "train on the built-in demo data, in <recipe>/demo")
-    resume: str = option(
+    resume: str = free(
         "auto",
         "auto: continue an interrupted run of the same settings; never; or a checkpoint's path",
-        scope="free",
         const="auto",
     )
-    allow_reshard: bool = option(
-        False, "let --resume PATH continue at another number of processes", scope="free"
-    )
-    run_dir: Path | None = option(None, "where status, metrics and checkpoints go", scope="free")
-    config: Path | None = option(None, "YAML or JSON file of these settings", scope="free")
-    dry_run: bool = option(False, "check settings and data, print the plan, stop", scope="free")
-    print_config: bool = option(False, "print the settings as JSON, stop", scope="free")
-    device: str = option("auto", "auto, cpu, cuda or cuda:N", scope="free")
+    allow_reshard: bool = free(False, "let --resume PATH continue at another number of processes")
+    run_dir: Path | None = free(None, "where status, metrics and checkpoints go")
+    config: Path | None = free(None, "YAML or JSON file of these settings")
+    dry_run: bool = free(False, "check settings and data, print the plan, stop")
+    print_config: bool = free(False, "print the settings as JSON, stop")
+    device: str = free("auto", "auto, cpu, cuda or cuda:N")
     amp: Literal["off", "bf16", "fp16", "auto"] = option(
         "off", "mixed precision; typed alone: auto", const="auto"
     )
     seed: Seed = option(0, "seed of weights, order and augmentation")
-    log_every: Count = option(20, "steps between log lines and metrics", scope="free")
-    save_every: Count = option(500, "steps between checkpoints", scope="free")
-    keep: Count = option(2, "checkpoints to keep, to fall back on", scope="free")
-    on_full_disk: Literal["continue", "stop"] = option(
-        "continue", "after a periodic checkpoint that could not be written", scope="free"
+    log_every: Count = free(20, "steps between log lines and metrics")
+    save_every: Count = free(500, "steps between checkpoints")
+    keep: Count = free(2, "checkpoints to keep, to fall back on")
+    on_full_disk: Literal["continue", "stop"] = free(
+        "continue", "after a periodic checkpoint that could not be written"
     )
-    max_bad_steps: Count = option(
-        10, "non-finite steps in a row before the run stops", scope="free"
-    )
-    timeout: Seconds = option(1800.0, "seconds one process waits for another", scope="free")
+    max_bad_steps: Count = free(10, "non-finite steps in a row before the run stops")
+    timeout: Seconds = free(1800.0, "seconds one process waits for another")
     processes: ProcessOptions = field(default_factory=ProcessOptions)
     typed: frozenset[str] = frozenset()  # fields the user gave; filled by parse
 
@@ -138,7 +139,7 @@ class RunOptions:
     @property
     def is_explicit_resume(self) -> bool:
         """Whether --resume names a checkpoint or run directory."""
-        return self.resume not in settings_file.RESUME_WORDS
+        return self.resume not in RESUME_WORDS
 
 
 @dataclass(frozen=True)
@@ -168,35 +169,44 @@ class HasRunOptions(Protocol):
         ...
 
 
-def parse(config_class: type[C], argv: list[str] | None = None, usage: str | None = None) -> C:
+def parse(
+    config_class: type[C],
+    argv: list[str] | None = None,
+    usage: str | None = None,
+    demo: Mapping[str, Any] | None = None,
+) -> C:
     """An instance of `config_class` from `argv` (default: sys.argv[1:]), its file and its defaults.
 
-    Prints and leaves (SystemExit 0) for --help and --print-config. An explicit --resume PATH takes
-    what was not typed from the run that wrote it. Raises UserError for anything not understood.
+    demo: settings that come with --demo. An explicit --resume PATH takes what was not typed from
+    the run that wrote it. Prints and leaves (SystemExit 0) for --help and --print-config.
+    Raises UserError for anything not understood.
     """
     defaults = config_class()
-    typed = flags.read(defaults, sys.argv[1:] if argv is None else argv, usage)
-    own_config = "config" in own_names(defaults)  # then --config is not a file of these settings
-    given = settings_file.read(defaults, None if own_config else typed.get("config")) | typed
-    stored = settings_file.read_stored(defaults, given.get("resume"))
-    settings_file.refuse_changes(defaults, stored, given)
-    resume = {"resume": stored["resume"]} if stored else {}
-    config = _build(defaults, stored | given | resume, frozenset(given))
+    known = leaves(defaults)
+    typed, rest = of_script_line(defaults, argv, usage)
+    if rest:
+        name = rest[0].partition("=")[0]
+        near = did_you_mean(name, of_script()) or "; --help lists the flags"
+        raise UserError(f"unknown argument {shortened(name)}{near}")
+    file = of_file(known, typed["config"]) if "config" in typed and _is_ours(known) else {}
+    given = file | typed
+    stored = of_run(known, given.get("resume"))
+    refuse_changes(known, stored, given)
+    is_demo = bool(given.get("demo"))
+    if stored:
+        given = stored | given | {"resume": stored["resume"]}
+    elif is_demo:
+        given = file | dict(demo or {}) | typed
+    config = _build(defaults, given, frozenset(typed if is_demo else file | typed))
     if typed.get("print_config"):
         sys.stdout.write(json.dumps(settings(config), indent=2, ensure_ascii=False) + "\n")
         raise SystemExit(0)
     return config
 
 
-def parse_known(config_class: type[C], argv: list[str]) -> C:
-    """Like `parse`, for the settings of `config_class` alone; all others are passed over."""
-    defaults = config_class()
-    typed = flags.read_known(defaults, argv)
-    path = typed.get("config")
-    given = typed
-    if path and path.suffix != ".py":  # which a recipe reads itself
-        given = settings_file.read_known(defaults, path) | typed
-    return _build(defaults, given, frozenset(given))
+def _is_ours(known: Mapping[str, Setting]) -> bool:
+    """Whether --config is a file of these settings; else it is a file of the recipe's own kind."""
+    return known["config"].kind is Path and known["config"].is_optional
 
 
 def parse_own(
@@ -207,22 +217,33 @@ def parse_own(
     Only --help prints; a settings file is that program's.
     """
     defaults = config_class()
-    typed, rest = flags.read_own(defaults, sys.argv[1:] if argv is None else argv, usage)
+    typed, rest = of_script_line(defaults, argv, usage)
     return _build(defaults, typed, frozenset(typed)), rest
 
 
-def _build(defaults: C, given: dict[str, Any], typed: frozenset[str]) -> C:
+def parse_known(config_class: type[C], argv: list[str]) -> C:
+    """Like `parse`, for the settings of `config_class` alone; all others are passed over."""
+    defaults = config_class()
+    given, _ = of_line(defaults, argv, add_help=False)
+    path = given.get("config")
+    if isinstance(path, Path) and path.suffix != ".py":  # which a recipe reads itself
+        given = of_file(leaves(defaults), path, strict=False) | given
+    return _build(defaults, given, frozenset(given))
+
+
+def _build(defaults: C, given: Mapping[str, Any], typed: frozenset[str]) -> C:
     """`defaults` with the flat `given` values in their places. Raises UserError."""
+    fields = dataclasses.fields(typing.cast(Any, defaults))
+    below = {n: value for n, value in given.items() if n not in {item.name for item in fields}}
     changes: dict[str, Any] = {}
-    own = own_leaves(defaults)
-    for item in dataclasses.fields(typing.cast(Any, defaults)):
+    for item in fields:
         value = getattr(defaults, item.name)
-        if dataclasses.is_dataclass(value):
-            below = {name: given[name] for name in given.keys() - own_names(defaults)}
+        if item.name == "typed":
+            changes["typed"] = typed
+        elif dataclasses.is_dataclass(value):
             changes[item.name] = _build(value, below, typed)
-        elif item.name == "typed":
-            changes[item.name] = typed
-    changes |= {name: in_range(own[name], given[name]) for name in own.keys() & given.keys()}
+        elif item.name in given:
+            changes[item.name] = given[item.name]
     try:
         return dataclasses.replace(typing.cast(Any, defaults), **changes)
     except ValueError as error:

@@ -36,6 +36,14 @@ class MissingToolError(UserError):
     exit_code = MISSING_TOOL
 
 
+def missing_package(name: str) -> MissingToolError:
+    """The error to raise for a Python package that is not installed."""
+    return MissingToolError(
+        f"the Python package {name} is not installed in {sys.executable}; run ./setup.sh and use "
+        "its .venv, or pip install -r the recipe's requirements.txt"
+    )
+
+
 _LONGEST_LINE = 3000  # characters: a message may quote what a file or a command line held
 _LONGEST_VALUE = 80
 _QUOTED = reprlib.Repr()  # bounded in depth and breadth: a YAML file of one kilobyte can name more

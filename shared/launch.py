@@ -34,10 +34,9 @@ from shared.errors import (
     one_line,
 )
 from shared.files import write_json
-from shared.flags import dashed
 from shared.outcome import Failure
 from shared.prctl import die_with_parent
-from shared.settings import COUNTS, PROCESSES, number
+from shared.settings import COUNTS, PROCESSES, dashed, number
 
 log = logging.getLogger(__name__)
 

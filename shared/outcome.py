@@ -11,24 +11,24 @@ import json
 import logging
 import os
 import re
-import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from shared import flags, logs, status
+from shared import logs, status
 from shared.errors import (
     DONE,
     FAILED,
     INTERRUPTED,
     STOPPED,
-    MissingToolError,
     UserError,
     hint_for,
+    missing_package,
     one_line,
 )
 from shared.files import read_json, write_json
+from shared.settings import of_script
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ def report(failure: Failure, run_dir: Path | None) -> int:
         return failure.code
     if failure.traceback:
         logs.say(failure.traceback.rstrip())
-    hint = hint_for(failure.message, flags.of_script())
+    hint = hint_for(failure.message, of_script())
     reason = failure.message + (f" — {hint}" if hint else "")
     status.close(run_dir, failure.code, reason)
     leave_page(run_dir)
@@ -160,8 +160,8 @@ def failure_of(error: BaseException, rank: int = 0) -> Failure:
     if isinstance(error, UserError):
         return Failure(rank, error.exit_code, "user", _mistake(error), at=time.time())
     if isinstance(error, ModuleNotFoundError) and error.name:
-        code = MissingToolError.exit_code
-        return Failure(rank, code, "user", _missing_module(error.name), at=time.time())
+        missing = _missing_module(error.name)
+        return Failure(rank, missing.exit_code, "user", str(missing), at=time.time())
     if isinstance(error, KeyboardInterrupt):
         text = "interrupted before training began"
         return Failure(rank, INTERRUPTED, "user", text, at=time.time())
@@ -211,13 +211,12 @@ def _essence(error: BaseException) -> str:
     return one_line(error)
 
 
-def _missing_module(name: str) -> str:
+def _missing_module(name: str) -> MissingToolError:
     """What to do about a module that is not there: a package to install, or a file of ours."""
     root = Path(__file__).parents[1]
-    if (root / name.partition(".")[0]).exists():
-        file = f"{name.replace('.', '/')}.py"
-        return f"{file} is missing in {root}: put it back there (git checkout -- {file})"
-    return (
-        f"the Python package {name} is not installed in {sys.executable}; run ./setup.sh and use "
-        "its .venv, or pip install -r the recipe's requirements.txt"
+    if not (root / name.partition(".")[0]).exists():
+        return missing_package(name)
+    file = f"{name.replace('.', '/')}.py"
+    return MissingToolError(
+        f"{file} is missing in {root}: put it back there (git checkout -- {file})"
     )

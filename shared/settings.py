@@ -1,28 +1,40 @@
-"""What a configuration is: a dataclass, nested ones among its fields, each leaf a setting.
+"""What a setting is: its type and range, and how tyro, a file or a finished run gives it a value.
 
 A number's range is declared with its type: `lr: Positive`, `workers: Workers`, `batch_size: Count`,
 or `Annotated[int, Range(32, 4096)]`. Without one it is from 0 to what the range's defaults allow.
 
-Standard library only.
+Standard library only; tyro and PyYAML where a command line or a file is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
 import os
+import re
+import sys
+import textwrap
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from shared.errors import UserError, shown
+from shared import gone
+from shared.errors import UserError, did_you_mean, missing_package, one_line, shortened, shown
+from shared.files import read_json, read_text
 
 Scope = Literal["result", "length", "free"]
 
+RESUME_WORDS = ("auto", "latest", "never")
+_ONE_CALL = ("dry_run", "print_config", "config", "allow_reshard")  # asked for anew each time
+_MOST_BRACKETS = 1_000  # in a file of settings
 _MOST_WHOLE = 2**31 - 1  # what torch, numpy and the operating system take as a count
-_LONGEST_PATH = 4096  # Linux's PATH_MAX
 _MOST = 10**9  # of other numbers: far from where half and single precision overflow
+_LONGEST_PATH = 4096  # Linux's PATH_MAX
+_ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +46,12 @@ class Range:
     above: bool = False
     below: bool = False
 
-    def holds(self, value: float) -> bool:
-        """Whether `value` is one of them; NaN never is."""
-        return self.low <= value <= self.high and not (
-            (self.above and value == self.low) or (self.below and value == self.high)
-        )
-
     def fits(self, value: Any, kind: type) -> bool:
-        """Whether `value` is one of them, and of this kind, int or float."""
-        is_number = isinstance(value, int | kind) and not isinstance(value, bool)
-        return is_number and self.holds(value)
+        """Whether `value` is one of them, and of this kind, int or float; NaN never is."""
+        if isinstance(value, bool) or not isinstance(value, int | kind):
+            return False
+        is_end = (self.above and value == self.low) or (self.below and value == self.high)
+        return self.low <= value <= self.high and not is_end
 
     def describe(self, kind: type) -> str:
         """The words of a message: a whole number from 1 to 16."""
@@ -71,57 +79,6 @@ ShareAboveZero = Annotated[float, Range(0, 1, above=True)]
 Seconds = Annotated[float, Range(0, 2_000_000, above=True)]  # poll() counts to 2**31 milliseconds
 
 
-class Setting(NamedTuple):
-    """One leaf of a configuration: its field, the type it is declared with, its value."""
-
-    field: dataclasses.Field[Any]
-    kind: Any
-    value: Any
-    range: Range | None = None  # of a number
-
-    @property
-    def scope(self) -> Scope:
-        """What a resumed run may do with it (see config.option)."""
-        return self.field.metadata.get("scope", "result")
-
-
-def leaves(config: Any) -> dict[str, Setting]:
-    """Every setting of a configuration by name, those of nested dataclasses too.
-
-    A name of the outer dataclass hides the same name of a nested one.
-    """
-    found = own_leaves(config)
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        if dataclasses.is_dataclass(value):
-            found = leaves(value) | found
-    return found
-
-
-def own_leaves(config: Any) -> dict[str, Setting]:
-    """The settings of a configuration itself, by name, without those of nested dataclasses."""
-    hints = typing.get_type_hints(type(config))
-    declared = typing.get_type_hints(type(config), include_extras=True)
-    found = {}
-    for item in dataclasses.fields(config):
-        value, kind = getattr(config, item.name), hints[item.name]
-        if item.name != "typed" and not dataclasses.is_dataclass(value):
-            found[item.name] = Setting(item, kind, value, _range_of(kind, declared[item.name]))
-    return found
-
-
-def _range_of(kind: Any, declared: Any) -> Range | None:
-    """The range of a number's type; None for what is no number."""
-    marks = (mark for part in _parts(declared) for mark in getattr(part, "__metadata__", ()))
-    default = {int: Range(0, _MOST_WHOLE), float: Range()}.get(without_none(kind))
-    return next((mark for mark in marks if isinstance(mark, Range)), default)
-
-
-def _parts(kind: Any) -> Iterator[Any]:
-    yield kind
-    yield from typing.get_args(kind)
-
-
 def number(name: str, value: Any, kind: type, allowed: Range) -> Any:
     """`value`, a number or its text, as an int or a float that `allowed` holds.
 
@@ -132,20 +89,77 @@ def number(name: str, value: Any, kind: type, allowed: Range) -> Any:
     except ValueError:
         found = None
     if not allowed.fits(found, kind):
-        raise UserError(f"{name} must be {allowed.describe(kind)}, got {shown(value)}")
+        got = shown(value if found is None else found)
+        raise UserError(f"{name} must be {allowed.describe(kind)}, got {got}")
     return kind(found)
 
 
-def in_range(setting: Setting, value: Any) -> Any:
-    """`value`, refused by a UserError where its setting is a number with another range."""
-    if setting.range is None or value is None:
-        return value
-    return number(setting.field.name, value, without_none(setting.kind), setting.range)
+class Setting(NamedTuple):
+    """One leaf of a configuration: its field, its type (without `| None`), its value."""
+
+    field: dataclasses.Field[Any]
+    kind: Any
+    is_optional: bool
+    value: Any
+    range: Range | None  # of a number
+
+    @property
+    def scope(self) -> Scope:
+        """What a resumed run may do with it (see config.option)."""
+        return self.field.metadata.get("scope", "result")
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The texts it may be; () for any other type."""
+        return typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
+
+    @property
+    def is_list(self) -> bool:
+        """Whether it is several texts."""
+        return typing.get_origin(self.kind) is tuple
+
+    @property
+    def flags(self) -> list[str]:
+        """Its spellings on the command line."""
+        name = self.field.name.replace("_", "-")
+        off = [f"--no-{name}"] if self.kind is bool else []
+        return [f"--{name}", *off, *self.field.metadata.get("aliases", ())]
 
 
-def own_names(config: Any) -> set[str]:
-    """The settings of a configuration itself, without those of nested dataclasses."""
-    return {item.name for item in dataclasses.fields(config)} - {"typed"}
+def leaves(config: Any) -> dict[str, Setting]:
+    """Every setting of a configuration by name, those of nested dataclasses too.
+
+    A name of the outer dataclass hides the same name of a nested one.
+    """
+    return {name: leaf for _, section in _sections(config) for name, leaf in section.items()}
+
+
+def _sections(
+    config: Any, hidden: Collection[str] = ()
+) -> Iterator[tuple[Any, dict[str, Setting]]]:
+    """A configuration and the dataclasses in it, the outer ones first, each with its settings."""
+    hints = typing.get_type_hints(type(config), include_extras=True)
+    own, nested = {}, []
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        if dataclasses.is_dataclass(value):
+            nested.append(value)
+        elif item.name not in {"typed", *hidden}:
+            own[item.name] = _setting(item, hints[item.name], value)
+    yield config, own
+    for value in nested:
+        yield from _sections(value, {*hidden, *own})
+
+
+def _setting(item: dataclasses.Field[Any], declared: Any, value: Any) -> Setting:
+    is_union = typing.get_origin(declared) in (typing.Union, types.UnionType)
+    parts = typing.get_args(declared) if is_union else (declared,)
+    kind = next(part for part in parts if part is not type(None))
+    marks = getattr(kind, "__metadata__", ())
+    kind = kind.__origin__ if marks else kind
+    default = {int: Range(0, _MOST_WHOLE), float: Range()}.get(kind)
+    limits = next((mark for mark in marks if isinstance(mark, Range)), default)
+    return Setting(item, kind, type(None) in parts, value, limits)
 
 
 def settings(
@@ -174,38 +188,262 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def reader_of(kind: type) -> Any:
-    """The function from text to a value of `kind`."""
-    if kind is Path:
-        return _path
-    return kind
+def read(setting: Setting, value: Any, where: str = "") -> Any:
+    """`value`, the text of a flag or what a file holds, as the setting's type.
 
-
-def _path(text: str) -> Path:
-    """Absolute, from where it was typed.
-
-    Raises ValueError for the home of a user unknown here, and for what no system takes as a path:
-    an empty text, too.
+    where: before the setting's name in the message. Raises UserError, which says what is allowed.
     """
-    if not text.strip():
-        raise ValueError("the path is empty")
-    if len(text) > _LONGEST_PATH or "\0" in text:
-        raise ValueError("no path")
+    name, kind = where + setting.field.name, setting.kind
+    if value is None and setting.is_optional:
+        return None
+    if setting.range:
+        return number(name, value, kind, setting.range)
+    if kind is bool:
+        allowed, found = "true or false", value if isinstance(value, bool) else None
+    elif setting.is_list:
+        items = tuple(value) if isinstance(value, list) else (None,)
+        is_texts = all(isinstance(item, str) for item in items)
+        allowed, found = "a list of texts", items if is_texts else None
+    elif setting.choices:
+        value = "off" if value is False else value  # as YAML reads it
+        allowed, found = ", ".join(setting.choices), value if value in setting.choices else None
+    elif kind is Path:
+        allowed, found = "a path (not empty; ~NAME: a user's home)", _path(value)
+    else:
+        allowed, found = "a text", _text(value)
+    if found is None:
+        raise UserError(f"{name} is {shown(value)}, allowed: {allowed}")
+    return found
+
+
+def _text(value: Any) -> str | None:
+    """A text or number as a text; None for anything else, and a number beyond Python's decimals."""
+    if isinstance(value, str | int | float) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError):
+            return str(value)
+    return None
+
+
+def _path(text: Any) -> Path | None:
+    """Absolute, from where it was typed; None for what no system takes as a path.
+
+    That is also an empty text, as of a variable that is not set, and the home of an unknown user.
+    """
+    if isinstance(text, str) and text.strip() and len(text) <= _LONGEST_PATH and "\0" not in text:
+        with contextlib.suppress(RuntimeError):
+            return Path(text).expanduser().absolute()
+    return None
+
+
+def load_file(path: Path) -> dict[str, Any]:
+    """The names and values of a YAML or JSON file, unchecked. Raises UserError."""
+    import yaml
+
     try:
-        return Path(text).expanduser().absolute()
-    except RuntimeError as error:
-        raise ValueError(f"{text}: {error}") from None
+        text = read_text(path, "utf-8-sig")
+        if text.count("[") + text.count("{") > _MOST_BRACKETS:  # yaml's time grows with the square
+            raise ValueError("it nests too deeply")
+        loaded = yaml.safe_load(text) or {}
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"--config {path} cannot be read: {one_line(error)}") from None
+    if not isinstance(loaded, dict):
+        raise UserError(
+            f"--config {path} must hold `name: value` lines, found {type(loaded).__name__}"
+        )
+    return {name if isinstance(name, str) else shown(name): value for name, value in loaded.items()}
 
 
-def without_none(kind: Any) -> Any:
-    """`int` for `int | None`; any other kind as it is."""
-    if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        return next(part for part in typing.get_args(kind) if part is not type(None))
-    return kind
+def of_file(known: Mapping[str, Setting], path: Path, *, strict: bool = True) -> dict[str, Any]:
+    """The settings of a YAML or JSON file, checked. strict: unknown names raise UserError."""
+    given: dict[str, Any] = {}
+    for written, value in load_file(path).items():
+        name = written.replace("-", "_")
+        if name in known:
+            given[name] = read(known[name], value, f"{path}: ")
+        elif strict:
+            gone.refuse(["--" + name.replace("_", "-")])
+            near = did_you_mean(name, known) or "; --help lists the names"
+            raise UserError(f"{path}: unknown setting {shortened(written)}{near}")
+    return given
 
 
-def from_plain(kind: Any, value: Any) -> Any:
-    """What `plain` was given, for a setting of this kind."""
-    if isinstance(value, list):
-        return tuple(value)
-    return Path(value) if without_none(kind) is Path and value else value
+def of_run(known: Mapping[str, Setting], resume: str | None) -> dict[str, Any]:
+    """The settings of the run that wrote the checkpoint PATH; {} for auto, latest and never."""
+    if resume is None or resume in RESUME_WORDS:
+        return {}
+    path = Path(resume).expanduser().absolute()
+    if not path.exists():
+        raise UserError(
+            f"--resume {resume}: no such checkpoint; give a file, a run directory, auto or never"
+        )
+    directory = path if path.is_dir() else path.parent
+    above = directory.parent / "config.json"  # of a run that keeps checkpoints in a folder
+    if path.is_file() and above.is_file() and not (directory / "config.json").is_file():
+        directory = directory.parent
+    file = directory / "config.json"
+    written = read_json(file)
+    if not isinstance(written, dict) or not isinstance(written.get("settings"), dict):
+        raise UserError(
+            f"--resume {resume}: {file} is missing or was not written by a run; a checkpoint is "
+            "resumed from its own run directory"
+        )
+    stored = written["settings"] | {"resume": str(path), "run_dir": str(directory)}
+    kept = (name for name in known if name in stored and name not in _ONE_CALL)
+    return {name: read(known[name], stored[name], f"{file}: ") for name in kept}
+
+
+def refuse_changes(
+    known: Mapping[str, Setting], stored: dict[str, Any], given: dict[str, Any]
+) -> None:
+    """Raise UserError when a given setting would change the numbers of the resumed run."""
+    names = [name for name in given if name in stored and known[name].scope == "result"]
+    refused = differing({n: stored[n] for n in names}, {n: given[n] for n in names})
+    if refused:
+        raise UserError(
+            f"--resume {given['resume']} cannot continue with {'; '.join(refused)}; "
+            "leave these flags out, or start anew with --resume never"
+        )
+
+
+_of_script: frozenset[str] = frozenset()
+
+
+def of_script() -> frozenset[str]:
+    """The flags that this process's script has, once it has read its command line."""
+    return _of_script
+
+
+def dashed(argv: list[str]) -> list[str]:
+    """`argv` with the names of long flags in their dashed spelling."""
+    dashed = []
+    for token in argv:
+        name, equals, value = token.partition("=")
+        dashed.append(name.replace("_", "-") + equals + value if name.startswith("--") else token)
+    return dashed
+
+
+def of_script_line(
+    defaults: Any, argv: list[str] | None, usage: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings typed to this script, and the words that are none; prints for --help.
+
+    argv: default sys.argv[1:]. usage: the script's docstring. Raises UserError.
+    """
+    global _of_script
+    _of_script = frozenset(flag for leaf in leaves(defaults).values() for flag in leaf.flags)
+    words = dashed(sys.argv[1:] if argv is None else argv)
+    gone.refuse(words, _of_script)
+    if usage and not {"-h", "--help"}.isdisjoint(words):
+        sys.stdout.write(_for_terminal(usage) + "\n\n")
+    return of_line(defaults, words)
+
+
+def _for_terminal(usage: str) -> str:
+    """A docstring in 79 columns: prose filled; what a command does below it, where it must be."""
+    blocks = usage.strip().split("\n\n")
+    for at, block in enumerate(blocks):
+        if "   " not in block.strip():
+            blocks[at] = textwrap.fill(block, 79)
+        elif max(map(len, block.splitlines())) > 79:
+            blocks[at] = re.sub(r"^( *\S+(?: \S+)*)   *(?=\S)", r"\1\n      ", block, flags=re.M)
+    return "\n\n".join(blocks)
+
+
+def of_line(defaults: Any, argv: list[str], **options: Any) -> tuple[dict[str, Any], list[str]]:
+    """The settings in the words of a command line, and the words that belong to none of them.
+
+    options: of tyro.cli. Raises UserError.
+    """
+    try:
+        import tyro
+    except ModuleNotFoundError as error:
+        raise missing_package(str(error.name)) from None
+    words, said = dashed(argv), io.StringIO()
+    options |= {"description": "", "prog": Path(sys.argv[0]).name, "return_unknown_args": True}
+    try:
+        with contextlib.redirect_stderr(said):
+            form, rest = tyro.cli(_form(defaults), args=words, **options)
+    except SystemExit as left:
+        if left.code:
+            raise UserError(_without_box(said.getvalue())) from None
+        raise
+    values = vars(form)
+    for part in values.values():
+        values = values | (vars(part) if dataclasses.is_dataclass(part) else {})
+    typed = {word.partition("=")[0] for word in words}
+    return {
+        name: tuple(itertools.chain(*values[name])) if leaf.is_list else values[name]
+        for name, leaf in leaves(defaults).items()
+        if leaf.field.metadata.get("positional") or not typed.isdisjoint(leaf.flags)
+    }, rest
+
+
+def _without_box(text: str) -> str:
+    """The sentences of a message that tyro has drawn a box around, without its title."""
+    lines = [line.strip("│| ") for line in text.splitlines()[1:]]
+    return textwrap.shorten(" ".join(line for line in lines if line.strip("─-╰╯+")), 300)
+
+
+def _form(defaults: Any) -> type:
+    """The settings of `defaults` as tyro takes them: a dataclass, with one in it for each group."""
+    from tyro import conf
+
+    (_, own), *groups = _sections(defaults)
+    fields = [_form_field(leaf) for leaf in own.values()]
+    for section, inner in groups:
+        name = type(section).__name__.removesuffix("Options").lower()
+        form = dataclasses.make_dataclass(name, [_form_field(leaf) for leaf in inner.values()])
+        about = conf.arg(help=(section.__doc__ or "").partition("\n")[0])
+        fields.append((name, Annotated[form, about]))
+    return dataclasses.make_dataclass("settings", fields, kw_only=True)
+
+
+def _form_field(leaf: Setting) -> Any:
+    """A setting as a field: how tyro reads and shows it."""
+    from tyro import conf, constructors
+
+    metadata, name, const = leaf.field.metadata, leaf.field.name, leaf.field.metadata.get("const")
+    words = {int: "N", float: "X", Path: "PATH"}
+    metavar = "{" + ",".join(leaf.choices) + "}" if leaf.choices else words.get(leaf.kind, "TEXT")
+
+    def from_words(words: list[str]) -> Any:
+        if leaf.is_list and not words:
+            raise UserError(f"{name} is empty, allowed: one or more texts after the flag")
+        return read(leaf, words if leaf.is_list else " ".join(words) if words else const)
+
+    spec = constructors.PrimitiveConstructorSpec(
+        nargs="*" if leaf.is_list or const else 1,
+        metavar=f"{metavar} …" if leaf.is_list else f"[{metavar}]" if const else metavar,
+        instance_from_str=from_words,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+    kind: Any = bool if leaf.kind is bool else Annotated[Any, spec]
+    if metadata.get("positional"):
+        about = conf.arg(help=metadata["help"], metavar=name.upper())
+        return name, Annotated[conf.Positional[kind], about]
+    if leaf.is_list:
+        kind = conf.UseAppendAction[tuple[kind, ...]]
+    shown = conf.arg(
+        help=metadata.get("help", ""),
+        help_behavior_hint=_default(leaf),
+        aliases=metadata.get("aliases", ()),
+        prefix_name=False,
+    )
+    return name, Annotated[kind, shown], () if leaf.is_list else leaf.value
+
+
+def _default(leaf: Setting) -> str:
+    """The end of a setting's help."""
+    value = leaf.value
+    if isinstance(value, bool):
+        value = "on" if value else "off"
+    elif isinstance(value, Path) and value.is_relative_to(_ROOT):
+        value = value.relative_to(_ROOT)
+    elif isinstance(value, tuple) and value:
+        value = " ".join(value)
+    elif value in (None, "", ()):
+        value = "none"
+        if "default" in leaf.field.metadata.get("help", ""):
+            return ""
+    return f"(default: {value})"

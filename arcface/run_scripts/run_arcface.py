@@ -1,8 +1,8 @@
 r"""Train an ArcFace image retriever on DeepFashion In-shop.
 
-python run_scripts/run_arcface.py --config config/arcface/resnet50-arcface_8xb32_inshop.py \
-    --launcher pytorch --nproc-per-node 4 --data-root /data/inshop
-python run_scripts/run_arcface.py --config … --cfg-options train_cfg.max_epochs=10 …
+python run_scripts/run_arcface.py --launcher pytorch --nproc-per-node 4 \
+    --config config/arcface/resnet50-arcface_8xb32_inshop.py --data-root DIR
+python run_scripts/run_arcface.py --cfg-options train_cfg.max_epochs=10 …
 python run_scripts/run_arcface.py --config … --resume          continue the run in its work dir
 python run_scripts/run_arcface.py --demo                       built-in data, on any machine
 """
@@ -23,8 +23,8 @@ from shared.config import ProcessOptions, RunOptions, option, parse, parse_known
 from shared.device import present_gpus, visible_gpus
 from shared.errors import UserError
 from shared.files import open_lock
-from shared.flags import dashed
 from shared.launch import launch, world_size
+from shared.settings import dashed
 
 if TYPE_CHECKING:
     from arcface.run_settings import Settings

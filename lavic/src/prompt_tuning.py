@@ -1,7 +1,7 @@
 """Stage 2: tune the language model to recommend from a conversation and ten candidates' pictures.
 
 python prompt_tuning.py --model_dir ./out_distilled/vision_lora_adapter_best
-python prompt_tuning.py --model_dir … --category amazon_home --candidate_type candidates_gpt_large
+python prompt_tuning.py --model_dir … --category amazon_home
 torchrun --nproc_per_node=4 prompt_tuning.py --model_dir …    four GPUs, said explicitly
 python prompt_tuning.py --demo                                after ./run_training.sh --demo
 

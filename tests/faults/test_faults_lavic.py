@@ -33,7 +33,7 @@ MISTAKES = {
     "a batch of nothing": (["--batch_size", 0], "batch_size must be a whole number from 1"),
     "a number that is none": (["--max_samples", "many"], "max_samples (all or a number) must be"),
     "no samples": (["--max_samples", 0], "max_samples (all or a number) must be"),
-    "an unknown way of slots": (["--slots", "six"], "--slots: invalid choice: 'six'"),
+    "an unknown way of slots": (["--slots", "six"], "slots is 'six', allowed: "),
     "dropout of everything": (
         ["--lora_dropout", 1],
         "lora_dropout must be a number from 0 to below 1, got 1.0",

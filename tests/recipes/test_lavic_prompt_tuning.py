@@ -220,10 +220,10 @@ def broken(tmp_path: Path, name: str, content: str) -> Path:
 
 
 MISTAKES = {
-    "no adapter typed": (["--model-dir", ""], "the path is empty"),
+    "no adapter typed": (["--model-dir", ""], "model_dir is '', allowed: a path (not empty"),
     "an adapter that is not there": (["--model_dir", "/nowhere"], "/nowhere is no adapter"),
-    "an unknown category": (["--category", "all_buety"], "invalid choice"),
-    "an unknown kind of candidates": (["--candidate_type", "st"], "invalid choice"),
+    "an unknown category": (["--category", "all_buety"], "category is 'all_buety', allowed: "),
+    "an unknown kind of candidates": (["--candidate_type", "st"], "candidate_type is 'st', "),
     "a category without files": (
         ["--category", "amazon_home"],
         "amazon_home/train.jsonl is missing",

@@ -327,7 +327,7 @@ MISTAKES = {
     "unknown flag": (["--batch-szie", 4], "--batch-szie; did you mean --batch-size?"),
     "no data there": (["--data-root", "/nowhere"], "/nowhere lacks coco, clotho, audiocaps"),
     "a data set that is unknown": (["--datasets", "flickr"], "flickr is none of coco, clotho"),
-    "a size that is unknown": (["--model-size", "huge"], "invalid choice: 'huge'"),
+    "a size that is unknown": (["--model-size", "huge"], "model_size is 'huge', allowed: tiny"),
     "stages in another number": (["--stage-epochs", "50/50"], "must be like 30/40/30"),
     "a batch larger than the data": (["--batch-size", 400], "no data set has 800 samples"),
     "no such checkpoint": (["--resume", "/nowhere.pt"], "/nowhere.pt: no such checkpoint"),

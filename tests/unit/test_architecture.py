@@ -34,7 +34,8 @@ LIGHT = {
 FOREIGN_TO_SHARED = {"transformers", "peft", "swift", "open_clip"}
 # Who in shared may talk to the process and its user, beside the entry scripts and shared/tools.
 OWNERS = {
-    "argparse": {"shared.flags"},
+    "argparse": set[str](),
+    "tyro": {"shared.settings"},
     "environment": {
         *("shared.launch", "shared.outcome", "shared.supervisor", "shared.signals"),
         *("shared.distributed", "shared.run_directory", "shared.hub"),
@@ -234,7 +235,7 @@ def test_package_files_are_empty():
 
 def uses(path: Path) -> set[str]:
     """Which of the entry scripts' rights the file takes for itself."""
-    found = {"argparse"} & {room_of(name) for name in all_imports(path)}
+    found = {"argparse", "tyro"} & {room_of(name) for name in all_imports(path)}
     if {"subprocess", "multiprocessing"} & {room_of(name) for name in all_imports(path)}:
         found.add("processes")
     for node in ast.walk(tree_of(path)):

@@ -90,7 +90,7 @@ def test_a_path_that_is_typed_starts_where_it_was_typed(tmp_path, monkeypatch):
         ("model:\n  resume: x\n", "unknown setting model.resume"),
         ("model: base\n", "model must hold `name: value` lines, found 'base'"),
         ("model:\n  size: huge\n", "model_size is 'huge', allowed: tiny, small, base, large"),
-        ("training:\n  batch_size: many\n", "batch_size is 'many', expected int"),
+        ("training:\n  batch_size: many\n", "batch_size must be a whole number from 1"),
     ],
 )
 def test_what_is_not_understood_is_refused_with_the_nearest(text, message, tmp_path):

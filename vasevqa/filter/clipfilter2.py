@@ -1,6 +1,6 @@
 r"""Of each vase keep the view that CLIP finds best.
 
-python clipfilter2.py --input_dir ./filtered_vases/accepted --output_dir ./filtered_vases
+python clipfilter2.py --input_dir ./filtered_vases/accepted
 python clipfilter2.py --pattern '^(.+)-(\d+)\.png$'       other names: (vase)-(view).png
 torchrun --nproc_per_node 4 clipfilter2.py                four processes share the files
 python clipfilter2.py --demo                              the built-in pictures
