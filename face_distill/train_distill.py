@@ -144,7 +144,7 @@ DEMO = {  # what suits 800 pictures and a tower of 0.3 million parameters; typed
 
 def main(argv: list[str] | None = None) -> int:
     """Check the input, then train; the exit code."""
-    cfg = parse(Config, argv, __doc__)
+    cfg = parse(Config, argv, __doc__, DEMO)
     if cfg.run.demo:
         cfg = _with_demo(cfg)
     _check_batch_size(cfg.batch_size, world_size())
@@ -439,12 +439,12 @@ def _ending(
 
 
 def _with_demo(cfg: Config) -> Config:
-    """`cfg` on the built-in data: its paths and sizes where none were typed."""
+    """`cfg` on the built-in data: its paths where none were typed."""
     from face_distill.demo_data import demo
 
     root = Path(PROJECT_ROOT) / "demo"
     paths = demo.build(root)
-    changes = DEMO | {
+    changes = {
         "blip_path": paths.weights,
         "data_root": paths.data_root,
         "teacher_feat_dir": paths.teacher,
@@ -499,11 +499,10 @@ def _plan(cfg: Config) -> str:
 
 def processes_that_fit(argv: list[str], visible: int) -> int:
     """How many of the visible GPUs share BATCH_SIZE evenly, when the user did not type a size."""
-    cfg = parse(Config, argv)
-    size = DEMO["batch_size"] if cfg.run.demo else BATCH_SIZE
+    cfg = parse(Config, argv, demo=DEMO)
     if "batch_size" in cfg.run.typed:
         return visible
-    return max(count for count in range(1, visible + 1) if int(size) % count == 0)
+    return max(count for count in range(1, visible + 1) if cfg.batch_size % count == 0)
 
 
 if __name__ == "__main__":

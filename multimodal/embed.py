@@ -12,7 +12,7 @@ a product of two files compares everything with everything. Texts and labels sta
 import logging
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,11 +72,16 @@ class Inputs:
     labels: list[str]
 
 
+DEMO = {
+    "checkpoint": RECIPE / "demo" / "runs" / "outputs",
+    "out": RECIPE / "demo" / "embeddings",
+    "workers": 0,
+}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Check the input, then embed; the exit code."""
-    cfg = parse(Config, argv, __doc__)
-    if cfg.tool.demo:
-        cfg = _with_demo(cfg)
+    cfg = parse(Config, argv, __doc__, DEMO)
     from multimodal.trained import checkpoint_at
     from shared.images import SUFFIXES
 
@@ -95,16 +100,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     make_output(cfg.out)
     return _embed(cfg, inputs, checkpoint)
-
-
-def _with_demo(cfg: Config) -> Config:
-    demo = RECIPE / "demo"
-    changes = {
-        "checkpoint": demo / "runs" / "outputs",
-        "out": demo / "embeddings",
-        "workers": 0,
-    }
-    return replace(cfg, **{n: v for n, v in changes.items() if n not in cfg.tool.typed})
 
 
 def _files(given: tuple[str, ...], suffixes: frozenset[str], flag: str) -> list[Path]:

@@ -11,7 +11,7 @@ labels; writes them as evaluation.json and evaluation.txt, and into the newest r
 
 import os
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -56,11 +56,12 @@ class Config:
                 )
 
 
+DEMO = {"checkpoint": RECIPE / "demo" / "runs" / "outputs", "workers": 0}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Check the input, then evaluate; the exit code."""
-    cfg = parse(Config, argv, __doc__)
-    if cfg.tool.demo:
-        cfg = _with_demo(cfg)
+    cfg = parse(Config, argv, __doc__, DEMO)
     from multimodal.trained import checkpoint_at
 
     checkpoint = checkpoint_at(cfg.checkpoint)
@@ -73,12 +74,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     make_output(out)
     return _evaluate(cfg, checkpoint, out, run_dir)
-
-
-def _with_demo(cfg: Config) -> Config:
-    demo = RECIPE / "demo"
-    changes = {"checkpoint": demo / "runs" / "outputs", "workers": 0}
-    return replace(cfg, **{n: v for n, v in changes.items() if n not in cfg.tool.typed})
 
 
 def _evaluate(cfg: Config, checkpoint: Path, out: Path, run_dir: Path | None) -> int:

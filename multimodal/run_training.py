@@ -185,7 +185,7 @@ def _read_settings(argv: list[str]) -> Config:
     known = {name: leaf for name, leaf in leaves(Config()).items() if name not in processes}
     path = parse_known(_File, argv).config
     values = settings_file.read(path, known)
-    cfg = parse(cast(Any, lambda: _default(values)), argv, __doc__)
+    cfg = parse(cast(Any, lambda: _default(values)), argv, __doc__, DEMO)
     if cfg.run.is_explicit_resume and "config" in cfg.run.typed:
         now = {name: plain(leaf.value) for name, leaf in leaves(cfg).items()}
         asked = {name: plain(value) for name, value in values.items() if name not in cfg.run.typed}
@@ -213,12 +213,12 @@ def _default(values: dict[str, Any]) -> Config:
 
 
 def _with_demo(cfg: Config) -> Config:
-    """`cfg` on the built-in data: its paths and sizes where none were typed."""
+    """`cfg` on the built-in data: its paths where none were typed."""
     from multimodal import demo
 
     root = HERE / "demo"
     paths = demo.build(root)
-    changes: dict[str, Any] = DEMO | {
+    changes: dict[str, Any] = {
         "data_root": paths.data_root,
         "output_dir": root / "runs" / "outputs",
         "feature_cache": root / "features",

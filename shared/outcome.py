@@ -22,6 +22,7 @@ from shared.errors import (
     FAILED,
     INTERRUPTED,
     STOPPED,
+    MissingToolError,
     UserError,
     hint_for,
     missing_package,

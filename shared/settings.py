@@ -120,7 +120,9 @@ class Setting(NamedTuple):
 
     @property
     def flags(self) -> list[str]:
-        """Its spellings on the command line."""
+        """Its spellings on the command line; [] for what is typed without a name."""
+        if self.field.metadata.get("positional"):
+            return []
         name = self.field.name.replace("_", "-")
         off = [f"--no-{name}"] if self.kind is bool else []
         return [f"--{name}", *off, *self.field.metadata.get("aliases", ())]
@@ -374,7 +376,7 @@ def of_line(defaults: Any, argv: list[str], **options: Any) -> tuple[dict[str, A
     return {
         name: tuple(itertools.chain(*values[name])) if leaf.is_list else values[name]
         for name, leaf in leaves(defaults).items()
-        if leaf.field.metadata.get("positional") or not typed.isdisjoint(leaf.flags)
+        if not leaf.flags or not typed.isdisjoint(leaf.flags)
     }, rest
 
 

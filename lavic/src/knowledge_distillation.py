@@ -108,7 +108,7 @@ DEMO = {  # what suits some hundred small pictures and a tower of 0.2 million pa
 
 def main(argv: list[str] | None = None) -> int:
     """Check the input, then train; the exit code."""
-    cfg = parse(Config, argv, __doc__)
+    cfg = parse(Config, argv, __doc__, DEMO)
     if cfg.run.demo:
         cfg = _with_demo(cfg)
     if cfg.estimate:
@@ -133,11 +133,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _with_demo(cfg: Config) -> Config:
-    """`cfg` on the built-in data: its paths and sizes where none were typed."""
+    """`cfg` on the built-in data: its paths where none were typed."""
     from lavic import demo
 
     paths = demo.build(SRC.parent / "demo")
-    changes = DEMO | {
+    changes = {
         "model_name": str(paths.weights),
         "train_data": paths.train_data,
         "val_data": paths.val_data,

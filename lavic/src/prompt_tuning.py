@@ -114,7 +114,7 @@ DEMO = {  # what suits 240 conversations and a model of 0.4 million parameters; 
 
 def main(argv: list[str] | None = None) -> int:
     """Check the input, then train and test; the exit code."""
-    cfg = parse(Config, argv, __doc__)
+    cfg = parse(Config, argv, __doc__, DEMO)
     if cfg.run.demo:
         cfg = _with_demo(cfg)
     if cfg.estimate:
@@ -139,7 +139,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _with_demo(cfg: Config) -> Config:
-    """`cfg` on the built-in data: its paths and sizes where none were typed."""
+    """`cfg` on the built-in data: its paths where none were typed."""
     from lavic import demo
     from lavic.src.adapter_files import DISTILLED, SETTINGS
 
@@ -147,7 +147,7 @@ def _with_demo(cfg: Config) -> Config:
     adapter = paths.distilled / DISTILLED
     if "model_dir" not in cfg.run.typed and not (adapter / SETTINGS).is_file():
         raise UserError("the demo's stage 1 has not been trained: type ./run_training.sh --demo")
-    changes = DEMO | {
+    changes = {
         "model_dir": adapter,
         "data_root": paths.data,
         "item_meta_path": paths.train_data,

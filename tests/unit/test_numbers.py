@@ -2,77 +2,26 @@
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
-from shared.settings import Setting, leaves
+from shared.settings import Setting
 from tests.arcface_nano import build_inshop, write_config
-from tests.harness import ROOT, Outcome, run_here, start
-
-SCRIPTS = [
-    *(f"face_distill.{name}" for name in ("train_distill", "extract_teacher", "evaluate", "embed")),
-    "face_distill.download_weight",
-    *(f"lavic.src.{name}" for name in ("knowledge_distillation", "prompt_tuning", "evaluate")),
-    "lavic.src.crawl_images",
-    *(f"vasevqa.filter.{name}" for name in ("classifier", "clipfilter1", "clipfilter2", "model")),
-    *("vasevqa.model.evaluate", "vasevqa.run_all"),
-    *(f"multimodal.{name}" for name in ("run_training", "evaluate", "embed", "run_all")),
-    "multimodal.download_datasets",
-    *("arcface.run_scripts.run_arcface", "arcface.evaluate"),
-]
-NOT_NUMBERS = ("nan", "inf", "-inf", "1e38", str(2**70), "9" * 200_000, "[" * 5000 + "]" * 5000)
-LONGEST_LINE = 300
-POSITIONAL: dict[str, list[object]] = {"face_distill.embed": ["faces"]}
+from tests.harness import ROOT, start
+from tests.unit.test_command_lines import (
+    NOT_NUMBERS,
+    POSITIONAL,
+    SCRIPTS,
+    complaint,
+    complaints,
+    settings_of,
+)
 
 
 def numbers(script: str) -> dict[str, Setting]:
     """The settings of a script that are numbers."""
-    found = leaves(importlib.import_module(script).Config())
-    return {name: leaf for name, leaf in found.items() if leaf.range}
-
-
-def wrong_values(leaf: Setting) -> Iterator[str]:
-    assert leaf.range
-    yield from NOT_NUMBERS
-    if leaf.range.low > -1:
-        yield "-1"
-    if leaf.range.low > 0 or leaf.range.above:
-        yield "0"
-
-
-def complaint(outcome: Outcome, about: str = "") -> str:
-    """What is wrong with how a command refused its input; '' when nothing is."""
-    lines = outcome.text.splitlines()
-    if outcome.code != 2 or len(lines) != 1 or "Traceback" in outcome.text:
-        return f"exit {outcome.code}, {len(lines)} lines: {outcome.text[-500:]}"
-    if len(lines[0]) > LONGEST_LINE or about not in lines[0].lower().replace("-", "_"):
-        return f"{len(lines[0])} characters: {lines[0][:500]}"
-    return ""
-
-
-def complaints(
-    main: Callable[[list[str]], int], commands: Mapping[str, Sequence[object]]
-) -> dict[str, str]:
-    """What is wrong with the refusals of commands, whose names begin with the flag to be named."""
-    found = {
-        name: complaint(run_here(main, words), name.partition(" ")[0])
-        for name, words in commands.items()
-    }
-    return {name: text for name, text in found.items() if text}
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_number_of_every_script_is_in_range(script: str) -> None:
-    common = {} if script == SCRIPTS[0] else numbers(SCRIPTS[0])
-    commands = {
-        f"{name} {value[:10]}": [f"--{name}={value}", "--dry-run", *POSITIONAL.get(script, [])]
-        for name, leaf in numbers(script).items()
-        if common.get(name) is None or common[name].range != leaf.range
-        for value in wrong_values(leaf)
-    }
-    assert complaints(importlib.import_module(script).main, commands) == {}
+    return {name: leaf for name, leaf in settings_of(script).items() if leaf.range}
 
 
 # numbers that are not flags of a dataclass
