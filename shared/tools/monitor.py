@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
-from shared import lock, logs, processes, run_text, terminal
+from shared import gone, lock, logs, processes, run_text, terminal
 from shared.device import gpu_use
 from shared.errors import DONE, FAILED, USER_ERROR, UserError, did_you_mean
 from shared.files import open_regular, read_object, read_text
@@ -99,6 +99,7 @@ def _read_flags(argv: list[str]) -> Config:
     ):
         add(f"--{name}", action="store_true", help=text)
     add("--every", type=float, default=2.0, metavar="S", help="seconds between two looks (2)")
+    gone.refuse(argv)
     try:
         args, unknown = parser.parse_known_args(argv)
     except argparse.ArgumentError as error:

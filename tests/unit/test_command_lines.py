@@ -246,6 +246,16 @@ def test_without_tyro_the_command_that_installs_it_is_told(script: str, tmp_path
     assert "./setup.sh" in line
 
 
+@pytest.mark.parametrize("tool", ["monitor", "doctor"])
+def test_the_tools_that_look_need_no_package(tool: str) -> None:
+    path = ROOT / "shared" / "tools" / f"{tool}.py"
+    for word, code in {"--help": 0, "/nowhere": 2}.items():
+        command = [sys.executable, "-I", "-S", path, word]
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert ended.returncode == code, ended.stderr
+        assert "Traceback" not in ended.stderr
+
+
 # --- values ---------------------------------------------------------------------------------------
 
 PRINTING = [name for name in SCRIPTS if "print_config" in settings_of(name)]
