@@ -9,21 +9,29 @@
 
 What is typed wins over the settings of --demo, these over --config FILE, this over the defaults.
 `--batch-size` and `--batch_size` are the same flag. Unknown names are refused with the nearest one.
+
+Standard library only; tyro where a command line is read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
+import itertools
 import json
+import re
 import sys
+import textwrap
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
+from shared import gone
 from shared.device import check_name
-from shared.errors import UserError, did_you_mean, one_line, shortened
+from shared.errors import UserError, did_you_mean, missing_package, one_line, shortened
 from shared.settings import (
     PORTS,
     RESUME_WORDS,
@@ -37,15 +45,16 @@ from shared.settings import (
     leaves,
     number,
     of_file,
-    of_line,
     of_run,
-    of_script,
-    of_script_line,
+    read,
     refuse_changes,
+    sections,
     settings,
 )
 
 C = TypeVar("C")
+
+_ROOT = Path(__file__).resolve().parents[1]
 
 
 def option(
@@ -183,7 +192,7 @@ def parse(
     """
     defaults = config_class()
     known = leaves(defaults)
-    typed, rest = of_script_line(defaults, argv, usage)
+    typed, rest = _read(defaults, argv, usage)
     if rest:
         name = rest[0].partition("=")[0]
         near = did_you_mean(name, of_script()) or "; --help lists the flags"
@@ -204,11 +213,6 @@ def parse(
     return config
 
 
-def _is_ours(known: Mapping[str, Setting]) -> bool:
-    """Whether --config is a file of these settings; else it is a file of the recipe's own kind."""
-    return known["config"].kind is Path and known["config"].is_optional
-
-
 def parse_own(
     config_class: type[C], argv: list[str] | None = None, usage: str | None = None
 ) -> tuple[C, list[str]]:
@@ -217,18 +221,40 @@ def parse_own(
     Only --help prints; a settings file is that program's.
     """
     defaults = config_class()
-    typed, rest = of_script_line(defaults, argv, usage)
+    typed, rest = _read(defaults, argv, usage)
     return _build(defaults, typed, frozenset(typed)), rest
 
 
 def parse_known(config_class: type[C], argv: list[str]) -> C:
     """Like `parse`, for the settings of `config_class` alone; all others are passed over."""
     defaults = config_class()
-    given, _ = of_line(defaults, argv, add_help=False)
+    given, _ = _typed(defaults, argv, add_help=False)
     path = given.get("config")
     if isinstance(path, Path) and path.suffix != ".py":  # which a recipe reads itself
         given = of_file(leaves(defaults), path, strict=False) | given
     return _build(defaults, given, frozenset(given))
+
+
+_of_script: frozenset[str] = frozenset()
+
+
+def of_script() -> frozenset[str]:
+    """The flags that this process's script has, once it has read its command line."""
+    return _of_script
+
+
+def dashed(argv: list[str]) -> list[str]:
+    """`argv` with the names of long flags in their dashed spelling."""
+    dashed = []
+    for token in argv:
+        name, equals, value = token.partition("=")
+        dashed.append(name.replace("_", "-") + equals + value if name.startswith("--") else token)
+    return dashed
+
+
+def _is_ours(known: Mapping[str, Setting]) -> bool:
+    """Whether --config is a file of these settings; else it is a file of the recipe's own kind."""
+    return known["config"].kind is Path and known["config"].is_optional
 
 
 def _build(defaults: C, given: Mapping[str, Any], typed: frozenset[str]) -> C:
@@ -248,3 +274,127 @@ def _build(defaults: C, given: Mapping[str, Any], typed: frozenset[str]) -> C:
         return dataclasses.replace(typing.cast(Any, defaults), **changes)
     except ValueError as error:
         raise UserError(one_line(error)) from None
+
+
+def _read(
+    defaults: Any, argv: list[str] | None, usage: str | None
+) -> tuple[dict[str, Any], list[str]]:
+    """The settings typed to this script, and the words that are none; prints for --help.
+
+    argv: default sys.argv[1:]. usage: the script's docstring. Raises UserError.
+    """
+    global _of_script
+    _of_script = frozenset(flag for leaf in leaves(defaults).values() for flag in leaf.flags)
+    words = dashed(sys.argv[1:] if argv is None else argv)
+    gone.refuse(words, _of_script)
+    if usage and not {"-h", "--help"}.isdisjoint(words):
+        sys.stdout.write(_for_terminal(usage) + "\n\n")
+    return _typed(defaults, words)
+
+
+def _for_terminal(usage: str) -> str:
+    """A docstring in 79 columns: prose filled; what a command does below it, where it must be."""
+    blocks = usage.strip().split("\n\n")
+    for at, block in enumerate(blocks):
+        if "   " not in block.strip():
+            blocks[at] = textwrap.fill(block, 79)
+        elif max(map(len, block.splitlines())) > 79:
+            blocks[at] = re.sub(r"^( *\S+(?: \S+)*)   *(?=\S)", r"\1\n      ", block, flags=re.M)
+    return "\n\n".join(blocks)
+
+
+def _typed(defaults: Any, argv: list[str], **options: Any) -> tuple[dict[str, Any], list[str]]:
+    """The settings in the words of a command line, and the words that belong to none of them.
+
+    options: of tyro.cli. Raises UserError.
+    """
+    try:
+        import tyro
+    except ModuleNotFoundError as error:
+        raise missing_package(str(error.name)) from None
+    words, said = dashed(argv), io.StringIO()
+    options |= {"description": "", "prog": Path(sys.argv[0]).name, "return_unknown_args": True}
+    try:
+        with contextlib.redirect_stderr(said):
+            form, rest = tyro.cli(_form(defaults), args=words, **options)
+    except SystemExit as left:
+        if left.code:
+            raise UserError(_without_box(said.getvalue())) from None
+        raise
+    values = vars(form)
+    for part in values.values():
+        values = values | (vars(part) if dataclasses.is_dataclass(part) else {})
+    typed = {word.partition("=")[0] for word in words}
+    return {
+        name: tuple(itertools.chain(*values[name])) if leaf.is_list else values[name]
+        for name, leaf in leaves(defaults).items()
+        if not leaf.flags or not typed.isdisjoint(leaf.flags)
+    }, rest
+
+
+def _without_box(text: str) -> str:
+    """The sentences of a message that tyro has drawn a box around, without its title."""
+    lines = [line.strip("│| ") for line in text.splitlines()[1:]]
+    return textwrap.shorten(" ".join(line for line in lines if line.strip("─-╰╯+")), 300)
+
+
+def _form(defaults: Any) -> type:
+    """The settings of `defaults` as tyro takes them: a dataclass, with one in it for each group."""
+    from tyro import conf
+
+    (_, own), *groups = sections(defaults)
+    fields = [_form_field(leaf) for leaf in own.values()]
+    for section, inner in groups:
+        name = type(section).__name__.removesuffix("Options").lower()
+        form = dataclasses.make_dataclass(name, [_form_field(leaf) for leaf in inner.values()])
+        about = conf.arg(help=(section.__doc__ or "").partition("\n")[0])
+        fields.append((name, Annotated[form, about]))
+    return dataclasses.make_dataclass("settings", fields, kw_only=True)
+
+
+def _form_field(leaf: Setting) -> Any:
+    """A setting as a field: how tyro reads and shows it."""
+    from tyro import conf, constructors
+
+    metadata, name, const = leaf.field.metadata, leaf.field.name, leaf.field.metadata.get("const")
+    words = {int: "N", float: "X", Path: "PATH"}
+    metavar = "{" + ",".join(leaf.choices) + "}" if leaf.choices else words.get(leaf.kind, "TEXT")
+
+    def from_words(words: list[str]) -> Any:
+        if leaf.is_list and not words:
+            raise UserError(f"{name} is empty, allowed: one or more texts after the flag")
+        return read(leaf, words if leaf.is_list else " ".join(words) if words else const)
+
+    spec = constructors.PrimitiveConstructorSpec(
+        nargs="*" if leaf.is_list or const else 1,
+        metavar=f"{metavar} …" if leaf.is_list else f"[{metavar}]" if const else metavar,
+        instance_from_str=from_words,
+        is_instance=lambda value: True,
+        str_from_instance=lambda value: [str(value)],
+    )
+    kind: Any = bool if leaf.kind is bool else Annotated[Any, spec]
+    if metadata.get("positional"):
+        about = conf.arg(help=metadata["help"], metavar=name.upper())
+        return name, Annotated[conf.Positional[kind], about]
+    if leaf.is_list:
+        kind = conf.UseAppendAction[tuple[kind, ...]]
+    shown = conf.arg(
+        help=metadata.get("help", ""),
+        help_behavior_hint=_default(leaf),
+        aliases=metadata.get("aliases", ()),
+        prefix_name=False,
+    )
+    return name, Annotated[kind, shown], () if leaf.is_list else leaf.value
+
+
+def _default(leaf: Setting) -> str:
+    """The end of a setting's help."""
+    value = leaf.value
+    if isinstance(value, bool):
+        value = "on" if value else "off"
+    elif isinstance(value, tuple):
+        value = " ".join(value)
+    elif isinstance(value, Path) and value.is_relative_to(_ROOT):
+        value = value.relative_to(_ROOT)
+    is_told = value in (None, "") and "default" in leaf.field.metadata.get("help", "")
+    return "" if is_told else f"(default: {'none' if value in (None, '') else value})"

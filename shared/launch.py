@@ -25,7 +25,7 @@ if __name__ == "__main__":  # imported, it leaves the importer's path as it is
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
 from shared import logs, outcome, processes
-from shared.config import ProcessOptions, option, parse, parse_known
+from shared.config import ProcessOptions, dashed, option, parse, parse_known
 from shared.device import check_mask, present_gpus, visible_gpus
 from shared.errors import (
     DONE,
@@ -36,7 +36,7 @@ from shared.errors import (
 from shared.files import write_json
 from shared.outcome import Failure
 from shared.prctl import die_with_parent
-from shared.settings import COUNTS, PROCESSES, dashed, number
+from shared.settings import COUNTS, PROCESSES, number
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from shared import logs, status
+from shared.config import of_script
 from shared.errors import (
     DONE,
     FAILED,
@@ -29,7 +30,6 @@ from shared.errors import (
     one_line,
 )
 from shared.files import read_json, write_json
-from shared.settings import of_script
 
 log = logging.getLogger(__name__)
 

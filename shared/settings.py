@@ -1,21 +1,16 @@
-"""What a setting is: its type and range, and how tyro, a file or a finished run gives it a value.
+"""What a setting is: its type, its range, and its value from a text, a file or an earlier run.
 
 A number's range is declared with its type: `lr: Positive`, `workers: Workers`, `batch_size: Count`,
 or `Annotated[int, Range(32, 4096)]`. Without one it is from 0 to what the range's defaults allow.
 
-Standard library only; tyro and PyYAML where a command line or a file is read.
+Standard library only, and PyYAML where a file is read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import io
-import itertools
 import os
-import re
-import sys
-import textwrap
 import types
 import typing
 from collections.abc import Collection, Iterator, Mapping
@@ -23,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from shared import gone
-from shared.errors import UserError, did_you_mean, missing_package, one_line, shortened, shown
+from shared.errors import UserError, did_you_mean, one_line, shortened, shown
 from shared.files import read_json, read_text
 
 Scope = Literal["result", "length", "free"]
@@ -34,7 +29,6 @@ _MOST_BRACKETS = 1_000  # in a file of settings
 _MOST_WHOLE = 2**31 - 1  # what torch, numpy and the operating system take as a count
 _MOST = 10**9  # of other numbers: far from where half and single precision overflow
 _LONGEST_PATH = 4096  # Linux's PATH_MAX
-_ROOT = Path(__file__).resolve().parents[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,12 +127,10 @@ def leaves(config: Any) -> dict[str, Setting]:
 
     A name of the outer dataclass hides the same name of a nested one.
     """
-    return {name: leaf for _, section in _sections(config) for name, leaf in section.items()}
+    return {name: leaf for _, section in sections(config) for name, leaf in section.items()}
 
 
-def _sections(
-    config: Any, hidden: Collection[str] = ()
-) -> Iterator[tuple[Any, dict[str, Setting]]]:
+def sections(config: Any, hidden: Collection[str] = ()) -> Iterator[tuple[Any, dict[str, Setting]]]:
     """A configuration and the dataclasses in it, the outer ones first, each with its settings."""
     hints = typing.get_type_hints(type(config), include_extras=True)
     own, nested = {}, []
@@ -150,7 +142,7 @@ def _sections(
             own[item.name] = _setting(item, hints[item.name], value)
     yield config, own
     for value in nested:
-        yield from _sections(value, {*hidden, *own})
+        yield from sections(value, {*hidden, *own})
 
 
 def _setting(item: dataclasses.Field[Any], declared: Any, value: Any) -> Setting:
@@ -305,147 +297,3 @@ def refuse_changes(
             f"--resume {given['resume']} cannot continue with {'; '.join(refused)}; "
             "leave these flags out, or start anew with --resume never"
         )
-
-
-_of_script: frozenset[str] = frozenset()
-
-
-def of_script() -> frozenset[str]:
-    """The flags that this process's script has, once it has read its command line."""
-    return _of_script
-
-
-def dashed(argv: list[str]) -> list[str]:
-    """`argv` with the names of long flags in their dashed spelling."""
-    dashed = []
-    for token in argv:
-        name, equals, value = token.partition("=")
-        dashed.append(name.replace("_", "-") + equals + value if name.startswith("--") else token)
-    return dashed
-
-
-def of_script_line(
-    defaults: Any, argv: list[str] | None, usage: str | None
-) -> tuple[dict[str, Any], list[str]]:
-    """The settings typed to this script, and the words that are none; prints for --help.
-
-    argv: default sys.argv[1:]. usage: the script's docstring. Raises UserError.
-    """
-    global _of_script
-    _of_script = frozenset(flag for leaf in leaves(defaults).values() for flag in leaf.flags)
-    words = dashed(sys.argv[1:] if argv is None else argv)
-    gone.refuse(words, _of_script)
-    if usage and not {"-h", "--help"}.isdisjoint(words):
-        sys.stdout.write(_for_terminal(usage) + "\n\n")
-    return of_line(defaults, words)
-
-
-def _for_terminal(usage: str) -> str:
-    """A docstring in 79 columns: prose filled; what a command does below it, where it must be."""
-    blocks = usage.strip().split("\n\n")
-    for at, block in enumerate(blocks):
-        if "   " not in block.strip():
-            blocks[at] = textwrap.fill(block, 79)
-        elif max(map(len, block.splitlines())) > 79:
-            blocks[at] = re.sub(r"^( *\S+(?: \S+)*)   *(?=\S)", r"\1\n      ", block, flags=re.M)
-    return "\n\n".join(blocks)
-
-
-def of_line(defaults: Any, argv: list[str], **options: Any) -> tuple[dict[str, Any], list[str]]:
-    """The settings in the words of a command line, and the words that belong to none of them.
-
-    options: of tyro.cli. Raises UserError.
-    """
-    try:
-        import tyro
-    except ModuleNotFoundError as error:
-        raise missing_package(str(error.name)) from None
-    words, said = dashed(argv), io.StringIO()
-    options |= {"description": "", "prog": Path(sys.argv[0]).name, "return_unknown_args": True}
-    try:
-        with contextlib.redirect_stderr(said):
-            form, rest = tyro.cli(_form(defaults), args=words, **options)
-    except SystemExit as left:
-        if left.code:
-            raise UserError(_without_box(said.getvalue())) from None
-        raise
-    values = vars(form)
-    for part in values.values():
-        values = values | (vars(part) if dataclasses.is_dataclass(part) else {})
-    typed = {word.partition("=")[0] for word in words}
-    return {
-        name: tuple(itertools.chain(*values[name])) if leaf.is_list else values[name]
-        for name, leaf in leaves(defaults).items()
-        if not leaf.flags or not typed.isdisjoint(leaf.flags)
-    }, rest
-
-
-def _without_box(text: str) -> str:
-    """The sentences of a message that tyro has drawn a box around, without its title."""
-    lines = [line.strip("│| ") for line in text.splitlines()[1:]]
-    return textwrap.shorten(" ".join(line for line in lines if line.strip("─-╰╯+")), 300)
-
-
-def _form(defaults: Any) -> type:
-    """The settings of `defaults` as tyro takes them: a dataclass, with one in it for each group."""
-    from tyro import conf
-
-    (_, own), *groups = _sections(defaults)
-    fields = [_form_field(leaf) for leaf in own.values()]
-    for section, inner in groups:
-        name = type(section).__name__.removesuffix("Options").lower()
-        form = dataclasses.make_dataclass(name, [_form_field(leaf) for leaf in inner.values()])
-        about = conf.arg(help=(section.__doc__ or "").partition("\n")[0])
-        fields.append((name, Annotated[form, about]))
-    return dataclasses.make_dataclass("settings", fields, kw_only=True)
-
-
-def _form_field(leaf: Setting) -> Any:
-    """A setting as a field: how tyro reads and shows it."""
-    from tyro import conf, constructors
-
-    metadata, name, const = leaf.field.metadata, leaf.field.name, leaf.field.metadata.get("const")
-    words = {int: "N", float: "X", Path: "PATH"}
-    metavar = "{" + ",".join(leaf.choices) + "}" if leaf.choices else words.get(leaf.kind, "TEXT")
-
-    def from_words(words: list[str]) -> Any:
-        if leaf.is_list and not words:
-            raise UserError(f"{name} is empty, allowed: one or more texts after the flag")
-        return read(leaf, words if leaf.is_list else " ".join(words) if words else const)
-
-    spec = constructors.PrimitiveConstructorSpec(
-        nargs="*" if leaf.is_list or const else 1,
-        metavar=f"{metavar} …" if leaf.is_list else f"[{metavar}]" if const else metavar,
-        instance_from_str=from_words,
-        is_instance=lambda value: True,
-        str_from_instance=lambda value: [str(value)],
-    )
-    kind: Any = bool if leaf.kind is bool else Annotated[Any, spec]
-    if metadata.get("positional"):
-        about = conf.arg(help=metadata["help"], metavar=name.upper())
-        return name, Annotated[conf.Positional[kind], about]
-    if leaf.is_list:
-        kind = conf.UseAppendAction[tuple[kind, ...]]
-    shown = conf.arg(
-        help=metadata.get("help", ""),
-        help_behavior_hint=_default(leaf),
-        aliases=metadata.get("aliases", ()),
-        prefix_name=False,
-    )
-    return name, Annotated[kind, shown], () if leaf.is_list else leaf.value
-
-
-def _default(leaf: Setting) -> str:
-    """The end of a setting's help."""
-    value = leaf.value
-    if isinstance(value, bool):
-        value = "on" if value else "off"
-    elif isinstance(value, Path) and value.is_relative_to(_ROOT):
-        value = value.relative_to(_ROOT)
-    elif isinstance(value, tuple) and value:
-        value = " ".join(value)
-    elif value in (None, "", ()):
-        value = "none"
-        if "default" in leaf.field.metadata.get("help", ""):
-            return ""
-    return f"(default: {value})"

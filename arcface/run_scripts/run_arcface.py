@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
 from shared import logs
-from shared.config import ProcessOptions, RunOptions, option, parse, parse_known
+from shared.config import ProcessOptions, RunOptions, dashed, option, parse, parse_known
 from shared.device import present_gpus, visible_gpus
 from shared.errors import UserError
 from shared.files import open_lock
 from shared.launch import launch, world_size
-from shared.settings import dashed
 
 if TYPE_CHECKING:
     from arcface.run_settings import Settings

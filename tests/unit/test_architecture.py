@@ -35,7 +35,7 @@ FOREIGN_TO_SHARED = {"transformers", "peft", "swift", "open_clip"}
 # Who in shared may talk to the process and its user, beside the entry scripts and shared/tools.
 OWNERS = {
     "argparse": set[str](),
-    "tyro": {"shared.settings"},
+    "tyro": {"shared.config"},
     "environment": {
         *("shared.launch", "shared.outcome", "shared.supervisor", "shared.signals"),
         *("shared.distributed", "shared.run_directory", "shared.hub"),
