@@ -304,10 +304,7 @@ def _for_terminal(usage: str) -> str:
 
 
 def _typed(defaults: Any, argv: list[str], **options: Any) -> tuple[dict[str, Any], list[str]]:
-    """The settings in the words of a command line, and the words that belong to none of them.
-
-    options: of tyro.cli. Raises UserError.
-    """
+    """The settings in a command line, and the words that are none. options: of tyro.cli."""
     try:
         import tyro
     except ModuleNotFoundError as error:
@@ -333,9 +330,12 @@ def _typed(defaults: Any, argv: list[str], **options: Any) -> tuple[dict[str, An
 
 
 def _without_box(text: str) -> str:
-    """The sentences of a message that tyro has drawn a box around, without its title."""
-    lines = [line.strip("│| ") for line in text.splitlines()[1:]]
-    return textwrap.shorten(" ".join(line for line in lines if line.strip("─-╰╯+")), 300)
+    """The words of a message that tyro has drawn a box around, on one line, without its title."""
+    rows = [row.strip("│| ") for row in text.splitlines()[1:-1]]
+    said = " ".join(row if row.strip("─-") else ";" for row in rows)  # a rule between two rows
+    for clumsy, plain in (("1 values.", "one value"), (" ;", ";"), ("For full", "for the")):
+        said = said.replace(clumsy, plain)
+    return textwrap.shorten(said, 300)
 
 
 def _form(defaults: Any) -> type:

@@ -206,7 +206,7 @@ def test_another_input_size_of_the_run_is_kept(folder, tower, tmp_path):
 MISTAKES = {
     "an empty folder": (["{tmp}/empty"], "holds no images (.bmp .jpeg .jpg .png .webp)"),
     "no such folder": (["{tmp}/nowhere"], "is not a folder"),
-    "no folder typed": ([], "required: folder"),
+    "no folder typed": ([], "FOLDER folder of face images (required)"),
     "another ending": (["{faces}", "--out", "{tmp}/e.npz"], "must end with .npy"),
     "a place below a file": (["{faces}", "--out", "{faces}/z.png/e.npy"], "cannot be made"),
     "no such checkpoint": (["{faces}", "--checkpoint", "{tmp}/x.pth"], "x.pth is missing"),
