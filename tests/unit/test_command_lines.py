@@ -141,10 +141,11 @@ def test_help_takes_less_than_a_third_of_a_second_and_no_torch(script: str, tmp_
 @pytest.mark.parametrize("script", [name for name in SCRIPTS if name not in PASSES_ON])
 def test_a_flag_that_does_not_exist_is_refused_with_the_nearest(script: str) -> None:
     name = next(n for n, leaf in tried(script).items() if leaf.flags)
-    wrong = name[:-2] + name[-1] + name[-2]  # the last two letters changed places
-    for typed in (f"--{wrong}=1", f"--{wrong.replace('_', '-')}", f"--{wrong}"):
-        said = complaint(run(script, typed), f"unknown argument __{wrong}", f"mean __{name}?")
-        assert said == ""
+    abbreviated, misspelt = name[:-1], name[:-2] + name[-1] + name[-2]
+    for wrong in (f"--{abbreviated}", f"--{misspelt}"):
+        for typed in (wrong, wrong.replace("_", "-"), f"{wrong}=1"):
+            named = f"unknown argument {wrong.replace('-', '_')};"
+            assert complaint(run(script, typed), named, f"did you mean __{name}?") == ""
     assert complaint(run(script, "--zzzzz"), "unknown argument __zzzzz; __help lists") == ""
     assert complaint(run(script, "surplus"), "unknown argument surplus") == ""
 
@@ -287,6 +288,15 @@ def test_a_file_may_write_numbers_in_powers_of_ten_and_flags_win(
         path.write_text(f"{name.replace('_', '-')}: 5e-4\n")
         assert printed(script, "--config", path)[name] == 5e-4
         assert printed(script, "--config", path, f"--{name}", "0.25")[name] == 0.25
+
+
+@pytest.mark.parametrize("script", ["arcface.run_scripts.run_arcface", "arcface.evaluate"])
+def test_several_texts_follow_a_flag_that_may_be_repeated(script: str) -> None:
+    line = "--cfg-options a.b=1 c_d=2 --amp --cfg_options=e=--f --cfg_options g=[1,2] h=-1"
+    found = printed(script, *line.split())["cfg_options"]
+    assert found == ["a.b=1", "c_d=2", "e=--f", "g=[1,2]", "h=-1"]
+    said = complaint(run(script, "--cfg-options", "--amp"), "cfg_options is empty", "one or more")
+    assert said == ""
 
 
 @pytest.mark.parametrize("script", PRINTING)
