@@ -349,6 +349,22 @@ def test_a_relative_path_to_resume_from_is_where_it_was_typed(
     assert read("--resume run/last.pt").run.resume == str(run_dir / "last.pt")
 
 
+def test_a_resumed_demo_keeps_the_settings_it_was_started_with(run_dir: Path) -> None:
+    demo = {"batch_size": 99, "epochs": 99}
+    cfg = parse(Config, ["--demo"], demo=demo)
+    assert (cfg.batch_size, cfg.epochs, cfg.run.typed) == (99, 99, {"demo"})
+    stored = {"settings": settings(parse(Config, ["--demo", "--epochs", "2"], demo=demo))}
+    (run_dir / "config.json").write_text(json.dumps(stored))
+    cfg = parse(Config, ["--demo", "--resume", str(run_dir)], demo={"batch_size": 7, "epochs": 7})
+    assert (cfg.batch_size, cfg.epochs) == (99, 2)
+
+
+def test_a_setting_that_a_stored_run_cannot_have_is_refused_with_its_file(run_dir: Path) -> None:
+    (run_dir / "config.json").write_text(json.dumps({"settings": {"batch_size": "many"}}))
+    message = refusal(f"--resume '{run_dir}'")
+    assert f"{run_dir}/config.json: batch_size must be a whole number from 1" in message
+
+
 def test_length_and_free_settings_may_be_given_anew(run_dir: Path) -> None:
     cfg = read(f"--resume '{run_dir}' --epochs 9 --workers 0 --log-every 1")
     assert (cfg.epochs, cfg.workers, cfg.run.log_every, cfg.batch_size) == (9, 0, 1, 4)
