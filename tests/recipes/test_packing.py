@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from face_distill import embed, train_distill, training
+from face_distill import embed, train_distill
 from face_distill.demo_data import demo
 from shared.files import read_json, read_json_lines
 from tests.harness import ROOT, Outcome, run_here, status_of
@@ -74,16 +75,15 @@ def undisturbed(faces, tmp_path_factory) -> Path:
 def packed(faces, tmp_path_factory) -> Path:
     """The archive of a run that a SIGTERM stopped at step 12; the run itself is gone."""
     recipe = tmp_path_factory.mktemp("recipe")
-    run_dir, tags = recipe / "checkpoints", training._tags
+    run_dir = recipe / "checkpoints"
 
-    def stopping(*terms):
+    def stop(*_):
         if max((row["step"] for row in recorded(run_dir)), default=0) == STOP_AT - 1:
             signal.raise_signal(signal.SIGTERM)
-        return tags(*terms)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_tags", stopping)
-        outcome = train(faces, run_dir)
+    hook = register_optimizer_step_post_hook(stop)
+    outcome = train(faces, run_dir)
+    hook.remove()
     assert outcome.code == 143, outcome.text
     assert status_of(run_dir)["step"] == STOP_AT
     archive = pack(recipe)
