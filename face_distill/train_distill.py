@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
-from shared.config import RunOptions, option, parse
+from shared.config import RunOptions, free, option, parse
 from shared.errors import UserError
 from shared.files import open_lock, read_object, write_json
 from shared.launch import launch, world_size
@@ -64,10 +64,10 @@ LAMBDA_RKD = 1.0
 class Config:
     """Settings of the distillation."""
 
-    blip_path: Path = option(Path(BLIP_PATH), "BLIP-2 checkpoint directory", scope="free")
-    data_root: Path = option(Path(DATA_ROOT), "faces_emore, or <identity>/<image>", scope="free")
-    teacher_feat_dir: Path = option(
-        Path(TEACHER_FEAT_DIR), "teacher_embedding.npy and teacher_feat_map.npy", scope="free"
+    blip_path: Path = free(Path(BLIP_PATH), "BLIP-2 checkpoint directory")
+    data_root: Path = free(Path(DATA_ROOT), "faces_emore, or <identity>/<image>")
+    teacher_feat_dir: Path = free(
+        Path(TEACHER_FEAT_DIR), "teacher_embedding.npy and teacher_feat_map.npy"
     )
     batch_size: Count = option(BATCH_SIZE, "images a step, summed over all processes")
     epochs: Count = option(EPOCHS, "passes over the images", scope="length")
@@ -96,15 +96,13 @@ class Config:
         None, "side of the tower's input; default: the tower's own"
     )
     clip_norm: Positive | None = option(None, "largest norm of the gradients; default: any")
-    gradient_checkpointing: bool = option(False, "less memory for more time", scope="free")
-    full_checkpoint: bool = option(False, "save the whole student, tower included", scope="free")
-    cache: bool = option(True, "decode every image once, into shared memory", scope="free")
-    workers: Workers = option(4, "loader workers a process", scope="free")
-    verify: Path | None = option(None, "pairs (lfw.bin …) to verify before and after", scope="free")
-    log_dir: Path | None = option(
-        None, "TensorBoard; default logs/adapter_face_distill", scope="free"
-    )
-    estimate: bool = option(False, "print how much memory a process needs, stop", scope="free")
+    gradient_checkpointing: bool = free(False, "less memory for more time")
+    full_checkpoint: bool = free(False, "save the whole student, tower included")
+    cache: bool = free(True, "decode every image once, into shared memory")
+    workers: Workers = free(4, "loader workers a process")
+    verify: Path | None = free(None, "pairs (lfw.bin …) to verify before and after")
+    log_dir: Path | None = free(None, "TensorBoard; default logs/adapter_face_distill")
+    estimate: bool = free(False, "print how much memory a process needs, stop")
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:

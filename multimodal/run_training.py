@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, cast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
 
-from shared.config import RunOptions, option, parse, parse_known
+from shared.config import RunOptions, free, option, parse, parse_known
 from shared.errors import UserError, shown
 from shared.files import open_lock
 from shared.launch import launch, world_size
@@ -45,18 +45,18 @@ DATA_SETS = ("coco", "clotho", "audiocaps", "voxceleb")
 class Config:
     """Settings of the training."""
 
-    data_root: Path = option(HERE / "data", "where the data sets lie", scope="free")
-    output_dir: Path = option(HERE / "outputs", "for checkpoints, logs and reports", scope="free")
+    data_root: Path = free(HERE / "data", "where the data sets lie")
+    output_dir: Path = free(HERE / "outputs", "for checkpoints, logs and reports")
     model_size: Literal["tiny", "small", "base", "large", "nano"] = option(
         "base", "15, 35, 80 or 200 million parameters; nano for tests"
     )
     batch_size: Count = option(8, "samples computed at once on each process")
     epochs: Count = option(100, "epochs of all stages; how they are divided is part of a run")
     lr: Positive = option(1e-4, "highest learning rate")
-    config: Path = option(HERE / "config.yaml", "YAML file with the defaults", scope="free")
+    config: Path = free(HERE / "config.yaml", "YAML file with the defaults")
 
     embed_dim: Size = option(512, "width of all features")
-    use_checkpoint: bool = option(True, "compute activations again to save memory", scope="free")
+    use_checkpoint: bool = free(True, "compute activations again to save memory")
     attention: Literal["sdpa", "chunked", "math"] = option("sdpa", "the same by other kernels")
     dropout: ShareBelowOne = option(0.0, "share of each block's outputs that is dropped")
     activation: Literal["gelu", "quick_gelu"] = option("gelu", "quick_gelu for OpenAI's weights")
@@ -87,12 +87,12 @@ class Config:
     clip_seconds: Annotated[float, Range(0, 3600, above=True)] = option(
         10.0, "length of the sounds in training"
     )
-    eval_batch_size: Count = option(64, "samples of a validation batch", scope="free")
-    checkpoint_every: Count = option(10, "epochs between checkpoint_epoch_N.pt", scope="free")
+    eval_batch_size: Count = free(64, "samples of a validation batch")
+    checkpoint_every: Count = free(10, "epochs between checkpoint_epoch_N.pt")
     max_steps: Count | None = option(None, "stop after so many steps", scope="length")
-    workers: Workers = option(4, "loader workers a process and data set", scope="free")
-    feature_cache: Path | None = option(None, "keep the sounds' features there", scope="free")
-    estimate: bool = option(False, "print the memory that training takes, stop", scope="free")
+    workers: Workers = free(4, "loader workers a process and data set")
+    feature_cache: Path | None = free(None, "keep the sounds' features there")
+    estimate: bool = free(False, "print the memory that training takes, stop")
     run: RunOptions = field(default_factory=RunOptions)
 
     def __post_init__(self) -> None:

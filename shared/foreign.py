@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from shared import guard, lock, outcome, processes
 from shared.child import Child
-from shared.config import option
+from shared.config import free
 from shared.errors import DONE, FAILED, MISSING_TOOL, USER_ERROR, MissingToolError
 from shared.foreign_log import JsonLinesProgress
 from shared.prctl import adopt_orphans
@@ -36,11 +36,11 @@ Progress = Callable[[], dict[str, Any]]  # the changes for status.json since the
 class ForeignOptions:
     """Flags for a foreign program's run, before the --."""
 
-    run_dir: Path | None = option(None, "where status, lock and metrics go", scope="free")
-    recipe: str = option("", "whose run this is, for status.json", scope="free")
-    total_steps: int = option(0, "steps in all, when the program's log does not say", scope="free")
-    shutdown_timeout: Annotated[int, Range(0, 2_000_000)] = option(
-        120, "seconds to save and leave after SIGTERM before SIGKILL", scope="free"
+    run_dir: Path | None = free(None, "where status, lock and metrics go")
+    recipe: str = free("", "whose run this is, for status.json")
+    total_steps: int = free(0, "steps in all, when the program's log does not say")
+    shutdown_timeout: Annotated[int, Range(0, 2_000_000)] = free(
+        120, "seconds to save and leave after SIGTERM before SIGKILL"
     )
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
 from shared import logs
-from shared.config import ProcessOptions, RunOptions, dashed, option, parse, parse_known
+from shared.config import ProcessOptions, RunOptions, dashed, free, option, parse, parse_known
 from shared.device import present_gpus, visible_gpus
 from shared.errors import UserError
 from shared.files import open_lock
@@ -46,32 +46,26 @@ class Config:
         (), "key=value pairs over the file, as train_cfg.max_epochs=10"
     )
     data_root: Path | None = option(None, "the inshop directory, for every data set at once")
-    run_dir: Path | None = option(
+    run_dir: Path | None = free(
         None,
         "where everything goes; default: arcface/work_dirs/<configuration's name>",
-        scope="free",
         aliases=("--work-dir",),
     )
-    launcher: Literal["pytorch", "none", "slurm"] = option(
+    launcher: Literal["pytorch", "none", "slurm"] = free(
         "pytorch",
         "pytorch: a process a GPU, started here; none: one process; slurm: started by srun",
-        scope="free",
     )
-    validate: bool = option(True, "queries against the gallery after epochs", scope="free")
+    validate: bool = free(True, "queries against the gallery after epochs")
     auto_scale_lr: bool = option(
         False, "scale the learning rate by the total batch size (auto_scale_lr.enable=True)"
     )
     init: Literal["pretrained", "random"] = option(
         "pretrained", "the encoder's weights to begin with: init_cfg's, or none"
     )
-    strict_cfg: bool = option(
-        False, "refuse unknown settings in place of naming them", scope="free"
-    )
-    pin_memory: bool = option(True, "accepted; memory is pinned where there is a GPU", scope="free")
-    persistent_workers: bool = option(
-        True, "accepted; loader workers start with each epoch", scope="free"
-    )
-    estimate: bool = option(False, "print how much memory a process needs, stop", scope="free")
+    strict_cfg: bool = free(False, "refuse unknown settings in place of naming them")
+    pin_memory: bool = free(True, "accepted; memory is pinned where there is a GPU")
+    persistent_workers: bool = free(True, "accepted; loader workers start with each epoch")
+    estimate: bool = free(False, "print how much memory a process needs, stop")
     run: RunOptions = field(default_factory=lambda: RunOptions(resume="never"))
 
 

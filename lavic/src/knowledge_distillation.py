@@ -16,7 +16,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
-from shared.config import RunOptions, option, parse
+from shared.config import RunOptions, free, option, parse
 from shared.files import open_lock, read_object
 from shared.launch import launch, world_size
 from shared.settings import Count, Positive, Seed, ShareBelowOne, Size, Workers
@@ -34,9 +34,9 @@ class Config:
     )
     train_data: Path = option(DATA / "item2meta_train.json", "products to learn from")
     val_data: Path = option(DATA / "item2meta_valid.jsonl", "products to validate with")
-    train_images_dir: Path = option(DATA / "train_images", "pictures of the first", scope="free")
-    val_images_dir: Path = option(DATA / "valid_images", "pictures of the second", scope="free")
-    output_dir: Path = option(SRC / "out_distilled", "adapter and run directory", scope="free")
+    train_images_dir: Path = free(DATA / "train_images", "pictures of the first")
+    val_images_dir: Path = free(DATA / "valid_images", "pictures of the second")
+    output_dir: Path = free(SRC / "out_distilled", "adapter and run directory")
     batch_size: Count = option(1, "samples of one forward pass, a process")
     grad_accum: Count = option(1, "forward passes of one optimizer step")
     num_epochs: Count = option(1, "passes over the samples", scope="length")
@@ -57,20 +57,18 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "of the frozen weights; auto: bfloat16 or float16 on a GPU, float32 on the CPU"
     )
-    gradient_checkpointing: Literal["auto", "on", "off"] = option(
-        "auto", "less memory for the tower, more time; auto: on GPUs below 30 GB", scope="free"
+    gradient_checkpointing: Literal["auto", "on", "off"] = free(
+        "auto", "less memory for the tower, more time; auto: on GPUs below 30 GB"
     )
-    reuse_prompt: bool = option(
-        True, "run what is the same in all prompts once, and no gradients through any", scope="free"
+    reuse_prompt: bool = free(
+        True, "run what is the same in all prompts once, and no gradients through any"
     )
     validate_before_training: bool = option(False, "validate once before the first step")
-    num_workers: Workers = option(
-        4, "loader workers a process", scope="free", aliases=("--workers",)
+    num_workers: Workers = free(4, "loader workers a process", aliases=("--workers",))
+    log_dir: Path | None = free(
+        None, "TensorBoard; default lightning_logs/version_N beside the output"
     )
-    log_dir: Path | None = option(
-        None, "TensorBoard; default lightning_logs/version_N beside the output", scope="free"
-    )
-    estimate: bool = option(False, "print the memory this will take, stop", scope="free")
+    estimate: bool = free(False, "print the memory this will take, stop")
     run: RunOptions = field(default_factory=lambda: RunOptions(seed=42, log_every=10))
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
-from shared.config import RunOptions, option, parse
+from shared.config import RunOptions, free, option, parse
 from shared.errors import UserError
 from shared.files import open_lock
 from shared.launch import launch, world_size
@@ -37,23 +37,19 @@ class Config:
     category: Literal["all_beauty", "amazon_fashion", "amazon_home"] = option(
         "all_beauty", "whose conversations"
     )
-    finetune_output_dir: Path = option(SRC / "out_finetuned", "where everything goes", scope="free")
+    finetune_output_dir: Path = free(SRC / "out_finetuned", "where everything goes")
     max_length: Count = option(2048, "tokens of a prompt with its answer")
     batch_size: Count = option(1, "conversations a process and forward pass")
-    num_workers: Workers = option(
-        4, "loader workers a process", scope="free", aliases=("--workers",)
-    )
+    num_workers: Workers = free(4, "loader workers a process", aliases=("--workers",))
     lr: Positive = option(5e-5, "AdamW's learning rate")
     weight_decay: float = option(1e-5, "AdamW's weight decay")
     num_epochs: Count = option(1, "passes over the training conversations", scope="length")
     patience: Count | None = option(
         None, "epochs without a lower val_loss before training ends", scope="length"
     )
-    item_meta_path: Path = option(
-        DATA / "item2meta_train.json", "the products' titles", scope="free"
-    )
-    image_dir: Path = option(DATA / "train_images", "pictures {id}_0.jpg", scope="free")
-    data_root: Path = option(DATA, "holds <category>/{train,valid,test}.jsonl", scope="free")
+    item_meta_path: Path = free(DATA / "item2meta_train.json", "the products' titles")
+    image_dir: Path = free(DATA / "train_images", "pictures {id}_0.jpg")
+    data_root: Path = free(DATA, "holds <category>/{train,valid,test}.jsonl")
     model_name: str | None = option(
         None, "base model, Hub id or directory; default: the one the adapter was trained on"
     )
@@ -65,14 +61,14 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "of the frozen weights; auto: half on a GPU, float32 on the CPU"
     )
-    gradient_checkpointing: Literal["auto", "on", "off"] = option(
-        "auto", "less memory for more time; auto: on GPUs below 48 GB", scope="free"
+    gradient_checkpointing: Literal["auto", "on", "off"] = free(
+        "auto", "less memory for more time; auto: on GPUs below 48 GB"
     )
-    eval_batch_size: Count = option(4, "conversations a process in evaluation", scope="free")
-    evaluate_before: bool = option(True, "test the untrained model first", scope="free")
+    eval_batch_size: Count = free(4, "conversations a process in evaluation")
+    evaluate_before: bool = free(True, "test the untrained model first")
     max_samples: str = option("all", "conversations of each file to use, from its first; or all")
-    cache: Path = option(SRC / "vector_cache", "keeps the pictures' vectors", scope="free")
-    estimate: bool = option(False, "print the memory this will take, stop", scope="free")
+    cache: Path = free(SRC / "vector_cache", "keeps the pictures' vectors")
+    estimate: bool = free(False, "print the memory this will take, stop")
     run: RunOptions = field(default_factory=lambda: RunOptions(seed=42, log_every=10))
 
     def __post_init__(self) -> None:

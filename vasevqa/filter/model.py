@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
-from shared.config import RunOptions, option, parse
+from shared.config import RunOptions, free, option, parse
 from shared.errors import UserError
 from shared.files import open_lock
 from shared.launch import launch, world_size
@@ -41,11 +41,11 @@ BEST = "best_image_quality_model.pth"
 class Config:
     """Settings of the training."""
 
-    gpu: int = option(DEFAULT_GPU, "GPU for one process, if it is there", scope="free")
+    gpu: int = free(DEFAULT_GPU, "GPU for one process, if it is there")
     batch_size: Count = option(BATCH_SIZE, "pictures a step, summed over all processes")
     num_epochs: Count = option(NUM_EPOCHS, "passes over the training split", scope="length")
-    data_dir: Path = option(FILTER / DATA_DIR, "folder with 0/ (low) and 1/ (high)", scope="free")
-    output_dir: Path = option(FILTER, "where model, picture and results go", scope="free")
+    data_dir: Path = free(FILTER / DATA_DIR, "folder with 0/ (low) and 1/ (high)")
+    output_dir: Path = free(FILTER, "where model, picture and results go")
     arch: Literal["resnet50", "resnet34", "resnet18", "resnet10"] = option("resnet50", "network")
     image_size: Annotated[int, Range(32, 4096)] = option(224, "side of the network's input, pixels")
     pretrained: str = option(
@@ -55,9 +55,9 @@ class Config:
     weight_decay: float = option(1e-4, "Adam's weight decay")
     patience: Count | None = option(None, "epochs without a better validation before it stops")
     max_unreadable: Share = option(0.5, "share of unreadable files above which it stops")
-    workers: Workers = option(8, "loader workers a process", scope="free")
+    workers: Workers = free(8, "loader workers a process")
     split_seed: Seed = option(42, "of the three splits")
-    estimate: bool = option(False, "print the memory that the training takes, stop", scope="free")
+    estimate: bool = free(False, "print the memory that the training takes, stop")
     run: RunOptions = field(default_factory=RunOptions)
 
     @property
