@@ -297,7 +297,7 @@ def _terms(
     return {"ArcFace": arc, "AT": attention, "RKD": relations}
 
 
-def _total(cfg: Config, terms: dict[str, Tensor], *, arc_only: bool) -> Tensor:
+def total_loss(cfg: Config, terms: dict[str, Tensor], *, arc_only: bool) -> Tensor:
     """The weighted sum of the terms, a scalar; of ArcFace alone during the warm-up."""
     total = cfg.lambda_arc * terms["ArcFace"]
     if arc_only:

@@ -236,7 +236,7 @@ def _checked_size(image_size: int | None, config: Blip2VisionConfig) -> int:
 
 
 def build_student(
-    blip_path: Path,
+    tower: Blip2VisionModel,
     layers: str,
     num_classes: int,
     *,
@@ -245,11 +245,10 @@ def build_student(
     image_size: int | None = None,
     checkpointing: bool = False,
 ) -> FaceStudent:
-    """A student with its ArcFace head, ready to train, on the CPU; says what of it trains.
+    """A student with its ArcFace head around `tower`, ready to train; says what of it trains.
 
-    layers: as for `adapter_layers`. Raises UserError when the tower cannot be loaded.
+    layers: as for `adapter_layers`.
     """
-    tower = load_tower(blip_path)
     chosen = adapter_layers(len(tower.encoder.layers), layers)
     head = ArcFaceHead(tower.config.hidden_size, num_classes, scale, margin)
     student = FaceStudent(tower, chosen, head, image_size=image_size, checkpointing=checkpointing)
