@@ -224,8 +224,8 @@ def train(cfg: Config) -> int:
             for images, labels, wanted in _on_device(loader, teacher, preprocess, world):
                 with amp.autocast():
                     embeddings, tokens, arc = net(images, labels)
-                    terms = _terms(cfg, at_mode, (embeddings, tokens, arc), wanted, world)
-                loss = _total(cfg, terms, arc_only=arc_only)
+                    terms = loss_terms(cfg, at_mode, (embeddings, tokens, arc), wanted, world)
+                loss = total_loss(cfg, terms, arc_only=arc_only)
                 amp.backward(loss)
                 amp.step(optimizer, trainable, clip_norm=cfg.largest_norm)
                 mean_loss.add(loss)
@@ -268,7 +268,7 @@ def train(cfg: Config) -> int:
 # --- the loss -------------------------------------------------------------------------------------
 
 
-def _terms(
+def loss_terms(
     cfg: Config,
     at_mode: str,
     outputs: tuple[Tensor, ...],
@@ -317,8 +317,8 @@ def _validation(
     student.eval()
     with torch.no_grad():
         for images, labels, wanted in batches:
-            terms = _terms(cfg, at_mode, student(images, labels), wanted)
-            mean.add(_total(cfg, terms, arc_only=arc_only), len(images))
+            terms = loss_terms(cfg, at_mode, student(images, labels), wanted)
+            mean.add(total_loss(cfg, terms, arc_only=arc_only), len(images))
     student.train()
     return mean
 
