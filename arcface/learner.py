@@ -91,12 +91,16 @@ class Learner:
             self._head_optimizer = optimizers.build_optimizer(recipe.optimizer, [head], lr)
             self.rows = CentreRows(self.head, self._head_optimizer)
 
+    @property
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Of the encoder with a head of few classes, and of one that is sharded or sampled."""
+        return [self.optimizer, *([self._head_optimizer] if self._is_separate else [])]
+
     def learning_rate(self, recipe: Recipe, steps_per_epoch: int) -> LearningRate:
         """The schedule of the optimizers, as they are before anything is restored."""
         lr = recipe.lr_for(recipe.train.batch_size * self._world.size)
         factor = learning_rate_factor(recipe.schedule, steps_per_epoch, lr)
-        both = [self.optimizer, *([self._head_optimizer] if self._is_separate else [])]
-        return LearningRate(both, factor)
+        return LearningRate(self.optimizers, factor)
 
     def train(self) -> None:
         """Set training mode."""

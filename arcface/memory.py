@@ -1,24 +1,23 @@
-"""How much memory a training takes, reckoned from its configuration before anything is loaded."""
+"""--estimate: the memory of one step of the training, its tensors without values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import nn
 
 from arcface import config_options, config_reader
-from arcface.encoders import Encoder, build_encoder
+from arcface.encoders import build_encoder
+from arcface.learner import Learner
 from arcface.pipeline import build_pipeline
 from arcface.recipe import Recipe
 from arcface.recipe_reader import KNOWN, read_recipe
-from shared import class_centres, estimate
-from shared.estimate import MemoryPlan
-
-_LEVELS = {"bf16": torch.bfloat16, "fp16": torch.float16, "auto": torch.bfloat16}
-_MOMENTS = {"SGD": 1, "AdamW": 2}
+from shared import memory
+from shared.class_centres import bytes_per_rank, shard
+from shared.distributed import World
+from shared.precision import Amp
 
 
 def recipe_of(config: str, options: tuple[str, ...], cwd: Path) -> Recipe:
@@ -31,47 +30,47 @@ def recipe_of(config: str, options: tuple[str, ...], cwd: Path) -> Recipe:
     return read_recipe(configuration, cwd)[0]
 
 
-def text(recipe: Recipe, amp: str, processes: int, cwd: Path, *, failed: bool = False) -> str:
-    """The plan for one of `processes`, whether it fits on the GPUs here, and what saves most.
+def text(recipe: Recipe, amp: str, processes: int, cwd: Path) -> str:
+    """The table for one of `processes`, whether it fits on the GPUs here, and what saves most."""
+    option, half = "--cfg-options ", max(1, recipe.train.batch_size // 2)
+    others = {
+        f"{option}train_dataloader.batch_size={half}": _with_batch(recipe, half),
+        f"{option}model.head.shard=True": _with_head(recipe, shard=True),
+        f"{option}model.head.sample_rate=0.1": _with_head(recipe, shard=True, sample_rate=0.1),
+    }
+    plans = {name: plan(other, amp, processes, cwd) for name, other in others.items()}
+    if amp == "off":
+        plans["--amp bf16"] = plan(recipe, "bf16", processes, cwd)
+    return memory.report(plan(recipe, amp, processes, cwd), plans)
 
-    failed: the memory did not suffice, whatever the figures say: the advice stands there anyway.
-    """
-    plan, devices = reckon(recipe, amp, processes, cwd), estimate.device_memory()
-    advice = plan.advised(_alternatives(recipe, amp, processes, cwd))
-    if failed:
-        return plan.text(devices) + "\nwhat helps most: " + "; ".join(advice)
-    return plan.text(devices, advice)
 
-
-def reckon(recipe: Recipe, amp: str, processes: int, cwd: Path) -> MemoryPlan:
-    """What takes memory in each of `processes`."""
-    batch = recipe.train.batch_size
-    height, width = _size(recipe)
-
-    def build() -> Encoder:
-        return build_encoder(recipe.encoder, "random", cwd).train()
-
-    def forward(encoder: Encoder) -> Any:
-        device = next(encoder.parameters()).device
-        return encoder(torch.empty((batch, 3, height, width), device=device))
-
-    encoder, moments = estimate.on_meta(build), _moments(recipe)
-    if level := _LEVELS.get(amp):
-        kept = estimate.saved_bytes_in_half(build, forward, level)
-    else:
-        kept = estimate.saved_bytes(encoder, lambda: forward(encoder))
-    gradients = estimate.gradient_bytes(encoder.parameters())
-    number = f"{estimate.count(encoder) / 1e6:.1f} M parameters"
-    plan = MemoryPlan(f"arcface: {batch} pictures a process of {height} x {width}, amp {amp}")
-    plan.add("encoder", estimate.parameter_bytes(encoder), f"{number} in float32")
-    plan.add("its gradients", gradients, "as large as its parameters")
-    plan.add(f"its {recipe.optimizer.kind}", moments * gradients, f"{moments} moment(s) of each")
-    _add_head(plan, recipe, processes, moments)
-    plan.add("for the backward pass", kept, "activations of the encoder")
-    plan.add("pictures", 4 * batch * 3 * height * width, "one batch in float32")
-    if torch.cuda.is_available():
-        plan.add("CUDA", estimate.CUDA_CONTEXT, "context, kernels, workspaces")
-    return plan
+def plan(recipe: Recipe, amp: str, processes: int, cwd: Path) -> memory.Plan:
+    """What one of `processes` holds at the peak of a step."""
+    batch, (height, width) = recipe.train.batch_size, _size(recipe)
+    with memory.counted() as live:
+        encoder = build_encoder(recipe.encoder, "random", cwd).to(memory_format=torch.channels_last)
+        margins = torch.tensor(0.5 if recipe.head.adaptive else recipe.head.margins)
+        learner = Learner(_one_rank(recipe, processes), encoder, margins, World(), seed=0)
+        learner.train()
+        pictures = torch.empty(batch, 3, height, width, memory_format=torch.channels_last)
+        labels = torch.tensor([0] * batch)
+        trained = nn.ModuleList([encoder, learner.head])
+        live.begin(trained, *learner.optimizers)
+        if learner.rows is not None:
+            learner.rows.sample(labels, 0)  # a step before this one
+            live.count_as("optimizer", learner.rows.moments)
+        precision = Amp(memory.mode_of(amp), memory.CPU)
+        with precision.autocast():
+            loss = learner.loss(pictures, labels, step=0)
+        precision.backward(loss)
+        learner.step(precision)
+    title = f"arcface: {batch} pictures a process of {height} x {width}, amp {amp}"
+    what = "pictures, and all that is kept of them"
+    wrapped = encoder if recipe.head.is_separate else trained
+    found = live.plan(title, what, wrapped=wrapped, processes=processes)
+    if processes > 1 and recipe.head.is_separate:
+        found.add("head", _of_other_ranks(recipe, processes), "pictures of the other processes")
+    return found
 
 
 def _size(recipe: Recipe) -> tuple[int, int]:
@@ -81,38 +80,35 @@ def _size(recipe: Recipe) -> tuple[int, int]:
     return pipeline.height, pipeline.width
 
 
-def _moments(recipe: Recipe) -> int:
-    kind = recipe.optimizer.kind
-    return 0 if kind == "SGD" and not recipe.optimizer.options.get("momentum") else _MOMENTS[kind]
+def _one_rank(recipe: Recipe, processes: int) -> Recipe:
+    """The recipe with the classes of the first of `processes`."""
+    if not recipe.head.is_separate:
+        return recipe
+    margins = 0.5 if isinstance(recipe.head.margins, tuple) else recipe.head.margins
+    own = len(shard(recipe.head.num_classes, 0, processes))
+    return _with_head(recipe, num_classes=own, margins=margins)
 
 
-def _add_head(plan: MemoryPlan, recipe: Recipe, processes: int, moments: int) -> None:
-    head = recipe.head
-    parts = class_centres.bytes_per_rank(
-        head.num_classes,
-        head.in_channels,
-        processes if head.is_separate else 1,
-        recipe.train.batch_size,
-        sub_centres=head.sub_centres,
-        sample_rate=head.sample_rate,
-        moments=moments,
+def _of_other_ranks(recipe: Recipe, processes: int) -> int:
+    """Bytes that a sharded head needs for the others' embeddings."""
+    own, classes = len(shard(recipe.head.num_classes, 0, processes)), recipe.head.num_classes
+    of_all, of_one = (
+        bytes_per_rank(
+            count,
+            recipe.head.in_channels,
+            ranks,
+            recipe.train.batch_size,
+            sub_centres=recipe.head.sub_centres,
+            sample_rate=recipe.head.sample_rate,
+        )
+        for count, ranks in ((classes, processes), (own, 1))
     )
-    shared_out = f", shared out over {processes}" if head.is_separate else ""
-    plan.add("head", sum(parts.values()), f"centres of {head.num_classes:,} items{shared_out}")
+    return sum(of_all.values()) - sum(of_one.values())
 
 
-def _alternatives(recipe: Recipe, amp: str, processes: int, cwd: Path) -> dict[str, MemoryPlan]:
-    """The plan under each setting that may save memory, as it would be typed."""
-    half = max(1, recipe.train.batch_size // 2)
-    smaller = replace(recipe, train=replace(recipe.train, batch_size=half))
-    sharded = replace(recipe, head=replace(recipe.head, shard=True))
-    sampled = replace(recipe, head=replace(recipe.head, shard=True, sample_rate=0.1))
-    changes: dict[str, Callable[[], MemoryPlan]] = {
-        f"--cfg-options train_dataloader.batch_size={half}": lambda: reckon(
-            smaller, amp, processes, cwd
-        ),
-        "--amp bf16": lambda: reckon(recipe, "bf16", processes, cwd),
-        "--cfg-options model.head.shard=True": lambda: reckon(sharded, amp, processes, cwd),
-        "--cfg-options model.head.sample_rate=0.1": lambda: reckon(sampled, amp, processes, cwd),
-    }
-    return {setting: change() for setting, change in changes.items()}
+def _with_batch(recipe: Recipe, size: int) -> Recipe:
+    return replace(recipe, train=replace(recipe.train, batch_size=size))
+
+
+def _with_head(recipe: Recipe, **changes: object) -> Recipe:
+    return replace(recipe, head=replace(recipe.head, **changes))  # type: ignore[arg-type]

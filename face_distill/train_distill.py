@@ -157,9 +157,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     os.close(open_lock(cfg.run_dir))  # better refused now than after the tower was loaded
     from face_distill import memory
-    from shared.estimate import explained_out_of_memory
+    from shared.memory import explained_out_of_memory
 
-    with explained_out_of_memory(lambda: memory.text(cfg, world_size(), failed=True)):
+    with explained_out_of_memory(lambda: memory.text(cfg, world_size())):
         return train(cfg)
 
 
@@ -195,9 +195,9 @@ def train(cfg: Config) -> int:
 
         # the student: a frozen tower with adapters, and the ArcFace head
         student = model.build_student(
-            cfg.blip_path, cfg.adapter_layers, _num_classes(cfg, faces.num_classes),
-            scale=cfg.arc_scale, margin=cfg.arc_margin, image_size=cfg.image_size,
-            checkpointing=cfg.gradient_checkpointing,
+            model.load_tower(cfg.blip_path), cfg.adapter_layers,
+            _num_classes(cfg, faces.num_classes), scale=cfg.arc_scale, margin=cfg.arc_margin,
+            image_size=cfg.image_size, checkpointing=cfg.gradient_checkpointing,
         ).to(world.device)  # fmt: skip
         net = distributed.wrap(student, world)
         preprocess = Preprocess(student.image_size).to(world.device)
@@ -213,6 +213,7 @@ def train(cfg: Config) -> int:
         counts = {"training images": len(train_set), "identities": faces.num_classes,
                   "held-out images": len(val_set)}  # fmt: skip
         log.info("%d images of %d identities, %d held out", *counts.values())
+        log.info(model.summary(student))
         position = run.restore(parts, Plan(cfg.epochs * steps, cfg.batch_size, data=counts))
         before = _verified_before(cfg, world, student, position.step)
 

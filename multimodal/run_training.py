@@ -155,9 +155,9 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.demo:
         cfg = _with_demo(cfg)
     if cfg.estimate:
-        from multimodal.memory import plan_text
+        from multimodal import memory
 
-        print(plan_text(cfg))
+        print(memory.text(cfg, world_size()))
         return 0
     _check_data(cfg)
     _check_pretrained(cfg)

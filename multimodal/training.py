@@ -21,7 +21,7 @@ from multimodal.stages import Stage
 from multimodal.training_parts import Training
 from shared import distributed, logs, seed
 from shared.distributed import World
-from shared.estimate import explained_out_of_memory
+from shared.memory import explained_out_of_memory
 from shared.reporter import Plan
 from shared.run import Run
 from shared.settings import settings
@@ -46,7 +46,7 @@ def train(cfg: Config) -> int:
         facts = training.facts()
         with (
             Report(reports, facts, metrics, enabled=world.is_main) as report,
-            explained_out_of_memory(lambda: memory.plan_text(cfg)),
+            explained_out_of_memory(lambda: memory.text(cfg, world.size)),
         ):
             code = _loop(training, run, report)
     distributed.cleanup(world)

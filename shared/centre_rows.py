@@ -34,6 +34,11 @@ class CentreRows:
         self._has_stepped = False
         optimizer.register_step_post_hook(lambda *_: self._forget())
 
+    @property
+    def moments(self) -> list[Tensor]:
+        """Below rate 1: the optimizer's moments of all own classes, (classes, K·D) each."""
+        return list(self._moments.values())
+
     def sample(self, labels: Tensor, step: int) -> None:
         """Draw the centres that take part in this step; every rank, before the loss.
 

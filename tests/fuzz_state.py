@@ -24,9 +24,9 @@ from lavic.src import (
     crawl_store,
     item_vectors,
     llava,
-    memory_plan,
     recommend_results,
 )
+from lavic.src import memory as lavic_memory
 from multimodal import (
     audio,
     clip_ledger,
@@ -48,7 +48,7 @@ from vasevqa.filter import clip_convert, clip_source, quality_net
 from vasevqa.filter import rows as filter_rows
 from vasevqa.filter.embedding_cache import EmbeddingCache, digest_of
 from vasevqa.filter.ledger import Ledger
-from vasevqa.model import memory_plan as swift_memory
+from vasevqa.model import memory as swift_memory
 from vasevqa.model import merging, needs, pictures, plan, runs
 
 CPU = torch.device("cpu")
@@ -144,7 +144,7 @@ def _read_crawl_notes(directory: Path) -> None:
 
 def _read_llava(directory: Path) -> None:
     llava._check_directory(directory)
-    memory_plan.configuration(str(directory))
+    lavic_memory.configuration(str(directory))
 
 
 # --- multimodal -----------------------------------------------------------------------------------
@@ -245,7 +245,7 @@ def _continue_swift(directory: Path) -> None:
 def _read_swift_model(directory: Path) -> None:
     problems = list(needs.model({"model": [str(directory)]}, is_grpo=False))
     plan.architecture(str(directory))
-    swift_memory._config(directory)
+    swift_memory.configuration(directory)
     if not problems:
         dict(merging._shapes(directory))
 

@@ -99,12 +99,12 @@ def main(argv: list[str] | None = None) -> int:
     os.close(open_lock(run_dir))  # better refused now than after torch was loaded
     from arcface import memory
     from arcface.training import Job, train
-    from shared.estimate import explained_out_of_memory
+    from shared.memory import explained_out_of_memory
 
-    def reckon() -> str:
-        return memory.text(settings.recipe, stored.run.amp, world_size(), Path.cwd(), failed=True)
+    def estimate() -> str:
+        return memory.text(settings.recipe, stored.run.amp, world_size(), Path.cwd())
 
-    with explained_out_of_memory(reckon):
+    with explained_out_of_memory(estimate):
         return train(Job(settings, stored, run_dir, cfg.validate))
 
 

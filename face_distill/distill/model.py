@@ -5,7 +5,6 @@ B batch, S image side in pixels, L tokens, D width of the tower.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,8 +32,6 @@ TOWER_PREFIX = "vision_model."  # the tower's name inside a whole BLIP-2 checkpo
 BOTTLENECK_DIVISOR = 4  # width of the tower over width of an adapter
 INITIAL_SCALE = 0.1
 _ADAPTER = re.compile(r"vit\.encoder\.layers\.(\d+)\.mlp\.adapter\.down_proj\.weight")
-
-log = logging.getLogger(__name__)
 
 
 def load_tower(path: Path) -> Blip2VisionModel:
@@ -245,21 +242,24 @@ def build_student(
     image_size: int | None = None,
     checkpointing: bool = False,
 ) -> FaceStudent:
-    """A student with its ArcFace head around `tower`, ready to train; says what of it trains.
+    """A student with its ArcFace head around `tower`, ready to train.
 
     layers: as for `adapter_layers`.
     """
     chosen = adapter_layers(len(tower.encoder.layers), layers)
     head = ArcFaceHead(tower.config.hidden_size, num_classes, scale, margin)
-    student = FaceStudent(tower, chosen, head, image_size=image_size, checkpointing=checkpointing)
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in student.parameters()]
-    log.info(
-        "adapters in layers %s | %.2f M of %.1f M parameters train",
-        " ".join(map(str, chosen)),
-        sum(size for size, trains in sizes if trains) / 1e6,
-        sum(size for size, _ in sizes) / 1e6,
-    )
-    return student
+    return FaceStudent(tower, chosen, head, image_size=image_size, checkpointing=checkpointing)
+
+
+def summary(student: FaceStudent) -> str:
+    """Where the adapters are, and how much of the student trains."""
+    layers = student.vit.encoder.layers
+    chosen = [str(n) for n, layer in enumerate(layers) if isinstance(layer.mlp, MLPWithAdapter)]
+    parameters = list(student.parameters())
+    trained = sum(p.numel() for p in parameters if p.requires_grad) / 1e6
+    total = sum(p.numel() for p in parameters) / 1e6
+    where = f"adapters in layers {' '.join(chosen)}"
+    return f"{where} | {trained:.2f} M of {total:.1f} M parameters train"
 
 
 def trainable_state(student: FaceStudent) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_CHECKPOINT_BELOW = 48 * 10**9  # bytes of a GPU on which 2048 tokens' activations are tight
+CHECKPOINT_BELOW = 48 * 10**9  # bytes of a GPU on which 2048 tokens' activations are tight
 
 
 @dataclass(frozen=True)
@@ -121,4 +121,4 @@ def _checkpoints(cfg: Config, device: torch.device) -> bool:
         return cfg.gradient_checkpointing == "on"
     if device.type != "cuda":
         return False
-    return torch.cuda.get_device_properties(device).total_memory < _CHECKPOINT_BELOW
+    return torch.cuda.get_device_properties(device).total_memory < CHECKPOINT_BELOW

@@ -109,7 +109,7 @@ def test_fault_41_memory_that_runs_out_in_swifts_own_step_ends_with_what_helps(n
     outcome = nano.run("sft", *flags(nano, "greedy", external_plugins=plugin))
     assert outcome.code == 1, outcome.text[-3000:]
     assert "DefaultCPUAllocator: can't allocate memory" in outcome.text
-    assert "./sft.sh, " in outcome.text and "out of memory; what helps most: " in outcome.text
+    assert "./sft.sh, " in outcome.text and "what helps most: " in outcome.text
     assert (status_of(nano.root / "greedy")["state"], outcome.last_line[-8:]) == (
         "failed",
         "(exit 1)",

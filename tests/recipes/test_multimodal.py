@@ -414,10 +414,13 @@ def test_hugging_faces_trainer_works_beside_the_recipes_datasets_file(tmp_path):
     ("size", "limit"), [("tiny", 4), ("small", 8), ("base", 12), ("large", 20)]
 )
 def test_the_estimate_stays_below_the_documented_minimum(size, limit):
-    found = memory.plan(run_training.Config(model_size=size))
+    found = memory.plan(run_training.Config(model_size=size, datasets=("coco",)), 1)
     with torch.device("meta"):
         parameters = sum(p.numel() for p in create_model(size).parameters())
-    assert 16 * parameters < found.total < limit * 10**9  # weights, gradients, two moments
+    rows = {what: size for what, size, _ in found.rows}
+    assert rows["weights"] == pytest.approx(4 * parameters, rel=0.01)  # with the keyword head
+    assert rows["optimizer"] == 2 * rows["weights"]
+    assert found.total < limit * 10**9
 
 
 def test_the_estimate_is_printed_and_nothing_is_trained(tmp_path):
@@ -432,7 +435,13 @@ def test_the_estimate_is_printed_and_nothing_is_trained(tmp_path):
 def test_checkpointing_and_half_precision_save_what_the_estimate_says(tmp_path):
     rows = {
         (use_checkpoint, use_amp): memory.plan(
-            run_training.Config(model_size="tiny", use_checkpoint=use_checkpoint, use_amp=use_amp)
+            run_training.Config(
+                model_size="tiny",
+                use_checkpoint=use_checkpoint,
+                use_amp=use_amp,
+                datasets=("coco",),
+            ),
+            1,
         ).total
         for use_checkpoint in (True, False)
         for use_amp in (True, False)

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from shared.errors import MissingToolError
-from vasevqa.model import memory_plan, plan, swift_command
+from vasevqa.model import memory, plan, swift_command
 
 
 class Replaced(Exception):  # noqa: N818
@@ -51,7 +51,7 @@ SEVEN = {"model": ["/nowhere"], "torch_dtype": ["bfloat16"], "output_dir": ["/o"
 @pytest.mark.slow
 def test_the_memory_plan_of_7b_stands_beside_the_documents_figure():
     sft = plan.Plan("sft", {**SEVEN, "lora_rank": ["8"], "max_length": ["4096"]})
-    text = memory_plan.text(sft, 1003520)
+    text = memory.text(sft, 1003520)
     # 8,292,166,656 parameters: the figure of the model's card (8.29 B) in bfloat16
     assert "8,292,166,656" in text and "16.58 GB" in text
     assert "at least 24 GB" in text
@@ -61,13 +61,14 @@ def test_the_memory_plan_of_7b_stands_beside_the_documents_figure():
 
 @pytest.mark.slow
 def test_lora_of_rank_8_counts_what_peft_counts(tmp_path):
+    import torch
     from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-    from shared.estimate import on_meta
-
-    config, _ = memory_plan._config(tmp_path)
-    model = on_meta(lambda: memory_plan.AutoModelForImageTextToText.from_config(config))
-    expected = sum(memory_plan._lora(model, 8))
+    run = plan.Plan("sft", SEVEN | {"model": [str(tmp_path)]})
+    rows = {what: size for what, size, _ in memory.plan(run, 1003520).rows}
     targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-    tuned = on_meta(lambda: get_peft_model(model, LoraConfig(r=8, target_modules=targets)))
-    assert sum(p.numel() for p in tuned.parameters() if p.requires_grad) == expected
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(Qwen2_5_VLConfig(**memory.SEVEN_BILLION))
+        tuned = get_peft_model(model, LoraConfig(r=8, target_modules=targets))
+    assert rows["LoRA"] == 4 * sum(p.numel() for p in tuned.parameters() if p.requires_grad)

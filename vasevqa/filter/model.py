@@ -79,23 +79,23 @@ def main(argv: list[str] | None = None) -> int:
 
         cfg = replace(cfg, **demo.for_model(cfg.run.typed))
     if cfg.estimate:
-        from vasevqa.filter.quality_memory import plan
+        from vasevqa.filter import quality_memory
 
-        print(plan(cfg, world_size()))
+        print(quality_memory.text(cfg, world_size()))
         return 0
     _check(cfg)
     if cfg.run.dry_run:
         print(_plan(cfg))
         return 0
     os.close(open_lock(cfg.run_dir))  # better refused now than after the pictures were looked at
-    from shared.estimate import explained_out_of_memory
+    from shared.memory import explained_out_of_memory
     from vasevqa.filter import gpu_wish, quality_memory
     from vasevqa.filter.quality_training import train
 
     device = gpu_wish.device_for(
         cfg.gpu, cfg.run.device, cfg.run.typed, world_size(), os.environ
     )  # fmt: skip
-    with explained_out_of_memory(lambda: quality_memory.plan(cfg, world_size())):
+    with explained_out_of_memory(lambda: quality_memory.text(cfg, world_size())):
         return train(cfg, device, _weight_places())
 
 

@@ -1,16 +1,16 @@
-"""How much memory model.py takes, reckoned before any weight is loaded."""
+"""--estimate: the memory of one step of model.py's training, its tensors without values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from shared import estimate
-from shared.estimate import MemoryPlan
+from shared import memory
+from shared.distributed import World
 from vasevqa.filter.quality_net import ImageQualityNet
+from vasevqa.filter.quality_training import Learner
 
 if TYPE_CHECKING:
     from vasevqa.filter.model import Config
@@ -18,38 +18,32 @@ if TYPE_CHECKING:
 _DOCUMENTED_GB = 8  # what the recipe's document asks for
 
 
-def plan(cfg: Config, processes: int) -> str:
-    """The plan in words, with the document's figure beside it and what would help."""
-    own = reckon(cfg, processes)
-    others = {
-        f"--batch_size {cfg.batch_size // 2}": reckon(
-            replace(cfg, batch_size=max(1, cfg.batch_size // 2)), processes
-        ),
-        "--amp bf16": reckon(replace(cfg, run=replace(cfg.run, amp="bf16")), processes),
-    }
-    text = own.text(estimate.device_memory(), own.advised(others))
-    return f"{text}\nthe document's figure: at least {_DOCUMENTED_GB} GB"
-
-
-def reckon(cfg: Config, processes: int) -> MemoryPlan:
-    """What one process's device holds during a step."""
-    net = estimate.on_meta(lambda: ImageQualityNet(arch=cfg.arch))
-    batch = max(1, cfg.batch_size // processes)
-    found = MemoryPlan(f"{cfg.arch}, {batch} pictures of {cfg.image_size} pixels a process")
-    found.add("weights", estimate.parameter_bytes(net), f"{estimate.count(net):,} parameters")
-    trained: Sequence[torch.Tensor] = list(net.parameters())
-    found.add("gradients", estimate.gradient_bytes(trained), "one float32 a parameter")
-    found.add("Adam", estimate.adamw_bytes(trained), "two float32 moments of each parameter")
-    kept = _activations(cfg, net, (batch, 3, cfg.image_size, cfg.image_size))
-    found.add("activations", kept, "what the backward pass needs of the forward pass")
-    found.add("CUDA", estimate.CUDA_CONTEXT, "context, kernels, libraries")
-    return found
-
-
-def _activations(cfg: Config, net: ImageQualityNet, shape: tuple[int, ...]) -> int:
+def text(cfg: Config, processes: int) -> str:
+    """The table for one of `processes`, the document's figure beside it, and what would help."""
+    half = max(1, cfg.batch_size // 2)
+    others = {f"--batch_size {half}": plan(replace(cfg, batch_size=half), processes)}
     if cfg.run.amp == "off":
-        images = torch.empty(shape, device="meta")
-        return estimate.saved_bytes(net, lambda: net(images))
-    dtype = torch.float16 if cfg.run.amp == "fp16" else torch.bfloat16
-    build = lambda: ImageQualityNet(arch=cfg.arch)  # noqa: E731
-    return estimate.saved_bytes_in_half(build, lambda made: made(torch.empty(shape)), dtype)
+        others["--amp bf16"] = plan(_with_amp(cfg, "bf16"), processes)
+    said = memory.report(plan(cfg, processes), others)
+    return f"{said}\nthe document's figure: at least {_DOCUMENTED_GB} GB"
+
+
+def plan(cfg: Config, processes: int) -> memory.Plan:
+    """What one of `processes` holds at the peak of a step."""
+    batch = max(1, cfg.batch_size // processes)
+    with memory.counted() as live:
+        net = ImageQualityNet(arch=cfg.arch)
+        half = _with_amp(cfg, memory.mode_of(cfg.run.amp))
+        learner = Learner(half, net, torch.ones(2), World())
+        images = torch.empty(batch, 3, cfg.image_size, cfg.image_size)
+        labels = torch.zeros(batch, dtype=torch.long)
+        live.begin(net, learner.optimizer)
+        learner.step(images, labels)
+    title = f"{cfg.arch}, {batch} pictures of {cfg.image_size} pixels a process, amp {cfg.run.amp}"
+    return live.plan(
+        title, "pictures, and all that is kept of them", wrapped=net, processes=processes
+    )
+
+
+def _with_amp(cfg: Config, amp: str) -> Config:
+    return replace(cfg, run=replace(cfg.run, amp=amp))

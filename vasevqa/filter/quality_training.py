@@ -62,10 +62,12 @@ def _train(cfg: Config, world: World, run: Run, weight_places: Sequence[Path]) -
     return _loop(cfg, world, run, plan, net.to(world.device), (splits, batch, skipped))
 
 
-class _Learner:
+class Learner:
     """Net, loss, optimizer and schedule, as they are trained together."""
 
-    def __init__(self, cfg: Config, net: ImageQualityNet, splits: Splits, world: World) -> None:
+    def __init__(
+        self, cfg: Config, net: ImageQualityNet, class_weights: Tensor, world: World
+    ) -> None:
         self.net, self._device = net, world.device
         self._wrapped = distributed.wrap(net, world)
         self.optimizer = torch.optim.Adam(
@@ -74,7 +76,7 @@ class _Learner:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, T_max=cfg.num_epochs
         )
-        self.criterion = nn.CrossEntropyLoss(weight=splits.class_weights.to(world.device))
+        self.criterion = nn.CrossEntropyLoss(weight=class_weights.to(world.device))
         self.amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
 
     @property
@@ -109,7 +111,7 @@ def _loop(
     splits, batch, skipped = data
     pictures = quality_data.training_pictures(cfg.data_dir, splits, cfg.image_size)
     learner, stopping = (
-        _Learner(cfg, net, splits, world),
+        Learner(cfg, net, splits.class_weights, world),
         EarlyStopping(cfg.patience or sys.maxsize),
     )
     mean_loss, history = Mean(world.device), History()

@@ -25,10 +25,10 @@ def explain(words: Sequence[str], environ: Mapping[str, str]) -> None:
         plan = _plan(words, int(environ.get("WORLD_SIZE") or 1))
         with _first(plan.output_dir) as is_first:
             if is_first:
-                from vasevqa.model import memory_plan
+                from vasevqa.model import memory
 
-                pixels = max_pixels(environ)
-                sys.stderr.write(memory_plan.after_failure(plan, pixels) + "\n")
+                said = memory.text(plan, max_pixels(environ))
+                sys.stderr.write(f"out of memory; what --estimate says of this run:\n{said}\n")
     except Exception as problem:  # the error before it is the one that counts
         sys.stderr.write(f"no memory plan: {problem}\n")
 

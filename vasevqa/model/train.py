@@ -48,9 +48,9 @@ def main(argv: list[str]) -> int:
     plan = _plan(script, documented, typed)
     planning.max_pixels(os.environ)
     if "estimate" in plan.own:
-        from vasevqa.model import memory_plan
+        from vasevqa.model import memory
 
-        sys.stdout.write(memory_plan.text(plan, planning.max_pixels(os.environ)) + "\n")
+        sys.stdout.write(memory.text(plan, planning.max_pixels(os.environ)) + "\n")
         return DONE
     if "print_config" in plan.own:
         sys.stdout.write(json.dumps(plan.flags, indent=2, ensure_ascii=False) + "\n")
