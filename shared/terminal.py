@@ -28,8 +28,14 @@ def coloured(text: str, colour: str) -> str:
 
 
 def fitted(text: str, columns: int, indent: int = 0) -> str:
-    """One line of text on lines of at most `columns`, the later ones indented by so many."""
-    lines = textwrap.wrap(text, columns, subsequent_indent=" " * indent, break_on_hyphens=False)
+    """One line of text on lines of at most `columns`, the later ones indented by so many.
+
+    A longer word, a path or an address, stays whole: it can be copied.
+    """
+    lines = textwrap.wrap(
+        text, columns, subsequent_indent=" " * indent, break_long_words=False,
+        break_on_hyphens=False,
+    )  # fmt: skip
     return "\n".join(lines)
 
 
