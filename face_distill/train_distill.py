@@ -36,6 +36,7 @@ from shared.settings import (
 if TYPE_CHECKING:  # torch comes after the input is checked
     from torch import Tensor
 
+    from face_distill.distill.losses import Balance
     from face_distill.distill.model import FaceStudent
     from face_distill.distill.teacher import TeacherFeatures
     from shared.distributed import World
@@ -208,12 +209,13 @@ def train(cfg: Config) -> int:
         schedule = CosineAnnealingLR(optimizer, T_max=cfg.epochs)
         amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
         stopping, mean_loss = EarlyStopping(cfg.patience), Mean(world.device)
+        balance = losses.Balance(_factors(cfg), model.adapters(student), cfg.epochs * steps)
         parts = {"optimizer": optimizer, "schedule": schedule, "amp": amp, "stopping": stopping,
                  "student": model.Trainable(student), "mean_loss": mean_loss}  # fmt: skip
         counts = {"training images": len(train_set), "identities": faces.num_classes,
                   "held-out images": len(val_set)}  # fmt: skip
         log.info("%d images of %d identities, %d held out", *counts.values())
-        log.info(model.summary(student))
+        log.info("%s | %s", model.summary(student), _description(cfg, at_mode, teacher.kind))
         position = run.restore(parts, Plan(cfg.epochs * steps, cfg.batch_size, data=counts))
         before = _verified_before(cfg, world, student, position.step)
 
@@ -224,17 +226,16 @@ def train(cfg: Config) -> int:
                                  offset=position.batch)  # fmt: skip
             for images, labels, wanted in _on_device(loader, teacher, preprocess, world):
                 with amp.autocast():
-                    embeddings, tokens, arc = net(images, labels)
-                    terms = loss_terms(cfg, at_mode, (embeddings, tokens, arc), wanted, world)
+                    terms = loss_terms(cfg, at_mode, net(images, labels), wanted, world)
                 loss = total_loss(cfg, terms, arc_only=arc_only)
+                pulls = balance.measure(terms, position.step)
                 amp.backward(loss)
                 amp.step(optimizer, trainable, clip_norm=cfg.largest_norm)
                 mean_loss.add(loss)
                 position.advance()
-                if position.step == 1:
-                    log.info(_description(cfg, at_mode, teacher.kind, terms))
                 shown = {f"Loss/{name}": term for name, term in terms.items()}
                 run.log({"Loss/Total": loss, **shown, "LR": schedule.get_last_lr()[0]})
+                _say_balance(run, balance, terms, pulls)
                 stop = run.should_stop()
                 if stop or position.step % cfg.run.save_every == 0:
                     # rank 0's state is saved for all: let each hold an equal share of the sums
@@ -245,9 +246,8 @@ def train(cfg: Config) -> int:
 
             monitored = mean_loss
             if len(val_set):
-                loader = make_eval_loader(val_set, per_process, world, workers=cfg.workers,
-                                          smallest=2)  # fmt: skip
-                held_out = _on_device(loader, teacher, preprocess, world)
+                rest = make_eval_loader(val_set, per_process, world, workers=cfg.workers, least=2)
+                held_out = _on_device(rest, teacher, preprocess, world)
                 monitored = _validation(cfg, at_mode, student, held_out, arc_only=arc_only)
             epoch_loss = monitored.of(distributed.total(monitored.sums, world))
             if position.epoch <= cfg.warmup_epochs:
@@ -324,18 +324,40 @@ def _validation(
     return mean
 
 
-def _description(cfg: Config, at_mode: str, kind: str, terms: dict[str, Tensor]) -> str:
-    """How the loss is formed, and each term's raw and weighted size."""
-    factors = {"ArcFace": cfg.lambda_arc, "AT": cfg.lambda_at, "RKD": cfg.lambda_rkd}
-    sizes = {name: float(term.detach()) for name, term in terms.items()}
-    shown = [
-        f"{name} {size:.4g} x {factors[name]:g} = {size * factors[name]:.4g}"
-        for name, size in sizes.items()
-    ]
-    return (
-        f"attention transfer {at_mode} on {kind} maps, RKD over {cfg.rkd_norm} pairs | "
-        f"{' | '.join(shown)}"
-    )
+def _factors(cfg: Config) -> dict[str, float]:
+    """Each term's weight in the total."""
+    return {"ArcFace": cfg.lambda_arc, "AT": cfg.lambda_at, "RKD": cfg.lambda_rkd}
+
+
+def _description(cfg: Config, at_mode: str, kind: str) -> str:
+    """How the loss is formed."""
+    return f"attention transfer {at_mode} on {kind} maps, RKD over {cfg.rkd_norm} pairs"
+
+
+def _say_balance(
+    run: Run, balance: Balance, terms: dict[str, Tensor], pulls: dict[str, float]
+) -> None:
+    """Report what each term pulls, where it was measured; after a hundred steps, one that drowns.
+
+    At the first step its size, weight and share of all pulls too.
+    """
+    if not pulls:
+        return
+    run.log({f"Pull/{name}": pull for name, pull in pulls.items()}, split="terms")
+    if run.position.step == 1:
+        everything = sum(pulls.values()) or 1.0
+        shown = [
+            f"{name} {float(term.detach()):.4g} x {balance.factors[name]:g}, "
+            f"{100 * pulls[name] / everything:.2g} % of the gradients on the adapters"
+            for name, term in terms.items()
+        ]
+        log.info(" | ".join(shown))
+    found = balance.dominant() if run.position.step == balance.steps[-1] + 1 else None
+    if found:
+        log.warning(
+            "%s has %.3g times ArcFace's gradient on the adapters in the first steps: it decides "
+            "alone what they learn; lower --lambda-%s", found[0], found[1], found[0].lower(),
+        )  # fmt: skip
 
 
 # --- the data, the epochs, the end ----------------------------------------------------------------

@@ -68,17 +68,17 @@ def make_eval_loader(
     *,
     workers: int = 0,
     collate: Callable[[list[Any]], Any] | None = None,
-    smallest: int = 1,
+    least: int = 1,
 ) -> DataLoader[Any]:
     """This rank's share of the samples in order: every sample once over all ranks, none repeated.
 
-    smallest: a last batch of fewer samples joins the one before, for losses over pairs.
+    least: a last batch of fewer samples joins the one before, for losses over pairs.
     The ranks may get different numbers of batches, so no collective belongs in the loop over them;
     add up (sum, count) afterwards.
     """
     share = eval_indices(_length(dataset), world)
     batches = [list(share[at : at + batch_size]) for at in range(0, len(share), batch_size)]
-    if len(batches) > 1 and len(batches[-1]) < smallest:
+    if len(batches) > 1 and len(batches[-1]) < least:
         batches[-2:] = [batches[-2] + batches[-1]]
     return DataLoader(
         dataset,

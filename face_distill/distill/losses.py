@@ -9,6 +9,7 @@ B batch, D embedding width, C classes, L tokens; t teacher.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,53 @@ ANGLE_CHUNK_ELEMENTS = 1 << 24  # differences or angles held at a time by rkd_an
 def at_mode_for(mode: str, kind: str) -> str:
     """The mode of `attention_transfer`; "auto" is the one for the `kind` of the teacher's maps."""
     return DEFAULT_AT_MODE[kind] if mode == "auto" else mode
+
+
+class Balance:
+    """How strongly each weighted term pulls at the same parameters in the first hundred steps.
+
+    factors: term → its weight in the total. A pull is the norm of the gradient of the weighted
+    term by `parameters`, on this process. `steps` are those at which it is measured, from 0.
+    """
+
+    DOMINANT = 20.0  # times ArcFace's pull
+
+    def __init__(
+        self, factors: dict[str, float], parameters: Sequence[Tensor], total_steps: int
+    ) -> None:
+        self.factors, self._parameters = factors, parameters
+        self.steps = [step for step in (0, *range(9, 100, 10)) if step < total_steps]
+        self._measured: list[dict[str, float]] = []
+
+    def measure(self, terms: dict[str, Tensor], step: int) -> dict[str, float]:
+        """The pulls at this step, term → norm; {} at a step that is not measured.
+
+        Every process calls it at the same steps: terms of all processes gather in their backward
+        pass. The graph of `terms` stays, and no gradient is left on the parameters.
+        """
+        if step not in self.steps:
+            return {}
+        pulls = {name: self._pull(self.factors[name] * term) for name, term in terms.items()}
+        self._measured.append(pulls)
+        return pulls
+
+    def _pull(self, weighted: Tensor) -> float:
+        found = torch.autograd.grad(
+            weighted, self._parameters, retain_graph=True, allow_unused=True
+        )
+        squares = [gradient.float().square().sum() for gradient in found if gradient is not None]
+        return math.sqrt(float(sum(squares)))
+
+    def dominant(self) -> tuple[str, float] | None:
+        """The term that outweighed ArcFace more than DOMINANT times at every measured step.
+
+        And the median of how many times; None when there is none, or nothing was measured.
+        """
+        for name in self.factors:
+            ratios = sorted(pulls[name] / max(pulls["ArcFace"], 1e-12) for pulls in self._measured)
+            if name != "ArcFace" and ratios and ratios[0] > self.DOMINANT:
+                return name, ratios[len(ratios) // 2]
+        return None
 
 
 def _no_autocast(tensor: Tensor) -> torch.autocast:

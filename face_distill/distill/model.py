@@ -251,6 +251,12 @@ def build_student(
     return FaceStudent(tower, chosen, head, image_size=image_size, checkpointing=checkpointing)
 
 
+def adapters(student: FaceStudent) -> list[Tensor]:
+    """What all terms of the loss train: the adapters, without the head."""
+    named = student.vit.named_parameters()
+    return [parameter for _, parameter in named if parameter.requires_grad]
+
+
 def summary(student: FaceStudent) -> str:
     """Where the adapters are, and how much of the student trains."""
     layers = student.vit.encoder.layers

@@ -153,6 +153,28 @@ def test_a_held_out_share_too_small_for_pairs_on_each_process_is_refused(flags, 
     assert outcome.text.count("are needed") == 1
 
 
+@pytest.mark.parametrize(("weight", "is_warned"), [(1000, True), (0.001, False)])
+def test_a_term_that_drowns_arcface_is_named_with_the_flag_to_lower(
+    flags, tmp_path, weight, is_warned
+):
+    outcome = run_here(train_distill.main, [*flags, "--lambda-at", weight, "--epochs", 3])
+    assert outcome.code == 0
+    assert outcome.text.count("lower --lambda-at") == is_warned
+    assert "% of the gradients on the adapters" in outcome.text
+    pulls = [row for row in read_json_lines(tmp_path / "checkpoints" / "metrics.jsonl")
+             if row["split"] == "terms"]  # fmt: skip
+    assert [row["step"] for row in pulls] == [1, 10]
+    assert (pulls[1]["Pull/AT"] > 20 * pulls[1]["Pull/ArcFace"]) == is_warned
+
+
+def test_watching_the_gradients_changes_no_number(flags, tmp_path, monkeypatch):
+    watched = ["--run-dir", tmp_path / "watched", "--epochs", 3]
+    assert run_here(train_distill.main, [*flags, *watched]).code == 0
+    monkeypatch.setattr("face_distill.distill.losses.Balance.measure", lambda *_: {})
+    assert run_here(train_distill.main, [*flags, "--epochs", 3]).code == 0
+    assert totals(tmp_path / "watched") == totals(tmp_path / "checkpoints")
+
+
 def test_the_log_says_which_terms_an_epoch_had(flags):
     outcome = run_here(train_distill.main, [*flags, "--epochs", 3])
     assert "epoch 1/3: ArcFace alone (warm-up) | training loss" in outcome.text

@@ -28,7 +28,19 @@ echo "interpreter $PYTHON"
 exit @CODE@
 """
 SHARED = (
-    *("__init__", "child", "errors", "files", "flags", "gone", "lock", "logs", "outcome", "prctl"),
+    *(
+        "__init__",
+        "child",
+        "errors",
+        "files",
+        "config",
+        "device",
+        "gone",
+        "lock",
+        "logs",
+        "outcome",
+        "prctl",
+    ),
     *("processes", "progress", "run_status", "run_text", "settings", "signals", "status"),
     *("terminal", "tools/about", "tools/run_demos"),
 )

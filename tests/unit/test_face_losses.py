@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from face_distill.distill.losses import (
     ArcFaceHead,
+    Balance,
     add_margin,
     attention_transfer,
     rkd_angle,
@@ -351,3 +352,17 @@ def test_relations_refuse_what_has_no_meaning() -> None:
         rkd_angle(normal(3, 4), normal(4, 4))
     with pytest.raises(UserError, match="expected one of offdiag, all"):
         rkd_distance(normal(3, 4), normal(3, 4), norm="mean")
+
+
+def test_a_pull_is_the_norm_of_the_weighted_terms_gradient():
+    x, y = torch.tensor([3.0], requires_grad=True), torch.tensor([4.0], requires_grad=True)
+    balance = Balance({"ArcFace": 2.0, "AT": 100.0, "RKD": 0.0}, [x, y], total_steps=30)
+    terms = {"ArcFace": x.square().sum(), "AT": (x * y).sum(), "RKD": y.sum()}
+    assert balance.steps == [0, 9, 19, 29]
+    assert balance.measure(terms, 1) == {}
+    pulls = balance.measure(terms, 9)
+    assert pulls == {"ArcFace": 12.0, "AT": 500.0, "RKD": 0.0}  # 2*2x; 100*|(y, x)|
+    assert balance.dominant() == ("AT", pytest.approx(500 / 12))
+    balance.measure(terms | {"AT": 0 * terms["AT"]}, 19)  # no longer at every measured step
+    assert balance.dominant() is None
+    assert x.grad is None and y.grad is None
