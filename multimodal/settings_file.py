@@ -39,7 +39,7 @@ def read(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
             if field is None:
                 raise UserError(f"{path}: unknown setting {section}.{name}{_hint(name, sections)}")
             rooted = _rooted(known[field], value)
-            found[field] = settings.read(known[field], rooted, f"{path}: ")
+            found[field] = settings.read(known[field], rooted, f"{path}: {field}")
     return found
 
 

@@ -24,7 +24,7 @@ import re
 import sys
 import textwrap
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
@@ -310,10 +310,11 @@ def _typed(defaults: Any, argv: list[str], **options: Any) -> tuple[dict[str, An
     except ModuleNotFoundError as error:
         raise missing_package(str(error.name)) from None
     words, said = dashed(argv), io.StringIO()
+    typed = {word.partition("=")[0] for word in words}
     options |= {"description": "", "prog": Path(sys.argv[0]).name, "return_unknown_args": True}
     try:
         with contextlib.redirect_stderr(said):
-            form, rest = tyro.cli(_form(defaults), args=words, **options)
+            form, rest = tyro.cli(_form(defaults, typed), args=words, **options)
     except SystemExit as left:
         if left.code:
             raise UserError(_without_box(said.getvalue())) from None
@@ -321,7 +322,6 @@ def _typed(defaults: Any, argv: list[str], **options: Any) -> tuple[dict[str, An
     values = vars(form)
     for part in values.values():
         values = values | (vars(part) if dataclasses.is_dataclass(part) else {})
-    typed = {word.partition("=")[0] for word in words}
     return {
         name: tuple(itertools.chain(*values[name])) if leaf.is_list else values[name]
         for name, leaf in leaves(defaults).items()
@@ -338,21 +338,25 @@ def _without_box(text: str) -> str:
     return textwrap.shorten(said, 300)
 
 
-def _form(defaults: Any) -> type:
-    """The settings of `defaults` as tyro takes them: a dataclass, with one in it for each group."""
+def _form(defaults: Any, typed: Collection[str]) -> type:
+    """The settings of `defaults` as tyro takes them: a dataclass, with one in it for each group.
+
+    typed: the spellings of flags on the command line.
+    """
     from tyro import conf
 
     (_, own), *groups = sections(defaults)
-    fields = [_form_field(leaf) for leaf in own.values()]
+    fields = [_form_field(leaf, typed) for leaf in own.values()]
     for section, inner in groups:
         name = type(section).__name__.removesuffix("Options").lower()
-        form = dataclasses.make_dataclass(name, [_form_field(leaf) for leaf in inner.values()])
+        inner_fields = [_form_field(leaf, typed) for leaf in inner.values()]
+        form = dataclasses.make_dataclass(name, inner_fields)
         about = conf.arg(help=(section.__doc__ or "").partition("\n")[0])
         fields.append((name, Annotated[form, about]))
     return dataclasses.make_dataclass("settings", fields, kw_only=True)
 
 
-def _form_field(leaf: Setting) -> Any:
+def _form_field(leaf: Setting, typed: Collection[str]) -> Any:
     """A setting as a field: how tyro reads and shows it."""
     from tyro import conf, constructors
 
@@ -363,7 +367,9 @@ def _form_field(leaf: Setting) -> Any:
     def from_words(words: list[str]) -> Any:
         if leaf.is_list and not words:
             raise UserError(f"{name} is empty, allowed: one or more texts after the flag")
-        return read(leaf, words if leaf.is_list else " ".join(words) if words else const)
+        alias = next((flag for flag in metadata.get("aliases", ()) if flag in typed), "")
+        value = words if leaf.is_list else " ".join(words) if words else const
+        return read(leaf, value, alias)
 
     spec = constructors.PrimitiveConstructorSpec(
         nargs="*" if leaf.is_list or const else 1,

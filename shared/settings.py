@@ -182,12 +182,13 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     ]
 
 
-def read(setting: Setting, value: Any, where: str = "") -> Any:
+def read(setting: Setting, value: Any, called: str = "") -> Any:
     """`value`, the text of a flag or what a file holds, as the setting's type.
 
-    where: before the setting's name in the message. Raises UserError, which says what is allowed.
+    called: in the message, instead of the setting's name. Raises UserError, which says what is
+    allowed.
     """
-    name, kind = where + setting.field.name, setting.kind
+    name, kind = called or setting.field.name, setting.kind
     if value is None and setting.is_optional:
         return None
     if setting.range:
@@ -253,7 +254,7 @@ def of_file(known: Mapping[str, Setting], path: Path, *, strict: bool = True) ->
     for written, value in load_file(path).items():
         name = written.replace("-", "_")
         if name in known:
-            given[name] = read(known[name], value, f"{path}: ")
+            given[name] = read(known[name], value, f"{path}: {name}")
         elif strict:
             gone.refuse(["--" + name.replace("_", "-")])
             near = did_you_mean(name, known) or "; --help lists the names"
@@ -283,7 +284,7 @@ def of_run(known: Mapping[str, Setting], resume: str | None) -> dict[str, Any]:
         )
     stored = written["settings"] | {"resume": str(path), "run_dir": str(directory)}
     kept = (name for name in known if name in stored and name not in _ONE_CALL)
-    return {name: read(known[name], stored[name], f"{file}: ") for name in kept}
+    return {name: read(known[name], stored[name], f"{file}: {name}") for name in kept}
 
 
 def refuse_changes(

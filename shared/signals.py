@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 
 from shared.errors import INTERRUPTED, STOPPED
+from shared.files import read_object
 from shared.outcome import NOTES, StopNow
 
 _SAME_REQUEST = 0.5  # seconds in which a repeated signal is the same one (SLURM sends two)
@@ -63,6 +64,8 @@ def exit_code_for(number: int) -> int:
 
 
 def _a_peer_failed() -> bool:
+    """Whether a process of this run left word of a failure; one that was stopped did not fail."""
     notes = os.environ.get(NOTES)
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return bool(notes) and any(Path(notes or "").glob(f"failure.{restart}.*.json"))
+    told = Path(notes).glob(f"failure.{restart}.*.json") if notes else ()
+    return any(read_object(path).get("kind") != "stopped" for path in told)
