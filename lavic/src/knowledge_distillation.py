@@ -110,9 +110,9 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.demo:
         cfg = _with_demo(cfg)
     if cfg.estimate:
-        from lavic.src import memory
+        from lavic.src import distillation_memory
 
-        print(memory.distillation_text(cfg, world_size()))
+        print(distillation_memory.text(cfg, world_size()))
         return 0
     from lavic.src import adapter_files, sample_choice
 
@@ -122,11 +122,11 @@ def main(argv: list[str] | None = None) -> int:
         print(_plan(cfg, len(found.train), len(found.valid)))
         return 0
     os.close(open_lock(cfg.run_dir))  # better refused now than after the model was loaded
-    from lavic.src import memory
+    from lavic.src import distillation_memory
     from lavic.src.distillation import train
     from shared.memory import explained_out_of_memory
 
-    with explained_out_of_memory(lambda: memory.distillation_text(cfg, world_size())):
+    with explained_out_of_memory(lambda: distillation_memory.text(cfg, world_size())):
         return train(replace(cfg, log_dir=_log_dir(cfg)), found)
 
 

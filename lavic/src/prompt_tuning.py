@@ -114,9 +114,9 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.demo:
         cfg = _with_demo(cfg)
     if cfg.estimate:
-        from lavic.src import memory
+        from lavic.src import tuning_memory
 
-        print(memory.tuning_text(cfg, world_size()))
+        print(tuning_memory.text(cfg, world_size()))
         return 0
     _check_files(cfg)
     from lavic.src.adapter_files import base_of
@@ -126,11 +126,11 @@ def main(argv: list[str] | None = None) -> int:
         print(_plan(cfg))
         return 0
     os.close(open_lock(cfg.run_dir))  # better refused now than after the model was loaded
-    from lavic.src import memory
+    from lavic.src import tuning_memory
     from lavic.src.recommend_training import train
     from shared.memory import explained_out_of_memory
 
-    with explained_out_of_memory(lambda: memory.tuning_text(cfg, world_size())):
+    with explained_out_of_memory(lambda: tuning_memory.text(cfg, world_size())):
         return train(cfg)
 
 

@@ -17,8 +17,14 @@ from arcface.run_scripts import run_arcface
 from face_distill import memory as faces_memory
 from face_distill import train_distill
 from face_distill.demo_data import demo as faces_demo
-from lavic.src import distillation_setup, knowledge_distillation, prompt_tuning, recommend_training
-from lavic.src import memory as lavic_memory
+from lavic.src import (
+    distillation_memory,
+    distillation_setup,
+    knowledge_distillation,
+    prompt_tuning,
+    recommend_training,
+    tuning_memory,
+)
 from multimodal import memory as multimodal_memory
 from multimodal import run_training
 from shared.config import parse
@@ -114,7 +120,7 @@ def test_lavics_first_stage_is_estimated_within_15_percent(products, tmp_path, m
     seen = watched(monkeypatch, distillation_setup, "caption_nll", 1)
     measured = peak_of_a_step(knowledge_distillation.main, flags)
     cfg = read(knowledge_distillation.Config, flags)
-    plan = lavic_memory.distillation_plan(cfg, 1, seen.batch)
+    plan = distillation_memory.plan(cfg, 1, seen.batch)
     assert plan.total - CUDA_CONTEXT == pytest.approx(measured, rel=0.15)
 
 
@@ -133,7 +139,7 @@ def test_lavics_second_stage_is_estimated_within_15_percent(tmp_path, more, monk
     seen = watched(monkeypatch, recommend_training, "accumulate", 1)
     measured = peak_of_a_step(prompt_tuning.main, flags)
     cfg = read(prompt_tuning.Config, flags)
-    plan = lavic_memory.tuning_plan(cfg, 1, seen.batch[-1])
+    plan = tuning_memory.plan(cfg, 1, seen.batch[-1])
     assert plan.total - CUDA_CONTEXT == pytest.approx(measured, rel=0.15)
 
 
