@@ -21,7 +21,7 @@ from face_distill.distill.model import trainable_state
 from face_distill.distill.preprocess import CLIP_MEAN, CLIP_STD
 from shared.files import read_json, write_json
 from tests.face_students import LAYERS, student_of, write_run
-from tests.harness import Outcome, run_here
+from tests.harness import ROOT, Outcome, run_here
 
 NAMES = ["z.png", "a b/2.jpg", "a b/10.jpg", "张三/脸 1.PNG", "张三/deep/er/x.bmp"]
 
@@ -121,6 +121,18 @@ def test_rows_are_those_of_a_direct_computation_in_the_order_of_the_names(
     rows, listed = result(tmp_path / "plain.npy")
     assert (listed["flip"], listed["normalised"]) == (False, False)
     assert np.abs(rows - upright.numpy()).max() < 1e-4
+
+
+def test_the_pages_five_lines_compare_two_faces(checkpoint, tmp_path, monkeypatch, capsys):
+    for number in (1, 2):
+        (tmp_path / "faces" / "anna").mkdir(parents=True, exist_ok=True)
+        write_face(tmp_path / "faces" / "anna" / f"{number}.jpg", number)
+    assert run(tmp_path / "faces", checkpoint, tmp_path / "embeddings.npy").code == 0
+    page = (ROOT / "face_distill" / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    exec(page.split("```python\n")[1].split("```")[0], {})
+    one, two = np.load("embeddings.npy").astype(np.float64)
+    assert float(capsys.readouterr().out) == pytest.approx(2 - 2 * one @ two, abs=1e-5)
 
 
 def test_the_end_names_the_nearest_other_image(folder, checkpoint, tmp_path):
