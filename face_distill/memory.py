@@ -42,8 +42,7 @@ def plan(cfg: Config, processes: int) -> memory.Plan:
         images, labels, embeddings, maps = _faces(batch, student.image_size, kind)
         live.begin(student, optimizer)
         with amp.autocast():
-            outputs = student(images, labels)
-            terms = loss_terms(cfg, mode, outputs, (embeddings, maps, kind))
+            terms = loss_terms(cfg, mode, student(images, labels), (embeddings, maps, kind))
         amp.backward(total_loss(cfg, terms, arc_only=False))
         amp.step(optimizer, trained, clip_norm=cfg.largest_norm)
     size, recomputed = student.image_size, ", recomputed" * cfg.gradient_checkpointing
