@@ -477,6 +477,10 @@ def _with_demo(cfg: Config) -> Config:
 
 
 def _check_batch_size(batch_size: int, processes: int) -> None:
+    if batch_size < 2:
+        raise UserError(
+            f"--batch-size {batch_size}: the loss compares pairs of images; use 2 or more"
+        )
     if batch_size % processes:
         below = batch_size // processes * processes
         near = " or ".join(str(size) for size in (below, below + processes) if size)

@@ -144,6 +144,13 @@ def test_a_last_held_out_batch_of_one_image_joins_the_one_before(flags, tmp_path
     assert "15 images of 5 identities, 5 held out" in outcome.text
 
 
+def test_a_batch_of_one_image_is_refused_before_the_tower_is_loaded(flags, tmp_path):
+    outcome = run_here(train_distill.main, [*flags, "--batch-size", 1])
+    assert outcome.code == 2
+    assert outcome.last_line.endswith("the loss compares pairs of images; use 2 or more")
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_a_held_out_share_too_small_for_pairs_on_each_process_is_refused(flags, tmp_path):
     with start([SCRIPT, *flags, "--val-fraction", 0.1, "--nproc", 2]) as running:
         outcome = running.finish()
