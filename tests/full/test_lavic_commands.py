@@ -243,7 +243,7 @@ def test_the_monitor_on_every_kind_of_end(trained):
     wait_until(lambda: monitor(trained)[1]["state"] == "stale", "the staleness", 60)
     assert monitor(trained)[0] == 1
 
-    broken = "./run_training.sh --num_epochs 1 --lr 1e30 --max-bad-steps 2 --resume never"
+    broken = "./run_training.sh --num_epochs 1 --lr 1e9 --max-bad-steps 2 --resume never"
     assert typed(broken, trained).returncode == 1
     code, seen = monitor(trained)
     assert (code, seen["state"]) == (1, "failed")
