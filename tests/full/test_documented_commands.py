@@ -354,7 +354,7 @@ def test_the_tools_look_at_machine_and_runs_as_documented(tmp_path):
     for run in runs:
         assert typed(shlex.join(map(str, ["python", *probe, "--run-dir", run])), ROOT).stdout
     lines = [line for line in HERE if line.startswith("python shared/tools/")]
-    assert len(lines) == 10
+    assert len(lines) == 8
     for line in lines:
         places = iter(runs)
         words = [str(next(places)) if word[:3] == "RUN" else word for word in line.split()]
