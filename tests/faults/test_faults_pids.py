@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from shared import processes
-from tests.harness import PROBE, ROOT, start, status_of, wait_for_step
+from tests.harness import PROBE, ROOT, start, status_of, wait_for_step, wait_until
 
 pytestmark = [pytest.mark.serial, pytest.mark.slow]
 MONITOR = ROOT / "shared" / "tools" / "monitor.py"
@@ -26,7 +26,10 @@ NOW, FUTURE, PAST = "2026-01-01T00:00:00Z", "2999-01-01T00:00:00Z", "2001-01-01T
 @contextlib.contextmanager
 def decoy() -> Iterator[subprocess.Popen[bytes]]:
     """A process that has nothing to do with any run and would die of a SIGTERM."""
-    process = subprocess.Popen(["sleep", "600"], start_new_session=True)
+    words = ["sleep", "600"]
+    process = subprocess.Popen(words, start_new_session=True)
+    # its command line appears a moment after Popen has returned
+    wait_until(lambda: processes.command(process.pid) == words, "the decoy's command line")
     try:
         yield process
     finally:
