@@ -199,11 +199,11 @@ def test_a_flag_without_its_value_is_refused(script: str) -> None:
             break
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+WITH_FILE = [name for name in SCRIPTS if "config" in settings_of(name) and name not in OWN_FILES]
+
+
+@pytest.mark.parametrize("script", WITH_FILE)
 def test_a_mistake_in_a_file_is_refused_with_the_files_name(script: str, tmp_path: Path) -> None:
-    known = settings_of(script)
-    if "config" not in known or script in OWN_FILES:
-        pytest.skip("no file of settings")
     first_of_kind = {leaf.kind: (name, leaf) for name, leaf in reversed(tried(script).items())}
     found = {}
     for name, leaf in first_of_kind.values():
@@ -274,13 +274,11 @@ def test_dashes_and_underscores_are_the_same(script: str) -> None:
     assert dashes == printed(script, f"--{name}", "/a_b-c") == printed(script, f"--{name}=/a_b-c")
 
 
-@pytest.mark.parametrize("script", PRINTING)
+@pytest.mark.parametrize("script", [name for name in PRINTING if name not in OWN_FILES])
 def test_a_file_may_write_numbers_in_powers_of_ten_and_flags_win(
     script: str, tmp_path: Path
 ) -> None:
     """YAML reads 5e-4 as a text."""
-    if script in OWN_FILES:
-        pytest.skip("files of its own kind")
     numbers = {n: leaf for n, leaf in settings_of(script).items() if leaf.kind is float}
     small = [n for n, leaf in numbers.items() if leaf.range and leaf.range.fits(5e-4, float)]
     path = tmp_path / "settings.yaml"
