@@ -34,6 +34,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # pyright: ignore[reportUnusedImport] later, it would keep the group
 from datautils import MyTrainDataset
 from torch import nn
 from torch.multiprocessing.spawn import spawn

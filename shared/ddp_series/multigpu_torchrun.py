@@ -33,6 +33,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # pyright: ignore[reportUnusedImport] later, it would keep the group
 from datautils import MyTrainDataset
 from torch import nn
 from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
@@ -61,11 +62,10 @@ def load_train_objs() -> tuple[MyTrainDataset, nn.Module, Optimizer]:
 
 def save_snapshot(path: Path, model: nn.Module, optimizer: Optimizer, epochs_run: int) -> None:
     """Replace the snapshot in one step: a process killed here leaves the old one or the new one."""
-    snapshot = {"EPOCHS_RUN": epochs_run, "MODEL_STATE": model.state_dict()}
-    snapshot["OPTIMIZER_STATE"] = optimizer.state_dict()
+    state = {"MODEL_STATE": model.state_dict(), "OPTIMIZER_STATE": optimizer.state_dict()}
     partial = path.with_name(f"{path.name}.tmp")
     with partial.open("wb") as file:
-        torch.save(snapshot, file)
+        torch.save({"EPOCHS_RUN": epochs_run, **state}, file)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)

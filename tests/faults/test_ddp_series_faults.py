@@ -224,3 +224,26 @@ def test_fewer_processes_continue_from_the_snapshot_of_more(tmp_path):
         outcome = running.finish()
     assert outcome.code == 0, outcome.text
     assert epochs(outcome.text) == list(range(stopped, EPOCHS))
+
+
+LEFT_BEHIND = """
+import os, runpy, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+tasks = "/proc/self/task"
+names = [open(f"{tasks}/{task}/comm").read().strip() for task in os.listdir(tasks)]
+os.write(1, f"left behind: {[name for name in names if 'gloo' in name]}\\n".encode())
+"""
+
+
+@pytest.mark.parametrize("step", ["multigpu_torchrun", "multinode_torchrun"])
+def test_the_threads_of_the_group_end_with_it(tmp_path, step):
+    """One that is alive while the interpreter ends can abort the process: a finished run failed."""
+    driver = tmp_path / "driver.py"
+    driver.write_text(LEFT_BEHIND)
+    words = ["--standalone", "--nproc_per_node=2", driver, SERIES / f"{step}.py", 1, 1]
+    with start([*words, "--snapshot_path", tmp_path / "s.pt"], program=TORCHRUN) as running:
+        outcome = running.finish()
+    assert outcome.code == 0, outcome.text
+    assert outcome.text.count("left behind: []") == 2, outcome.text

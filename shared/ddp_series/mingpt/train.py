@@ -46,6 +46,7 @@ if __name__ == "__main__":
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # pyright: ignore[reportUnusedImport] later, it would keep the group
 from char_dataset import encode
 from model import GPT, cross_entropy, evaluate, generate, parameter_groups
 from snapshot import load_snapshot, save_snapshot
