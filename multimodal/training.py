@@ -187,6 +187,7 @@ def _finish(training: Training, run: Run, report: Report) -> int:
         kind = "image-text" if rows[0]["pairs"] == "coco" else rows[0]["pairs"]
         result = {"name": f"{kind} R@1", "before": rows[0]["R@1 before"]}
         result |= {"after": rows[0]["R@1 after"], "higher_is_better": True}
+        result |= {"chance": rows[0]["chance"], "n": rows[0]["held-out pairs"]}
     report.update(summary=rows)
     reason = f"{run.position.step} steps in {run.position.epoch} epochs"
     outputs = [str(_directory(training) / name) for name in (BEST, FINAL)]

@@ -38,7 +38,14 @@ _LOG_END = 60  # lines
 _LARGEST_PICTURE, _LARGEST_PAGE = 8_000_000, 40_000_000  # bytes
 _BANNERS = {"done": "good", "failed": "bad", "stale": "bad"}
 _WORDS = {"done": "Finished", "stopped": "Stopped", "failed": "Failed"}
-_RESULT = {"before": "before", "after": "after", "unit": "unit", "n": "N", "chance": "chance"}
+_RESULT = {
+    "before": "before",
+    "after": "after",
+    "unit": "unit",
+    "n": "N",
+    "chance": "chance",
+    "majority": "majority answer",
+}
 
 _CHARTS = 24  # of a page, at most
 _SPEED = ("steps_per_s", "samples_per_s")

@@ -149,7 +149,8 @@ class Run:
     ) -> int:
         """Close the run as done, or as stopped and saved; its exit code. The last verb.
 
-        result: {name, before, after, higher_is_better}. reason: why it is done, for people.
+        result: {name, before, after, higher_is_better}; if known {unit, n, chance, majority}.
+        reason: why it is done, for people.
         Raises NotSavedError when the last checkpoint could not be written.
         """
         if self._unsaved:

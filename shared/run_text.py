@@ -75,11 +75,18 @@ def table(views: Sequence[View], root: Path, columns: int = 80) -> str:
 
 
 def result_text(result: dict[str, Any] | None) -> str:
-    """'accuracy 0.512 -> 0.874', with '(no gain)' where it got no better; '' without a result."""
+    """'accuracy 0.512 -> 0.874 (chance 0.5, N 600)', and '(no gain)' where it got no better.
+
+    '' without a result.
+    """
     if not result:
         return ""
     before, after = result.get("before"), result.get("after")
     text = f"{result.get('name')} {number(before)} -> {number(after)}"
+    names = {"chance": "chance", "majority": "majority", "n": "N"}
+    known = {label: result.get(name) for name, label in names.items()}
+    said = [f"{name} {number(value)}" for name, value in known.items() if value is not None]
+    text += f" ({', '.join(said)})" if said else ""
     if not (isinstance(before, (int, float)) and isinstance(after, (int, float))):
         return text
     gain = after - before if result.get("higher_is_better", True) else before - after

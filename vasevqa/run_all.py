@@ -127,10 +127,12 @@ def _close(status: Status, code: int, output: Path) -> None:
     before, after = (scores.get(name) or {} for name in ("before", "metrics"))
     majority, number = scores.get("majority") or 0.0, (scores.get("counts") or {}).get("questions")
     result = {
-        "name": f"answers right in content (majority answer {majority:.4g}, N {number})",
+        "name": "answers right in content",
         "before": before.get("contained"),
         "after": after.get("contained"),
         "higher_is_better": True,
+        "majority": majority,
+        "n": number,
     }
     made = [output / "checkpoint-merged", output / "evaluation" / "vqa.json"]
     made += [output / run / report.NAME for run in ("7B", "GRPO", "merge")]

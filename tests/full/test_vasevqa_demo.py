@@ -25,7 +25,7 @@ def test_the_whole_demo_learns_at_every_stage():
     runs = RECIPE / "demo" / "runs"
     status = status_of(runs / "flow")
     assert (status["state"], status["step"], status["total_steps"]) == ("done", 9, 9)
-    assert "N 280" in status["result"]["name"]
+    assert status["result"]["n"] == 280
     scores = read_json(runs / "evaluation" / "vqa.json")
     assert (
         scores["metrics"]["normalised"] > scores["before"]["normalised"] + 0.2

@@ -34,6 +34,11 @@ class Measured:
         right = sum(self.confusion[label][label] for label in range(_NUM))
         return right / self.count if self.count else 0.0
 
+    @property
+    def majority(self) -> float:
+        """The accuracy of naming the most frequent class for every picture."""
+        return max(map(sum, self.confusion)) / self.count if self.count else 0.0
+
     def report(self) -> list[dict[str, float]]:
         """precision, recall, f1 and support of each class; 0 where nothing is counted."""
         rows = []

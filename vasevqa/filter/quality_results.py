@@ -68,6 +68,8 @@ def conclude(
             "before": history.before,
             "after": tested.accuracy,
             "higher_is_better": True,
+            "majority": tested.majority,
+            "n": tested.count,
         },
         "outputs": [str(path) for path in outputs],
         "reason": f"{len(accuracies)} epochs, the best was {best_epoch}: accuracy "
