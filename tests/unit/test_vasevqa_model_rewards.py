@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from vasevqa.model.plugin import plugin, vase_scoring
-from vasevqa.model.plugin.vase_scoring import (
-    answer_in,
-    credit,
-    has_format,
-    is_exact,
-    is_same,
-    years,
-)
+from vasevqa.model import rewards
+from vasevqa.model.dates import years
+from vasevqa.model.plugin import plugin
+from vasevqa.model.rewards import answer_in, credit, has_format, is_exact, is_same
 
 
 @pytest.mark.parametrize(
@@ -111,6 +106,41 @@ BOUNDS = (
     ("5th c. BC", "5th century BC", 1, 1),
     ("550-500 BC, Athenian", "550-500 BC", 0.8, 1),
     ("公元前六世纪", "6th century BC", 0.9, 1),
+    ("480", "480 BC", 1, 1),
+    ("550-500", "550-500 BC", 1, 1),
+    ("550-500 BC", "550-500", 1, 1),
+    ("480 BC", "480", 1, 1),
+    ("sixth century", "6th century BC", 1, 1),
+    ("450-500", "500-450 BC", 0, 1),
+    ("RF", "red-figure", 1, 1),
+    ("BF", "black figure", 1, 1),
+    ("lekythoi", "lekythos", 1, 1),
+    ("kylikes", "kylix", 1, 1),
+    ("amphorae", "amphora", 1, 1),
+    ("hydriai", "hydria", 1, 1),
+    ("skyphoi", "skyphos", 1, 1),
+    ("It is not red-figure", "red-figure", 0, 0),
+    ("isn't Athenian", "Athenian", 0, 0),
+    ("red-figure", "not red-figure", 0, 0),
+    ("550-500 or 480-470 BC", "550-500 BC", 0.7, 0.95),
+    ("550-500 BC, 480 BC", "550-500 BC", 0.9, 0.99),
+    ("Berlin Painter", "Berlin P.", 1, 1),
+    ("Group C", "Group D", 0, 0.6),
+    ("Type A", "Type B", 0, 0.6),
+    ("550-500 BC", "500-550 AD", 0, 0),
+    ("six", "6", 0, 1),
+    ("two handles", "two handle", 1, 1),
+    ("cups", "cup", 1, 1),
+    ("no", "no", 1, 1),
+    ("BERLIN P by BEAZLEY", "Attributed to the Berlin Painter", 0.3, 1),
+    ("the 5th century", "450 BC", 0, 0.05),
+    ("2159", "480 BC", 0, 0),
+    ("I do not know", "480 BC", 0, 0),
+    ("5", "5th century BC", 0, 0.01),
+    ("Late Archaic", "late 6th century BC", 0, 0.5),
+    ("6th century BC", "sixth century B.C.", 1, 1),
+    ("Vulci (Etruria)", "Etruria: Vulci", 1, 1),
+    ("RF", "BF", 0, 0.6),
 )
 
 
@@ -126,7 +156,6 @@ def test_credit_is_what_common_sense_gives(answer, reference, least, most):
         ("ca. 480 BCE", (-480, -480)),
         ("550 to 530 b.c.", (-550, -530)),
         ("fifth century BC", (-500, -401)),
-        ("5th century BC", (-500, -401)),
         ("2nd century AD", (101, 200)),
         ("120 AD", (120, 120)),
         ("公元前 480", (-480, -480)),
@@ -137,15 +166,98 @@ def test_credit_is_what_common_sense_gives(answer, reference, least, most):
         ("490-80 B.C.E.", (-490, -480)),
         ("120-30 AD", (120, 130)),
         ("公元前五世纪", (-500, -401)),
-        ("十一世纪", None),
-        (f"{'9' * 5000}th century BC", (-9999, -9999)),
-        ("450-500", None),  # BC or AD
-        ("amphora", None),
+        ("500-450", (-500, -450)),
+        ("-500 to -450", (-500, -450)),
+        ("-500--450", (-500, -450)),
+        ("−525/−475", (-525, -475)),
+        ("-500–450", (-500, -450)),
+        ("-50 to 50", (-50, 50)),
+        ("50 BC - AD 50", (-50, 50)),
+        ("BC 550-500", (-550, -500)),
+        ("AD 50-100", (50, 100)),
+        ("VI sec. a.C.", (-600, -501)),
+        ("6. Jh. v. Chr.", (-600, -501)),
+        ("VIe siècle av. J.-C.", (-600, -501)),
+        ("siglo V a. C.", (-500, -401)),
+        ("V-IV secolo a.C.", (-500, -301)),
+        ("6th-5th century BC", (-600, -401)),
+        ("6th to 5th c. BC", (-600, -401)),
+        ("late 6th - early 5th century BC", (-533, -468)),
+        ("late 6th to early 5th c. B.C.", (-533, -468)),
+        ("mid- to late 5th century BC", (-475, -401)),
+        ("6th century BC, second half", (-550, -501)),
+        ("second quarter of the 4th century B.C.", (-375, -351)),
+        ("1st half of the 5th c. BC", (-500, -451)),
+        ("2. Hälfte 6. Jh. v. Chr.", (-550, -501)),
+        ("end of the 6th century BC", (-533, -501)),
+        ("beginning of the fifth century BC", (-500, -468)),
+        ("公元前6世纪晚期", (-533, -501)),
+        ("前六世纪后半叶", (-550, -501)),
+        ("公元前550年至前500年", (-550, -500)),
+        ("公元前550-500年", (-550, -500)),
+        ("公元前六至五世纪", (-600, -401)),
+        ("公元前5世纪上半叶", (-500, -451)),
+        ("公元二世纪", (101, 200)),
+        ("十一世纪", (1001, 1100)),
+        ("London E 440; about 480 BC", (-480, -480)),
+        ("No. 212, ca. 500-490 B.C.", (-500, -490)),
+        ("Berlin 2159 530 BC", (-530, -530)),
+        ("from 550 to 500 BC", (-550, -500)),
+        ("from 550 until 500 BC", (-550, -500)),
+        ("between 550 and 500 v. Chr.", (-550, -500)),
+        ("480/79 BC", (-480, -479)),
+        ("480-470 av. J.-C.", (-480, -470)),
+        ("480 a.C.", (-480, -480)),
+        ("120-90 BC", (-120, -90)),
+        ("c. 550 - 540 BC", (-550, -540)),
+        ("about 550–540 B. C.", (-550, -540)),
+        ("560s-550s BC", (-569, -550)),
+        ("early 480s BC", (-489, -487)),
+        ("VIth century BC", (-600, -501)),
+        ("5th cent. B.C.", (-500, -401)),
+        ("5th cent. BCE", (-500, -401)),
+        ("sixth-century BC", (-600, -501)),
+        ("mid-sixth century BC", (-575, -526)),
+        ("middle of the 6th century BC", (-575, -526)),
+        ("third quarter of the sixth century BC", (-550, -526)),
+        ("550BC", (-550, -550)),
+        ("AD50", (50, 50)),
+        ("1st c. AD", (1, 100)),
+        ("twelfth century", (1101, 1200)),
         ("vase 42", None),
+        ("amphora", None),
+        ("Painter of Berlin 1686", (1686, 1686)),
+        ("31.5 cm high, 480 BC", (-480, -480)),
+        ("6th c. BCE (late)", (-533, -501)),
+        ("second century BC to first century AD", (-200, 100)),
+        ("500-475 B.C. or 450 BC", (-500, -450)),
+        ("It dates to around 480 BC.", (-480, -480)),
+        ("The vase was made between 550 and 500 BC", (-550, -500)),
+        ("circa -480", (-480, -480)),
+        ("480–470", (-480, -470)),
+        ("the first quarter of the 5th century BC", (-500, -476)),
+        ("early fifth century B.C.", (-500, -468)),
+        ("fourth quarter of the 6th c. BC", (-525, -501)),
+        ("last third of the 5th century BC", (-433, -401)),
+        ("im 5. Jahrhundert v. Chr.", (-500, -401)),
+        ("um 480 v. Chr.", (-480, -480)),
+        ("vers 480 av. J.-C.", (-480, -480)),
+        ("Ve s. av. J.-C.", (-500, -401)),
+        ("première moitié du Ve siècle av. J.-C.", (-500, -451)),
+        ("公元前480年左右", (-480, -480)),
+        ("约公元前480年", (-480, -480)),
+        ("前480", (-480, -480)),
+        ("公元前6世纪末至5世纪初", (-533, -468)),
+        ("c. 480", (480, 480)),
+        ("V century BC", (-500, -401)),
+        ("century VI BC", (-600, -501)),
+        (f"{'9' * 5000}th century BC", None),
+        ("unattributed", None),
     ],
 )
 def test_dates_are_read_as_years(text, span):
-    assert years(text) == span
+    found = years(text)
+    assert ((min(found), max(found)) if found else None) == span
 
 
 @pytest.mark.parametrize(
@@ -184,7 +296,7 @@ def test_every_attribute_of_a_vase_is_scored_in_full_and_against_another():
         "attribution": ("Star Painter", "unattributed"),
         "decoration": ("star", "checked"),
     }
-    assert tuple(examples) == vase_scoring.ATTRIBUTES
+    assert tuple(examples) == rewards.ATTRIBUTES
     for right, wrong in examples.values():
         assert credit(right, right) == 1.0
         assert credit(wrong, right) == 0.0
@@ -204,7 +316,7 @@ def test_plain_functions_of_a_users_plugin_become_rewards_of_swift(tmp_path, mon
         "def helper(text):\n    return text\n"
         "def format(responses, references):\n    return [7.0] * len(responses)\n"
     )
-    adapt = vase_scoring.__file__.replace("vase_scoring", "adapt")
+    adapt = plugin.__file__.replace("plugin.py", "adapt.py")
     before = dict(orms)
     words = ["rlhf", "--external_plugins", str(mine), plugin.__file__, adapt, "--beta", "0"]
     monkeypatch.setattr(sys, "argv", words)

@@ -14,8 +14,8 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from shared.errors import UserError, one_line
-from vasevqa.model.plugin import vase_scoring
-from vasevqa.model.plugin.vase_scoring import ATTRIBUTES
+from vasevqa.model import rewards
+from vasevqa.model.rewards import ATTRIBUTES
 from vasevqa.model.rows import TAG, Row
 
 log = logging.getLogger(__name__)
@@ -113,12 +113,12 @@ def score(rows: Sequence[Row], answers: Sequence[str]) -> tuple[dict[str, float]
     sums: dict[str, float] = defaultdict(float)
     counts: dict[str, int] = defaultdict(int)
     for row, text in zip(rows, answers, strict=True):
-        answer, name = vase_scoring.answer_in(text), attribute_of(row)
+        answer, name = rewards.answer_in(text), attribute_of(row)
         values = (
-            float(vase_scoring.is_exact(answer, row.reference)),
-            float(vase_scoring.is_same(answer, row.reference)),
-            float(vase_scoring.holds(answer, row.reference)),
-            vase_scoring.credit(answer, row.reference),
+            float(rewards.is_exact(answer, row.reference)),
+            float(rewards.is_same(answer, row.reference)),
+            float(rewards.holds(answer, row.reference)),
+            rewards.credit(answer, row.reference),
         )
         for kind, value in zip(KINDS, values, strict=True):
             sums[kind] += value
@@ -136,7 +136,7 @@ def majority(rows: Sequence[Row]) -> float:
     """The accuracy of a model that sees nothing: each attribute's most frequent answer."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
-        answers[attribute_of(row)][vase_scoring.normalise(row.reference)] += 1
+        answers[attribute_of(row)][rewards.normalise(row.reference)] += 1
     return sum(max(counted.values()) for counted in answers.values()) / len(rows)
 
 

@@ -16,21 +16,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))  # repository root, for vasevqa
 
-from vasevqa.model.plugin import vase_scoring
+from vasevqa.model import rewards
 
 
 def external_vase_acc(responses: Sequence[str], references: Sequence[str]) -> list[float]:
-    """For each response, how much of its reference it has: 1 for the same, part for a part.
+    """For each response, how much of its reference it has, from 0 to 1 (model/rewards.py).
 
-    Responses are normalised (case, accents, synonyms, word order of no weight); the answer is what
-    stands inside <answer>, else all but <think>…</think>.
+    The answer is what stands inside <answer>, else all but <think>…</think>.
     """
     return [
-        vase_scoring.credit(vase_scoring.answer_in(response), reference)
+        rewards.credit(rewards.answer_in(response), reference)
         for response, reference in zip(responses, references, strict=True)
     ]
 
 
 def external_vase_format(responses: Sequence[str], references: Sequence[str]) -> list[float]:
     """1 for each response in the form that prompt.txt asks for, 0 for any other."""
-    return [float(vase_scoring.has_format(response)) for response in responses]
+    return [float(rewards.has_format(response)) for response in responses]
