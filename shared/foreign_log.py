@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import os
 import time
@@ -18,9 +19,12 @@ from typing import Any
 
 from shared.files import open_regular
 
+log = logging.getLogger(__name__)
+
 _POSITION, _PACE, _MEMORY = "global_step/max_steps", "train_speed(s/it)", "memory(GiB)"
 _CHECKPOINTS = ("best_model_checkpoint", "last_model_checkpoint")
 _NAMES = {"learning_rate": "lr"}  # what our own recipes call it
+_FLAT_STEPS = 10  # of GRPO without a spread of rewards, before it is said
 
 
 class JsonLinesProgress:
@@ -34,6 +38,7 @@ class JsonLinesProgress:
         self._run_dir, self._name = run_dir, name
         self._offsets = {path: path.stat().st_size for path in self._files()}  # of earlier runs
         self._last: dict[str, float | None] = {}
+        self._flat_steps = 0
         self._metrics = run_dir / "metrics.jsonl"
         if self._metrics.exists():
             self._metrics.rename(_free_name(self._metrics))
@@ -73,6 +78,7 @@ class JsonLinesProgress:
         epoch = max(0, math.ceil(values.pop("epoch", 0) or 0) - 1)  # theirs counts what is behind
         left = (int(total) - int(step)) * (values.get("seconds_per_step") or math.nan)
         self._record(int(step), epoch, values)
+        self._watch_rewards(int(step), values)
         self._last |= values
         return {
             **{"step": int(step), "total_steps": int(total), "epoch": epoch},
@@ -87,6 +93,18 @@ class JsonLinesProgress:
         named = {name.removeprefix("eval_"): value for name, value in values.items()}
         with contextlib.suppress(OSError), self._metrics.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(row | named) + "\n")
+
+    def _watch_rewards(self, step: int, values: dict[str, float | None]) -> None:
+        """Warn, once a stretch, when the answers to each question earn the same: no gradient."""
+        if "reward_std" not in values:
+            return
+        self._flat_steps = 0 if values["reward_std"] else self._flat_steps + 1
+        if self._flat_steps == _FLAT_STEPS:
+            log.warning(
+                "step %d: %d steps in a row without a spread of rewards, so nothing is learnt: "
+                "raise --temperature or --num_generations, or reward parts of an answer",
+                *(step, _FLAT_STEPS),
+            )
 
 
 def numbers(line: dict[str, Any]) -> dict[str, float | None]:

@@ -42,7 +42,7 @@ _WARNING = re.compile(r"\b(WARNING|ERROR|CRITICAL)\b|^\w*(Error|Exception)\b|^Tr
 _SHOWN_LOSSES, _CURVE, _SMOOTHING = 20, 600, 0.9
 _LOWER_IS_BETTER = re.compile(r"loss|perplexity|error|eer|distance", re.I)
 _PLACES = ("step", "epoch", "split", "time")  # of a row in metrics.jsonl; all else are numbers
-_SHOWN = ("grad_norm", "samples_per_s", "steps_per_s", "skipped")
+_SHOWN = ("grad_norm", "samples_per_s", "steps_per_s", "skipped", "reward", "reward_std")
 _SPEED = ("steps_per_s", "samples_per_s", "seconds_per_step")
 
 Series = tuple[list[float], list[float]]  # steps, values; NaN where the run wrote null
@@ -92,6 +92,8 @@ class View:
     lr: float | None = None
     grad_norm: float | None = None
     skipped: float | None = None
+    reward: float | None = None  # of GRPO: the mean over a step's answers
+    reward_std: float | None = None  # and their spread, without which nothing is learnt
     best: dict[str, Any] | None = None  # name, value, epoch, step: of the validation so far
     validation: dict[str, Any] = field(default_factory=dict)  # the newest one's numbers
     result: dict[str, Any] | None = None

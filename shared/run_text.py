@@ -167,7 +167,10 @@ def _loss(seen: View, width: int) -> str:
 
 
 def _training(seen: View) -> str:
-    named = (("lr", seen.lr), ("grad norm", seen.grad_norm), ("skipped", seen.skipped))
+    named = (
+        *(("lr", seen.lr), ("grad norm", seen.grad_norm), ("skipped", seen.skipped)),
+        *(("reward", seen.reward), ("reward std", seen.reward_std)),
+    )
     return _joined(*(f"{name} {number(value)}" for name, value in named if value is not None))
 
 

@@ -114,3 +114,21 @@ def test_lines_of_another_kind_are_passed_over(tmp_path, line):
 def test_numbers_may_be_text_and_what_json_lacks_is_none():
     line = {"loss": "0.5", "grad_norm": float("nan"), "elapsed_time": "2s", "flag": True}
     assert numbers(line) == {"loss": 0.5, "grad_norm": None}
+
+
+def test_ten_steps_without_a_spread_of_rewards_are_said_once(tmp_path, caplog):
+    def step(number: int, spread: float) -> dict:
+        return TRAIN | {
+            "global_step/max_steps": f"{number}/40",
+            "reward": 0.2,
+            "reward_std": spread,
+        }
+
+    progress = JsonLinesProgress(tmp_path)
+    write(tmp_path / "logging.jsonl", *(step(n, 0.0) for n in range(1, 10)), step(10, 0.1))
+    progress()
+    assert not caplog.records
+    write(tmp_path / "logging.jsonl", *(step(n, 0.0) for n in range(11, 31)))
+    assert progress()["last"]["reward_std"] == 0.0
+    (record,) = caplog.records
+    assert "step 20: 10 steps in a row without a spread of rewards" in record.getMessage()

@@ -56,6 +56,12 @@ def test_a_stale_run_is_exit_code_1(tmp_path, capsys):
     assert (code, text.splitlines()[0]) == (1, "probe: STALE")
 
 
+def test_the_block_shows_the_reward_of_grpo_and_its_spread(tmp_path, capsys):
+    write(tmp_path)
+    log(tmp_path, train(1, loss=0.5, reward=0.25, reward_std=0.125))
+    assert "training reward 0.25  reward std 0.125" in run(capsys, tmp_path, str(tmp_path))[1]
+
+
 def test_the_block_shows_what_the_files_tell(tmp_path, capsys):
     path = tmp_path / "x.log"
     path.write_text("2026 | WARNING: a picture was passed over\n")
