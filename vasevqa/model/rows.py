@@ -113,7 +113,7 @@ def is_file(image: str) -> bool:
 
 def _lines(path: Path, content: str) -> list[dict[str, Any]]:
     rows = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):  # a text may hold U+2028
         if line.strip():
             try:
                 rows.append(json.loads(line))
