@@ -413,6 +413,8 @@ def test_a_training_writes_the_documented_files_and_its_model_sorts(tmp_path):
     results = read_json(out / "training_results.json")
     assert results["pictures"] == {"train": 32, "val": 4, "test": 4}
     assert list(results["left_out"]) == ["0/broken.jpg"]
+    assert results["started_from"] == "random weights"
+    assert "starting from random weights, as asked" in outcome.text
     assert sum(map(sum, results["confusion_matrix"])) == 4
     assert len(results["history"]["val_acc"]) == 4
     assert best["val_acc"] == max(results["history"]["val_acc"]) == results["best_val_acc"]

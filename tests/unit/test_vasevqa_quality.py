@@ -1,5 +1,7 @@
 """The quality classifier's parts: splits, preparation, net, measures, devices."""
 
+import pathlib
+
 import numpy as np
 import pytest
 import torch
@@ -125,10 +127,26 @@ def test_imagenet_weights_fill_the_body_and_leave_the_head(tmp_path):
     quality_net.start_from(net, path)
     assert torch.equal(net.resnet.conv1.weight, body.conv1.weight)
     assert torch.equal(net.resnet.fc[0].weight, head)  # type: ignore[index]
-    assert quality_net.find_weights("resnet18", [tmp_path / "none", tmp_path]) == path
-    assert quality_net.find_weights("resnet50", [tmp_path]) is None
     with pytest.raises(UserError, match="does not fit"):
         quality_net.start_from(ImageQualityNet(arch="resnet50"), path)
+
+
+def test_the_weights_to_start_from_are_typed_lie_here_or_are_torchs(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    first_of_imagenet = cache / "resnet18-f37072fd.pth"  # what pretrained=True loads
+    first_of_imagenet.write_bytes(b"x")
+    (cache / "resnet18-z.pth").write_bytes(b"another training's")
+    choose = quality_net.starting_weights
+    assert choose("none", "resnet18", [tmp_path]) is None
+    assert choose("a.pth", "resnet18", [tmp_path]) == pathlib.Path("a.pth")
+    assert choose("auto", "resnet18", [tmp_path / "none", tmp_path]) == first_of_imagenet
+    mine = tmp_path / "resnet18-mine.pth"
+    mine.write_bytes(b"y")
+    assert choose("auto", "resnet18", [tmp_path / "none", tmp_path]) == mine
+    with pytest.raises(UserError, match="type --pretrained none"):
+        choose("auto", "resnet10", [tmp_path])
 
 
 def test_the_predictor_gives_the_nets_softmax(tmp_path):

@@ -49,7 +49,7 @@ class Config:
     arch: Literal["resnet50", "resnet34", "resnet18", "resnet10"] = option("resnet50", "network")
     image_size: Annotated[int, Range(32, 4096)] = option(224, "side of the network's input, pixels")
     pretrained: str = option(
-        "auto", "weights to start from: a file; auto: ImageNet's where they lie here; none"
+        "auto", "weights to start from: a file; auto: ImageNet's, fetched once; none: random ones"
     )
     lr: Positive = option(1e-3, "learning rate, cosine to 0 over the epochs")
     weight_decay: float = option(1e-4, "Adam's weight decay")
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg.gpu, cfg.run.device, cfg.run.typed, world_size(), os.environ
     )  # fmt: skip
     with explained_out_of_memory(lambda: quality_memory.text(cfg, world_size())):
-        return train(cfg, device, _weight_places())
+        return train(cfg, device)
 
 
 def _check(cfg: Config) -> None:
@@ -125,13 +125,6 @@ def _plan(cfg: Config) -> str:
         f"{cfg.num_epochs} epochs of {cfg.data_dir}, {cfg.batch_size} pictures a step = "
         f"{processes} process(es) x {cfg.batch_size // processes}; the model goes to {cfg.best}"
     )
-
-
-def _weight_places() -> list[Path]:
-    """Where weights of ImageNet may lie: beside this script, and where torch keeps downloads."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    home = os.environ.get("TORCH_HOME") or f"{cache}/torch"
-    return [FILTER, FILTER / "model", Path(home).expanduser() / "hub" / "checkpoints"]
 
 
 def one_process(_argv: list[str], _visible: int) -> int:

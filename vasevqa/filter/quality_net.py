@@ -14,7 +14,7 @@ from torchvision import models
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.transforms import v2
 
-from shared import weights
+from shared import hub, weights
 from shared.checkpoint import DamagedError
 from shared.checkpoint import load as load_checkpoint
 from shared.errors import UserError
@@ -71,21 +71,24 @@ def start_from(net: ImageQualityNet, path: Path) -> None:
         body = {k.removeprefix("resnet."): v for k, v in state.items() if "fc." not in k}
         names = [name for name in net.resnet.state_dict() if not name.startswith("fc.")]
         weights.load_strict(net.resnet, body, only=names, source=path)
-    log.info("starting from the weights in %s", path)
 
 
-def find_weights(arch: str, places: Sequence[Path]) -> Path | None:
-    """A weight file for `arch` under torchvision's name, in the first folder that has one.
+def starting_weights(pretrained: str, arch: str, places: Sequence[Path]) -> Path | None:
+    """The file that `--pretrained` names; None for random weights.
 
-    The newest by name when there are several.
+    auto: the newest `{arch}*.pth` in `places`, else torchvision's first ones of ImageNet (V1, the
+    original's `pretrained=True`), fetched into torch's own cache when they are not there.
     """
-    for place in places:
-        found = sorted(
-            path for end in ("pth", "safetensors") for path in place.glob(f"{arch}*.{end}")
-        )
-        if found:
-            return found[-1]
-    return None
+    if pretrained != "auto":
+        return None if pretrained == "none" else Path(pretrained)
+    found = (path for place in places for path in place.glob(f"{arch}*"))
+    own = sorted(path for path in found if path.suffix in (".pth", ".safetensors"))
+    if own:
+        return own[-1]
+    if arch == "resnet10":
+        raise UserError("resnet10 has no published weights: type --pretrained none, or a file")
+    published = models.get_model_weights(arch)["IMAGENET1K_V1"]
+    return hub.fetched_weights(published.url, Path(torch.hub.get_dir()) / "checkpoints")
 
 
 def for_training(size: int) -> v2.Transform:

@@ -48,7 +48,7 @@ class History:
 
 
 def conclude(
-    cfg: Config, world: World, history: History, tested: Measured, data: tuple[Splits, Skipped]
+    cfg: Config, world: World, history: History, tested: Measured, data: tuple[Splits, Skipped, str]
 ) -> dict[str, Any]:
     """Write the results; what run.finish is to say of them."""
     accuracies = history.columns["val_acc"]
@@ -78,8 +78,10 @@ def conclude(
     }
 
 
-def _results(history: History, tested: Measured, data: tuple[Splits, Skipped]) -> dict[str, Any]:
-    splits, skipped = data
+def _results(
+    history: History, tested: Measured, data: tuple[Splits, Skipped, str]
+) -> dict[str, Any]:
+    splits, skipped, started_from = data
     return {
         "test_acc": tested.accuracy,
         "test_acc_before_training": history.before,
@@ -89,6 +91,7 @@ def _results(history: History, tested: Measured, data: tuple[Splits, Skipped]) -
         "class_weights": splits.class_weights.tolist(),
         "pictures": {"train": len(splits.train), "val": len(splits.val), "test": len(splits.test)},
         "left_out": skipped.names,
+        "started_from": started_from,
         "history": {name: _finite(values) for name, values in history.columns.items()},
     }
 

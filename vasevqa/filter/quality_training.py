@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from shared import checkpoint, distributed, seed
@@ -33,18 +34,22 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_FILTER = Path(__file__).resolve().parent
+_PLACES = (_FILTER, _FILTER / "model")  # for weights that were put there by hand
 
-def train(cfg: Config, device: str, weight_places: Sequence[Path]) -> int:
-    """Train; the exit code. weight_places: folders that may hold weights of ImageNet."""
+
+def train(cfg: Config, device: str) -> int:
+    """Train; the exit code."""
     world = distributed.setup(device, cfg.run.timeout)
     with Run(cfg, world, cfg.run_dir, "vasevqa/filter") as run:
-        code = _train(cfg, world, run, weight_places)
+        code = _train(cfg, world, run)
     distributed.cleanup(world)
     return code
 
 
-def _train(cfg: Config, world: World, run: Run, weight_places: Sequence[Path]) -> int:
+def _train(cfg: Config, world: World, run: Run) -> int:
     """The pictures, the network, and the loop; the exit code."""
+    start = quality_net.starting_weights(cfg.pretrained, cfg.arch, _PLACES)
     seed.seed_all(cfg.run.seed)
     found = quality_data.find_labelled(cfg.data_dir)
     good, skipped = quality_data.leave_out_unreadable(
@@ -53,13 +58,20 @@ def _train(cfg: Config, world: World, run: Run, weight_places: Sequence[Path]) -
     splits = quality_data.split(good, cfg.split_seed)
     batch = _batch_size(cfg, len(splits.train), world)
     net = ImageQualityNet(arch=cfg.arch)
-    _start(cfg, net, weight_places)
+    if start:
+        quality_net.start_from(net, start)
+    log.info("starting from %s", start or "random weights, as asked")
     steps = steps_per_epoch(len(splits.train), batch, world.size)
     log.info("%d + %d pictures to train with, %d steps an epoch, %d pictures a step = %d "
              "process(es) x %d", *splits.counts, steps, batch * world.size, world.size,
              batch)  # fmt: skip
     plan = Plan(cfg.num_epochs * steps, batch * world.size, data=splits.sizes)
-    return _loop(cfg, world, run, plan, net.to(world.device), (splits, batch, skipped))
+    if world.size > 1 and world.device.type == "cuda":  # it refuses tensors of a CPU
+        synced: Any = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        net = synced
+    started_from = str(start or "random weights")
+    found = (splits, batch, skipped, started_from)
+    return _loop(cfg, world, run, plan, net.to(world.device), found)
 
 
 class Learner:
@@ -76,7 +88,7 @@ class Learner:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(
             self.optimizer, T_max=cfg.num_epochs
         )
-        self.criterion = nn.CrossEntropyLoss(weight=class_weights.to(world.device))
+        self.class_weights, self._world = class_weights.to(world.device), world
         self.amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
 
     @property
@@ -91,10 +103,17 @@ class Learner:
         return float(self.schedule.get_last_lr()[0])
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimizer step on images (B, 3, S, S) and labels (B,); its loss, a scalar."""
+        """One optimizer step on images (B, 3, S, S) and labels (B,); its loss, a scalar.
+
+        The loss is the class-weighted mean over the pictures of all processes: its mean over the
+        processes, as DDP takes of the gradients, is that of one process with all the pictures.
+        """
+        labels = labels.to(self._device)
         with self.amp.autocast():
             logits = self._wrapped(images.to(self._device, non_blocking=True))
-            loss = self.criterion(logits, labels.to(self._device))
+            summed = cross_entropy(logits, labels, self.class_weights, reduction="sum")
+        weight = distributed.mean(self.class_weights[labels].sum(), self._world)
+        loss = summed / weight
         self.amp.backward(loss)
         self.amp.step(self.optimizer, self.net.parameters())
         return loss
@@ -106,9 +125,9 @@ def _loop(
     run: Run,
     plan: Plan,
     net: ImageQualityNet,
-    data: tuple[Splits, int, Skipped],
+    data: tuple[Splits, int, Skipped, str],
 ) -> int:
-    splits, batch, skipped = data
+    splits, batch, skipped, started_from = data
     pictures = quality_data.training_pictures(cfg.data_dir, splits, cfg.image_size)
     learner, stopping = (
         Learner(cfg, net, splits.class_weights, world),
@@ -137,7 +156,8 @@ def _loop(
                 run.save(parts)
             if stop:
                 return run.finish()
-        measured = measure(net, _fixed(cfg, splits.val, world), world, learner.criterion.weight)
+        _share_statistics(net, world)
+        measured = measure(net, _fixed(cfg, splits.val, world), world, learner.class_weights)
         improved = stopping.update(1 - measured.accuracy)
         _report(cfg, run, history, measured, mean_loss, world, learner.lr)
         if improved:
@@ -147,7 +167,8 @@ def _loop(
         position.next_epoch()
         run.save(parts)
     tested = _test_best(cfg, splits, world, net)
-    return run.finish(**conclude(cfg, world, history, tested, (splits, skipped)))
+    data_of_run = (splits, skipped, started_from)
+    return run.finish(**conclude(cfg, world, history, tested, data_of_run))
 
 
 def _test_best(cfg: Config, splits: Splits, world: World, last: nn.Module) -> Measured:
@@ -178,23 +199,11 @@ def _batch_size(cfg: Config, num_training: int, world: World) -> int:
     return max(batch, 1)
 
 
-def _start(cfg: Config, net: ImageQualityNet, places: Sequence[Path]) -> None:
-    """Fill the net with weights from here, or say that it starts at random."""
-    path = Path(cfg.pretrained)
-    if cfg.pretrained == "auto":
-        found = quality_net.find_weights(cfg.arch, places)
-        if found is None:
-            log.warning(
-                "starting from random weights: no %s*.pth of ImageNet in %s; put torchvision's "
-                "file there or type --pretrained PATH (--pretrained none to mean this)",
-                cfg.arch, ", ".join(map(str, places)),
-            )  # fmt: skip
-            return
-        path = found
-    if cfg.pretrained == "none":
-        log.info("starting from random weights, as asked")
-        return
-    quality_net.start_from(net, path)
+def _share_statistics(net: nn.Module, world: World) -> None:
+    """Give every rank the running statistics of rank 0, which the checkpoint holds too."""
+    if world.size > 1:
+        for buffer in net.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def _move_best_aside(cfg: Config, world: World) -> None:

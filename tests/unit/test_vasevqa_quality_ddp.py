@@ -1,0 +1,70 @@
+"""Two processes of the quality classifier take the step of one on the same pictures.
+
+The file is also the program of each process: `python test_vasevqa_quality_ddp.py RANK STORE OUT`.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+from shared.config import parse
+from shared.distributed import World
+from vasevqa.filter.model import Config
+from vasevqa.filter.quality_net import ImageQualityNet
+from vasevqa.filter.quality_training import Learner
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZE, SHARE = 2, 4
+LABELS = [0, 0, 0, 0, 0, 1, 1, 1]  # the first process has one class alone
+
+
+def gradients(world: World) -> dict[str, Tensor]:
+    """The gradients of one step in float64 on this rank's pictures; batch norm stands still."""
+    torch.manual_seed(0)
+    images = torch.rand(len(LABELS), 3, 32, 32, dtype=torch.float64)
+    labels = torch.tensor(LABELS)
+    net = ImageQualityNet(arch="resnet10").double()
+    for module in net.modules():
+        if isinstance(module, (nn.BatchNorm2d, nn.Dropout)):
+            module.eval()
+    weights = torch.tensor([0.8, 4 / 3], dtype=torch.float64)
+    learner = Learner(parse(Config, ["--arch", "resnet10"], ""), net, weights, world)
+    share = slice(world.rank * SHARE, (world.rank + 1) * SHARE) if world.size > 1 else slice(None)
+    learner.step(images[share], labels[share])
+    return {name: each.grad for name, each in net.named_parameters() if each.grad is not None}
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    paths = [str(tmp_path / "store"), str(tmp_path / "gradients.pt")]
+    command = [sys.executable, __file__]
+    processes = [subprocess.Popen([*command, str(r), *paths], env=env) for r in range(SIZE)]
+    try:
+        assert [process.wait(timeout=120) for process in processes] == [0] * SIZE
+    finally:
+        for process in processes:
+            process.kill()
+    found, expected = torch.load(tmp_path / "gradients.pt"), gradients(World())
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-10 * gradient.norm(), name
+
+
+if __name__ == "__main__":
+    rank, store, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(store, SIZE), rank=rank, world_size=SIZE
+    )
+    result = gradients(World(rank, rank, SIZE))
+    if rank == 0:
+        torch.save(result, out)
+    distributed.barrier()
+    distributed.destroy_process_group()
