@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.harness import start, status_of, wait_until
 from tests.vasevqa_nano import Nano, build, logged
@@ -145,3 +146,35 @@ def test_fault_35_a_mistake_is_one_line_before_swift_is_imported(extra, message,
     assert outcome.code == 2, outcome.text
     assert any("error: " in line and message in line for line in outcome.text.splitlines())
     assert "Traceback" not in outcome.text and "swift sft --model" not in outcome.text
+
+
+@pytest.mark.slow
+@pytest.mark.limit(400)
+def test_rows_that_swift_would_not_train_on_are_named_or_left_out_and_counted(nano):
+    """Given, left out and trained on add up: 24 + 4 rows, 6 steps of 4."""
+    good = json.loads(nano.train.read_text(encoding="utf-8"))
+    Image.new("RGB", (2100, 10)).save(nano.root / "strip.png")
+    asked = {"role": "user", "content": [{"type": "image", "image": "gone.jpg"}]}
+    said = {"role": "assistant", "content": "krater"}
+    long = {**good[0], "conversations": [good[0]["conversations"][0],
+                                         {"from": "gpt", "value": "krater " * 7000}]}  # fmt: skip
+    planted = {
+        25: ({**good[0], "images": ["strip.png"]}, "is 2100 × 10"),
+        26: (long, "tokens, more than --max_length 512"),
+        27: ({"messages": [asked, said], "images": []}, "gone.jpg is missing"),
+        28: ({**good[0], "conversations": good[0]["conversations"][:1]}, "has no answer"),
+    }
+    rows = nano.root / "planted.json"
+    rows.write_text(json.dumps([*good[:24], *(row for row, _ in planted.values())]))
+    words = nano.flags("sft", "planted", dataset=rows, num_train_epochs=1)
+    refused = nano.run("sft", *words)
+    assert refused.code == 2 and "row 27" in refused.text and "row 28" in refused.text
+    outcome = nano.run("sft", *words, "--skip-bad-rows")
+    assert outcome.code == 0, outcome.text[-3000:]
+    for number, (_, why) in planted.items():
+        assert re.search(
+            rf"left out: .*planted.json, row {number}: .*{re.escape(why)}", outcome.text
+        )
+    status = status_of(nano.root / "planted")
+    assert status["data"] == {"rows": 28, "rows left out": 4}
+    assert (status["step"], status["total_steps"]) == (6, 6)

@@ -105,9 +105,9 @@ def test_the_user_may_ask_the_hub():
     assert machine(make("--check_model", "true"), 1).flags["check_model"] == ["true"]
 
 
-def test_pictures_that_were_not_all_decoded_end_the_run_where_one_is_broken():
-    assert "strict" not in machine(make(), 1).flags
-    assert machine(make("--no-image-check"), 1).flags["strict"] == ["true"]
+def test_a_row_that_cannot_be_read_ends_the_run_and_is_not_replaced():
+    assert machine(make(), 1).flags["strict"] == ["true"]
+    assert machine(make("--strict", "false"), 1).flags["strict"] == ["false"]
     assert make("--no-image-check").identity == make().identity
 
 

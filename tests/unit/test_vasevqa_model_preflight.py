@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import functools
+import io
 import json
 import shutil
 import struct
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import tokenizers
 from PIL import Image
 
 from shared.errors import MissingToolError, UserError
 from tests.harness import run_here
-from vasevqa.model import needs, pictures, plan, preflight, rows, training_files
+from vasevqa.model import lengths, needs, pictures, plan, preflight, rows, training_files
 
 
 def turn(who, text):
@@ -46,6 +53,53 @@ def test_the_documented_format_is_right_as_it_is(folder):
     assert problems(folder, [row(), row(answer="双耳瓶")]) == []
 
 
+@contextlib.contextmanager
+def http_server(folder):
+    """The address of a server of the files in `folder`."""
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=str(folder))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+FORMATS = {
+    "messages": {"messages": [{"role": "user", "content": "<image>What?"},
+                              {"role": "assistant", "content": "krater"}]},
+    "parts": {"images": [], "messages": [
+        {"role": "user", "content": [{"type": "image", "image": "a.jpg"},
+                                     {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": "krater"}]},
+    "image_url": {"images": [], "messages": [
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "a.jpg"}},
+                                     {"type": "text", "text": "What?"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "krater"}]}]},
+    "query and response": {"query": "<image>What?", "response": "krater"},
+    "question and answer": {"question": "<image>What?", "answer": "krater"},
+    "prompt and completion": {"prompt": "<image>What?", "completion": "krater"},
+    "Alpaca": {"instruction": "<image>What?", "input": "", "output": "krater"},
+    "history": {"query": "And now?", "response": "krater", "system": "You see vases.",
+                "history": [["<image>What?", "an amphora"]]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
+def test_the_forms_that_swift_documents_are_read(form, folder):
+    path = write(folder, [{"images": ["a.jpg"], **form}])
+    found = training_files.open_file(path, [folder], is_grpo=False)
+    assert not found.problems
+    (read,) = found.rows
+    assert read.images == ("a.jpg",) and read.answer == "krater"
+    assert found.pictures == [folder / "a.jpg"]
+
+
+def test_a_line_of_json_lines_ends_at_a_line_feed_alone(folder):
+    text = "red\u2028figure\u0085krater"
+    path = write(folder, json.dumps(row(answer=text), ensure_ascii=False) + "\n", "t.jsonl")
+    (read,) = training_files.open_file(path, [folder], is_grpo=False).rows
+    assert read.answer == text
+
+
 def test_json_lines_a_mark_and_windows_line_ends_are_read(folder):
     lines = "\r\n".join(json.dumps(row(answer="红绘"), ensure_ascii=False) for _ in range(3))
     path = write(folder, lines + "\r\n", "train.jsonl", "utf-8-sig")
@@ -74,6 +128,21 @@ MISTAKES = {
     "no path": ({**row(), "images": [None]}, "images holds None"),
     "a missing picture": (row(image="b.jpg"), "b.jpg is missing"),
     "no object": ("a text", "is a str, expected"),
+    "a missing picture among parts": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image", "image": "b.jpg"}]},
+                {"role": "assistant", "content": "x"},
+            ]
+        },
+        "b.jpg is missing",
+    ),
+    "a part without its picture": (
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+        "has no image",
+    ),
+    "a missing film": ({**row(), "videos": ["v.mp4"]}, "v.mp4 is missing"),
+    "a history of one": ({"query": "a", "response": "b", "history": ["c"]}, "list of pairs"),
 }
 
 
@@ -175,7 +244,54 @@ def test_a_broken_picture_is_found_by_the_sample(folder):
     (folder / "a.jpg").write_bytes((folder / "a.jpg").read_bytes()[:200])
     found = problems(folder, [row()])
     assert "row 1" in found[0] and "cannot be decoded" in found[0]
-    assert "swift would train on another row" in found[0]
+
+
+def test_a_picture_too_long_for_the_model_is_found(folder):
+    Image.new("L", (2100, 10)).save(folder / "a.jpg")
+    assert "is 2100 × 10: a side may be 200 times the other" in problems(folder, [row()])[0]
+
+
+def test_addresses_are_asked_and_base64_is_read(folder):
+    good = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(good, "PNG")
+    here = "data:image/png;base64," + base64.b64encode(good.getvalue()).decode()
+    bare = base64.b64encode(bytes(6000)).decode()
+    with http_server(folder) as url:
+        named = [f"{url}/a.jpg", here, here.partition(",")[2], f"{url}/gone.jpg", bare, "data:,x"]
+        path = write(folder, [row(image=image) for image in named])
+        found = preflight.check_data([path], [folder], is_grpo=False)
+        preflight.check_pictures(found.files, folder / "memory.json")
+    lines = found.problems
+    assert [line.partition(": ")[0].rpartition(" ")[2] for line in lines] == ["4", "5", "6"]
+    assert "gone.jpg answers 404" in lines[0] and "no picture in base64" in lines[1]
+    assert max(map(len, lines)) < 300  # the picture itself is not printed
+
+
+def test_a_row_longer_than_max_length_is_named_by_the_models_own_tokenizer(tmp_path, folder):
+    model = model_at(tmp_path / "model")
+    words = {"<unk>": 0} | {word: at for at, word in enumerate(("one", "two", "krater"), 1)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(model / "tokenizer.json"))
+    path = write(folder, [row(), row(answer="one two " * 100)])
+    flags = {"model": [str(model)], "max_length": ["100"]}
+    found = preflight.check_data([path], [folder], is_grpo=False)
+    preflight.check_lengths(plan.Plan("sft", flags | {"truncation_strategy": ["right"]}),
+                            found.files, {})  # fmt: skip
+    assert not found.problems
+    preflight.check_lengths(plan.Plan("sft", flags), found.files, {})
+    (line,) = found.problems
+    assert "row 2: has 2" in line and "more than --max_length 100" in line
+
+
+@pytest.mark.parametrize("size", [(112, 112), (331, 7), (3000, 2000), (14, 839), (20, 20)])
+def test_a_pictures_tokens_are_those_of_qwens_own_resizing(size):
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    wide, high = size
+    most = 1003520
+    expected = smart_resize(high, wide, 28, 4 * 28 * 28, most)
+    assert lengths.picture_tokens(wide, high, most) == expected[0] * expected[1] // 28**2
 
 
 def test_all_pictures_are_decoded_once_and_remembered(folder, monkeypatch):
@@ -185,17 +301,18 @@ def test_all_pictures_are_decoded_once_and_remembered(folder, monkeypatch):
     paths[77].write_bytes(b"<html>")
     reported: list[tuple[int, int]] = []
     report = lambda *counts: reported.append(counts)  # noqa: E731
-    bad = pictures.check_all(paths, folder / "memory.json", report)
-    assert list(bad) == [paths[77]] and reported[-1] == (80, 80)
+    seen = pictures.check_all(paths, folder / "memory.json", report)
+    assert list(pictures.unusable(seen)) == [paths[77]] and reported[-1] == (80, 80)
+    assert seen[paths[0]] == (None, [4, 4])
     monkeypatch.setattr(pictures, "check", lambda block: pytest.fail("decoded again"))
-    assert pictures.check_all(paths, folder / "memory.json", report) == bad
+    assert pictures.check_all(paths, folder / "memory.json", report) == seen
 
 
 def test_a_replaced_picture_is_decoded_again(folder):
     path, memory = folder / "a.jpg", folder / "memory.json"
-    assert pictures.check_all([path], memory, lambda *_: None) == {}
+    assert not pictures.unusable(pictures.check_all([path], memory, lambda *_: None))
     path.write_bytes(b"no picture")
-    assert list(pictures.check_all([path], memory, lambda *_: None)) == [path]
+    assert list(pictures.unusable(pictures.check_all([path], memory, lambda *_: None))) == [path]
 
 
 def safetensors(path, shape=(2,), cut=0):

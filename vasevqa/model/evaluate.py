@@ -68,8 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = data.rows
     if cfg.limit is not None and cfg.limit < len(rows):
         rows = [rows[at * len(rows) // cfg.limit] for at in range(cfg.limit)]
-    for path, reason in pictures.check(data.root / i for row in rows for i in row.images).items():
-        raise UserError(f"the picture {path} cannot be decoded ({reason}): replace it")
+    asked = pictures.check(path for row in rows for path in data.pictures_of(row))
+    for path, reason in pictures.unusable(asked).items():
+        raise UserError(f"the picture {path} {reason}")
     system = _system(cfg.system)
     if cfg.tool.dry_run:
         sys.stdout.write(f"{len(data.rows)} questions to {', '.join(map(str, models.values()))}\n")

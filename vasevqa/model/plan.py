@@ -21,7 +21,7 @@ from vasevqa.model.swift_flags import Flags
 # Flags of ours, which swift does not know.
 OWN = (
     *("demo", "resume", "dry_run", "print_config", "estimate", "image_check", "no_image_check"),
-    *("run_dir", "nproc", "nproc_per_node"),
+    *("run_dir", "nproc", "nproc_per_node", "skip_bad_rows"),
 )
 COMMANDS = {"sft": "sft", "grpo": "rlhf"}  # script → swift's command
 # A value that may change while the numbers stay the same: the run is still the same run.
@@ -115,8 +115,7 @@ def for_this_machine(plan: Plan, visible_gpus: int, environ: Mapping[str, str]) 
         flags.setdefault("use_cpu", ["true"])
     flags.setdefault("check_model", ["false"])  # else 7 s of asking a hub about a directory
     flags.setdefault("add_version", ["false"])  # checkpoints lie where the documents look for them
-    if not plan.wants_all_pictures:  # then swift is to end where it would take another row
-        flags.setdefault("strict", ["true"])
+    flags.setdefault("strict", ["true"])  # else swift takes another row for one it cannot read
     callbacks = flags.get("callbacks", [])
     if "graceful_exit" not in callbacks:
         flags["callbacks"] = [*callbacks, "graceful_exit"]  # SIGTERM saves

@@ -4,8 +4,9 @@
       "conversations": [{"from": "human", "value": "<image> …"}, {"from": "gpt", "value": "…"}]}]
 
 JSON (a list) and JSON lines, with or without a byte-order mark, any line ends. `messages` with
-role and content, and `query` with `response`, mean the same as `conversations`. Standard library
-only.
+role and content mean the same as `conversations`; so do the columns that swift knows: query and
+response (prompt and completion, question and answer, …), history, and Alpaca's instruction, input,
+output. Standard library only.
 """
 
 from __future__ import annotations
@@ -15,32 +16,54 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError
+from shared.errors import UserError, shortened
 from shared.files import read_text
 
 TAG = "<image>"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+TURNS = ("conversations", "conversation", "messages")  # names of the list of messages
+# Columns of rows without messages, in the order in which swift looks for them.
+_QUESTIONS = ("query", "prompt", "input", "instruction", "question", "problem")
+_ANSWERS = (
+    *("response", "answer", "output", "targets", "target", "answer_key", "answers", "solution"),
+    *("text", "completion", "content"),
+)
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 _KNOWN_ROLES = ("system", "user", "assistant", "tool", "tool_call", "tool_response")
 _ELSEWHERE = ("http://", "https://", "data:")
+_LONGEST_PATH = 4096  # what is longer is a picture in base64
+_BASE64_HEADS = ("iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF, WebP
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One message: who speaks, and the text (of several parts, those that are text)."""
+    """One message: who speaks, the text, with a tag for each picture among its parts, and these."""
 
     role: str
     text: str
+    images: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row as training reads it. `images` are the paths as written; `number` counts from 1."""
+    """One row as training reads it. `listed` are the images as written; `number` counts from 1."""
 
     number: int
-    images: tuple[str, ...]
+    listed: tuple[str, ...]
     turns: tuple[Turn, ...]
     source: dict[str, Any] = field(repr=False)
+
+    @property
+    def images(self) -> tuple[str, ...]:
+        """The images of the row: those listed, and those among the parts of its messages."""
+        return self.listed + tuple(image for turn in self.turns for image in turn.images)
+
+    @property
+    def sounds_and_films(self) -> list[str]:
+        """The paths in `audios` and `videos`."""
+        named = (self.source.get(name) or [] for name in ("audios", "videos"))
+        lists = (paths if isinstance(paths, list) else [paths] for paths in named)
+        return [path for paths in lists for path in paths if isinstance(path, str)]
 
     @property
     def answer(self) -> str:
@@ -106,9 +129,21 @@ def check(row: Row, *, is_grpo: bool) -> None:
         raise RowError("has nothing to reward by: add solution, caption or the assistant's answer")
 
 
+def image_of(part: Any) -> str:
+    """The image in a part of a message, '' when it is another part. Raises RowError."""
+    if not isinstance(part, dict):
+        raise RowError(f"a message has a part that is a {type(part).__name__}, expected an object")
+    value = part.get("image", part.get("image_url"))
+    value = value.get("url", value.get("path")) if isinstance(value, dict) else value
+    if str(part.get("type", "")).startswith("image") and not isinstance(value, str):
+        raise RowError(f"a part of a message has no image: {shortened(repr(part))}")
+    return value if isinstance(value, str) else ""
+
+
 def is_file(image: str) -> bool:
-    """Whether an entry of `images` is a path (and no address or embedded picture)."""
-    return not image.startswith(_ELSEWHERE)
+    """Whether an entry of `images` is a path, and no address and no picture in base64."""
+    is_base64 = len(image) > _LONGEST_PATH or image.startswith(_BASE64_HEADS)
+    return not image.startswith(_ELSEWHERE) and not is_base64
 
 
 def _lines(path: Path, content: str) -> list[dict[str, Any]]:
@@ -146,23 +181,44 @@ def _images(source: dict[str, Any]) -> tuple[str, ...]:
     for image in images:
         path = image.get("path") if isinstance(image, dict) else image
         if not isinstance(path, str) or not path.strip():
-            raise RowError(f"images holds {image!r}, expected paths")
+            raise RowError(f"images holds {shortened(repr(image))}, expected paths")
         paths.append(path)
     return tuple(paths)
 
 
 def _turns(source: dict[str, Any]) -> tuple[Turn, ...]:
-    for name in ("conversations", "conversation", "messages"):
+    for name in TURNS:
         if name in source:
             turns = source[name]
             if not isinstance(turns, list) or not turns:
                 raise RowError(f"{name} is empty: swift would leave the row out without a word")
             return tuple(_turn(turn, name) for turn in turns)
-    if "query" in source:
-        answer = source.get("response")
-        turns = [Turn("user", str(source["query"]))]
-        return tuple(turns + ([Turn("assistant", str(answer))] if answer else []))
-    raise RowError("has no conversations (or messages)")
+    asked = _question_of(source)
+    if asked is None:
+        raise RowError("has no conversations (or messages, or query and response)")
+    turns = [Turn("system", str(source["system"]))] if source.get("system") else []
+    for pair in _history_of(source):
+        turns += [Turn("user", str(pair[0])), Turn("assistant", str(pair[1]))]
+    answer = next((source[name] for name in _ANSWERS if source.get(name)), None)
+    answer = answer[0] if isinstance(answer, list) and answer else answer
+    turns.append(Turn("user", asked))
+    return tuple(turns + ([Turn("assistant", str(answer))] if answer else []))
+
+
+def _question_of(source: dict[str, Any]) -> str | None:
+    """What the columns of a row without messages ask; of Alpaca's, instruction and input."""
+    if "instruction" in source and "input" in source:
+        parts = (source["instruction"], source["input"])
+        return "\n".join(str(part) for part in parts if part)
+    return next((str(source[name]) for name in _QUESTIONS if source.get(name)), None)
+
+
+def _history_of(source: dict[str, Any]) -> list[Any]:
+    """The pairs of question and answer before the question. Raises RowError."""
+    history = source.get("history") or []
+    if isinstance(history, list) and all(isinstance(p, list) and len(p) == 2 for p in history):
+        return history
+    raise RowError("history is no list of pairs [question, answer]")
 
 
 def _turn(turn: Any, name: str) -> Turn:
@@ -173,9 +229,10 @@ def _turn(turn: Any, name: str) -> Turn:
     if role not in _KNOWN_ROLES:
         raise RowError(f"{name} has a turn from {role!r}; allowed: human, gpt, system")
     text = turn.get("value", turn.get("content"))
-    if isinstance(text, list):  # parts of text and pictures, which carry no tags
-        parts = [part.get("text", "") for part in text if isinstance(part, dict)]
-        return Turn(role, " ".join(parts))
+    if isinstance(text, list):
+        images = [image for part in text if (image := image_of(part))]
+        texts = [TAG if image_of(part) else str(part.get("text", "")) for part in text]
+        return Turn(role, "".join(texts), tuple(images))
     if not isinstance(text, str):
         raise RowError(f"{name} has a turn from {turn.get('from', role)} without text")
     return Turn(role, text)

@@ -8,8 +8,9 @@
     ./sft.sh --nproc 4             processes on this host (also: NPROC_PER_NODE)
 
 Every other flag is ms-swift's (`swift sft --help`, `swift rlhf --help`) and wins over the one in
-the script; those of older releases, as --train_type, keep working. --no-image-check decodes 64
-pictures and not all of them.
+the script; those of older releases, as --train_type, keep working. A row that swift would not train
+on ends the run before it begins: --skip-bad-rows leaves it out, and counts it; --no-image-check
+decodes 64 pictures and not all of them.
 """
 
 import json
@@ -84,9 +85,11 @@ def _check_and_run(plan: "Plan") -> int:
     for note in plan.notes:
         preflight.log.info(note)
     found = preflight.check(plan, _roots())
-    if not found.problems and plan.wants_all_pictures:
-        memory = plan.output_dir.parent / preflight.MEMORY
-        found.problems = preflight.check_pictures(found.files, memory)
+    skips = "skip_bad_rows" in plan.own
+    if not found.others and (skips or not found.problems):
+        preflight.check_rows(plan, found.files)
+    if skips:
+        found.leave_out_bad_rows()
     for problem in found.problems:
         logs.say(f"error: {problem}")
     if found.problems:
@@ -117,7 +120,7 @@ def _run(plan: "Plan", found: "Findings", steps: int) -> int:
         variables.setdefault("MODELSCOPE_CACHE", str(HERE.parent / "demo" / "cache"))
     if root:
         variables["ROOT_IMAGE_DIR"] = str(root)
-    return _supervise(ready, steps, variables, {"rows": found.num_rows})
+    return _supervise(ready, steps, variables, found.counts)
 
 
 def _supervise(plan: "Plan", steps: int, variables: dict[str, str], data: dict[str, int]) -> int:

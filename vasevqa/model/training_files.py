@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,16 +35,37 @@ class TrainingFile:
     is_grpo: bool
     rows: list[Row] = field(default_factory=list)
     root: Path = Path()
-    problems: list[str] = field(default_factory=list)
+    bad: dict[int, str] = field(default_factory=dict)  # row number → what is wrong with it
+    left_out: int = 0
 
     @property
-    def pictures(self) -> dict[Path, str]:
-        """{file: 'row N of FILE'} of every picture, each once."""
-        found: dict[Path, str] = {}
+    def problems(self) -> list[str]:
+        """What is wrong with its rows, a line each; from the sixth on they are counted."""
+        lines = [f"{self.path}, row {number}: {why}" for number, why in sorted(self.bad.items())]
+        more = len(lines) - _NAMED
+        counted = [f"{self.path}: {more} more rows have such mistakes"] if more > 0 else []
+        return lines[:_NAMED] + counted
+
+    @property
+    def pictures(self) -> list[Path]:
+        """The files of the pictures of all rows that are not bad, each once."""
+        sound = (row for row in self.rows if row.number not in self.bad)
+        return list(dict.fromkeys(path for row in sound for path in self.pictures_of(row)))
+
+    def pictures_of(self, row: Row) -> list[Path]:
+        """The files of a row's pictures."""
+        return [self.root / image.strip() for image in filter(rows.is_file, row.images)]
+
+    def mark(self, reasons: Mapping[Path, str]) -> None:
+        """Note the rows whose pictures cannot be used: {picture: why}."""
         for row in self.rows:
-            for image in filter(rows.is_file, row.images):
-                found.setdefault(self.root / image.strip(), f"row {row.number} of {self.path}")
-        return found
+            for path in filter(reasons.__contains__, self.pictures_of(row)):
+                self.bad.setdefault(row.number, f"the picture {path} {reasons[path]}")
+
+    def leave_out(self) -> None:
+        """Train without the bad rows."""
+        self.rows = [row for row in self.rows if row.number not in self.bad]
+        self.left_out, self.bad = len(self.bad), {}
 
 
 def open_file(path: Path, roots: Sequence[Path], *, is_grpo: bool) -> TrainingFile:
@@ -58,19 +79,20 @@ def open_file(path: Path, roots: Sequence[Path], *, is_grpo: bool) -> TrainingFi
             ".jsonl); the README shows a row"
         )
     found = TrainingFile(path, is_grpo)
-    problems: list[str] = []
     for number, source in enumerate(rows.read(path), 1):
         try:
             row = rows.parse(source, number)
             rows.check(row, is_grpo=is_grpo)
             found.rows.append(row)
         except RowError as error:
-            problems.append(f"{path}, row {number}: {error}")
-    found.root = _root(found, [*roots, path.parent])
-    problems += _missing(found, [*roots, path.parent])
-    found.problems = problems[:_NAMED]
-    if len(problems) > _NAMED:
-        found.problems.append(f"{path}: {len(problems) - _NAMED} more rows have such mistakes")
+            found.bad[number] = str(error)
+    places = [*roots, path.parent]
+    found.root = _root(found, places)
+    found.mark(_missing(found, places))
+    for row in found.rows:
+        for name in filter(rows.is_file, row.sounds_and_films):
+            if not any((place / name).is_file() for place in places):
+                found.bad.setdefault(row.number, f"{name} is missing: write its path")
     return found
 
 
@@ -104,6 +126,8 @@ def needs_copy(file: TrainingFile, root: Path | None) -> str | None:
 
     root: what ROOT_IMAGE_DIR will be, if anything.
     """
+    if file.left_out:
+        return f"{file.left_out} rows are left out"
     with file.path.open("rb") as stream:
         if stream.read(3) == rows.BYTE_ORDER_MARK:
             return "it begins with a byte-order mark"
@@ -129,10 +153,27 @@ def write_copy(file: TrainingFile, directory: Path) -> Path:
 
 
 def _ready(file: TrainingFile, row: Row) -> dict[str, Any]:
-    images = [str(file.root / image) if rows.is_file(image) else image for image in row.images]
-    ready = {**row.source, "images": images}
+    images = [str(file.root / image) if rows.is_file(image) else image for image in row.listed]
+    ready = {**row.source, "images": images} if images else dict(row.source)
     ready.pop("image", None)
+    for name in rows.TURNS:
+        if name in ready:
+            ready[name] = [_with_whole_paths(file.root, turn) for turn in ready[name]]
     return ready | ({"solution": row.reference} if file.is_grpo else {})
+
+
+def _with_whole_paths(root: Path, turn: dict[str, Any]) -> dict[str, Any]:
+    """A message whose parts name pictures by their whole paths."""
+    changed = dict(turn)
+    for name in ("value", "content"):
+        if isinstance(turn.get(name), list):
+            changed[name] = [_with_whole_path(root, part) for part in turn[name]]
+    return changed
+
+
+def _with_whole_path(root: Path, part: dict[str, Any]) -> dict[str, Any]:
+    image = rows.image_of(part)
+    return {"type": "image", "image": str(root / image)} if image and rows.is_file(image) else part
 
 
 def _relative(file: TrainingFile) -> Iterator[str]:
@@ -149,13 +190,14 @@ def _root(file: TrainingFile, roots: Sequence[Path]) -> Path:
     return next((root for root in roots if (root / first.strip()).is_file()), roots[0])
 
 
-def _missing(file: TrainingFile, roots: Sequence[Path]) -> list[str]:
-    problems = []
-    for path, where in file.pictures.items():
+def _missing(file: TrainingFile, roots: Sequence[Path]) -> dict[Path, str]:
+    tried = ", ".join(dict.fromkeys(map(str, roots)))
+    how = "write its path from one of these"
+    reasons = {}
+    for path in file.pictures:
         if not path.is_file():
-            tried = ", ".join(dict.fromkeys(map(str, roots)))
             why = "is no file" if path.exists() else f"is missing (looked below {tried})"
-            problems.append(f"{where}: the picture {path} {why}; write its path from one of these")
+            reasons[path] = f"{why}; {how}"
         elif path.stat().st_size == 0:
-            problems.append(f"{where}: the picture {path} is empty; copy it again or drop the row")
-    return problems
+            reasons[path] = "is empty; copy it again or drop the row"
+    return reasons
