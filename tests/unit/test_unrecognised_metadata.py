@@ -184,6 +184,9 @@ def test_conversations_of_another_schema(tmp_path):
 def test_rows_about_vases_of_another_schema(tmp_path):
     (tmp_path / "train.json").write_text('[{"picture": "a.jpg", "question": "?", "answer": "!"}]')
     found = training_files.open_file(tmp_path / "train.json", [tmp_path], is_grpo=False)
+    assert "train.json, row 1: names a picture under picture: call it images" in found.problems[0]
+    (tmp_path / "train.json").write_text('[{"images": ["a.jpg"], "asked": "?", "said": "!"}]')
+    found = training_files.open_file(tmp_path / "train.json", [tmp_path], is_grpo=False)
     assert "train.json, row 1: has no conversations" in found.problems[0]
 
 

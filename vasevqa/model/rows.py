@@ -31,6 +31,7 @@ _ANSWERS = (
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant"}
 _KNOWN_ROLES = ("system", "user", "assistant", "tool", "tool_call", "tool_response")
 _ELSEWHERE = ("http://", "https://", "data:")
+_PICTURES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif")
 _LONGEST_PATH = 4096  # what is longer is a picture in base64
 _BASE64_HEADS = ("iVBORw0KGgo", "/9j/4", "R0lGOD", "UklGR")  # of PNG, JPEG, GIF, WebP
 
@@ -119,6 +120,9 @@ def check(row: Row, *, is_grpo: bool) -> None:
             f"has {len(row.images)} image(s) and {tags} {TAG} tag(s): write one tag for each, "
             "where it belongs in the question"
         )
+    for name, value in () if row.images else row.source.items():
+        if isinstance(value, str) and value.lower().endswith(_PICTURES):
+            raise RowError(f"names a picture under {name}: call it images")
     if not any(turn.role == "user" and turn.text.strip() for turn in row.turns):
         raise RowError("has no question: one turn must be the user's (from: human)")
     if not is_grpo and not row.answer.strip():
