@@ -5,8 +5,10 @@ from __future__ import annotations
 import base64
 import contextlib
 import functools
+import importlib.util
 import io
 import json
+import re
 import shutil
 import struct
 import threading
@@ -414,3 +416,39 @@ def test_preflight_as_a_command(folder, monkeypatch):
     write(folder, [row(image="b.jpg")])
     outcome = run_here(preflight.main, ["--dataset", "train.json", "--no-image-check"])
     assert outcome.code == 2 and "b.jpg is missing" in outcome.last_line
+
+
+FLAGS = {
+    "attn_impl flash_attn": ("flash_attn", "flash-attn --no-build-isolation, or type --attn_impl"),
+    "quant_method bnb": ("bitsandbytes", "pip install bitsandbytes, or leave --quant_method out"),
+    "optim paged_adamw_8bit": ("bitsandbytes", "or type --optim adamw_torch"),
+    "use_liger_kernel true": ("liger_kernel", "pip install liger-kernel"),
+    "report_to tensorboard wandb": ("wandb", "--report_to wandb needs a package that is missing"),
+    "report_to swanlab": ("swanlab", "or type --report_to tensorboard"),
+    "use_vllm": ("vllm", "--use_vllm true needs a package that is missing: pip install vllm"),
+    "deepspeed zero2": ("deepspeed", "pip install deepspeed, or leave --deepspeed out"),
+}
+
+
+@pytest.mark.parametrize(("words", "expected"), FLAGS.items(), ids=FLAGS)
+def test_a_flag_whose_package_is_missing_says_which_and_what_to_type_instead(
+    words, expected, monkeypatch
+):
+    module, said = expected
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == module else find_spec("json")
+    )
+    name, *values = words.split()
+    with pytest.raises(MissingToolError, match=re.escape(said)):
+        needs.packages({name: values}, is_grpo=False)
+    needs.packages({"attn_impl": ["sdpa"], "report_to": ["none"], "use_vllm": ["false"]},
+                   is_grpo=False)  # fmt: skip
+
+
+def test_deepspeed_is_asked_for_by_a_name_that_swift_knows_and_with_a_launcher(monkeypatch):
+    monkeypatch.setattr(needs, "_is_missing", lambda name: name == "mpi4py")
+    ask = lambda value, **env: list(needs.deepspeed({"deepspeed": [value]}, env))  # noqa: E731
+    assert ask("zero2", NPROC_PER_NODE="1") == ask("my.json", NNODES="2") == []
+    assert "zero3_offload, and no .json file; did you mean zero3" in ask("zero33", NNODES="1")[0]
+    assert "mpi4py is missing: type --nproc 1" in ask("zero3")[0]

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
-from shared.errors import MissingToolError
+from shared.errors import MissingToolError, did_you_mean
 from shared.files import open_regular, read_json, read_object, read_text
 from vasevqa.model import swift_flags
 from vasevqa.model.paths import BY_ENDING, OR_HUB_ID, is_local
@@ -28,15 +28,61 @@ _GIGABYTE = 10**9
 _LFS = b"version https://git-lfs"
 
 
+# flag, the values that need the package (none: any but false), its module, what pip calls it, and
+# what to type without it
+BY_FLAG = (
+    ("deepspeed", (), "deepspeed", "deepspeed", "leave --deepspeed out"),
+    ("use_vllm", (), "vllm", "vllm", "type --use_vllm false"),
+    ("attn_impl", ("flash_attn", "flash_attention_2"), "flash_attn",
+     "flash-attn --no-build-isolation", "type --attn_impl sdpa"),
+    ("attn_impl", ("flash_attention_3",), "flash_attn_interface", "flash-attn-3",
+     "type --attn_impl sdpa"),
+    ("quant_method", ("bnb",), "bitsandbytes", "bitsandbytes", "leave --quant_method out"),
+    ("quant_method", ("hqq",), "hqq", "hqq", "leave --quant_method out"),
+    ("quant_method", ("eetq",), "eetq", "eetq", "leave --quant_method out"),
+    ("optim", ("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "paged_adamw_32bit"),
+     "bitsandbytes", "bitsandbytes", "type --optim adamw_torch"),
+    ("use_liger_kernel", (), "liger_kernel", "liger-kernel", "type --use_liger_kernel false"),
+    ("report_to", ("wandb",), "wandb", "wandb", "type --report_to tensorboard"),
+    ("report_to", ("swanlab",), "swanlab", "swanlab", "type --report_to tensorboard"),
+)  # fmt: skip
+_NO = ("false", "none", "no", "0")
+
+
 def packages(flags: Mapping[str, list[str]], *, is_grpo: bool) -> None:
     """Raise MissingToolError naming the packages that are not installed."""
     wanted = ALWAYS | (FOR_GRPO if is_grpo else {})
-    wanted = wanted | ({"deepspeed": "deepspeed"} if "deepspeed" in flags else {})
-    wanted = wanted | ({"vllm": "vllm"} if swift_flags.is_true(flags, "use_vllm") else {})
-    missing = [name for module, name in wanted.items() if importlib.util.find_spec(module) is None]
+    missing = [name for module, name in wanted.items() if _is_missing(module)]
     if missing:
         quoted = " ".join(f"'{name}'" for name in missing)
         raise MissingToolError(f"training needs packages that are missing: pip install {quoted}")
+    for flag, values, module, name, instead in BY_FLAG:
+        for value in flags[flag] or ["true"] if flag in flags else ():
+            is_asked = value in values if values else value.lower() not in _NO
+            if is_asked and _is_missing(module):
+                raise MissingToolError(
+                    f"--{flag} {value} needs a package that is missing: pip install {name}, or "
+                    f"{instead}"
+                )
+
+
+def _is_missing(module: str) -> bool:
+    return importlib.util.find_spec(module) is None
+
+
+def deepspeed(flags: Mapping[str, list[str]], environ: Mapping[str, str]) -> Iterator[str]:
+    """What is wrong with --deepspeed, as lines."""
+    value = swift_flags.text(flags, "deepspeed")
+    names = ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
+    if value and value not in names and not value.endswith(".json") and not value.startswith("{"):
+        near = did_you_mean(value, names)
+        yield f"--deepspeed {value} is none of {', '.join(names)}, and no .json file{near}"
+    has_launcher = environ.get("NPROC_PER_NODE") or environ.get("NNODES")
+    if value and not has_launcher and _is_missing("mpi4py"):
+        yield (
+            "--deepspeed without NPROC_PER_NODE looks for MPI, and mpi4py is missing: type "
+            "--nproc 1 (or NPROC_PER_NODE=1), or leave --deepspeed out"
+        )
 
 
 def model(flags: Mapping[str, list[str]], *, is_grpo: bool) -> Iterator[str]:

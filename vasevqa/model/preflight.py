@@ -105,6 +105,7 @@ def check(plan: Plan, roots: Sequence[Path]) -> Findings:
 
     needs.packages(plan.flags, is_grpo=plan.is_grpo)
     problems = list(needs.model(plan.flags, is_grpo=plan.is_grpo))
+    problems += needs.deepspeed(plan.flags, os.environ)
     problems += needs.plugins(plan.flags)
     problems += needs.system_prompt(plan.flags)
     problems += needs.other_paths(plan.flags)
