@@ -52,6 +52,8 @@ HERE = (
 ELSEWHERE = {
     "./run_all.sh --demo": "tests/full/test_vasevqa_demo.py",
     "python model.py --demo": "a stage of ./run_all.sh --demo: tests/full/test_vasevqa_demo.py",
+    "swift infer --model ./output/checkpoint-merged --model_type qwen2_5_vl --template qwen2_5_vl "
+    "--val_dataset data/questions.json": "tests/recipes/test_vasevqa_model.py",
     "./clipfilter1.sh": "a terminal: tests/shell/test_clipfilter1_sh.py",
 }
 NEEDS = {

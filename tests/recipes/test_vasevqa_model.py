@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import re
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from shared.files import read_json, read_json_lines
-from tests.harness import Outcome, run_here, status_of
+from tests.harness import ROOT, Outcome, run_here, status_of
 from tests.vasevqa_nano import Nano, build, logged
 from vasevqa.model import evaluate
 
@@ -157,3 +161,33 @@ def test_evaluation_compares_the_merged_model_with_its_base(chain, tmp_path):
     share = sum(line["after"].strip() == line["reference"] for line in lines) / 10
     assert result["metrics"]["exact"] == pytest.approx(share)
     assert "before exact" in outcome.text
+
+
+def test_the_merged_model_answers_by_the_pages_lines(chain, tmp_path):
+    """README, Use it: swift infer, and transformers alone, on the demo's kind of model."""
+    nano = chain.nano
+    page = (
+        (ROOT / "vasevqa" / "README.md").read_text(encoding="utf-8").partition("### 5. Use it")[2]
+    )
+    merged = str(nano.root / "checkpoint-merged")
+    row = json.loads(nano.train.read_text(encoding="utf-8"))[0]
+    snippet = page.partition("```python\n")[2].partition("```")[0]
+    snippet = snippet.replace("output/checkpoint-merged", merged)
+    snippet = snippet.replace("vase.jpg", str(nano.root / row["images"][0]))
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", snippet], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    line = page.partition("```bash\n")[2].partition("\n")[0].split()
+    words = [merged if word.endswith("checkpoint-merged") else word for word in line[1:]]
+    words = [str(nano.train) if word.endswith("questions.json") else word for word in words]
+    words += ["--max_new_tokens", "4", "--result_path", str(tmp_path / "answers.jsonl")]
+    swift = Path(sys.executable).with_name("swift")
+    env |= {"MODELSCOPE_CACHE": str(tmp_path / "cache"), "ROOT_IMAGE_DIR": str(nano.root)}
+    done = subprocess.run(
+        [swift, *words], env=env, cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    answers = list(read_json_lines(tmp_path / "answers.jsonl"))
+    assert len(answers) == 24 and all("response" in answer for answer in answers)

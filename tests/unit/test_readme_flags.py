@@ -231,7 +231,12 @@ def test_every_flag_that_a_page_mentions_exists(page: str):
         for script in scripts_of(recipe):
             known |= set(flags_of(config_of(recipe, script)))
     if page in SWIFT_TOO:
-        ours = ("estimate", "no_image_check", "exist_ok")  # beside swift's, or passed to its export
+        ours = (
+            "estimate",
+            "no_image_check",
+            "skip_bad_rows",
+            "exist_ok",
+        )  # beside swift's, or passed to its export
         names = (*swift_flags.declared(), *swift_flags.OLD_NAMES, *ours)
         known |= {dashed(name) for name in names}
     used = re.findall(r"(?<![\w-])--((?:no-)?[a-z][\w-]*\w)(?![\w-])", text_of(page))
