@@ -5,7 +5,7 @@
 #   ./clipfilter1.sh 3 --threshold 0.15    entry 3 with its threshold
 #   ./clipfilter1.sh 2 --input_dir DIR     every flag of clipfilter1.py goes on to it (--help lists them)
 #   ./clipfilter1.sh 2 --demo              the built-in pictures
-#   nohup ./clipfilter1.sh 2 > /dev/null 2>&1 &   goes on after logout; tail -F logs/latest.log
+#   nohup ./clipfilter1.sh 2 > /dev/null 2>&1 &   continues after logout; tail -F logs/latest.log
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 filter=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd -P) || exit 1
 # shellcheck source=../../shared/shell/common.sh

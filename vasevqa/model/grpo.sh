@@ -4,7 +4,7 @@
 #   ./grpo.sh --tuner_type full --beta 0.01      any flag of `swift rlhf`; typed ones win
 #   ./grpo.sh --demo                             the built-in demo;  --dry-run  --estimate  --help
 #   CUDA_VISIBLE_DEVICES=0,1 NPROC_PER_NODE=2 MASTER_PORT=29501 ./grpo.sh
-#   nohup ./grpo.sh > /dev/null 2>&1 &           goes on after logout; tail -F logs/latest.log
+#   nohup ./grpo.sh > /dev/null 2>&1 &           continues after logout; tail -F logs/latest.log
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 model=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd -P) || exit 1
 # shellcheck source=../../shared/shell/common.sh

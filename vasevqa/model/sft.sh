@@ -5,7 +5,7 @@
 #   ./sft.sh --demo                              the built-in demo;  --dry-run  --estimate  --help
 #   ./sft.sh --resume_from_checkpoint ./output/7B/checkpoint-400
 #   CUDA_VISIBLE_DEVICES=0,1,2,3 NPROC_PER_NODE=4 ./sft.sh
-#   nohup ./sft.sh > /dev/null 2>&1 &            goes on after logout; tail -F logs/latest.log
+#   nohup ./sft.sh > /dev/null 2>&1 &            continues after logout; tail -F logs/latest.log
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 model=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd -P) || exit 1
 # shellcheck source=../../shared/shell/common.sh
