@@ -27,17 +27,16 @@ from torch.utils.data import Dataset, Subset
 if __name__ == "FaceDataset":  # imported by its bare name: the repository root may be unknown
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from face_distill.distill.preprocess import resize
-from face_distill.distill.sources import (
+from face_distill.distill.images import (
+    SIZE,
     FolderSource,
     RecordSource,
+    decode,
     number_by_appearance,
     open_source,
 )
 from shared.errors import UserError, did_you_mean
-from shared.images import decode_rgb
 
-SIZE = 112  # pixels a side
 SELECTIONS = ("first_n", "per_id")
 _BYTES_PER_IMAGE = 3 * SIZE * SIZE
 
@@ -152,18 +151,6 @@ def split(
         )
     order = torch.randperm(len(faces), generator=torch.Generator().manual_seed(seed)).tolist()
     return Subset(faces, sorted(order[count:])), Subset(faces, sorted(order[:count]))
-
-
-def decode(content: bytes) -> Tensor:
-    """An encoded image as RGB, uint8 (3, 112, 112). Raises ValueError when it cannot be decoded."""
-    return fitted(decode_rgb(content))
-
-
-def fitted(image: Tensor) -> Tensor:
-    """An image, uint8 (3, H, W), as uint8 (3, 112, 112)."""
-    if image.shape[-2:] == (SIZE, SIZE):
-        return image
-    return resize(image[None], SIZE, SIZE)[0].to(torch.uint8).contiguous()
 
 
 def _check_numbers(selection: str, limit: int | None, per_id: int) -> None:

@@ -15,24 +15,25 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
-from shared.files import read_json, write_json
+from shared.files import read_json, write_atomic, write_json
 from shared.launch import launch_alone
 from shared.settings import Count, Workers
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from face_distill.distill.model import FaceEmbedder
-    from face_distill.image_folder import Face, Unreadable
 
 PROJECT_ROOT = Path(__file__).resolve().parent
 CHECKPOINT = PROJECT_ROOT / "checkpoints" / "best_student_adapter_face.pth"
@@ -43,6 +44,9 @@ NAMED = 10  # unreadable files that the log names; the .json names all
 SHOWN = 5  # images whose nearest other image is shown
 SEARCHED = 20_000  # rows up to which it is looked for
 EVERY_SECONDS = 10.0
+
+Face = tuple["Tensor | None", str]  # crop, uint8 (3, 112, 112); why there is none, or _RESIZED
+_RESIZED = "resized"
 
 log = logging.getLogger(__name__)
 
@@ -80,22 +84,19 @@ class Tally:
     resized: int = 0
     skipped: list[dict[str, str]] = field(default_factory=list)
 
-    def take(self, batch: list[tuple[str, Face | Unreadable]]) -> list[np.ndarray]:
-        """The readable faces of a batch, (3, 112, 112) each; notes all of it."""
-        from face_distill.image_folder import Face
+    def take(self, name: str, face: Face) -> list[Tensor]:
+        """The crop of an image in a list; [] where there is none."""
         from shared.images import printable
 
-        pixels = []
-        for name, face in batch:
-            if isinstance(face, Face):
-                self.files.append(printable(name))
-                self.resized += not face.is_aligned
-                pixels.append(face.pixels)
-                continue
-            self.skipped.append({"file": printable(name), "reason": face.reason})
+        crop, note = face
+        if crop is None:
+            self.skipped.append({"file": printable(name), "reason": note})
             if len(self.skipped) <= NAMED:
-                log.warning("skipped %s: %s", printable(name), face.reason)
-        return pixels
+                log.warning("skipped %s: %s", printable(name), note)
+            return []
+        self.files.append(printable(name))
+        self.resized += note == _RESIZED
+        return [crop]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,15 +148,13 @@ def _prepare_out(out: Path, names: Path) -> None:
 
 def _embed(cfg: Config, images: list[str], tower: Path, checkpoint: Path) -> int:
     from face_distill.distill.model import FaceEmbedder, open_student
-    from face_distill.npy_stream import write_rows
     from shared.device import resolve
 
     device = resolve(cfg.tool.device, 0, os.environ)
     embed = FaceEmbedder(open_student(tower, checkpoint), device, cfg.tool.amp)
     tally, width = Tally(), embed.student.embedding_dim
     rows = _rows(cfg, embed, images, tally)
-    # Rows never stand beside the names of other rows: no names for a moment is better.
-    write_rows(cfg.out, rows, width, lambda: cfg.names.unlink(missing_ok=True))
+    _write_rows(cfg, rows, width)
     write_json(cfg.names, _description(cfg, tally, checkpoint, width))
     _conclude(cfg, tally, width)
     return 0
@@ -165,18 +164,14 @@ def _rows(
     cfg: Config, embed: FaceEmbedder, images: list[str], tally: Tally
 ) -> Iterator[np.ndarray]:
     """Embeddings (B, D), batch after batch. Raises UserError when most images are unreadable."""
-    import numpy as np
     import torch
     from torch.nn.functional import normalize
 
-    from face_distill.image_folder import in_batches
-
-    assert cfg.folder is not None
     began = shown_at = time.monotonic()
-    for batch in in_batches(cfg.folder, images, cfg.batch_size, cfg.workers):
-        pixels = tally.take(batch)
-        if pixels:
-            faces = torch.from_numpy(np.stack(pixels))
+    for batch in _decoded(cfg, images):
+        crops = [crop for name, face in batch for crop in tally.take(name, face)]
+        if crops:
+            faces = torch.stack(crops)
             rows = embed(faces) + embed(faces.flip(-1)) if cfg.flip else embed(faces)
             if not bool(torch.isfinite(rows).all()):
                 raise UserError(
@@ -189,6 +184,55 @@ def _rows(
             done = len(tally.files) + len(tally.skipped)
             log.info("%d of %d images, %.4g a second", done, len(images), done / (shown_at - began))
     _refuse_when_most_are_unreadable(cfg, tally, len(images))
+
+
+def _decoded(cfg: Config, images: list[str]) -> Iterator[list[tuple[str, Face]]]:
+    """The faces batch by batch, with their names; one batch is decoded ahead, in threads."""
+    from face_distill.distill.images import fitted
+    from shared.images import read_rgb
+
+    folder = cfg.folder or Path()
+
+    def read(name: str) -> Face:
+        try:
+            image = read_rgb(folder / name)
+        except ValueError as error:
+            return None, str(error)
+        crop = fitted(image)
+        return crop, "" if crop.shape == image.shape else _RESIZED
+
+    with ThreadPoolExecutor(max(cfg.workers, 1)) as pool:
+        names: list[str] = []
+        decoded: Iterable[Face] = ()
+        for start in range(0, len(images) + cfg.batch_size, cfg.batch_size):
+            following = images[start : start + cfg.batch_size]
+            ahead = pool.map(read, following)
+            yield list(zip(names, decoded, strict=True))
+            names, decoded = following, ahead
+
+
+def _write_rows(cfg: Config, batches: Iterable[np.ndarray], width: int) -> None:
+    """Write batches (B, width) as one array (N, width), float32, in the memory of one batch.
+
+    Whatever `batches` raises leaves the file that was there.
+    """
+    import numpy as np
+
+    def write_header(stream: IO[bytes], rows: int) -> None:
+        layout = {"descr": "<f4", "fortran_order": False, "shape": (rows, width)}
+        np.lib.format.write_array_header_1_0(stream, layout)
+
+    def fill(stream: IO[bytes]) -> None:
+        count = 0
+        write_header(stream, 0)
+        for batch in batches:
+            stream.write(np.ascontiguousarray(batch, "<f4").tobytes())
+            count += len(batch)
+        stream.seek(0)
+        write_header(stream, count)  # as long as the first: NumPy leaves room to grow
+
+    # Rows are never beside the names of other rows: no names for a moment is better.
+    write_atomic(cfg.out, fill, before_replacing=lambda: cfg.names.unlink(missing_ok=True))
 
 
 def _refuse_when_most_are_unreadable(cfg: Config, tally: Tally, total: int) -> None:

@@ -170,7 +170,7 @@ def train(cfg: Config) -> int:
     from torch.optim.lr_scheduler import CosineAnnealingLR
 
     from face_distill.distill import losses, model, student_files
-    from face_distill.distill.preprocess import Preprocess
+    from face_distill.distill.images import Preprocess
     from face_distill.distill.teacher import TeacherFeatures
     from face_distill.FaceDataset import FaceDataset, split
     from shared import distributed, seed
@@ -403,7 +403,7 @@ def _report(cfg: Config, run: Run, loss: float, stopping: EarlyStopping) -> None
 def _accuracy(cfg: Config, world: World, student: FaceStudent) -> float:
     """The student's ten-fold accuracy on --verify's pairs."""
     from face_distill.distill import pair_files, verification
-    from face_distill.distill.preprocess import Preprocess
+    from face_distill.distill.images import Preprocess
 
     assert cfg.verify is not None
     preprocess = Preprocess(student.image_size).to(world.device)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from face_distill.distill.images import Preprocess
 from face_distill.distill.losses import ArcFaceHead
-from face_distill.distill.preprocess import Preprocess
 from face_distill.distill.student_files import BEST, settings_of
 from shared import checkpoint as checkpoints
 from shared import weights

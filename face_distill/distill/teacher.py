@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from face_distill.distill.sources import number_by_appearance
+from face_distill.distill.images import number_by_appearance
 from shared.errors import UserError, one_line
 from shared.files import open_regular, read_json
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from face_distill.distill import iresnet
-from face_distill.distill.preprocess import Preprocess
+from face_distill.distill.images import Preprocess
 from shared import weights
 from shared.errors import UserError, did_you_mean
 from shared.files import check_regular

@@ -31,7 +31,7 @@ from torchvision import transforms
 
 from face_distill.demo_data.faces import NUM_LATENTS, draw_face, draw_shot, look_of
 from face_distill.demo_data.records import pack, write_records
-from face_distill.distill.preprocess import CLIP_MEAN, CLIP_STD, Preprocess
+from face_distill.distill.images import CLIP_MEAN, CLIP_STD, Preprocess
 from face_distill.distill.recordio import RecordReader
 from face_distill.FaceDataset import FaceDataset
 

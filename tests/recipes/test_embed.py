@@ -17,8 +17,8 @@ from transformers import Blip2VisionModel
 
 from face_distill import embed
 from face_distill.demo_data import demo
+from face_distill.distill.images import CLIP_MEAN, CLIP_STD
 from face_distill.distill.model import trainable_state
-from face_distill.distill.preprocess import CLIP_MEAN, CLIP_STD
 from shared.files import read_json, write_json
 from tests.face_students import LAYERS, student_of, write_run
 from tests.harness import ROOT, Outcome, run_here
@@ -121,6 +121,23 @@ def test_rows_are_those_of_a_direct_computation_in_the_order_of_the_names(
     rows, listed = result(tmp_path / "plain.npy")
     assert (listed["flip"], listed["normalised"]) == (False, False)
     assert np.abs(rows - upright.numpy()).max() < 1e-4
+
+
+def test_pictures_of_every_form_are_read_as_training_reads_them(folder, checkpoint, tmp_path):
+    upright = Image.open(folder / "z.png").convert("RGB")
+    turned, exif = upright.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # to be shown a quarter turn to the right
+    turned.save(folder / "z-turned.png", exif=exif)
+    upright.convert("RGBA").save(folder / "z-transparent.png")
+    upright.convert("L").save(folder / "z-grey.png")
+    upright.convert("L").convert("RGB").save(folder / "z-grey-rgb.png")
+    assert run(folder, checkpoint, tmp_path / "e.npy").code == 0
+    rows, listed = result(tmp_path / "e.npy")
+    row = dict(zip(listed["files"], rows, strict=True))
+    assert np.allclose(row["z-turned.png"], row["z.png"], atol=1e-6)
+    assert np.allclose(row["z-transparent.png"], row["z.png"], atol=1e-6)
+    assert np.allclose(row["z-grey.png"], row["z-grey-rgb.png"], atol=1e-6)
+    assert not np.allclose(row["z-grey.png"], row["z.png"], atol=1e-3)
 
 
 def test_the_pages_five_lines_compare_two_faces(checkpoint, tmp_path, monkeypatch, capsys):

@@ -18,7 +18,7 @@ from sklearn.model_selection import KFold
 from face_distill import evaluate, evaluation
 from face_distill.demo_data import demo
 from face_distill.distill import model
-from face_distill.distill.preprocess import Preprocess
+from face_distill.distill.images import Preprocess
 from shared.files import read_json, write_json
 from tests.harness import run_here
 

@@ -12,11 +12,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from face_distill.demo_data.records import pack, write_records
-from face_distill.distill import sources as face_sources
+from face_distill.distill import images as face_sources
 from face_distill.distill import verification
 from face_distill.distill.recordio import RecordReader
 from face_distill.FaceDataset import FaceDataset
-from face_distill.image_folder import Face, read_face
 from shared.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -193,7 +192,7 @@ def test_hidden_files_and_folders_are_no_faces_and_deeper_ones_belong_to_their_p
     assert torch.equal(faces[2][0], faces[5][0])  # the same pixels, kept in both forms
 
 
-def test_training_embedding_and_verification_turn_a_picture_by_its_exif(tmp_path):
+def test_training_and_verification_turn_a_picture_by_its_exif(tmp_path):
     upright = np.random.default_rng(3).integers(0, 256, (112, 112, 3), np.uint8)
     turned, exif = Image.fromarray(np.rot90(upright)), Image.Exif()
     exif[0x0112] = 6  # to be shown a quarter turn to the right
@@ -202,8 +201,6 @@ def test_training_embedding_and_verification_turn_a_picture_by_its_exif(tmp_path
     expected = torch.from_numpy(upright).permute(2, 0, 1)
     content = (tmp_path / "id0" / "0.png").read_bytes()
     assert torch.equal(FaceDataset(tmp_path, cache=False)[0][0], expected)
-    face = read_face(tmp_path / "id0" / "0.png")
-    assert isinstance(face, Face) and torch.equal(torch.from_numpy(face.pixels), expected)
     assert torch.equal(verification.decode([content])[0], expected)
 
 

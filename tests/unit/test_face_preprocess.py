@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image
 
-from face_distill.distill import preprocess
-from face_distill.distill.preprocess import CLIP_MEAN, CLIP_STD, Preprocess, resize
+from face_distill.distill import images as preprocess
+from face_distill.distill.images import CLIP_MEAN, CLIP_STD, Preprocess, resize
 
 
 def pictures(kind, count=6, side=112):

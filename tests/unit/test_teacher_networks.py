@@ -11,7 +11,7 @@ from torch import nn
 from torchvision import models
 
 from face_distill.distill import iresnet, teacher_networks
-from face_distill.distill.preprocess import Preprocess
+from face_distill.distill.images import Preprocess
 from face_distill.distill.teacher_networks import open_teacher, spatial_probability
 from shared.errors import UserError
 

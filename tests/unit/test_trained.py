@@ -9,6 +9,7 @@ from transformers import Blip2VisionModel
 
 from face_distill.demo_data import demo
 from face_distill.distill import model, student_files
+from face_distill.distill.images import CLIP_MEAN, CLIP_STD
 from face_distill.distill.model import (
     FaceEmbedder,
     FaceStudent,
@@ -16,7 +17,6 @@ from face_distill.distill.model import (
     open_student,
     trainable_state,
 )
-from face_distill.distill.preprocess import CLIP_MEAN, CLIP_STD
 from shared.errors import UserError
 from shared.files import write_json
 from tests.face_students import BEST, BOTTLENECK, LAYERS, student_of, write_run
