@@ -15,8 +15,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from face_distill import download_weight, embed, evaluation, teacher_parts
-from face_distill.distill import model, student_files
+from face_distill import download_weight, embed, evaluation
+from face_distill.distill import model, student_files, teacher
 from lavic.src import (
     adapter_files,
     adapters,
@@ -76,20 +76,20 @@ BLIP = {
 }  # fmt: skip
 
 
-def _make_parts(directory: Path) -> None:
-    parts = teacher_parts.Parts(directory, PLAN)
-    for number in parts.begin() or []:
-        rows = len(parts.rows(number))
-        parts.write(number, np.ones((rows, 3), np.float32), np.ones((rows, 2, 2), np.float32))
+def _make_features(directory: Path) -> None:
+    features = teacher.UnfinishedFeatures(directory, PLAN)
+    features.begin()
+    features.write(0, np.ones((2, 3), np.float32), np.ones((2, 2, 2), np.float32))
 
 
-def _assemble(directory: Path) -> None:
+def _finish_features(directory: Path) -> None:
     """As a killed extraction goes on; on a copy, which it changes."""
     copy = Path(shutil.copytree(directory, directory.parent / "copy"))
     try:
-        parts = teacher_parts.Parts(copy, PLAN)
-        if not parts.begin():
-            parts.assemble(np.arange(5))
+        features = teacher.UnfinishedFeatures(copy, PLAN)
+        rows = 5 - (features.begin() or 0)
+        features.write(5 - rows, np.ones((rows, 3), "f4"), np.ones((rows, 2, 2), "f4"))
+        features.finish(np.arange(5))
     finally:
         for left in copy.parent.glob("copy*"):
             shutil.rmtree(left)
@@ -327,7 +327,7 @@ def _run_stages(directory: Path) -> None:
 
 
 READERS: dict[str, Reader] = {
-    "teacher parts": Reader(_make_parts, _assemble),
+    "teacher features": Reader(_make_features, _finish_features),
     "teacher rows": Reader(
         put("a.npy", lambda path: np.save(path, np.ones((4, 3), np.float32))), _read_teacher_rows
     ),

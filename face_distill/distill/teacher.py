@@ -9,10 +9,13 @@ manifest.json           optional: "map", "selection", "selection_sha256"
 
 from __future__ import annotations
 
+import logging
 import math
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -20,10 +23,21 @@ from torch import Tensor
 
 from face_distill.distill.images import number_by_appearance
 from shared.errors import UserError, one_line
-from shared.files import open_regular, read_json
+from shared.files import (
+    check_regular,
+    move_aside,
+    open_regular,
+    read_json,
+    read_object,
+    remove_stale_temporaries,
+    write_atomic,
+    write_json,
+)
+from shared.settings import differing
 
 EMBEDDING, MAP = "teacher_embedding.npy", "teacher_feat_map.npy"
 LABELS, MANIFEST = "teacher_labels.npy", "manifest.json"
+UNFINISHED = "unfinished.json"  # beside the arrays while they are being extracted
 KINDS = ("probability", "features")
 _KNOWN = ("map", "selection", "selection_sha256")  # of the manifest
 _CHUNK_BYTES = 64 * 1024 * 1024
@@ -34,6 +48,8 @@ _SHAPES = {
     MAP: "(N, 49), (N, 7, 7), (N, C, H, W) or (N, H*W, C) numbers",
     LABELS: "(N,) whole numbers",
 }
+
+log = logging.getLogger(__name__)
 
 
 class Aligned(Protocol):
@@ -55,11 +71,18 @@ class TeacherFeatures:
     `kind` is "probability" when no map is negative and each sums to 1, "features" otherwise.
     `map_shape` is (H, W) for probabilities, (C, H, W) for features; `dim` is D.
     Raises UserError, naming the file, what is expected and how to get it, for a file that is
-    missing, cut off, of another shape or type, and for rows with NaN or infinity.
+    missing, cut off, of another shape or type, for rows with NaN or infinity, and for an
+    extraction that has not finished.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
+        if self._has(UNFINISHED):
+            raise UserError(
+                f"{self.directory} is an extraction that was not finished "
+                f"({read_object(self.directory / UNFINISHED).get('rows', 0)} rows so far): type "
+                "its extract_teacher.py command again, it continues"
+            )
         self._embeddings = self._open(EMBEDDING, "f", (2,))
         self._maps = self._open(MAP, "f", (2, 3, 4))
         self.labels = self._open(LABELS, "iu", (1,)) if self._has(LABELS) else None
@@ -250,3 +273,116 @@ def _chunks(array: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 def _is_square(maps: np.ndarray) -> bool:
     return maps.shape[-1] == maps.shape[-2]
+
+
+# --- features that are being extracted ------------------------------------------------------------
+
+
+class UnfinishedFeatures:
+    """The files of an extraction under way: rows are written in order, each batch kept at once.
+
+    The arrays have their full size from the start. Until `finish`, unfinished.json is beside them
+    with the plan (the coming manifest.json) and how many rows are written, so a killed extraction
+    continues and no training takes half the rows for all of them. One process writes.
+    """
+
+    def __init__(self, out: Path, plan: dict[str, Any]) -> None:
+        self.out, self.plan = out, plan
+        self.num_rows: int = plan["num_images"]
+        self._note = out / UNFINISHED
+        self._arrays: list[np.ndarray] = []
+
+    def begin(self) -> int | None:
+        """Make `out` ready; the first row to write, or None when it holds all of this, finished.
+
+        Rows of the same plan stay. Whatever else of an extraction is there is moved aside, with a
+        line that says where and why; files of other names stay where they are.
+        """
+        manifest, note = read_json(self.out / MANIFEST), read_object(self._note)
+        if manifest == self.plan and self._is_complete():
+            self._note.unlink(missing_ok=True)
+            return None
+        rows = note.get("rows")
+        goes_on = note.get("plan") == self.plan and type(rows) is int and 0 < rows <= self.num_rows
+        if not (goes_on and self._open()):
+            self._clear(manifest or note.get("plan"), is_empty=rows == 0)
+            self._create()
+            rows = 0
+        remove_stale_temporaries(self.out)
+        return rows
+
+    def write(self, first: int, *rows: np.ndarray) -> None:
+        """Keep the embeddings (n, D) and maps (n, …) of the rows from `first` on."""
+        for array, new in zip(self._arrays, rows, strict=True):
+            array[first : first + len(new)] = new
+            cast(np.memmap, array).flush()
+        self._write_note(first + len(rows[0]))
+
+    def finish(self, labels: np.ndarray) -> None:
+        """Complete the files, once all rows are written. labels: (N,) int64."""
+        write_atomic(self.out / LABELS, lambda f: np.save(f, labels, allow_pickle=False))
+        write_json(self.out / MANIFEST, self.plan)
+        self._note.unlink()
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {
+            EMBEDDING: (self.num_rows, *self.plan["embedding_shape"]),
+            MAP: (self.num_rows, *self.plan["map_shape"]),
+        }
+
+    def _write_note(self, rows: int) -> None:
+        write_json(self._note, {"plan": self.plan, "rows": rows}, durable=not rows)
+
+    def _open(self) -> bool:
+        """Whether the arrays are there as they were made."""
+        try:
+            for name in self._shapes():
+                check_regular(self.out / name)
+            self._arrays = [np.load(self.out / name, mmap_mode="r+") for name in self._shapes()]
+        except Exception:  # a damaged header fails in any of a dozen ways, none of them a bug
+            return False
+        return [(a.shape, a.dtype) for a in self._arrays] == [
+            (shape, np.float32) for shape in self._shapes().values()
+        ]
+
+    def _create(self) -> None:
+        """Reserve the arrays on the disk: writing to a map without room ends the process."""
+        needed = 4 * sum(math.prod(shape) for shape in self._shapes().values())
+        free = shutil.disk_usage(self.out).free
+        if free < needed:
+            raise UserError(
+                f"{self.out}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed for the "
+                f"features of {self.num_rows} images; free some space, choose another --out, or "
+                "lower --limit"
+            )
+        self._write_note(0)
+        for name, shape in self._shapes().items():
+            path = self.out / name
+            self._arrays.append(np.lib.format.open_memmap(path, "w+", np.dtype("<f4"), shape))
+            with path.open("r+b") as stream:
+                os.posix_fallocate(stream.fileno(), 0, path.stat().st_size)
+
+    def _clear(self, found: Any, *, is_empty: bool) -> None:
+        """Move what an earlier extraction left aside, if it got as far as any features."""
+        self._arrays = []
+        names = (EMBEDDING, MAP, LABELS, MANIFEST, UNFINISHED, "status.json")
+        names = [name for name in names if (self.out / name).exists()]
+        if is_empty:
+            for name in names:
+                (self.out / name).unlink()
+        elif set(names) - {UNFINISHED, "status.json"}:
+            aside = move_aside(self.out, names)
+            why = "they were not made by this command"
+            if isinstance(found, dict):
+                why = "; ".join(differing(found, self.plan)) or "they are not complete"
+            log.info("the features that were in %s are now in %s: %s", self.out, aside, why)
+
+    def _is_complete(self) -> bool:
+        paths = [self.out / name for name in (EMBEDDING, MAP, LABELS)]
+        try:
+            for path in paths:
+                check_regular(path)
+            arrays = [np.load(path, "r", allow_pickle=False) for path in paths]
+        except Exception:
+            return False
+        return all(len(array) == self.num_rows for array in arrays)

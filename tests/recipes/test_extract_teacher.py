@@ -13,13 +13,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from face_distill import extract_teacher, teacher_parts, train_distill
+from face_distill import extract_teacher, train_distill
 from face_distill.demo_data import demo
 from face_distill.distill import iresnet
 from face_distill.distill.recordio import RecordReader
-from face_distill.distill.teacher import TeacherFeatures
+from face_distill.distill.teacher import TeacherFeatures, UnfinishedFeatures
 from face_distill.FaceDataset import FaceDataset
-from shared.files import read_json
+from shared import lock
+from shared.files import read_json, read_object
 from tests.harness import ROOT, run_here, start, status_of, wait_until
 
 SCRIPT = ROOT / "face_distill" / "extract_teacher.py"
@@ -224,34 +225,38 @@ class CrashError(Exception):
     pass
 
 
-def crash_after(monkeypatch, parts: int) -> None:
-    """Let the extraction write that many parts, and break then."""
-    write, written = teacher_parts.Parts.write, []
+def crash_after(monkeypatch, batches: int) -> None:
+    """Let the extraction write that many batches, and break then."""
+    write, written = UnfinishedFeatures.write, []
 
-    def counted(self, number, *arrays):
-        if len(written) == parts:
+    def counted(self, first, *arrays):
+        if len(written) == batches:
             raise CrashError("the machine is gone")
-        written.append(number)
-        write(self, number, *arrays)
+        written.append(first)
+        write(self, first, *arrays)
 
-    monkeypatch.setattr(teacher_parts.Parts, "write", counted)
+    monkeypatch.setattr(UnfinishedFeatures, "write", counted)
 
 
-def test_finished_parts_are_kept_and_not_computed_again(faces, networks, tmp_path):
-    flags = flags_for(faces, networks["quick"], tmp_path / "out")
+def rows_in(out: Path) -> int:
+    """How many rows an unfinished extraction has."""
+    return read_object(out / "unfinished.json").get("rows", 0)
+
+
+def test_rows_that_are_there_are_kept_and_not_computed_again(faces, networks, tmp_path):
+    out = tmp_path / "out"
+    flags = flags_for(faces, networks["quick"], out)
     with pytest.MonkeyPatch.context() as patch:
         crash_after(patch, 3)
         assert run_here(extract_teacher.main, flags).code == 1
-    assert not (tmp_path / "out" / "teacher_embedding.npy").exists()
-    assert status_of(tmp_path / "out")["state"] == "failed"
-    first = tmp_path / "out" / "parts" / "000000.npz"
-    with np.load(first) as stored:
-        marked = {name: stored[name] for name in stored}
-    marked["embedding"][:] = 77  # what a recomputation would overwrite
-    np.savez(first, **marked)
+    assert not (out / "manifest.json").exists() and rows_in(out) == 9
+    assert status_of(out)["state"] == "failed"
+    stored = np.load(out / "teacher_embedding.npy", mmap_mode="r+")
+    stored[:3] = 77  # what a recomputation would overwrite
+    stored.flush()
     outcome = extracted(flags)
-    assert "continuing: 3 of 7 parts are there" in outcome.text
-    found = np.load(tmp_path / "out" / "teacher_embedding.npy")
+    assert "continuing: 9 of 20 rows are there" in outcome.text
+    found = np.load(out / "teacher_embedding.npy")
     assert (found[:3] == 77).all() and not (found[3:] == 77).any()
 
 
@@ -309,14 +314,13 @@ def test_kill_9_half_way_then_the_same_command_gives_the_undisturbed_bytes(
     extracted(flags_for(faces, networks["slow"], tmp_path / "whole", *one_each))
     flags = flags_for(faces, networks["slow"], tmp_path / "out", *one_each)
     with start([SCRIPT, *flags]) as running:
-        written = tmp_path / "out" / "parts"
-        wait_until(lambda: len(list(written.glob("*.npz"))) >= 4, "part 4", running=running)
+        wait_until(lambda: rows_in(tmp_path / "out") >= 4, "row 4", running=running)
         running.signal(signal.SIGKILL)
         running.finish()
         assert running.leaves_nothing()
-    kept = len(list(written.glob("*.npz")))
+    kept = rows_in(tmp_path / "out")
     assert 4 <= kept < 20
-    assert f"continuing: {kept} of 20 parts are there" in extracted(flags).text
+    assert f"continuing: {kept} of 20 rows are there" in extracted(flags).text
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
@@ -329,23 +333,32 @@ def test_kill_9_half_way_then_the_same_command_gives_the_undisturbed_bytes(
         pytest.param(signal.SIGTERM, 143, ["--nproc", 2], marks=pytest.mark.full),
     ],
 )
-def test_a_stop_signal_keeps_the_parts_and_says_how_to_go_on(
+def test_a_stop_signal_keeps_the_rows_and_says_how_to_go_on(
     faces, networks, tmp_path, number, code, more
 ):
     flags = flags_for(faces, networks["slow"], tmp_path / "out", "--batch-size", 1, *more)
     with start([SCRIPT, *flags]) as running:
-        written = tmp_path / "out" / "parts"
-        wait_until(lambda: len(list(written.glob("*.npz"))) >= 3, "part 3", running=running)
+        wait_until(lambda: rows_in(tmp_path / "out") >= 3, "row 3", running=running)
         running.signal(number)
         outcome = running.finish()
         assert running.leaves_nothing()
-    kept = len(list(written.glob("*.npz")))
+    kept = rows_in(tmp_path / "out")
     assert outcome.code == code, outcome.text
     assert 3 <= kept < 20
-    line = f"{number.name}: {kept} of 20 parts are kept; the same command continues"
+    line = f"{number.name}: {kept} of 20 rows are kept; the same command continues"
     assert line in outcome.last_line
     assert status_of(tmp_path / "out")["state"] == "stopped"
     assert f"continuing: {kept} of 20" in extracted(flags[: len(flags) - len(more)]).text
+
+
+def test_two_extractions_into_one_directory_do_not_meet(faces, networks, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_DYING", 0.1)
+    flags = flags_for(faces, networks["slow"], tmp_path / "out", "--batch-size", 1)
+    with start([SCRIPT, *flags]) as running:
+        wait_until(lambda: rows_in(tmp_path / "out") >= 1, "row 1", running=running)
+        outcome = run_here(extract_teacher.main, flags)
+        assert outcome.code == 2 and "in use by a live run" in outcome.last_line
+        assert "another --out" in outcome.last_line
 
 
 @pytest.mark.slow
