@@ -76,7 +76,7 @@ BLIP = {
 }  # fmt: skip
 
 
-def _make_features(directory: Path) -> None:
+def _make_unfinished(directory: Path) -> None:
     features = teacher.UnfinishedFeatures(directory, PLAN)
     features.begin()
     features.write(0, np.ones((2, 3), np.float32), np.ones((2, 2, 2), np.float32))
@@ -84,7 +84,12 @@ def _make_features(directory: Path) -> None:
 
 def _finish_features(directory: Path) -> None:
     """As a killed extraction goes on; on a copy, which it changes."""
-    copy = Path(shutil.copytree(directory, directory.parent / "copy"))
+
+    def duplicate(source: str, target: str) -> None:
+        os.mkfifo(target) if Path(source).is_fifo() else shutil.copy2(source, target)
+
+    copy = directory.parent / "copy"
+    shutil.copytree(directory, copy, symlinks=True, copy_function=duplicate)
     try:
         features = teacher.UnfinishedFeatures(copy, PLAN)
         rows = 5 - (features.begin() or 0)
@@ -327,7 +332,7 @@ def _run_stages(directory: Path) -> None:
 
 
 READERS: dict[str, Reader] = {
-    "teacher features": Reader(_make_features, _finish_features),
+    "unfinished features": Reader(_make_unfinished, _finish_features),
     "teacher rows": Reader(
         put("a.npy", lambda path: np.save(path, np.ones((4, 3), np.float32))), _read_teacher_rows
     ),
