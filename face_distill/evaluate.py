@@ -9,20 +9,36 @@ Sets are insightface's lfw.bin, cfp_fp.bin, agedb_30.bin, calfw.bin and cplfw.bi
 and writes verification.json, verification.html and roc_<set>.svg.
 """
 
+from __future__ import annotations
+
+import logging
 import os
 import sys
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
 from shared.config import ToolOptions, option, parse
-from shared.errors import UserError
-from shared.files import make_output
+from shared.errors import UserError, one_line
+from shared.files import make_output, write_json
 from shared.launch import launch_alone
 from shared.settings import Count, Range
+
+if TYPE_CHECKING:  # torch comes after the input is checked
+    import torch
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from face_distill.distill.pairs import PairSet
+    from face_distill.distill.verification import Figures, Roc
+    from shared.page import Page
+
+    Results = dict[str, dict[str, Figures]]  # of each set's name, of each model
+
+log = logging.getLogger(__name__)
 
 # --- configuration: edit here, or type the flag of the same name ----------------------------------
 PROJECT_ROOT = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120, as documented
@@ -34,6 +50,24 @@ CHECKPOINT = os.path.join(PROJECT_ROOT, "checkpoints", "best_student_adapter_fac
 
 SETS = ("lfw", "cfp_fp", "agedb_30", "calfw", "cplfw")
 FEWEST_PAIRS = 10  # one a fold
+UNTRAINED, STUDENT, TEACHER = "untrained student", "student", "teacher"  # the order of the table
+SCHEMA = 1
+HEADLINE = "tar_at_far"
+ROC_AXES: dict[str, Any] = {
+    "x_label": "false accept rate (FAR)",
+    "y_label": "true accept rate (TAR)",
+    "log_x": True,
+}
+PROTOCOL = {
+    "embedding": "unit length, of the image plus of its mirror image",
+    "distance": "squared, 0 to 4; a pair counts as one person strictly below the threshold",
+    "accuracy": "mean of 10 contiguous folds, each at the threshold best on the other nine",
+    "threshold": "the lowest that is best on all pairs, in steps of 0.01",
+    "auc": "probability that a pair of one person is nearer than one of two; ties count half",
+    "tar_at_far": "on the whole set, at the largest threshold whose FAR is at most the one named",
+    "tar_at_far_10_fold": "10 folds, each at the threshold of tar_at_far on the other nine",
+    "headline": HEADLINE,
+}
 
 
 @dataclass(frozen=True)
@@ -110,26 +144,17 @@ def _set_files(data_root: Path) -> list[Path]:
 
 
 def _evaluate(cfg: Config, files: list[Path]) -> int:
-    from face_distill import evaluation, evaluation_report
-    from face_distill.evaluation import STUDENT, TEACHER, UNTRAINED
+    from face_distill.distill import model, pairs
     from shared import report
     from shared.device import resolve
     from shared.images import printable
 
     assert cfg.blip_path and cfg.out
     # What can be refused comes first, the long work of the student's tower last.
-    sets = [evaluation.read_set(path, cfg.limit) for path in files]
-    evaluation.check_checkpoint(cfg.checkpoint)
+    sets = [pairs.read_set(path, cfg.limit) for path in files]
+    model.adapter_shape(model.read_trained(cfg.checkpoint), cfg.checkpoint)
     device = resolve(cfg.tool.device, 0, os.environ)
-    student = partial(
-        evaluation.student_distances,
-        cfg.blip_path, cfg.checkpoint, device, cfg.tool.amp, cfg.batch_size,
-    )  # fmt: skip
-    models = {STUDENT: partial(student, tuned=True), UNTRAINED: partial(student, tuned=False)}
-    if cfg.teacher:
-        teacher = (cfg.teacher, cfg.teacher_arch, sets, device, cfg.batch_size)
-        models = {TEACHER: partial(evaluation.teacher_distances, *teacher), **models}
-    results = evaluation.compare(models, sets)
+    results = _compare(cfg, sets, device)
     about = {
         "checkpoint": printable(str(cfg.checkpoint)),
         "data": printable(str(cfg.data_root)),
@@ -138,11 +163,280 @@ def _evaluate(cfg: Config, files: list[Path]) -> int:
         "amp": cfg.tool.amp,
         "limit": cfg.limit,
     }
-    written = evaluation_report.write(cfg.out, sets, results, about)
+    written = _write(cfg.out, sets, results, about)
     report.refresh(cfg.out.parent)  # of the run, whose report shows the page
-    sys.stdout.write(evaluation_report.text_table(sets, results) + "\n\n")
+    sys.stdout.write(_text_table(sets, results) + "\n\n")
     sys.stdout.write("".join(f"{path}\n" for path in written))
     return 0
+
+
+# --- the models -----------------------------------------------------------------------------------
+
+
+def _compare(cfg: Config, sets: Sequence[PairSet], device: torch.device) -> Results:
+    """The figures of every model on every set it knows; one model is in memory at a time."""
+    from face_distill.distill import verification
+
+    results: Results = {s.name: {} for s in sets}
+    for name in (TEACHER, STUDENT, UNTRAINED) if cfg.teacher else (STUDENT, UNTRAINED):
+        found = _distances(cfg, name, sets, device)
+        for s in sets:
+            if s.name not in found:
+                log.warning("no embeddings of the %s for %s: it is left out there", name, s.name)
+                continue
+            figures = verification.judge(found[s.name], s.pairs.same)
+            results[s.name][name] = figures
+            log.info("%s on %s: accuracy %.4f", name, s.name, figures.accuracy.mean)
+    order = (UNTRAINED, STUDENT, TEACHER)
+    return {s: {n: models[n] for n in order if n in models} for s, models in results.items()}
+
+
+def _distances(
+    cfg: Config, name: str, sets: Sequence[PairSet], device: torch.device
+) -> dict[str, NDArray[Any]]:
+    """Squared distances (N,) of each set's pairs in a model's eyes, by the set's name."""
+    if name == TEACHER and cfg.teacher and (cfg.teacher.is_dir() or cfg.teacher.suffix == ".npy"):
+        return stored_distances(cfg.teacher, sets)
+    from face_distill.distill import verification
+
+    embed = _opened(cfg, name, device)
+    found = {}
+    for pair_set in sets:
+        try:
+            images = pair_set.pairs.images
+            rows = verification.flip_embeddings(embed, images, cfg.batch_size, pair_set.name)
+            found[pair_set.name] = verification.pair_distances(rows.numpy())
+        except UserError as error:
+            raise UserError(f"{name} on {pair_set.name}: {one_line(error)}") from error
+    return found
+
+
+def _opened(cfg: Config, name: str, device: torch.device) -> Callable[[Tensor], Tensor]:
+    """A model: uint8 images (B, 3, H, W) → embeddings (B, D).
+
+    Raises UserError when a file is missing or damaged, or the tower is not the checkpoint's.
+    """
+    from face_distill.distill import model, teacher_networks
+
+    assert cfg.blip_path
+    if name == TEACHER:
+        assert cfg.teacher
+        teacher = teacher_networks.open_teacher(cfg.teacher, cfg.teacher_arch).to(device)
+        return lambda images: teacher(images.to(device))[0]
+    checkpoint = cfg.checkpoint if name == STUDENT else None
+    size = model.stored_image_size(cfg.checkpoint)
+    student = model.open_student(cfg.blip_path, checkpoint, image_size=size)
+    return model.FaceEmbedder(student, device, cfg.tool.amp)
+
+
+def stored_distances(path: Path, sets: Sequence[PairSet]) -> dict[str, NDArray[Any]]:
+    """A teacher known by its embeddings alone, read now.
+
+    path: a directory with <set>.npy, for example lfw.npy, or the .npy file of the only set. Row i,
+    (2 N, D), is the embedding of image i of the set's file.
+    Raises UserError for rows that do not fit their set, and when no set has a file.
+    """
+    if not path.is_dir() and len(sets) > 1:
+        raise UserError(
+            f"--teacher {path} is one file for {len(sets)} sets: give the directory of "
+            f"{', '.join(f'{pair_set.name}.npy' for pair_set in sets)}"
+        )
+    files = {s.name: path / f"{s.name}.npy" if path.is_dir() else path for s in sets}
+    known = [s for s in sets if files[s.name].exists()]
+    if not known:
+        raise UserError(f"--teacher {path} holds none of {', '.join(f'{n}.npy' for n in files)}")
+    return {s.name: _distances_of_rows(files[s.name], s) for s in known}
+
+
+def _distances_of_rows(path: Path, pair_set: PairSet) -> NDArray[Any]:
+    import numpy as np
+
+    from face_distill.distill import verification
+    from shared.files import check_regular
+
+    try:
+        check_regular(path)
+        rows = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except Exception as error:  # a damaged array fails in any of a dozen ways, none of them a bug
+        raise UserError(f"{path} is cut off or no array: {one_line(error)}") from error
+    wanted = f"({pair_set.num_images}, D) floating-point numbers"
+    if rows.ndim != 2 or rows.dtype.kind != "f" or len(rows) != pair_set.num_images:
+        raise UserError(
+            f"{path} holds {rows.dtype} {rows.shape}: expected {wanted}, one row for each image "
+            f"of {pair_set.path}"
+        )
+    finite = np.isfinite(rows).all(1)
+    if not (rows.shape[1] and finite.all()):
+        raise UserError(f"{path}: row {int(finite.argmin())} is empty, NaN or infinity")
+    return verification.pair_distances(rows[pair_set.image_numbers])
+
+
+# --- the results ----------------------------------------------------------------------------------
+
+
+def _tar_headers(results: Results) -> list[str]:
+    figures = next(figures for models in results.values() for figures in models.values())
+    return [f"TAR@FAR={point.target:g}" for point in figures.tar_at_far]
+
+
+def _write(
+    out: Path, sets: Sequence[PairSet], results: Results, about: dict[str, Any]
+) -> list[Path]:
+    """Write verification.json, verification.html and one roc_<set>.svg a set into `out`.
+
+    about: what the JSON says beside figures and counts: "checkpoint", "data" and settings.
+    Returns the files.
+    """
+    from shared.page import write_chart
+
+    written = [out / "verification.json", out / "verification.html"]
+    write_json(written[0], _record(sets, results) | about)
+    _page(sets, results, about).write(written[1])
+    for s in sets:
+        lines, path = _roc_lines(results[s.name]), out / f"roc_{s.name}.svg"
+        written += write_chart(path, lines, title=s.name, **ROC_AXES)
+    return written
+
+
+def _record(sets: Sequence[PairSet], results: Results) -> dict[str, Any]:
+    """Plain values for JSON: schema, protocol, metrics of each set and model, counts of each set.
+
+    A figure that the set cannot resolve is null, with the reason beside it.
+    """
+    return {
+        "schema": SCHEMA,
+        "protocol": PROTOCOL,
+        "metrics": {
+            name: {model: _plain(figures) for model, figures in models.items()}
+            for name, models in results.items()
+        },
+        "counts": {s.name: _counts(s) for s in sets},
+    }
+
+
+def _plain(figures: Figures) -> dict[str, Any]:
+    accuracy = figures.accuracy
+    return {
+        "accuracy": accuracy.mean,
+        "accuracy_std": accuracy.std,
+        "accuracy_folds": accuracy.folds,
+        "threshold": accuracy.threshold,
+        "auc": figures.auc,
+        "tar_at_far": _by_target(figures.tar_at_far),
+        "tar_at_far_10_fold": _by_target(figures.folded_tar_at_far),
+    }
+
+
+def _by_target(points: Sequence[Any]) -> dict[str, dict[str, Any]]:
+    plain = map(asdict, points)
+    return {f"{point.pop('target'):g}": point for point in plain}
+
+
+def _counts(pair_set: PairSet) -> dict[str, Any]:
+    same = pair_set.pairs.same
+    num_same = int(same.sum())
+    return {
+        "pairs": len(same),
+        "same": num_same,
+        "different": len(same) - num_same,
+        "far_step": 1 / (len(same) - num_same),
+        "pairs_in_file": pair_set.num_images // 2,
+    }
+
+
+def _text_table(sets: Sequence[PairSet], results: Results) -> str:
+    """The one table, aligned, and under it how finely each set tells FARs apart."""
+    rows = _rows(results)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*lines, "", *map(_resolution, sets)])
+
+
+def _rows(results: Results) -> list[list[str]]:
+    """The table's header and rows."""
+    header = ["set", "model", "accuracy", "threshold", "AUC", *_tar_headers(results)]
+    return [header] + [
+        [
+            name,
+            model,
+            f"{figures.accuracy.mean:.4f} ± {figures.accuracy.std:.4f}",
+            f"{figures.accuracy.threshold:.2f}",
+            f"{figures.auc:.4f}",
+            *("-" if p.tar is None else f"{p.tar:.4f}" for p in figures.tar_at_far),
+        ]
+        for name, models in results.items()
+        for model, figures in models.items()
+    ]
+
+
+def _resolution(pair_set: PairSet) -> str:
+    from face_distill.distill.verification import FAR_TARGETS
+
+    counts = _counts(pair_set)
+    used = "" if counts["pairs"] == counts["pairs_in_file"] else f" of {counts['pairs_in_file']}"
+    text = (
+        f"{pair_set.name}: {counts['pairs']}{used} pairs, {counts['different']} of two people: "
+        f"FAR moves in steps of {counts['far_step']:.2g}"
+    )
+    beyond = [f"{target:g}" for target in FAR_TARGETS if target * counts["different"] < 1 - 1e-9]
+    return text + (f"; {', '.join(beyond)} would be less than one pair (-)" if beyond else "")
+
+
+def _roc_lines(models: dict[str, Figures]) -> dict[str, Any]:
+    """TAR over FAR, one line a model."""
+    return {
+        f"{model}, AUC {figures.auc:.4f}": _staircase(figures.curve)
+        for model, figures in models.items()
+    }
+
+
+def _staircase(curve: Roc) -> tuple[NDArray[Any], NDArray[Any]]:
+    """The curve as it is between its points: TAR at a FAR is that of the largest FAR reached."""
+    import numpy as np
+
+    far, first = np.unique(curve.far, return_index=True)
+    tar = curve.tar[np.append(first[1:], len(curve.far)) - 1]  # the highest at each FAR
+    return np.repeat(far, 2)[1:], np.repeat(tar, 2)[:-1]
+
+
+def _page(sets: Sequence[PairSet], results: Results, about: dict[str, Any]) -> Page:
+    from shared.page import Page
+
+    page = Page("Face verification")
+    page.text(f"Checkpoint: {about['checkpoint']}. Data: {about['data']}.")
+    header, *rows = _rows(results)
+    page.table(header, rows, "TAR at FAR: exact, on all pairs of a set.")
+    for line in map(_resolution, sets):
+        page.text(line)
+    page.section("How it is measured")
+    page.table(["figure", "meaning"], list(PROTOCOL.items()))
+    for pair_set in sets:
+        models = results[pair_set.name]
+        page.section(pair_set.name)
+        page.chart("ROC, FAR on a logarithmic axis", _roc_lines(models), **ROC_AXES)
+        page.table(
+            ["model", *_tar_headers(results)],
+            _folded_rows(models),
+            "TAR over ten folds, mean ± deviation, and in brackets the FAR of the fold tried.",
+        )
+    return page
+
+
+def _folded_rows(models: dict[str, Figures]) -> list[tuple[str | None, ...]]:
+    return [
+        (
+            model,
+            *(
+                None if p.tar is None else f"{p.tar:.4f} ± {p.tar_std:.4f} ({p.far:.2g})"
+                for p in figures.folded_tar_at_far
+            ),
+        )
+        for model, figures in models.items()
+    ]
 
 
 if __name__ == "__main__":

@@ -402,7 +402,7 @@ def _report(cfg: Config, run: Run, loss: float, stopping: EarlyStopping) -> None
 
 def _accuracy(cfg: Config, world: World, student: FaceStudent) -> float:
     """The student's ten-fold accuracy on --verify's pairs."""
-    from face_distill.distill import pair_files, verification
+    from face_distill.distill import pairs, verification
     from face_distill.distill.images import Preprocess
 
     assert cfg.verify is not None
@@ -410,7 +410,7 @@ def _accuracy(cfg: Config, world: World, student: FaceStudent) -> float:
     student.eval()
     accuracy = verification.verify(
         lambda images: student(preprocess(images.to(world.device)))[0],
-        pair_files.read_pairs(cfg.verify),
+        pairs.read_pairs(cfg.verify),
     )
     student.train()
     return accuracy.mean

@@ -16,7 +16,8 @@ from PIL import Image
 
 from arcface import config_options, config_reader, partition, recipe, recipe_reader, run_settings
 from face_distill.demo_data import records
-from face_distill.distill import pair_files, recordio, teacher, verification
+from face_distill.distill import pairs as face_pairs
+from face_distill.distill import recordio, teacher
 from face_distill.distill import student_files as face_settings
 from shared import (
     checkpoint,
@@ -97,8 +98,8 @@ def _make_old_pairs(path: Path) -> None:
 
 
 def _read_pairs(path: Path) -> None:
-    pairs = pair_files.read_pairs(path)
-    verification.decode(pairs.images[:2])
+    found = face_pairs.read_pairs(path)
+    face_pairs.decode(found.images[:2])
 
 
 # --- arcface --------------------------------------------------------------------------------------

@@ -15,7 +15,8 @@ from unittest import mock
 import numpy as np
 import torch
 
-from face_distill import download_weight, embed, evaluation
+from face_distill import download_weight, embed
+from face_distill import evaluate as face_evaluate
 from face_distill.distill import model, student_files, teacher
 from lavic.src import (
     adapter_files,
@@ -107,7 +108,7 @@ def _read_tower(directory: Path) -> None:
 
 def _read_teacher_rows(directory: Path) -> None:
     pair_set: Any = SimpleNamespace(num_images=4, path="a.bin", image_numbers=np.arange(4))
-    evaluation._distances_of_rows(directory / "a.npy", pair_set)
+    face_evaluate._distances_of_rows(directory / "a.npy", pair_set)
 
 
 # --- lavic ----------------------------------------------------------------------------------------

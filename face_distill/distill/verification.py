@@ -13,6 +13,8 @@ be. Of N pairs of two people FAR moves in steps of 1 / N: LFW has 3000, so 1e-3 
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +24,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from face_distill.distill.pair_files import Pairs
+from face_distill.distill.pairs import FOLDS, Pairs, check_kinds, decode, fold_numbers
 from shared.errors import UserError
-from shared.images import decode_rgb, size_of
 
 # Squared distances of unit vectors lie in 0 … 4.
 THRESHOLDS = np.arange(0, 4, 0.01)
 FAR_TARGETS = (1e-1, 1e-2, 1e-3, 1e-4)
-MAX_SIDE = 1024  # pixels; a small file can claim an image that takes gigabytes
+EVERY_SECONDS = 10.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,43 +46,28 @@ class Accuracy:
     threshold: float  # the lowest that is best on all pairs: the one to use on other faces
 
 
-def decode(images: Sequence[bytes], first: int = 0) -> Tensor:
-    """RGB images, uint8 (N, 3, H, W).
-
-    first: the number of the first of them in its set, for the error.
-    Raises UserError for an image that is broken or above 1024 pixels a side, and for mixed sizes.
-    """
-    decoded = [_decoded(image, number) for number, image in enumerate(images, first)]
-    sizes = {tuple(image.shape) for image in decoded}
-    if len(sizes) != 1:
-        raise UserError(f"images of a verification set must have one size, got {sorted(sizes)}")
-    return torch.stack(decoded).contiguous()
-
-
-def _decoded(image: bytes, number: int) -> Tensor:
-    """One image (3, H, W)."""
-    try:
-        size = size_of(image)
-        if max(size) > MAX_SIDE:
-            raise ValueError(f"{size} pixels; at most {MAX_SIDE} a side are taken")
-        return decode_rgb(image)
-    except ValueError as error:
-        raise UserError(f"image {number} of the pairs cannot be decoded: {error}") from None
-
-
 def flip_embeddings(
-    embed: Callable[[Tensor], Tensor], images: Sequence[bytes], batch_size: int = 128
+    embed: Callable[[Tensor], Tensor],
+    images: Sequence[bytes],
+    batch_size: int = 128,
+    name: str = "",
 ) -> Tensor:
     """Unit embeddings (N, D) on the CPU: of each image plus of its mirror image, float32.
 
     embed: uint8 images (B, 3, H, W) → embeddings (B, D); it normalises, resizes and moves them.
-    images: encoded; decoded a batch at a time.
+    images: encoded; decoded a batch at a time. name: of the set, for a log line every ten seconds.
     """
     batches = []
+    began = shown_at = time.monotonic()
     with torch.inference_mode():
         for start in range(0, len(images), batch_size):
             batch = decode(images[start : start + batch_size], start)
             batches.append((embed(batch).float() + embed(batch.flip(-1)).float()).cpu())
+            if time.monotonic() - shown_at >= EVERY_SECONDS:
+                shown_at = time.monotonic()
+                done = start + len(batch)
+                speed = done / (shown_at - began)
+                log.info("%s: %d of %d images, %.4g a second", name, done, len(images), speed)
     return torch.nn.functional.normalize(torch.cat(batches))
 
 
@@ -88,12 +76,12 @@ def verify(embed: Callable[[Tensor], Tensor], pairs: Pairs, batch_size: int = 12
 
     embed: uint8 images (B, 3, H, W) → embeddings (B, D).
     """
-    embeddings = flip_embeddings(embed, pairs.images, batch_size).numpy()
-    return ten_fold_accuracy(embeddings[0::2], embeddings[1::2], pairs.same)
+    embeddings = flip_embeddings(embed, pairs.images, batch_size, "verification").numpy()
+    return accuracy_of(pair_distances(embeddings), pairs.same)
 
 
 def ten_fold_accuracy(
-    embeddings_a: NDArray[Any], embeddings_b: NDArray[Any], same: NDArray[Any], folds: int = 10
+    embeddings_a: NDArray[Any], embeddings_b: NDArray[Any], same: NDArray[Any], folds: int = FOLDS
 ) -> Accuracy:
     """Accuracy of "one person if the squared distance is below a threshold", over `folds` folds.
 
@@ -103,7 +91,7 @@ def ten_fold_accuracy(
     return accuracy_of(squared_distances(embeddings_a, embeddings_b), same, folds)
 
 
-def accuracy_of(distances: NDArray[Any], same: NDArray[Any], folds: int = 10) -> Accuracy:
+def accuracy_of(distances: NDArray[Any], same: NDArray[Any], folds: int = FOLDS) -> Accuracy:
     """`ten_fold_accuracy` of pairs whose squared distances (N,), 0 … 4, are known.
 
     Folds are contiguous; a fold is judged at the lowest of the thresholds 0, 0.01 … 3.99 that are
@@ -127,16 +115,6 @@ def accuracy_of(distances: NDArray[Any], same: NDArray[Any], folds: int = 10) ->
     )
 
 
-def fold_numbers(count: int, folds: int) -> NDArray[np.int64]:
-    """The fold (0 … folds - 1) of each of `count` pairs: contiguous, the first ones larger by one.
-
-    Raises UserError for fewer pairs than folds.
-    """
-    if count < folds:
-        raise UserError(f"{count} pairs cannot be split into {folds} folds: give more pairs")
-    return np.repeat(np.arange(folds), [len(p) for p in np.array_split(np.arange(count), folds)])
-
-
 def squared_distances(embeddings_a: NDArray[Any], embeddings_b: NDArray[Any]) -> NDArray[Any]:
     """Squared distances (N,) between the rows of two (N, D) arrays, each brought to unit length.
 
@@ -148,6 +126,11 @@ def squared_distances(embeddings_a: NDArray[Any], embeddings_b: NDArray[Any]) ->
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise UserError("the model gives embeddings that are not finite: it has diverged")
     return np.square(_unit(a) - _unit(b)).sum(1)
+
+
+def pair_distances(embeddings: NDArray[Any]) -> NDArray[Any]:
+    """`squared_distances` (N,) of the first and second of N pairs in turn, (2 N, D)."""
+    return squared_distances(embeddings[0::2], embeddings[1::2])
 
 
 def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -255,7 +238,7 @@ def ten_fold_tar_at_far(
     distances: NDArray[Any],
     same: NDArray[Any],
     targets: Sequence[float] = FAR_TARGETS,
-    folds: int = 10,
+    folds: int = FOLDS,
 ) -> list[FoldedTarAtFar]:
     """TAR of each fold at the threshold of `tar_at_far` on the other folds: mean and deviation.
 
@@ -281,11 +264,7 @@ def split_kinds(
     distances, same = np.asarray(distances, np.float64), np.asarray(same, dtype=bool)
     if distances.shape != same.shape:
         raise ValueError(f"{distances.shape} distances, but {same.shape} flags")
-    if same.all() or not same.any():
-        raise UserError(
-            f"{int(same.sum())} pairs of one person and {int((~same).sum())} of two: "
-            "TAR and FAR need some of both; give more pairs"
-        )
+    check_kinds(same)
     return np.sort(distances[same]), np.sort(distances[~same])
 
 
@@ -323,3 +302,28 @@ def _below(ordered: NDArray[np.float64], threshold: float) -> float:
 
 def _unresolvable(target: float, count: int) -> str:
     return f"FAR {target:g} is less than one of the {count} pairs of two people"
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figures:
+    """How one model does on one set."""
+
+    accuracy: Accuracy
+    auc: float
+    tar_at_far: list[TarAtFar]  # the headline: exact, on the whole set
+    folded_tar_at_far: list[FoldedTarAtFar]
+    curve: Roc
+
+
+def judge(distances: NDArray[np.float64], same: NDArray[np.bool_]) -> Figures:
+    """All figures of one model on one set. distances: squared, of unit embeddings, (N,)."""
+    return Figures(
+        accuracy=accuracy_of(distances, same),
+        auc=auc(distances, same),
+        tar_at_far=tar_at_far(distances, same),
+        folded_tar_at_far=ten_fold_tar_at_far(distances, same),
+        curve=roc(distances, same),
+    )

@@ -24,7 +24,7 @@ from arcface.config_options import DATASETS
 from face_distill import train_distill
 from face_distill.demo_data import demo
 from face_distill.distill import iresnet
-from face_distill.distill.pair_files import read_pairs
+from face_distill.distill.pairs import read_pairs
 from shared.files import read_json
 from shared.tools import about
 from tests.harness import ROOT, environment, run_here, status_of, wait_until

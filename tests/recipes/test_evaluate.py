@@ -15,9 +15,9 @@ from PIL import Image
 from sklearn.metrics import roc_auc_score, roc_curve
 from sklearn.model_selection import KFold
 
-from face_distill import evaluate, evaluation
+from face_distill import evaluate
 from face_distill.demo_data import demo
-from face_distill.distill import model
+from face_distill.distill import model, pairs, verification
 from face_distill.distill.images import Preprocess
 from shared.files import read_json, write_json
 from tests.harness import run_here
@@ -202,10 +202,8 @@ def test_page_and_charts_show_the_same_figures(results):
 
 
 def test_the_curve_rises_where_a_pair_of_two_people_is_let_in():
-    from face_distill.distill.verification import Roc
-    from face_distill.evaluation_report import _staircase
-
-    far, tar = _staircase(Roc(np.array([0, 0, 0.5, 0.5, 1]), np.array([0, 0.2, 0.2, 0.6, 1])))
+    curve = verification.Roc(np.array([0, 0, 0.5, 0.5, 1]), np.array([0, 0.2, 0.2, 0.6, 1]))
+    far, tar = evaluate._staircase(curve)
     assert far.tolist() == [0, 0.5, 0.5, 1, 1]
     assert tar.tolist() == [0.2, 0.2, 0.6, 0.6, 1]
 
@@ -228,7 +226,7 @@ def test_a_limit_takes_pairs_of_both_kinds_over_the_whole_file_with_their_teache
     faces, tmp_path
 ):
     jpegs, same = pair_file(faces.pairs)
-    few = evaluation.read_set(faces.pairs, 20)  # folds of 6 pairs, half and half: one of each kind
+    few = pairs.read_set(faces.pairs, 20)  # folds of 6 pairs, half and half: one of each kind
     assert few.image_numbers[::2].tolist() == [
         12 * fold + shift for fold in range(10) for shift in (0, 6)
     ]
@@ -239,13 +237,12 @@ def test_a_limit_takes_pairs_of_both_kinds_over_the_whole_file_with_their_teache
     rows[0::2, 0] = 1
     rows[np.arange(1, 120, 2), np.where(same, 0, 1)] = 1
     np.save(tmp_path / "lfw.npy", rows)
-    distances = evaluation.stored_distances(tmp_path / "lfw.npy", [few])(few)
-    assert distances is not None
+    distances = evaluate.stored_distances(tmp_path / "lfw.npy", [few])["lfw"]
     assert distances.tolist() == np.where(few.pairs.same, 0.0, 2.0).tolist()
-    assert evaluation.judge(distances, few.pairs.same).accuracy.mean == 1.0
-    assert evaluation.read_set(faces.pairs, 1000).pairs.images == jpegs
+    assert verification.judge(distances, few.pairs.same).accuracy.mean == 1.0
+    assert pairs.read_set(faces.pairs, 1000).pairs.images == jpegs
     for limit in range(10, 60):
-        kinds = evaluation.read_set(faces.pairs, limit).pairs.same
+        kinds = pairs.read_set(faces.pairs, limit).pairs.same
         assert len(kinds) == limit and abs(kinds.sum() - limit / 2) <= 0.5
 
 
@@ -312,7 +309,7 @@ def test_the_demo_before_its_training_says_what_to_type(monkeypatch, tmp_path):
 def test_one_model_is_in_memory_at_a_time(faces, monkeypatch, flags, tmp_path):
     alive, most = set(), []
 
-    class Counted(evaluation.model.FaceEmbedder):
+    class Counted(model.FaceEmbedder):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             alive.add(id(self))
@@ -321,7 +318,7 @@ def test_one_model_is_in_memory_at_a_time(faces, monkeypatch, flags, tmp_path):
         def __del__(self):
             alive.discard(id(self))
 
-    monkeypatch.setattr(evaluation.model, "FaceEmbedder", Counted)
+    monkeypatch.setattr(model, "FaceEmbedder", Counted)
     out = ["--out", tmp_path / "out", "--limit", 10]
     assert run_here(evaluate.main, [*flags, *out]).code == 0
     assert most == [1, 1]

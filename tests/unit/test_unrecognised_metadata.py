@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from arcface.partition import read_partition
-from face_distill.distill.pair_files import read_pairs
+from face_distill.distill.pairs import read_pairs
 from face_distill.distill.teacher import TeacherFeatures
 from lavic.src.catalogue import read_samples, read_titles
 from lavic.src.conversations import read_conversations

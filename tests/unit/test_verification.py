@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from face_distill.distill.pair_files import Pairs, read_pairs
+from face_distill.distill.pairs import Pairs, read_pairs
 from face_distill.distill.verification import (
     accuracy_of,
     decode,

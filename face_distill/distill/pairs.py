@@ -1,19 +1,29 @@
-"""Pair files in insightface's `.bin` form, pickles, read without running their code. N pairs."""
+"""Verification sets: pairs of faces in insightface's `.bin` form. N pairs.
+
+A `.bin` file is a pickle, read without running its code.
+"""
 
 from __future__ import annotations
 
 import io
 import pickle
 import pickletools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from shared.errors import UserError
+from shared.errors import UserError, one_line
 from shared.files import read_bytes
+from shared.images import decode_rgb, printable, size_of
+
+FOLDS = 10
+MAX_SIDE = 1024  # pixels; a small file can claim an image that takes gigabytes
 
 
 @dataclass(frozen=True)
@@ -22,6 +32,107 @@ class Pairs:
 
     images: list[bytes]  # 2 N: first and second image of pair 0, of pair 1, …
     same: NDArray[np.bool_]  # (N,)
+
+
+@dataclass(frozen=True)
+class PairSet:
+    """The pairs of one file that are judged, each of their images known to be whole."""
+
+    name: str
+    path: Path
+    pairs: Pairs
+    image_numbers: NDArray[np.int64]  # (2 N,): which images of the file `pairs.images` are
+    num_images: int  # in the file
+
+
+def read_set(path: Path, limit: int | None = None) -> PairSet:
+    """The pairs in `path`, or `limit` of them: of each kind its share, spread over the file.
+
+    Every image is decoded once. Raises UserError for a file that `read_pairs` refuses,
+    a broken image (by its number in the file), too few pairs for ten folds, and pairs of one kind
+    alone.
+    """
+    pairs = read_pairs(path)
+    try:
+        check_kinds(pairs.same)
+        chosen = _spread(pairs.same, limit or len(pairs.same))
+        fold_numbers(len(chosen))
+        numbers = np.stack((2 * chosen, 2 * chosen + 1), 1).ravel()
+        images = [pairs.images[number] for number in numbers]
+        _check_images(images, numbers)
+    except UserError as error:
+        raise UserError(f"{path}: {one_line(error)}") from error
+    kept = Pairs(images, pairs.same[chosen])
+    return PairSet(printable(path.stem), path, kept, numbers, 2 * len(pairs.same))
+
+
+def _spread(same: NDArray[np.bool_], limit: int) -> NDArray[np.int64]:
+    """Which `limit` pairs to keep, ascending.
+
+    LFW has 300 pairs of one person, 300 of two, and so on: its first hundred, and every 600th, are
+    all of one kind.
+    """
+    if limit >= len(same):
+        return np.arange(len(same))
+    num_same = min(max(round(limit * same.mean()), 1), limit - 1)
+    kinds = ((np.flatnonzero(same), num_same), (np.flatnonzero(~same), limit - num_same))
+    chosen = [pairs[np.arange(number) * len(pairs) // number] for pairs, number in kinds]
+    return np.sort(np.concatenate(chosen))
+
+
+def _check_images(images: Sequence[bytes], numbers: NDArray[np.int64]) -> None:
+    sizes = set()
+    for image, number in zip(images, numbers.tolist(), strict=True):
+        height, width = decode([image], number).shape[2:]
+        sizes.add((width, height))
+        if len(sizes) > 1:
+            raise UserError(f"image {number} has another size than those before: {sorted(sizes)}")
+
+
+def check_kinds(same: NDArray[Any]) -> None:
+    """Raise UserError unless some of the pairs are of one person and some of two."""
+    if same.all() or not same.any():
+        raise UserError(
+            f"{int(same.sum())} pairs of one person and {int((~same).sum())} of two: "
+            "TAR and FAR need some of both; give more pairs"
+        )
+
+
+def fold_numbers(count: int, folds: int = FOLDS) -> NDArray[np.int64]:
+    """The fold (0 … folds - 1) of each of `count` pairs: contiguous, the first ones larger by one.
+
+    Raises UserError for fewer pairs than folds.
+    """
+    if count < folds:
+        raise UserError(f"{count} pairs cannot be split into {folds} folds: give more pairs")
+    return np.repeat(np.arange(folds), [len(p) for p in np.array_split(np.arange(count), folds)])
+
+
+def decode(images: Sequence[bytes], first: int = 0) -> Tensor:
+    """RGB images, uint8 (N, 3, H, W).
+
+    first: the number of the first of them in its set, for the error.
+    Raises UserError for an image that is broken or above 1024 pixels a side, and for mixed sizes.
+    """
+    decoded = [_decoded(image, number) for number, image in enumerate(images, first)]
+    sizes = {tuple(image.shape) for image in decoded}
+    if len(sizes) != 1:
+        raise UserError(f"images of a verification set must have one size, got {sorted(sizes)}")
+    return torch.stack(decoded).contiguous()
+
+
+def _decoded(image: bytes, number: int) -> Tensor:
+    """One image (3, H, W)."""
+    try:
+        size = size_of(image)
+        if max(size) > MAX_SIDE:
+            raise ValueError(f"{size} pixels; at most {MAX_SIDE} a side are taken")
+        return decode_rgb(image)
+    except ValueError as error:
+        raise UserError(f"image {number} of the pairs cannot be decoded: {error}") from None
+
+
+# --- the .bin form --------------------------------------------------------------------------------
 
 
 def read_pairs(path: Path) -> Pairs:
