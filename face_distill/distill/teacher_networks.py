@@ -6,12 +6,19 @@
 Three kinds, chosen by `arch`: InsightFace's IResNets; any torchvision classification network with
 a last map of features; a TorchScript file of yours. The first two read plain tensors and run no
 code of the file.
+
+IResNets have the names of InsightFace's weight files. Sources: the IR block, the BN-Dropout-FC-BN
+end and the block counts are of Deng et al. 2019, "ArcFace" (arXiv:1801.07698, section 3.1);
+residual blocks that end without an activation, of Duta et al. 2020, "Improved Residual Networks"
+(arXiv:2004.04989).
 """
 
 from __future__ import annotations
 
+import re
 import warnings
 import zipfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -19,7 +26,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from face_distill.distill import iresnet
 from face_distill.distill.images import Preprocess
 from shared import weights
 from shared.errors import UserError, did_you_mean
@@ -39,6 +45,19 @@ _HEADS = ("fc", "classifier", "head")  # classifiers: a teacher needs none, what
 _AUXILIARY = ("aux1.", "aux2.", "AuxLogits.")  # more classifiers, for training alone
 _INCEPTIONS = ("googlenet", "inception_v3")
 
+# Blocks in each of the four stages.
+VARIANTS = {
+    "iresnet18": (2, 2, 2, 2),
+    "iresnet34": (3, 4, 6, 3),
+    "iresnet50": (3, 4, 14, 3),
+    "iresnet100": (3, 13, 30, 3),
+}
+IRESNET_SIZE = 112  # pixels a side; the fully connected layer fits no other size
+EMBEDDING_DIM = 512
+_WIDTHS = (64, 128, 256, 512)  # channels of the stages
+_LAST_SIDE = IRESNET_SIZE // 2 ** len(_WIDTHS)  # every stage halves the picture: 7
+_BLOCK_NAME = re.compile(r"layer([1-4])\.(\d+)\.")
+
 
 class Network(Protocol):
     """What each kind of teacher is."""
@@ -52,7 +71,7 @@ class Network(Protocol):
 class Preprocessing:
     """How a teacher wants its RGB images: side in pixels, mean and deviation of each channel."""
 
-    image_size: int = iresnet.IMAGE_SIZE
+    image_size: int = IRESNET_SIZE
     mean: tuple[float, ...] = _FACE
     std: tuple[float, ...] = _FACE
 
@@ -161,11 +180,11 @@ def open_teacher(source: Path | str, arch: str = "auto", image_size: int | None 
 
     source: the path of the file (.pth, .pt, .safetensors); for torchvision also, as text, the name
     of published weights (IMAGENET1K_V1), which are fetched into torch's cache.
-    arch: "auto" or a name of iresnet.VARIANTS; a torchvision name; "torchscript", which runs the
+    arch: "auto" or a name of VARIANTS; a torchvision name; "torchscript", which runs the
     file's own code. image_size: side of the input, where the network leaves a choice.
     Raises UserError when the file is missing, damaged, hostile or of another architecture.
     """
-    if arch == "auto" or arch in iresnet.VARIANTS:
+    if arch == "auto" or arch in VARIANTS:
         return _open_iresnet(Path(source), arch, image_size)
     if arch == TORCHSCRIPT:
         return _open_torchscript(Path(source), image_size)
@@ -183,18 +202,16 @@ def spatial_probability(maps: Tensor, temperature: float = 1.0) -> Tensor:
 
 
 def _open_iresnet(path: Path, arch: str, image_size: int | None) -> Teacher:
-    if image_size not in (None, iresnet.IMAGE_SIZE):
-        raise UserError(
-            f"--image-size {image_size}: an IResNet takes {iresnet.IMAGE_SIZE} pixels alone"
-        )
+    if image_size not in (None, IRESNET_SIZE):
+        raise UserError(f"--image-size {image_size}: an IResNet takes {IRESNET_SIZE} pixels alone")
     state = _read_state(path)
-    variant = iresnet.find_variant(state, path)
+    variant = find_variant(state, path)
     if variant is None:
         raise UserError(f"{path} holds no IResNet: {_name_the_arch(state)}")
     if arch not in ("auto", variant):
         raise UserError(f"{path} holds {variant}, --arch {arch} was typed: leave --arch out")
     with torch.device("meta"):
-        network = iresnet.build(variant)
+        network = build_iresnet(variant)
     weights.load_strict(network, state, source=path)
     return Teacher(network, variant, path, Preprocessing())
 
@@ -210,10 +227,10 @@ def _open_torchvision(source: Path | str, arch: str, image_size: int | None) -> 
 
     known = models.list_models(module=models)
     if arch not in known:
-        allowed = ["auto", *iresnet.VARIANTS, TORCHSCRIPT, *known]
+        allowed = ["auto", *VARIANTS, TORCHSCRIPT, *known]
         raise UserError(
             f"--arch {arch} is not known{did_you_mean(arch, allowed)}; allowed: auto, "
-            f"{', '.join(iresnet.VARIANTS)}, {TORCHSCRIPT}, and torchvision's classification "
+            f"{', '.join(VARIANTS)}, {TORCHSCRIPT}, and torchvision's classification "
             "networks (resnet50, …)"
         )
     published = _published(source, arch)
@@ -277,7 +294,7 @@ def _open_torchscript(path: Path, image_size: int | None) -> Teacher:
     except (RuntimeError, ValueError, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path} cannot be loaded as TorchScript: {reason}") from None
-    wanted = Preprocessing(image_size or iresnet.IMAGE_SIZE)
+    wanted = Preprocessing(image_size or IRESNET_SIZE)
     return Teacher(ScriptedTeacher(module, path), TORCHSCRIPT, path, wanted)
 
 
@@ -310,3 +327,109 @@ def _tensors(output: object) -> list[Tensor]:
     if isinstance(output, dict):
         output = list(output.values())
     return [t for t in output if isinstance(t, Tensor)] if isinstance(output, tuple | list) else []
+
+
+# --- IResNet --------------------------------------------------------------------------------------
+
+
+class IRBlock(nn.Module):
+    """(B, in_channels, H, W) → (B, channels, H / stride, W / stride).
+
+    BN, convolution, BN, PReLU, convolution with the stride, BN; added to the input, which passes a
+    1 x 1 convolution and BN first where the shape changes. No activation after the sum.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = _conv3x3(in_channels, channels, 1)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.prelu = nn.PReLU(channels)
+        self.conv2 = _conv3x3(channels, channels, stride)
+        self.bn3 = nn.BatchNorm2d(channels)
+        self.downsample: nn.Module = nn.Identity()  # has no weights, hence no names in a file
+        if stride != 1 or in_channels != channels:
+            shortcut = nn.Conv2d(in_channels, channels, 1, stride, bias=False)
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(channels))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """See the class."""
+        hidden = self.prelu(self.bn2(self.conv1(self.bn1(images))))
+        return self.bn3(self.conv2(hidden)) + self.downsample(images)
+
+
+class IResNet(nn.Module):
+    """Faces (B, 3, 112, 112), RGB, each channel (level / 255 - 0.5) / 0.5 → embeddings (B, 512).
+
+    blocks: how many IR blocks each of the four stages has, see VARIANTS. The embeddings are not
+    unit length.
+    """
+
+    def __init__(self, blocks: tuple[int, int, int, int]) -> None:
+        super().__init__()
+        self.conv1 = _conv3x3(3, _WIDTHS[0], 1)
+        self.bn1 = nn.BatchNorm2d(_WIDTHS[0])
+        self.prelu = nn.PReLU(_WIDTHS[0])
+        self.layer1 = _stage(_WIDTHS[0], _WIDTHS[0], blocks[0])
+        self.layer2 = _stage(_WIDTHS[0], _WIDTHS[1], blocks[1])
+        self.layer3 = _stage(_WIDTHS[1], _WIDTHS[2], blocks[2])
+        self.layer4 = _stage(_WIDTHS[2], _WIDTHS[3], blocks[3])
+        self.bn2 = nn.BatchNorm2d(_WIDTHS[3])
+        self.dropout = nn.Dropout(0.0)  # InsightFace's value for every published model
+        self.fc = nn.Linear(_WIDTHS[3] * _LAST_SIDE**2, EMBEDDING_DIM)
+        self.features = nn.BatchNorm1d(EMBEDDING_DIM)
+        self.features.weight.requires_grad_(False)  # stays 1: lengths of embeddings mean nothing
+
+    def embed_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, 512), float32, and the last stage's output (B, 512, 7, 7).
+
+        Raises UserError for images of another size.
+        """
+        if images.shape[1:] != (3, IRESNET_SIZE, IRESNET_SIZE):
+            raise UserError(
+                f"an IResNet takes images (B, 3, {IRESNET_SIZE}, {IRESNET_SIZE}), got "
+                f"{tuple(images.shape)}"
+            )
+        stem = self.prelu(self.bn1(self.conv1(images)))
+        feature_map = self.layer4(self.layer3(self.layer2(self.layer1(stem))))
+        flat = self.dropout(self.bn2(feature_map)).flatten(1)
+        # Sums of 25,088 products: in half precision they would lose the embedding's last digits.
+        with torch.autocast(flat.device.type, enabled=False):
+            return self.features(self.fc(flat.float())), feature_map
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The embeddings (B, 512) alone."""
+        return self.embed_and_map(images)[0]
+
+
+def build_iresnet(variant: str) -> IResNet:
+    """An IResNet with PyTorch's own initial weights; `variant` is one of VARIANTS."""
+    return IResNet(VARIANTS[variant])
+
+
+def find_variant(names: Iterable[str], source: str | Path = "the given state") -> str | None:
+    """Which of VARIANTS a state dict with these names is; None when it is no IResNet at all.
+
+    source: the file they came from, for the error.
+    Raises UserError for an IResNet of other block counts.
+    """
+    names = set(names)
+    if not {"prelu.weight", "features.weight", "layer4.0.prelu.weight"} <= names:
+        return None
+    found = {(int(m[1]), int(m[2])) for name in names if (m := _BLOCK_NAME.match(name))}
+    counts = tuple(sum(stage == wanted for stage, _ in found) for wanted in (1, 2, 3, 4))
+    for variant, blocks in VARIANTS.items():
+        if blocks == counts:
+            return variant
+    known = ", ".join(f"{name} {blocks}" for name, blocks in VARIANTS.items())
+    raise UserError(f"{source} is an IResNet with {counts} blocks a stage; known are {known}")
+
+
+def _stage(in_channels: int, channels: int, blocks: int) -> nn.Sequential:
+    """Blocks of which the first halves the picture."""
+    rest = (IRBlock(channels, channels, 1) for _ in range(blocks - 1))
+    return nn.Sequential(IRBlock(in_channels, channels, 2), *rest)
+
+
+def _conv3x3(in_channels: int, channels: int, stride: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)

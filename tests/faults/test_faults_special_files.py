@@ -22,7 +22,7 @@ from PIL import Image
 from arcface.run_scripts import run_arcface
 from face_distill import embed, extract_teacher, train_distill
 from face_distill.demo_data import demo as face_demo
-from face_distill.distill import iresnet
+from face_distill.distill import teacher_networks
 from lavic.src import knowledge_distillation, prompt_tuning
 from multimodal import run_training
 from multimodal.coco import Coco
@@ -186,7 +186,7 @@ def test_the_other_faces_are_embedded(tower, tmp_path, put):
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("teacher") / "iresnet18.pth"
-    torch.save(iresnet.build("iresnet18").state_dict(), path)
+    torch.save(teacher_networks.build_iresnet("iresnet18").state_dict(), path)
     return path
 
 

@@ -23,7 +23,7 @@ from torchvision import models
 from arcface.config_options import DATASETS
 from face_distill import train_distill
 from face_distill.demo_data import demo
-from face_distill.distill import iresnet
+from face_distill.distill import teacher_networks
 from face_distill.distill.pairs import read_pairs
 from shared.files import read_json
 from shared.tools import about
@@ -237,7 +237,7 @@ def workshop(house, tmp_path) -> Path:
     recipe = tmp_path / "house" / "face_distill"
     script = recipe / "extract_teacher.py"
     script.write_text(script.read_text().replace("LIMIT = 12000", "LIMIT = 40"))
-    torch.save(iresnet.build("iresnet18").state_dict(), recipe / "backbone.pth")
+    torch.save(teacher_networks.build_iresnet("iresnet18").state_dict(), recipe / "backbone.pth")
     torch.save(models.resnet50().state_dict(), recipe / "resnet50.pth")
     torch.jit.script(Teacher()).save(str(recipe / "teacher.ts"))
     (recipe / "lfw.bin").symlink_to(recipe / "datasets" / "faces_emore" / "lfw.bin")

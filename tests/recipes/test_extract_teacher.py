@@ -15,7 +15,7 @@ from torch import nn
 
 from face_distill import extract_teacher, train_distill
 from face_distill.demo_data import demo
-from face_distill.distill import iresnet
+from face_distill.distill import teacher_networks
 from face_distill.distill.recordio import RecordReader
 from face_distill.distill.teacher import TeacherFeatures, UnfinishedFeatures
 from face_distill.FaceDataset import FaceDataset
@@ -69,7 +69,7 @@ def networks(tmp_path_factory) -> dict[str, Path]:
     """A seeded IResNet-18, and a module of its own that is quick, and one that is slow."""
     root = tmp_path_factory.mktemp("teachers")
     torch.manual_seed(0)
-    network = iresnet.build("iresnet18")
+    network = teacher_networks.build_iresnet("iresnet18")
     nn.init.constant_(network.layer4[-1].bn3.weight, 0.03)  # energies as small as trained ones
     nn.init.constant_(network.layer4[0].downsample[1].weight, 0.03)
     torch.save(network.state_dict(), root / "backbone.pth")
@@ -107,7 +107,7 @@ def pixels_of(faces) -> np.ndarray:
 
 def test_embeddings_and_maps_are_those_of_a_direct_computation(faces, networks, tmp_path):
     extracted(flags_for(faces, networks["iresnet18"], tmp_path / "out"))
-    network = iresnet.build("iresnet18").eval()
+    network = teacher_networks.build_iresnet("iresnet18").eval()
     network.load_state_dict(torch.load(networks["iresnet18"], weights_only=True))
     images = torch.from_numpy((pixels_of(faces) / 255 - 0.5) / 0.5).permute(0, 3, 1, 2).float()
     with torch.no_grad():

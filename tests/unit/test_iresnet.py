@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from face_distill.distill import iresnet
+from face_distill.distill import teacher_networks
 from shared.errors import UserError
 
 # Counted by hand below; 43.59 M and 65.16 M are also the figures that the literature gives.
@@ -19,7 +19,7 @@ NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 def on_meta(variant):
     with torch.device("meta"):
-        return iresnet.build(variant)
+        return teacher_networks.build_iresnet(variant)
 
 
 def counted_by_hand(blocks):
@@ -34,10 +34,10 @@ def counted_by_hand(blocks):
     return total + 2 * 512 + (512 * 7 * 7 * 512 + 512) + 2 * 512
 
 
-@pytest.mark.parametrize("variant", iresnet.VARIANTS)
+@pytest.mark.parametrize("variant", teacher_networks.VARIANTS)
 def test_the_number_of_parameters_is_the_published_one(variant):
     found = sum(parameter.numel() for parameter in on_meta(variant).parameters())
-    assert found == counted_by_hand(iresnet.VARIANTS[variant]) == PUBLISHED[variant]
+    assert found == counted_by_hand(teacher_networks.VARIANTS[variant]) == PUBLISHED[variant]
 
 
 def documented_names(blocks):
@@ -54,11 +54,11 @@ def documented_names(blocks):
     yield from (f"{norm}.{part}" for norm in norms for part in NORM)
 
 
-@pytest.mark.parametrize("variant", iresnet.VARIANTS)
+@pytest.mark.parametrize("variant", teacher_networks.VARIANTS)
 def test_the_names_are_those_of_insightfaces_files(variant):
-    names = list(documented_names(iresnet.VARIANTS[variant]))
+    names = list(documented_names(teacher_networks.VARIANTS[variant]))
     assert sorted(on_meta(variant).state_dict()) == sorted(names)
-    assert iresnet.find_variant(names) == variant
+    assert teacher_networks.find_variant(names) == variant
 
 
 def test_every_stage_halves_the_picture_in_its_first_block_alone():
@@ -69,7 +69,7 @@ def test_every_stage_halves_the_picture_in_its_first_block_alone():
 
 
 def test_faces_become_512_numbers_and_a_map_of_7_by_7():
-    network = iresnet.build("iresnet18").eval()
+    network = teacher_networks.build_iresnet("iresnet18").eval()
     with torch.no_grad():
         embeddings, maps = network.embed_and_map(torch.randn(2, 3, 112, 112))
     assert (embeddings.shape, maps.shape) == ((2, 512), (2, 512, 7, 7))
@@ -78,7 +78,7 @@ def test_faces_become_512_numbers_and_a_map_of_7_by_7():
 
 def test_a_block_is_what_the_papers_draw():
     torch.manual_seed(0)
-    block = iresnet.IRBlock(4, 6, 2).double()
+    block = teacher_networks.IRBlock(4, 6, 2).double()
     for norm in (block.bn1, block.bn2, block.bn3, block.downsample[1]):
         torch.nn.init.uniform_(norm.weight, 0.5, 2)
         torch.nn.init.normal_(norm.bias)
@@ -108,7 +108,7 @@ def test_the_last_norms_weight_stays_1_in_training():
 
 
 def test_embeddings_stay_float32_under_autocast():
-    network = iresnet.build("iresnet18").eval()
+    network = teacher_networks.build_iresnet("iresnet18").eval()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         embeddings, maps = network.embed_and_map(torch.randn(1, 3, 112, 112))
     assert (embeddings.dtype, maps.dtype) == (torch.float32, torch.bfloat16)
@@ -122,11 +122,11 @@ def test_another_size_is_refused_by_name():
 def test_names_of_other_networks_are_no_iresnet():
     from torchvision import models
 
-    assert iresnet.find_variant(models.resnet18().state_dict()) is None
-    assert iresnet.find_variant([]) is None
+    assert teacher_networks.find_variant(models.resnet18().state_dict()) is None
+    assert teacher_networks.find_variant([]) is None
 
 
 def test_unknown_block_counts_are_refused_with_those_known():
     names = documented_names((3, 4, 7, 3))
     with pytest.raises(UserError, match=r"backbone.pth .* \(3, 4, 7, 3\) .* iresnet50 \(3, 4, 14"):
-        iresnet.find_variant(names, "backbone.pth")
+        teacher_networks.find_variant(names, "backbone.pth")

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torchvision import models
 
-from face_distill.distill import iresnet, teacher_networks
+from face_distill.distill import teacher_networks
 from face_distill.distill.images import Preprocess
 from face_distill.distill.teacher_networks import open_teacher, spatial_probability
 from shared.errors import UserError
@@ -21,7 +21,7 @@ FACES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 112, 1
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    return iresnet.build("iresnet18").eval()
+    return teacher_networks.build_iresnet("iresnet18").eval()
 
 
 @pytest.fixture(scope="module")
