@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from face_distill.distill import losses, model
-from face_distill.train_distill import loss_terms, total_loss
 from shared import memory
 from shared.files import read_json
 from shared.precision import Amp
@@ -33,7 +32,10 @@ def plan(cfg: Config, processes: int) -> memory.Plan:
     """What one of `processes` holds at the peak of a step."""
     batch = max(2, cfg.batch_size // processes)
     kind = "features" if cfg.at_mode == "zagoruyko" else "probability"
-    mode = losses.at_mode_for(cfg.at_mode, kind)
+    criterion = losses.Distillation(
+        {"ArcFace": 1.0, "AT": 1.0, "RKD": 1.0}, losses.at_mode_for(cfg.at_mode, kind),
+        cfg.rkd_norm, cfg.rkd_angle_weight,
+    )  # fmt: skip
     with memory.counted() as live:
         student = _student(cfg)
         trained = [p for p in student.parameters() if p.requires_grad]
@@ -42,8 +44,8 @@ def plan(cfg: Config, processes: int) -> memory.Plan:
         images, labels, embeddings, maps = _faces(batch, student.image_size, kind)
         live.begin(student, optimizer)
         with amp.autocast():
-            terms = loss_terms(cfg, mode, student(images, labels), (embeddings, maps, kind))
-        amp.backward(total_loss(cfg, terms, arc_only=False))
+            terms = criterion.terms(student(images, labels), (embeddings, maps, kind))
+        amp.backward(criterion.total(terms))
         amp.step(optimizer, trained, clip_norm=cfg.largest_norm)
     size, recomputed = student.image_size, ", recomputed" * cfg.gradient_checkpointing
     what = f"{batch} images a process of {size} x {size}"

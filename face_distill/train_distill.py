@@ -36,7 +36,7 @@ from shared.settings import (
 if TYPE_CHECKING:  # torch comes after the input is checked
     from torch import Tensor
 
-    from face_distill.distill.losses import Balance
+    from face_distill.distill.losses import Balance, Distillation
     from face_distill.distill.model import FaceStudent
     from face_distill.distill.teacher import TeacherFeatures
     from shared.distributed import World
@@ -203,19 +203,22 @@ def train(cfg: Config) -> int:
         net = distributed.wrap(student, world)
         preprocess = Preprocess(student.image_size).to(world.device)
         at_mode = losses.at_mode_for(cfg.at_mode, teacher.kind)
+        weights = {"ArcFace": cfg.lambda_arc, "AT": cfg.lambda_at, "RKD": cfg.lambda_rkd}
+        criterion = losses.Distillation(weights, at_mode, cfg.rkd_norm, cfg.rkd_angle_weight)
 
         trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
         schedule = CosineAnnealingLR(optimizer, T_max=cfg.epochs)
         amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
         stopping, mean_loss = EarlyStopping(cfg.patience), Mean(world.device)
-        balance = losses.Balance(_factors(cfg), model.adapters(student), cfg.epochs * steps)
+        balance = losses.Balance(weights, model.adapters(student), cfg.epochs * steps)
         parts = {"optimizer": optimizer, "schedule": schedule, "amp": amp, "stopping": stopping,
                  "student": model.Trainable(student), "mean_loss": mean_loss}  # fmt: skip
         counts = {"training images": len(train_set), "identities": faces.num_classes,
                   "held-out images": len(val_set)}  # fmt: skip
         log.info("%d images of %d identities, %d held out", *counts.values())
-        log.info("%s | %s", model.summary(student), _description(cfg, at_mode, teacher.kind))
+        log.info("%s | attention transfer %s on %s maps, RKD over %s pairs",
+                 model.summary(student), at_mode, teacher.kind, cfg.rkd_norm)  # fmt: skip
         position = run.restore(parts, Plan(cfg.epochs * steps, cfg.batch_size, data=counts))
         before = _verified_before(cfg, world, student, position.step)
 
@@ -226,8 +229,8 @@ def train(cfg: Config) -> int:
                                  offset=position.batch)  # fmt: skip
             for images, labels, wanted in _on_device(loader, teacher, preprocess, world):
                 with amp.autocast():
-                    terms = loss_terms(cfg, at_mode, net(images, labels), wanted, world)
-                loss = total_loss(cfg, terms, arc_only=arc_only)
+                    terms = criterion.terms(net(images, labels), wanted, world)
+                loss = criterion.total(terms, arc_only=arc_only)
                 pulls = balance.measure(terms, position.step)
                 amp.backward(loss)
                 amp.step(optimizer, trainable, clip_norm=cfg.largest_norm)
@@ -248,7 +251,7 @@ def train(cfg: Config) -> int:
             if len(val_set):
                 rest = make_eval_loader(val_set, per_process, world, workers=cfg.workers, least=2)
                 held_out = _on_device(rest, teacher, preprocess, world)
-                monitored = _validation(cfg, at_mode, student, held_out, arc_only=arc_only)
+                monitored = _validation(criterion, student, held_out, arc_only=arc_only)
             epoch_loss = monitored.of(distributed.total(monitored.sums, world))
             if position.epoch <= cfg.warmup_epochs:
                 stopping.reset()  # until here the loss had another composition
@@ -269,45 +272,8 @@ def train(cfg: Config) -> int:
 # --- the loss -------------------------------------------------------------------------------------
 
 
-def loss_terms(
-    cfg: Config,
-    at_mode: str,
-    outputs: tuple[Tensor, ...],
-    wanted: tuple[Tensor, Tensor, str],
-    world: World | None = None,
-) -> dict[str, Tensor]:
-    """ArcFace, attention transfer and relational distillation, unweighted scalars.
-
-    outputs: the student's embeddings (B, D), patch tokens (B, L, D) and mean ArcFace loss.
-    wanted: the teacher's embeddings (B, D_t), maps and kind of maps.
-    The first two are means over this process's images. The relations are those of the images of
-    all processes of `world`, the same on each, with exact gradients under DDP's averaging; without
-    `world`, of this process's alone.
-    """
-    from face_distill.distill import losses
-    from shared.distributed import World, gather_with_grad
-
-    embeddings, tokens, arc = outputs
-    teacher_embeddings, maps, kind = wanted
-    everyone = gather_with_grad(embeddings, world or World())
-    teachers = gather_with_grad(teacher_embeddings, world or World())
-    relations = losses.rkd_distance(everyone, teachers, cfg.rkd_norm)
-    if cfg.rkd_angle_weight:
-        relations = relations + cfg.rkd_angle_weight * losses.rkd_angle(everyone, teachers)
-    attention = losses.attention_transfer(tokens, maps, at_mode, kind)
-    return {"ArcFace": arc, "AT": attention, "RKD": relations}
-
-
-def total_loss(cfg: Config, terms: dict[str, Tensor], *, arc_only: bool) -> Tensor:
-    """The weighted sum of the terms, a scalar; of ArcFace alone during the warm-up."""
-    total = cfg.lambda_arc * terms["ArcFace"]
-    if arc_only:
-        return total
-    return total + cfg.lambda_at * terms["AT"] + cfg.lambda_rkd * terms["RKD"]
-
-
 def _validation(
-    cfg: Config, at_mode: str, student: FaceStudent, batches: Iterator[Any], *, arc_only: bool
+    criterion: Distillation, student: FaceStudent, batches: Iterator[Any], *, arc_only: bool
 ) -> Mean:
     """The mean total over this process's share of the held-out images, relations in each batch."""
     import torch
@@ -318,20 +284,10 @@ def _validation(
     student.eval()
     with torch.no_grad():
         for images, labels, wanted in batches:
-            terms = loss_terms(cfg, at_mode, student(images, labels), wanted)
-            mean.add(total_loss(cfg, terms, arc_only=arc_only), len(images))
+            terms = criterion.terms(student(images, labels), wanted)
+            mean.add(criterion.total(terms, arc_only=arc_only), len(images))
     student.train()
     return mean
-
-
-def _factors(cfg: Config) -> dict[str, float]:
-    """Each term's weight in the total."""
-    return {"ArcFace": cfg.lambda_arc, "AT": cfg.lambda_at, "RKD": cfg.lambda_rkd}
-
-
-def _description(cfg: Config, at_mode: str, kind: str) -> str:
-    """How the loss is formed."""
-    return f"attention transfer {at_mode} on {kind} maps, RKD over {cfg.rkd_norm} pairs"
 
 
 def _say_balance(

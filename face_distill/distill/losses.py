@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from shared.distributed import World, gather_with_grad
 from shared.errors import UserError, did_you_mean
 from shared.margins import add_margin
 
@@ -29,6 +30,50 @@ ANGLE_CHUNK_ELEMENTS = 1 << 24  # differences or angles held at a time by rkd_an
 def at_mode_for(mode: str, kind: str) -> str:
     """The mode of `attention_transfer`; "auto" is the one for the `kind` of the teacher's maps."""
     return DEFAULT_AT_MODE[kind] if mode == "auto" else mode
+
+
+class Distillation:
+    """The three terms of the loss and their weighted sum.
+
+    weights: of the terms ArcFace, AT (attention transfer) and RKD (relational distillation).
+    """
+
+    def __init__(
+        self, weights: dict[str, float], at_mode: str, rkd_norm: str, angle_weight: float
+    ) -> None:
+        self.weights, self.at_mode = weights, at_mode
+        self._rkd_norm, self._angle_weight = rkd_norm, angle_weight
+
+    def terms(
+        self,
+        outputs: tuple[Tensor, ...],
+        wanted: tuple[Tensor, Tensor, str],
+        world: World | None = None,
+    ) -> dict[str, Tensor]:
+        """The terms, unweighted scalars.
+
+        outputs: the student's embeddings (B, D), patch tokens (B, L, D) and mean ArcFace loss.
+        wanted: the teacher's embeddings (B, D_t), maps and kind of maps.
+        The first two terms are means over this process's images. The relations are those of the
+        images of all processes of `world`, the same on each, with exact gradients under DDP's
+        averaging; without `world`, of this process's alone.
+        """
+        embeddings, tokens, arc = outputs
+        teacher_embeddings, maps, kind = wanted
+        everyone = gather_with_grad(embeddings, world or World())
+        teachers = gather_with_grad(teacher_embeddings, world or World())
+        relations = rkd_distance(everyone, teachers, self._rkd_norm)
+        if self._angle_weight:
+            relations = relations + self._angle_weight * rkd_angle(everyone, teachers)
+        attention = attention_transfer(tokens, maps, self.at_mode, kind)
+        return {"ArcFace": arc, "AT": attention, "RKD": relations}
+
+    def total(self, terms: dict[str, Tensor], *, arc_only: bool = False) -> Tensor:
+        """The weighted sum, a scalar; of ArcFace alone during the warm-up."""
+        arc = self.weights["ArcFace"] * terms["ArcFace"]
+        if arc_only:
+            return arc
+        return arc + self.weights["AT"] * terms["AT"] + self.weights["RKD"] * terms["RKD"]
 
 
 class Balance:
