@@ -48,7 +48,8 @@ def plan(cfg: Config, processes: int) -> memory.Plan:
         amp.backward(criterion.total(terms))
         amp.step(optimizer, trained, clip_norm=cfg.largest_norm)
     size, recomputed = student.image_size, ", recomputed" * cfg.gradient_checkpointing
-    what = f"{batch} images a process of {size} x {size}"
+    at_a_time = f", {cfg.micro_batch} at a time" if cfg.micro_batch else ""
+    what = f"{batch} images a process of {size} x {size}{at_a_time}"
     title = f"face_distill: {what}, {cfg.adapter_layers}, amp {cfg.run.amp}"
     return live.plan(
         title,
@@ -66,6 +67,7 @@ def _student(cfg: Config) -> model.FaceStudent:
     return model.build_student(
         tower, cfg.adapter_layers, classes, scale=cfg.arc_scale, margin=cfg.arc_margin,
         image_size=cfg.image_size, checkpointing=cfg.gradient_checkpointing,
+        micro_batch=cfg.micro_batch,
     )  # fmt: skip
 
 
@@ -88,6 +90,9 @@ def _faces(batch: int, size: int, kind: str) -> tuple[Tensor, ...]:
 def _smaller(cfg: Config, processes: int) -> dict[str, Config]:
     """Settings that may save memory, as they would be typed."""
     others: dict[str, Config] = {}
+    piece = max(cfg.batch_size // processes // 4, 1)
+    if piece < (cfg.micro_batch or cfg.batch_size // processes):  # changes no number: comes first
+        others[f"--micro-batch {piece}"] = replace(cfg, micro_batch=piece)
     half = cfg.batch_size // 2
     if half >= 2 * processes:
         others[f"--batch-size {half}"] = replace(cfg, batch_size=half)

@@ -98,6 +98,9 @@ class Config:
     )
     clip_norm: Positive | None = option(None, "largest norm of the gradients; default: any")
     gradient_checkpointing: bool = free(False, "less memory for more time")
+    micro_batch: Count | None = free(
+        None, "images a process computes at a time: less memory, the same gradients"
+    )
     full_checkpoint: bool = free(False, "save the whole student, tower included")
     cache: bool = free(True, "decode every image once, into shared memory")
     workers: Workers = free(4, "loader workers a process")
@@ -167,7 +170,6 @@ def main(argv: list[str] | None = None) -> int:
 def train(cfg: Config) -> int:
     """The whole training; the exit code."""
     import torch
-    from torch.optim.lr_scheduler import CosineAnnealingLR
 
     from face_distill.distill import losses, model, student_files
     from face_distill.distill.images import Preprocess
@@ -195,20 +197,21 @@ def train(cfg: Config) -> int:
         steps = steps_per_epoch(len(train_set), per_process, world.size)
 
         # the student: a frozen tower with adapters, and the ArcFace head
+        num_classes = _num_classes(cfg, faces.num_classes)
         student = model.build_student(
-            model.load_tower(cfg.blip_path), cfg.adapter_layers,
-            _num_classes(cfg, faces.num_classes), scale=cfg.arc_scale, margin=cfg.arc_margin,
-            image_size=cfg.image_size, checkpointing=cfg.gradient_checkpointing,
+            model.load_tower(cfg.blip_path), cfg.adapter_layers, num_classes, scale=cfg.arc_scale,
+            margin=cfg.arc_margin, image_size=cfg.image_size, micro_batch=cfg.micro_batch,
+            checkpointing=cfg.gradient_checkpointing,
         ).to(world.device)  # fmt: skip
         net = distributed.wrap(student, world)
         preprocess = Preprocess(student.image_size).to(world.device)
-        at_mode = losses.at_mode_for(cfg.at_mode, teacher.kind)
         weights = {"ArcFace": cfg.lambda_arc, "AT": cfg.lambda_at, "RKD": cfg.lambda_rkd}
-        criterion = losses.Distillation(weights, at_mode, cfg.rkd_norm, cfg.rkd_angle_weight)
+        criterion = losses.Distillation(weights, losses.at_mode_for(cfg.at_mode, teacher.kind),
+                                        cfg.rkd_norm, cfg.rkd_angle_weight)  # fmt: skip
 
         trainable = [parameter for parameter in student.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
-        schedule = CosineAnnealingLR(optimizer, T_max=cfg.epochs)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=cfg.epochs)
         amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
         stopping, mean_loss = EarlyStopping(cfg.patience), Mean(world.device)
         balance = losses.Balance(weights, model.adapters(student), cfg.epochs * steps)
@@ -216,9 +219,7 @@ def train(cfg: Config) -> int:
                  "student": model.Trainable(student), "mean_loss": mean_loss}  # fmt: skip
         counts = {"training images": len(train_set), "identities": faces.num_classes,
                   "held-out images": len(val_set)}  # fmt: skip
-        log.info("%d images of %d identities, %d held out", *counts.values())
-        log.info("%s | attention transfer %s on %s maps, RKD over %s pairs",
-                 model.summary(student), at_mode, teacher.kind, cfg.rkd_norm)  # fmt: skip
+        _announce(cfg, counts, student, criterion, teacher.kind)
         position = run.restore(parts, Plan(cfg.epochs * steps, cfg.batch_size, data=counts))
         before = _verified_before(cfg, world, student, position.step)
 
@@ -314,6 +315,19 @@ def _say_balance(
             "%s has %.3g times ArcFace's gradient on the adapters in the first steps: it decides "
             "alone what they learn; lower --lambda-%s", found[0], found[1], found[0].lower(),
         )  # fmt: skip
+
+
+def _announce(
+    cfg: Config, counts: dict[str, int], student: FaceStudent, criterion: Distillation, kind: str
+) -> None:
+    """Log what is trained on what."""
+    from face_distill.distill import model
+
+    log.info("%d images of %d identities, %d held out", *counts.values())
+    log.info(
+        "%s | attention transfer %s on %s maps, RKD over %s pairs",
+        model.summary(student), criterion.at_mode, kind, cfg.rkd_norm,
+    )  # fmt: skip
 
 
 # --- the data, the epochs, the end ----------------------------------------------------------------

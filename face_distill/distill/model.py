@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint as recomputed
 
 from face_distill.distill.images import Preprocess
 from face_distill.distill.losses import ArcFaceHead
@@ -155,6 +156,7 @@ class FaceStudent(nn.Module):
         bottleneck: int | None = None,
         image_size: int | None = None,
         checkpointing: bool = False,
+        micro_batch: int | None = None,
     ) -> None:
         """Put the adapters in.
 
@@ -164,12 +166,15 @@ class FaceStudent(nn.Module):
             embedding (other tokens, another model input; 112 costs a quarter of 224).
         checkpointing: recompute each layer in the backward pass instead of storing it: about a
             third more time for a fraction of the memory, the same gradients.
+        micro_batch: images that are computed at a time. Only a piece's output is kept, the loss
+            sees the whole batch, and the backward pass computes the piece again (cached
+            gradients): the memory of a piece, the gradients of the whole.
         Raises UserError for an image size that the tower's patches do not divide.
         """
         super().__init__()
         self.embedding_dim = int(tower.config.hidden_size)
         self.image_size = _checked_size(image_size, tower.config)
-        self.checkpointing = checkpointing
+        self.checkpointing, self.micro_batch = checkpointing, micro_batch
         self.vit = tower.requires_grad_(False)
         self.head = head
         width = bottleneck or self.embedding_dim // BOTTLENECK_DIVISOR
@@ -196,13 +201,23 @@ class FaceStudent(nn.Module):
                 f"images must be (B, 3, {self.image_size}, {self.image_size}), got "
                 f"{tuple(images.shape)}: resize them, or build the student with their image_size"
             )
-        interpolate = self.image_size != self.vit.config.image_size
-        output = self.vit(images, interpolate_pos_encoding=interpolate).last_hidden_state
+        *before, last = images.split(self.micro_batch or len(images))
+        outputs = [
+            recomputed(self._tokens, piece, use_reentrant=False, preserve_rng_state=False)
+            for piece in before
+        ]
+        # The last piece comes first in the backward pass: what it keeps is gone before the others.
+        output = torch.cat([*outputs, self._tokens(last)])
         embeddings, tokens = output[:, 0], output[:, 1:]
         if labels is None:
             return embeddings, tokens
         assert self.head is not None
         return embeddings, tokens, self.head(embeddings, labels)
+
+    def _tokens(self, images: Tensor) -> Tensor:
+        """Class token and patch tokens after the last norm, (B, 1 + L, D)."""
+        interpolate = self.image_size != self.vit.config.image_size
+        return self.vit(images, interpolate_pos_encoding=interpolate).last_hidden_state
 
     def train(self, mode: bool = True) -> FaceStudent:
         """Set training mode for the head; the frozen tower stays in eval mode, without dropout."""
@@ -241,14 +256,18 @@ def build_student(
     margin: float,
     image_size: int | None = None,
     checkpointing: bool = False,
+    micro_batch: int | None = None,
 ) -> FaceStudent:
     """A student with its ArcFace head around `tower`, ready to train.
 
-    layers: as for `adapter_layers`.
+    layers: as for `adapter_layers`; the rest as for FaceStudent.
     """
     chosen = adapter_layers(len(tower.encoder.layers), layers)
     head = ArcFaceHead(tower.config.hidden_size, num_classes, scale, margin)
-    return FaceStudent(tower, chosen, head, image_size=image_size, checkpointing=checkpointing)
+    return FaceStudent(
+        tower, chosen, head,
+        image_size=image_size, checkpointing=checkpointing, micro_batch=micro_batch,
+    )  # fmt: skip
 
 
 def adapters(student: FaceStudent) -> list[Tensor]:

@@ -91,6 +91,19 @@ def test_the_first_epoch_trains_arcface_alone_and_later_ones_the_weighted_sum(fl
         assert row["Loss/Total"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_step_in_pieces_is_the_step_of_the_whole_batch(flags, tmp_path):
+    run_dir = tmp_path / "checkpoints"
+    assert run_here(train_distill.main, [*flags, "--epochs", 2]).code == 0
+    whole = list(read_json_lines(run_dir / "metrics.jsonl"))
+    pieces = [*flags, "--epochs", 2, "--run-dir", tmp_path / "pieces", "--micro-batch", 1]
+    assert run_here(train_distill.main, pieces).code == 0
+    found = list(read_json_lines(tmp_path / "pieces" / "metrics.jsonl"))
+    assert len(found) == len(whole)
+    for ours, theirs in zip(found, whole, strict=True):
+        for tag in ("Loss/Total", "Loss/RKD", "epoch/loss"):
+            assert ours.get(tag, 0) == pytest.approx(theirs.get(tag, 0), rel=1e-4)
+
+
 def test_early_stopping_counts_from_the_loss_with_all_its_terms(flags, tmp_path):
     """With a learning rate that moves nothing, only the fixed order of sums could improve."""
     still = [*flags, "--lr", 1e-30, "--patience", 2, "--warmup-epochs", 3, "--epochs", 50]

@@ -67,7 +67,9 @@ def faces(tmp_path_factory) -> faces_demo.DemoPaths:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--gradient-checkpointing"], ["--amp", "bf16"]])
+@pytest.mark.parametrize(
+    "more", [[], ["--gradient-checkpointing"], ["--amp", "bf16"], ["--micro-batch", 4]]
+)
 def test_face_distill_is_estimated_within_15_percent(faces, tmp_path, more):
     flags = [
         "--blip-path", faces.weights, "--data-root", faces.data_root, "--workers", 0,
@@ -277,6 +279,8 @@ def test_after_an_out_of_memory_error_the_run_says_what_helps(faces, tmp_path, m
     ended = run_here(train_distill.main, [*words, "--run-dir", tmp_path / "run"])
     assert ended.code == 1
     assert "face_distill: 512 images a process" in ended.text
+    advice = ended.text[ended.text.index("what helps most") :]
+    assert advice.index("--micro-batch 128") < advice.index("--batch-size 256")
     assert re.search(r"what helps most: --\S+ \S* ?\(saves ", ended.text)
     assert "OutOfMemoryError" in ended.last_line
 

@@ -27,7 +27,8 @@ Batch = dict[str, Tensor]
 
 def test_two_processes_give_the_gradients_of_one(report: dict[str, float]) -> None:
     exact = {name: error for name, error in report.items() if not name.startswith("local")}
-    assert exact.keys() == {"kl_energy", "zagoruyko", "checkpointing", "all gathered"}
+    names = {"kl_energy", "zagoruyko", "checkpointing", "all gathered", "pieces", "uneven pieces"}
+    assert exact.keys() == names
     assert max(exact.values()) < 1e-10, exact
 
 
@@ -56,7 +57,20 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     return json.loads((directory / "report.json").read_text())
 
 
-def make_student(checkpointing: bool = False) -> FaceStudent:
+@pytest.mark.parametrize("micro_batch", [1, 3, 8])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_batch_in_pieces_gives_the_gradients_of_the_whole(
+    micro_batch: int, checkpointing: bool
+) -> None:
+    batch, one = make_batch(), make_student()
+    pieces = make_student(checkpointing=checkpointing, micro_batch=micro_batch)
+    losses = [whole_loss(student, student, batch, World()) for student in (one, pieces)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=1e-12)
+    expected, found = (gradient(s, loss) for s, loss in zip((one, pieces), losses, strict=True))
+    assert ((found - expected).norm() / expected.norm()).item() < 1e-10
+
+
+def make_student(**options: Any) -> FaceStudent:
     from transformers import Blip2VisionConfig, Blip2VisionModel
 
     torch.manual_seed(0)
@@ -72,7 +86,7 @@ def make_student(checkpointing: bool = False) -> FaceStudent:
         Blip2VisionModel(config),
         adapter_layers(3, "spread:2"),
         ArcFaceHead(WIDTH, CLASSES),
-        checkpointing=checkpointing,
+        **options,
     )
     for name, parameter in student.named_parameters():
         if "up_proj" in name:
@@ -125,14 +139,17 @@ def gradient(model: nn.Module, loss: Tensor) -> Tensor:
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def relative_error(rank: int, checkpointing: bool = False, **options: Any) -> float:
-    """How far the two processes' gradient is from that of one process with the whole batch."""
+def relative_error(rank: int, how: dict[str, Any] | None = None, **options: Any) -> float:
+    """How far the two processes' gradient is from that of one process with the whole batch.
+
+    how: options of the two processes' student.
+    """
     batch = make_batch()
     one = make_student()
     mode = options.get("mode", "kl_energy")
     expected = gradient(one, whole_loss(one, one, batch, World(), mode))
     share = slice(rank * BATCH // WORLD, (rank + 1) * BATCH // WORLD)
-    student = make_student(checkpointing)
+    student = make_student(**how or {})
     model = nn.parallel.DistributedDataParallel(student)
     world = World(rank=rank, local_rank=rank, size=WORLD)
     local = {name: tensor[share] for name, tensor in batch.items()}
@@ -147,7 +164,9 @@ def main(rank: int, store: str, report: str) -> None:
     errors = {
         "kl_energy": relative_error(rank),
         "zagoruyko": relative_error(rank, mode="zagoruyko"),
-        "checkpointing": relative_error(rank, checkpointing=True),
+        "checkpointing": relative_error(rank, {"checkpointing": True}),
+        "pieces": relative_error(rank, {"micro_batch": 1}),
+        "uneven pieces": relative_error(rank, {"micro_batch": 3}, mode="zagoruyko"),
         "all gathered": relative_error(rank, gather_tokens=True),
         "local relations": relative_error(rank, gather_relations=False),
     }
