@@ -14,8 +14,10 @@ import hashlib
 import itertools
 import logging
 import math
+import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +38,12 @@ from face_distill.distill.images import (
     open_source,
 )
 from shared.errors import UserError, did_you_mean
+from shared.images import Skipped
 
 SELECTIONS = ("first_n", "per_id")
+MOST_DAMAGED = 0.05  # share of the images that may be left out
 _BYTES_PER_IMAGE = 3 * SIZE * SIZE
+_AT_A_TIME = 256  # images read before they are decoded
 
 log = logging.getLogger(__name__)
 
@@ -52,10 +57,13 @@ class FaceDataset(Dataset[tuple[Tensor, int, int]]):
     limit: number of images; None takes all there are.
     cache: decode every image once, here, into memory that loader workers share; left off with a
         message where it would take more than half of the free memory.
+    Damaged images and records keep their row, as a black picture; `find_damaged` names them, and
+    `split` leaves them out.
     Labels count identities in the order in which they appear. Images of another size are resized
     to 112 x 112 (bicubic, antialias, the sides independently); greyscale becomes RGB.
-    Attributes: `labels` and `keys` (int64, one an image), `num_classes`, `is_cached`.
-    Raises UserError for a bad selection, files that are damaged, and images that are corrupt.
+    Attributes: `labels` and `keys` (int64, one an image), `num_classes`, `is_cached`, `damaged`
+    (row → name and reason).
+    Raises UserError for a bad selection, a damaged index, and more than 5 % damaged images.
     """
 
     def __init__(
@@ -79,8 +87,12 @@ class FaceDataset(Dataset[tuple[Tensor, int, int]]):
         self.num_classes = int(self.labels.max()) + 1
         self._source = source.keep(self.keys)
         self._cache: Tensor | None = None
+        self.damaged: dict[int, str] = {}
+        self._is_checked = False
         if cache and _fits(len(self.keys) * _BYTES_PER_IMAGE):
-            self._cache = self._decode_all()
+            size = (len(self), 3, SIZE, SIZE)
+            self._cache = torch.zeros(size, dtype=torch.uint8).share_memory_()
+            self.find_damaged()
 
     @property
     def is_cached(self) -> bool:
@@ -118,21 +130,52 @@ class FaceDataset(Dataset[tuple[Tensor, int, int]]):
         digest.update(self.labels.astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def _decode(self, index: int) -> Tensor:
-        key = int(self.keys[index])
-        try:
-            return decode(self._source.read(key))
-        except ValueError as error:
-            raise UserError(
-                f"{self._source.where(key)}: the image is corrupt ({error}); fetch the data set "
-                "again or leave this image out"
-            ) from None
+    def find_damaged(self) -> None:
+        """Decode every image once, unless that is done: fills `damaged`, and the cache if any.
 
-    def _decode_all(self) -> Tensor:
-        images = torch.empty((len(self), 3, SIZE, SIZE), dtype=torch.uint8).share_memory_()
-        for index in range(len(self)):
-            images[index] = self._decode(index)
-        return images
+        Raises UserError when more than MOST_DAMAGED of the images are damaged.
+        """
+        if self._is_checked:
+            return
+        left_out = Skipped()
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for start in range(0, len(self), _AT_A_TIME):
+                rows = range(start, min(start + _AT_A_TIME, len(self)))
+                contents = [self._read(row) for row in rows]
+                for row, image in zip(rows, pool.map(_decoded, contents), strict=True):
+                    if isinstance(image, str):
+                        self.damaged[row] = f"{self._source.where(int(self.keys[row]))}: {image}"
+                        left_out.add(self._source.where(int(self.keys[row])), image)
+                    elif self._cache is not None:
+                        self._cache[row] = image
+        self._is_checked = True
+        left_out.refuse_above(MOST_DAMAGED, len(self))
+
+    def _read(self, index: int) -> bytes | str:
+        """The encoded image, or why there is none."""
+        try:
+            return self._source.read(int(self.keys[index]))
+        except UserError as error:
+            return str(error)
+
+    def _decode(self, index: int) -> Tensor:
+        if index in self.damaged:
+            return torch.zeros((3, SIZE, SIZE), dtype=torch.uint8)
+        image = _decoded(self._read(index))
+        if isinstance(image, str):
+            where = self._source.where(int(self.keys[index]))
+            raise UserError(f"{where}: {image}; fetch the data set again or leave this image out")
+        return image
+
+
+def _decoded(content: bytes | str) -> Tensor | str:
+    """The image of these bytes, or why there is none; a reason stays one."""
+    if isinstance(content, str):
+        return content
+    try:
+        return decode(content)
+    except ValueError as error:
+        return f"the image is corrupt ({error})"
 
 
 def split(
@@ -140,17 +183,20 @@ def split(
 ) -> tuple[Subset[Any], Subset[Any]]:
     """The training images and the held-out ones, a share of `fraction` drawn by `seed`.
 
-    Raises UserError for a share of fewer than `smallest` images.
+    Damaged images are in neither. Raises UserError for a share of fewer than `smallest` images.
     """
-    count = round(len(faces) * fraction)
+    faces.find_damaged()
+    whole = [row for row in range(len(faces)) if row not in faces.damaged]
+    count = round(len(whole) * fraction)
     if fraction and count < smallest:
-        near = math.ceil(1e4 * smallest / len(faces)) / 1e4
+        near = math.ceil(1e4 * smallest / len(whole)) / 1e4
         raise UserError(
-            f"--val-fraction {fraction} holds out {count} of {len(faces)} images, {smallest} are "
+            f"--val-fraction {fraction} holds out {count} of {len(whole)} images, {smallest} are "
             f"needed (2 a process: losses compare pairs); use {near:g} or more, or 0"
         )
-    order = torch.randperm(len(faces), generator=torch.Generator().manual_seed(seed)).tolist()
-    return Subset(faces, sorted(order[count:])), Subset(faces, sorted(order[:count]))
+    order = torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed)).tolist()
+    drawn = [whole[place] for place in order]
+    return Subset(faces, sorted(drawn[count:])), Subset(faces, sorted(drawn[:count]))
 
 
 def _check_numbers(selection: str, limit: int | None, per_id: int) -> None:

@@ -110,6 +110,7 @@ def extract(cfg: Config) -> int:
 
     world = distributed.setup(cfg.tool.device)
     faces = FaceDataset(cfg.data_root, cfg.selection, cfg.limit or None, cfg.per_id, cache=False)
+    faces.find_damaged()  # their rows are those of a black picture, and training leaves them out
     teacher = open_teacher(cfg.weights_source, cfg.arch, cfg.image_size).to(world.device)
     handle = lock.take(cfg.out, "--out") if world.is_main else None
     store = UnfinishedFeatures(cfg.out, describe(cfg, world, teacher, faces))

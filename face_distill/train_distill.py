@@ -39,6 +39,7 @@ if TYPE_CHECKING:  # torch comes after the input is checked
     from face_distill.distill.losses import Balance, Distillation
     from face_distill.distill.model import FaceStudent
     from face_distill.distill.teacher import TeacherFeatures
+    from face_distill.FaceDataset import FaceDataset
     from shared.distributed import World
     from shared.early_stopping import EarlyStopping
     from shared.metrics import Mean
@@ -197,11 +198,10 @@ def train(cfg: Config) -> int:
         steps = steps_per_epoch(len(train_set), per_process, world.size)
 
         # the student: a frozen tower with adapters, and the ArcFace head
-        num_classes = _num_classes(cfg, faces.num_classes)
         student = model.build_student(
-            model.load_tower(cfg.blip_path), cfg.adapter_layers, num_classes, scale=cfg.arc_scale,
-            margin=cfg.arc_margin, image_size=cfg.image_size, micro_batch=cfg.micro_batch,
-            checkpointing=cfg.gradient_checkpointing,
+            model.load_tower(cfg.blip_path), cfg.adapter_layers, _num_classes(cfg, faces),
+            scale=cfg.arc_scale, margin=cfg.arc_margin, image_size=cfg.image_size,
+            micro_batch=cfg.micro_batch, checkpointing=cfg.gradient_checkpointing,
         ).to(world.device)  # fmt: skip
         net = distributed.wrap(student, world)
         preprocess = Preprocess(student.image_size).to(world.device)
@@ -218,8 +218,8 @@ def train(cfg: Config) -> int:
         parts = {"optimizer": optimizer, "schedule": schedule, "amp": amp, "stopping": stopping,
                  "student": model.Trainable(student), "mean_loss": mean_loss}  # fmt: skip
         counts = {"training images": len(train_set), "identities": faces.num_classes,
-                  "held-out images": len(val_set)}  # fmt: skip
-        _announce(cfg, counts, student, criterion, teacher.kind)
+                  "held-out images": len(val_set), "damaged": len(faces.damaged)}  # fmt: skip
+        _announce(counts, student, criterion, teacher.kind)
         position = run.restore(parts, Plan(cfg.epochs * steps, cfg.batch_size, data=counts))
         before = _verified_before(cfg, world, student, position.step)
 
@@ -318,15 +318,15 @@ def _say_balance(
 
 
 def _announce(
-    cfg: Config, counts: dict[str, int], student: FaceStudent, criterion: Distillation, kind: str
+    counts: dict[str, int], student: FaceStudent, criterion: Distillation, kind: str
 ) -> None:
     """Log what is trained on what."""
     from face_distill.distill import model
 
-    log.info("%d images of %d identities, %d held out", *counts.values())
+    log.info("%d images of %d identities, %d held out, %d damaged left out", *counts.values())
     log.info(
         "%s | attention transfer %s on %s maps, RKD over %s pairs",
-        model.summary(student), criterion.at_mode, kind, cfg.rkd_norm,
+        model.summary(student), criterion.at_mode, kind, criterion.rkd_norm,
     )  # fmt: skip
 
 
@@ -343,8 +343,9 @@ def _on_device(
         yield faces, labels.to(world.device), (embeddings, maps, teacher.kind)
 
 
-def _num_classes(cfg: Config, found: int) -> int:
-    """Classes of the head. Raises UserError when they are fewer than the `found` identities."""
+def _num_classes(cfg: Config, faces: FaceDataset) -> int:
+    """Classes of the head. Raises UserError when they are fewer than the identities found."""
+    found = faces.num_classes
     wanted = found if cfg.num_classes == "auto" else int(cfg.num_classes)
     if wanted < found:
         raise UserError(

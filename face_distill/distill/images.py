@@ -68,14 +68,18 @@ class RecordSource:
         """The identity of each image, int64 (len(keys),), in the files' own numbering.
 
         From the identity records when they are fewer than the images asked for, else from each
-        image's own label. Raises RecordError for a label that is no whole number.
+        image's own label; a record that cannot be read counts as the one before, it is left out
+        later. Raises RecordError for a label that is no whole number.
         """
         if 0 < len(self._identity_keys) < len(keys) and self._ranges_are_exact():
             ranges = np.array([self._range(int(key)) for key in self._identity_keys])
             position = np.searchsorted(ranges[:, 0], keys, side="right") - 1
             if (position >= 0).all() and (keys < ranges[position, 1]).all():
                 return position.astype(np.int64)
-        return np.array([self._own_label(int(key)) for key in keys], np.int64)
+        labels: list[int] = []
+        for key in keys.tolist():
+            labels.append(self._own_label(key, labels[-1] if labels else 0))
+        return np.array(labels, np.int64)
 
     def identities(self) -> Iterator[np.ndarray]:
         """The image keys of each identity, int64 (n,), in the order of the file."""
@@ -145,8 +149,11 @@ class RecordSource:
             )
         return int(labels[0]), int(labels[1])
 
-    def _own_label(self, key: int) -> int:
-        label = float(np.asarray(self._reader.label_of(key)).flat[0])
+    def _own_label(self, key: int, unreadable: int = -1) -> int:
+        try:
+            label = float(np.asarray(self._reader.label_of(key)).flat[0])
+        except RecordError:
+            return unreadable
         if not label.is_integer() or label < 0:
             raise RecordError(
                 f"{self._reader.where(key)}: the label is {label}, expected a whole number from 0"

@@ -42,7 +42,7 @@ class Distillation:
         self, weights: dict[str, float], at_mode: str, rkd_norm: str, angle_weight: float
     ) -> None:
         self.weights, self.at_mode = weights, at_mode
-        self._rkd_norm, self._angle_weight = rkd_norm, angle_weight
+        self.rkd_norm, self._angle_weight = rkd_norm, angle_weight
 
     def terms(
         self,
@@ -62,7 +62,7 @@ class Distillation:
         teacher_embeddings, maps, kind = wanted
         everyone = gather_with_grad(embeddings, world or World())
         teachers = gather_with_grad(teacher_embeddings, world or World())
-        relations = rkd_distance(everyone, teachers, self._rkd_norm)
+        relations = rkd_distance(everyone, teachers, self.rkd_norm)
         if self._angle_weight:
             relations = relations + self._angle_weight * rkd_angle(everyone, teachers)
         attention = attention_transfer(tokens, maps, self.at_mode, kind)

@@ -211,7 +211,8 @@ def test_a_png_that_ends_torchvisions_decoder_is_refused_by_name(teacher, tmp_pa
     path.write_bytes(whole[:200] + bytes(50) + whole[250:])
     outcome = run(ROOT / "face_distill" / "extract_teacher.py", *extract(folder, teacher))
     assert outcome.code == 2, outcome.text
-    assert f"{path} (key 0): the image is corrupt" in outcome.text
+    assert f"left out: {path} (key 0) (the image is corrupt" in outcome.text
+    assert "1 of 6 pictures cannot be used" in outcome.text
 
 
 # --- settings and files of a run ------------------------------------------------------------------

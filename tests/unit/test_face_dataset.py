@@ -15,7 +15,7 @@ from face_distill.demo_data.records import pack, write_records
 from face_distill.distill import images as face_sources
 from face_distill.distill import verification
 from face_distill.distill.recordio import RecordReader
-from face_distill.FaceDataset import FaceDataset
+from face_distill.FaceDataset import FaceDataset, split
 from shared.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -149,16 +149,46 @@ def test_odd_pictures_become_rgb_of_112_pixels(tmp_path):
     assert (images[1].int() - truth.int()).abs().max() <= 1
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"no image at all", picture(0, form="JPEG")[:900], picture(0)[:900]]
-)
-def test_a_corrupt_image_names_record_and_file(tmp_path, content):
-    root = faces_emore(tmp_path, header=False, labels=[0, 0], contents=[picture(1), content])
-    with pytest.raises(UserError, match=r"train\.rec key 2 at byte \d+: the image is corrupt"):
+DAMAGED = [b"", b"no image at all", picture(0, form="JPEG")[:900], picture(0)[:900]]
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_damaged_image_is_named_and_left_out_and_keeps_its_row(tmp_path, caplog, content, cache):
+    contents = [picture(number) for number in range(30)]
+    whole = FaceDataset(faces_emore(tmp_path / "a", header=False, labels=[0] * 30,
+                                    contents=contents))  # fmt: skip
+    contents[2] = content
+    root = faces_emore(tmp_path / "b", header=False, labels=[0] * 30, contents=contents)
+    faces = FaceDataset(root, cache=cache)
+    train, held_out = split(faces, 0.2, seed=0)
+    assert (len(train), len(held_out)) == (23, 6)
+    rows = sorted(row for _, _, row in [*train, *held_out])
+    assert rows == [0, 1, *range(3, 30)]
+    assert torch.equal(faces[3][0], whole[3][0]) and not faces[2][0].any()
+    assert list(faces.damaged) == [2]
+    assert caplog.text.count("train.rec key 3 at byte") == 1
+
+
+def test_a_record_whose_bytes_are_damaged_is_left_out_too(tmp_path):
+    root = faces_emore(tmp_path, header=False, labels=[0] * 20 + [1] * 10)
+    content = bytearray((root / "train.rec").read_bytes())
+    offset = RecordReader(root / "train.rec", root / "train.idx").offset_of(5)
+    content[offset : offset + 4] = bytes(4)  # no magic number
+    (root / "train.rec").write_bytes(content)
+    faces = FaceDataset(root)
+    assert list(faces.damaged) == [4] and "magic number" in faces.damaged[4]
+    assert faces.labels.tolist() == [0] * 20 + [1] * 10
+
+
+def test_more_than_a_twentieth_of_damaged_images_stop_the_run(tmp_path):
+    contents = [picture(1), *[picture(2)] * 17, b"broken", b"broken"]
+    root = faces_emore(tmp_path, header=False, labels=[0] * 20, contents=contents)
+    with pytest.raises(UserError, match=r"2 of 20 pictures .* 5% .* the first is .*key 19 at byte"):
         FaceDataset(root)
-    faces = FaceDataset(root, cache=False)
-    with pytest.raises(UserError, match="key 2"):
-        faces[1]
+    faces = FaceDataset(root, cache=False)  # one image of a script's own
+    with pytest.raises(UserError, match=r"key 20 .*the image is corrupt"):
+        faces[19]
 
 
 @pytest.mark.parametrize("label", [float("nan"), 1.5, -1.0])
