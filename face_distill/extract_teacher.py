@@ -27,6 +27,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
+if not Path(sys.path[0], "shared").is_dir():  # the directory was copied alone
+    sys.stderr.write("error: shared/ is missing beside face_distill/: copy the whole repository\n")
+    sys.exit(3)
 
 from shared.config import ProcessOptions, ToolOptions, option, parse
 from shared.errors import UserError

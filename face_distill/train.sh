@@ -7,6 +7,10 @@
 #   tail -F face_distill/logs/latest.log               follow the newest run (a demo's: face_distill/demo/runs/logs)
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 recipe=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd -P) || exit 1
+[ -d "$recipe/../shared" ] || {
+  echo "error: shared/ is missing beside face_distill/: copy the whole repository" >&2
+  exit 3
+}
 # shellcheck source=../shared/shell/common.sh
 source "$recipe/../shared/shell/common.sh"
 

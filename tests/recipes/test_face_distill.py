@@ -15,6 +15,7 @@ import torch
 from face_distill import train_distill
 from face_distill.demo_data import demo
 from face_distill.distill import model
+from face_distill.distill.recordio import RecordReader
 from shared.files import read_json, read_json_lines
 from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step
 
@@ -343,3 +344,27 @@ def test_config_json_holds_what_a_resume_needs(flags, tmp_path):
 
 def _not_code(_directory: str, names: list[str]) -> set[str]:
     return {name for name in names if not name.endswith(".py")}
+
+
+@pytest.mark.parametrize("words", [[sys.executable, "train_distill.py"], ["bash", "train.sh"]])
+def test_a_copy_of_the_directory_alone_says_once_what_is_missing(tmp_path, words):
+    shutil.copytree(ROOT / "face_distill", tmp_path / "face_distill",
+                    ignore=shutil.ignore_patterns("demo", "checkpoints", "logs"))  # fmt: skip
+    ended = subprocess.run(
+        words, cwd=tmp_path / "face_distill", capture_output=True, text=True, check=False
+    )
+    expected = "error: shared/ is missing beside face_distill/: copy the whole repository\n"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (3, "", expected)
+
+
+def test_a_damaged_picture_is_left_out_of_the_training(flags, faces, tmp_path):
+    data = Path(shutil.copytree(faces.data_root, tmp_path / "faces_emore"))
+    offset = RecordReader(data / "train.rec", data / "train.idx").offset_of(3)
+    content = bytearray((data / "train.rec").read_bytes())
+    content[offset + 32 : offset + 1032] = bytes(1000)  # of the picture, not of its label
+    (data / "train.rec").write_bytes(content)
+    outcome = run_here(train_distill.main, [*flags, "--data-root", data, "--epochs", 1])
+    assert outcome.code == 0, outcome.text
+    assert "19 images of 5 identities, 0 held out, 1 damaged left out" in outcome.text
+    assert f"left out: {data / 'train.rec'} key 3 at byte" in outcome.text
+    assert status_of(tmp_path / "checkpoints")["data"]["damaged"] == 1
