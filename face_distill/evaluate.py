@@ -5,8 +5,9 @@ python evaluate.py --data-root lfw.bin --limit 600       600 pairs of one set
 python evaluate.py --teacher backbone.pth                with the teacher beside it
 python evaluate.py --demo                                the student of ./train.sh --demo
 
-Sets are insightface's lfw.bin, cfp_fp.bin, agedb_30.bin, calfw.bin and cplfw.bin. Prints one table
-and writes verification.json, verification.html and roc_<set>.svg.
+Sets are insightface's lfw.bin, cfp_fp.bin, agedb_30.bin, calfw.bin and cplfw.bin, or a folder with
+LFW's pairs.txt and <name>/<name>_0001.jpg, aligned crops of 112 x 112 pixels as in training. Prints
+one table and writes verification.json, verification.html and roc_<set>.svg.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ class Config:
     checkpoint: Path = option(
         Path(CHECKPOINT), "trained student, exported adapter or run directory"
     )
-    data_root: Path = option(Path(DATA_ROOT), "directory of lfw.bin …, or one .bin file")
+    data_root: Path = option(
+        Path(DATA_ROOT), "directory of lfw.bin …, one .bin file, or LFW with pairs.txt"
+    )
     out: Path | None = option(None, "where results go; default: evaluation, beside the checkpoint")
     limit: Annotated[int, Range(FEWEST_PAIRS)] | None = option(
         None, "pairs of each set, spread over it; default: all"
@@ -137,11 +140,12 @@ def _set_files(data_root: Path) -> list[Path]:
     """The pair files that `data_root` means. Raises UserError when there are none."""
     if data_root.is_file():
         return [data_root]
-    files = [path for name in SETS if (path := data_root / f"{name}.bin").is_file()]
+    names = [*(f"{name}.bin" for name in SETS), "pairs.txt"]
+    files = [path for name in names if (path := data_root / name).is_file()]
     if not files:
         raise UserError(
             f"{data_root} holds no verification set: expected {' '.join(f'{s}.bin' for s in SETS)} "
-            "(faces_emore brings them), or type --data-root FILE.bin"
+            "(faces_emore brings them) or LFW's pairs.txt, or type --data-root FILE.bin"
         )
     return files
 

@@ -1,11 +1,13 @@
-"""Verification sets: pairs of faces in insightface's `.bin` form. N pairs.
+"""Verification sets: pairs of faces in insightface's `.bin` form, or LFW's folder. N pairs.
 
-A `.bin` file is a pickle, read without running its code.
+A `.bin` file is a pickle, read without running its code. LFW's folder has pairs.txt beside
+<name>/<name>_0001.jpg: a line `name 1 2` is a pair of one person, `name 1 other 3` of two.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 import pickle
 import pickletools
 from collections.abc import Sequence
@@ -18,9 +20,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from face_distill.distill.images import SIZE
 from shared.errors import UserError, one_line
-from shared.files import read_bytes
-from shared.images import decode_rgb, printable, size_of
+from shared.files import is_file, read_bytes, read_text
+from shared.images import SUFFIXES, decode_rgb, printable, size_of
+
+log = logging.getLogger(__name__)
 
 FOLDS = 10
 MAX_SIDE = 1024  # pixels; a small file can claim an image that takes gigabytes
@@ -63,7 +68,8 @@ def read_set(path: Path, limit: int | None = None) -> PairSet:
     except UserError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
     kept = Pairs(images, pairs.same[chosen])
-    return PairSet(printable(path.stem), path, kept, numbers, 2 * len(pairs.same))
+    name = path.parent.name if path.suffix == ".txt" else path.stem
+    return PairSet(printable(name), path, kept, numbers, 2 * len(pairs.same))
 
 
 def _spread(same: NDArray[np.bool_], limit: int) -> NDArray[np.int64]:
@@ -87,6 +93,12 @@ def _check_images(images: Sequence[bytes], numbers: NDArray[np.int64]) -> None:
         sizes.add((width, height))
         if len(sizes) > 1:
             raise UserError(f"image {number} has another size than those before: {sorted(sizes)}")
+    width, height = sizes.pop()
+    if (width, height) != (SIZE, SIZE):
+        log.warning(
+            "the pictures are %d x %d: aligned crops of %d x %d are expected, as in training; of "
+            "others the figures say little", width, height, SIZE, SIZE,
+        )  # fmt: skip
 
 
 def check_kinds(same: NDArray[Any]) -> None:
@@ -132,18 +144,58 @@ def _decoded(image: bytes, number: int) -> Tensor:
         raise UserError(f"image {number} of the pairs cannot be decoded: {error}") from None
 
 
-# --- the .bin form --------------------------------------------------------------------------------
-
-
 def read_pairs(path: Path) -> Pairs:
-    """The pairs of a verification set in insightface's `.bin` form (lfw.bin, cfp_fp.bin, …).
+    """The pairs in `path`: LFW's pairs.txt, or insightface's `.bin` form (lfw.bin, …).
 
-    The file is a pickle of (encoded images, same-person flags). It is read by an unpickler that
-    builds bytes, lists, numbers and arrays of bytes or bools, and refuses everything else before
-    any of it runs. Raises UserError when the file is missing, cut off, refused or of another form.
+    Raises UserError when a file is missing, cut off, refused or of another form.
     """
     if not path.is_file():
         raise UserError(f"{path} is missing: expected a verification set such as lfw.bin")
+    return _read_list(path) if path.suffix == ".txt" else _read_bin(path)
+
+
+# --- LFW's folder ---------------------------------------------------------------------------------
+
+
+def _read_list(path: Path) -> Pairs:
+    """The pairs of a pairs.txt, whose first line counts them, with the pictures beside it."""
+    images: list[bytes] = []
+    same: list[bool] = []
+    for number, line in enumerate(read_text(path, errors="replace").splitlines()[1:], 2):
+        fields = line.split("\t") if "\t" in line else line.split()
+        if len(fields) == 3:
+            fields.insert(2, fields[0])
+        if len(fields) != 4 or not (fields[1].isdecimal() and fields[3].isdecimal()):
+            raise UserError(
+                f"{path} line {number}: expected 'name number number' or 'name number name "
+                f"number', got {line[:60]!r}"
+            )
+        images += [_picture(path, number, *fields[i : i + 2]) for i in (0, 2)]
+        same.append(fields[0] == fields[2])
+    if not same:
+        raise UserError(f"{path} lists no pairs: expected LFW's pairs.txt")
+    return Pairs(images, np.array(same, dtype=bool))
+
+
+def _picture(path: Path, line: int, name: str, number: str) -> bytes:
+    """The encoded picture <name>/<name>_<number> beside pairs.txt."""
+    stem = path.parent / name / f"{name}_{int(number):04d}"
+    found = [file for suffix in sorted(SUFFIXES) if is_file(file := Path(f"{stem}{suffix}"))]
+    if not found:
+        raise UserError(f"{path} line {line}: {stem}.jpg is missing: unpack the whole of LFW there")
+    return read_bytes(found[0])
+
+
+# --- the .bin form --------------------------------------------------------------------------------
+
+
+def _read_bin(path: Path) -> Pairs:
+    """The pairs of a `.bin` file.
+
+    The file is a pickle of (encoded images, same-person flags). It is read by an unpickler that
+    builds bytes, lists, numbers and arrays of bytes or bools, and refuses everything else before
+    any of it runs.
+    """
     images, same = _unpickle(path)
     if len(images) != 2 * len(same) or not same:
         raise UserError(

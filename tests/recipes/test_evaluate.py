@@ -289,6 +289,62 @@ def test_several_sets_come_in_the_usual_order_and_a_teacher_may_know_some_alone(
     assert (tmp_path / "out" / "roc_agedb_30.svg").is_file()
 
 
+def as_folder(pair_file_: Path, root: Path, size: int = 112) -> Path:
+    """The pairs as LFW keeps them: a folder a person, and pairs.txt."""
+    jpegs, same = pair_file(pair_file_)
+    lines = ["10\t3"]
+    for number, is_same in enumerate(same):
+        names = [f"P_{2 * number}", f"P_{2 * number}" if is_same else f"Q_{2 * number}"]
+        for place, name in enumerate(names):
+            path = root / name / f"{name}_{place + 1:04d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpegs[2 * number + place])
+            if size != 112:
+                Image.open(path).resize((size, size)).save(path)
+        one, two = names
+        lines.append(f"{one}\t1\t2" if is_same else f"{one}\t1\t{two}\t2")
+    (root / "pairs.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_lfw_as_a_folder_gives_the_figures_of_its_bin_file(faces, flags, tmp_path):
+    folder = as_folder(faces.pairs, tmp_path / "my lfw")
+    for data, out in ((faces.pairs, "bin"), (folder, "folder")):
+        outcome = run_here(
+            evaluate.main, [*flags, "--data-root", data, "--out", tmp_path / out, "--limit", 20]
+        )
+        assert outcome.code == 0, outcome.text
+    bin_file, listed = (
+        read_json(tmp_path / out / "verification.json")["metrics"] for out in ("bin", "folder")
+    )
+    assert listed["my lfw"] == bin_file["lfw"]
+    assert "aligned crops" not in outcome.text
+
+
+def test_pictures_that_are_no_aligned_crops_are_said(faces, flags, tmp_path):
+    folder = as_folder(faces.pairs, tmp_path / "lfw", size=250)
+    outcome = run_here(
+        evaluate.main, [*flags, "--data-root", folder, "--out", tmp_path / "out", "--limit", 10]
+    )
+    assert outcome.code == 0, outcome.text
+    assert "250 x 250: aligned crops of 112 x 112 are expected" in outcome.text
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("A_B 1", "pairs.txt line 5: expected 'name number number'"),
+        ("A_B one two", "pairs.txt line 5: expected 'name number number'"),
+        ("A_B 1 2", "A_B_0001.jpg is missing: unpack the whole of LFW"),
+    ],
+)
+def test_a_wrong_line_of_the_pairs_is_named(faces, flags, tmp_path, line, message):
+    folder = as_folder(faces.pairs, tmp_path / "lfw")
+    lines = (folder / "pairs.txt").read_text().splitlines()
+    (folder / "pairs.txt").write_text("\n".join([*lines[:4], line, *lines[4:]]))
+    refused([*flags, "--data-root", folder], message)
+
+
 def test_the_demo_takes_the_demos_student_pairs_and_teacher(faces, monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "PROJECT_ROOT", str(faces.root.parent))
     outcome = run_here(evaluate.main, ["--demo", "--out", tmp_path, "--device", "cpu"])
