@@ -158,7 +158,8 @@ def _evaluate(cfg: Config, files: list[Path]) -> int:
 
     assert cfg.blip_path and cfg.out
     # What can be refused comes first, the long work of the student's tower last.
-    sets = [pairs.read_set(path, cfg.limit) for path in files]
+    is_demos = cfg.tool.demo and "data_root" not in cfg.tool.typed
+    sets = [pairs.read_set(f, cfg.limit, "drawn pairs" if is_demos else "") for f in files]
     model.adapter_shape(model.read_trained(cfg.checkpoint), cfg.checkpoint)
     device = resolve(cfg.tool.device, 0, os.environ)
     results = _compare(cfg, sets, device)

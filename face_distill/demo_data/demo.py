@@ -6,10 +6,9 @@
     <root>/data/teacher_pairs          lfw.npy: the teacher's embeddings of lfw.bin's pictures
     <root>/weights/blip2_weights       a tiny BLIP-2 as a sharded checkpoint
 
-Faces are procedural (demo_faces.py). The people of lfw.bin are not among those of train.rec, and no
-person of one of its ten folds is in another. The teacher's embedding is a linear image of what the
-faces were drawn from, with a little variation between pictures; its map says where the drawn face
-shows who it is. Generator and seed stay as they are: training is tuned to the data, never the
+Faces are procedural (faces.py). The people of lfw.bin are not among those of train.rec, and no
+person of one of its ten folds is in another. The teacher (teacher.py) has learnt from other people,
+five times as many. Generator and seed stay as they are: training is tuned to the data, never the
 data to the training.
 """
 
@@ -26,16 +25,17 @@ from typing import Any
 import numpy as np
 
 from face_distill.demo_data import records
+from face_distill.demo_data import teacher as teachers
 from face_distill.demo_data.faces import NUM_LATENTS, SIZE, draw_face, draw_shot, look_of
+from face_distill.demo_data.teacher import FisherTeacher, thumbnail
 from face_distill.FaceDataset import FaceDataset
 from shared.build_once import build_once
 from shared.files import write_atomic, write_json, write_text
 
-VERSION = 1  # of what is drawn and written; another number rebuilds
-NUM_PEOPLE, PICTURES_EACH = 40, 20
+VERSION = 2  # of what is drawn and written; another number rebuilds
+NUM_PEOPLE, PICTURES_EACH = 100, 4
+TEACHER_PEOPLE = teachers.PEOPLE
 NUM_FOLDS, PEOPLE_A_FOLD, PICTURES_OF_STRANGER, PAIRS_A_FOLD = 10, 6, 10, 60
-EMBEDDING_DIM = 64
-MAP_SIDE = 7
 TOWER = {
     "hidden_size": 64,
     "intermediate_size": 256,
@@ -46,7 +46,7 @@ TOWER = {
     "initializer_range": 0.02,  # the library's default, 1e-10, makes every image the same
 }
 # One random stream each; a new one goes to the end, so that the others draw what they always did.
-_PEOPLE, _PICTURES, _STRANGERS, _PAIRS, _TEACHER, _TEACHER_PAIRS = range(6)
+_PEOPLE, _PICTURES, _STRANGERS, _PAIRS, _TEACHER = range(5)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class DemoPaths:
 
     @property
     def teacher_pairs(self) -> Path:
-        """The teacher's embeddings of the pictures of `pairs`, one row each, (2 P, 64) float32."""
+        """The teacher's embeddings of the pictures of `pairs`, one row each, (2 P, 24) float32."""
         return self.root / "data" / "teacher_pairs" / "lfw.npy"
 
     @property
@@ -98,10 +98,11 @@ def _build(paths: DemoPaths, seed: int) -> None:
     for directory in paths.parts:
         directory.mkdir(parents=True, exist_ok=True)
     latents = _stream(seed, _PEOPLE).standard_normal((NUM_PEOPLE, NUM_LATENTS))
-    maps = _write_training_set(paths.data_root, latents, seed)
-    strangers = _write_pairs(paths.pairs, seed)
-    _write_teacher(paths, latents, maps, seed)
-    _write_teacher_of_pairs(paths.teacher_pairs, strangers, seed)
+    faces = _write_training_set(paths.data_root, latents, seed)
+    pairs = _write_pairs(paths.pairs, seed)
+    teacher = FisherTeacher(_stream(seed, _TEACHER), TEACHER_PEOPLE)
+    _write_teacher(paths, teacher, faces, seed)
+    _save(paths.teacher_pairs, teacher.embeddings(pairs))
     write_tower(paths.weights, seed)
 
 
@@ -109,18 +110,13 @@ def _build(paths: DemoPaths, seed: int) -> None:
 
 
 def _write_training_set(directory: Path, latents: np.ndarray, seed: int) -> np.ndarray:
-    """Write train.rec, train.idx and property; returns the pictures' maps (N, 112, 112)."""
+    """Write train.rec, train.idx and property; returns the teacher's view of the pictures."""
     rng = _stream(seed, _PICTURES)
-    maps: list[np.ndarray] = []
-    images: list[bytes] = []
-    for person in latents:
-        for _ in range(PICTURES_EACH):
-            jpeg, identity = _picture(person, rng)
-            images.append(jpeg)
-            maps.append(identity)
+    drawn = [_picture(person, rng) for person in latents for _ in range(PICTURES_EACH)]
+    images = [jpeg for jpeg, _ in drawn]
     records.write_records(directory / "train.rec", directory / "train.idx", _records(images))
     write_text(directory / "property", f"{NUM_PEOPLE},{SIZE},{SIZE}\n")
-    return np.stack(maps)
+    return np.stack([view for _, view in drawn])
 
 
 def _records(images: list[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -137,42 +133,36 @@ def _records(images: list[bytes]) -> Iterator[tuple[int, bytes]]:
 
 
 def _picture(person: np.ndarray, rng: np.random.Generator) -> tuple[bytes, np.ndarray]:
-    """One JPEG of a person, and where it shows who it is."""
+    """One JPEG of a person, and the teacher's view of the picture."""
     from PIL import Image
 
-    pixels, identity = draw_face(look_of(person), draw_shot(rng))
+    pixels = draw_face(look_of(person), draw_shot(rng))
     encoded = io.BytesIO()
     Image.fromarray(pixels).save(encoded, "JPEG", quality=92)
-    return encoded.getvalue(), identity
+    return encoded.getvalue(), thumbnail(pixels)
 
 
 # --- pairs of unseen people -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Strangers:
-    """The people of lfw.bin, and whom each of its pictures shows."""
+def _write_pairs(path: Path, seed: int) -> np.ndarray:
+    """Write lfw.bin: a pickle of (2 P JPEG byte strings, P truth values), fold after fold.
 
-    latents: np.ndarray  # (people, 12)
-    shown: list[tuple[int, int]]  # (person, number among the person's pictures), 2 P of them
-
-
-def _write_pairs(path: Path, seed: int) -> _Strangers:
-    """Write lfw.bin: a pickle of (2 P JPEG byte strings, P truth values), fold after fold."""
+    Returns the teacher's view of the 2 P pictures.
+    """
     rng = _stream(seed, _STRANGERS)
     people = rng.standard_normal((NUM_FOLDS * PEOPLE_A_FOLD, NUM_LATENTS))
-    album = [[_picture(z, rng)[0] for _ in range(PICTURES_OF_STRANGER)] for z in people]
+    album = [[_picture(z, rng) for _ in range(PICTURES_OF_STRANGER)] for z in people]
     pair_rng = _stream(seed, _PAIRS)
-    shown: list[tuple[int, int]] = []
+    shown: list[tuple[bytes, np.ndarray]] = []
     same: list[bool] = []
     for first in range(0, len(people), PEOPLE_A_FOLD):
         for a, b in _fold(pair_rng):
-            shown += [(first + person, picture) for person, picture in (a, b)]
+            shown += [album[first + person][picture] for person, picture in (a, b)]
             same.append(a[0] == b[0])
-    jpegs = [album[person][picture] for person, picture in shown]
-    content = pickle.dumps((jpegs, same), protocol=4)
+    content = pickle.dumps(([jpeg for jpeg, _ in shown], same), protocol=4)
     write_atomic(path, lambda stream: (stream.write(content), None)[1])
-    return _Strangers(people, shown)
+    return np.stack([view for _, view in shown])
 
 
 def _fold(rng: np.random.Generator) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -192,17 +182,15 @@ def _fold(rng: np.random.Generator) -> list[tuple[tuple[int, int], tuple[int, in
 # --- the teacher ----------------------------------------------------------------------------------
 
 
-def _write_teacher(paths: DemoPaths, latents: np.ndarray, maps: np.ndarray, seed: int) -> None:
-    rng = _stream(seed, _TEACHER)
+def _write_teacher(paths: DemoPaths, teacher: FisherTeacher, views: np.ndarray, seed: int) -> None:
     people = np.repeat(np.arange(NUM_PEOPLE), PICTURES_EACH)
-    embedding = _embedded(latents[people], _mixing(rng), rng)
-    _save(paths.teacher / "teacher_embedding.npy", embedding)
-    _save(paths.teacher / "teacher_feat_map.npy", _probabilities(maps))
+    _save(paths.teacher / "teacher_embedding.npy", teacher.embeddings(views))
+    _save(paths.teacher / "teacher_feat_map.npy", teacher.maps(views))
     _save(paths.teacher / "teacher_labels.npy", people.astype(np.int64))
     faces = FaceDataset(paths.data_root, "first_n", len(people), cache=False)
     manifest = {
         "schema": 1,
-        "teacher": f"what the demo's faces were drawn from (seed {seed})",
+        "teacher": f"Fisher's analysis of {TEACHER_PEOPLE} other people (seed {seed})",
         "selection": "first_n",
         "selection_sha256": faces.selection_sha256(),
         "num_images": len(people),
@@ -210,35 +198,6 @@ def _write_teacher(paths: DemoPaths, latents: np.ndarray, maps: np.ndarray, seed
         "map": "probability",
     }
     write_json(paths.teacher / "manifest.json", manifest)
-
-
-def _write_teacher_of_pairs(path: Path, strangers: _Strangers, seed: int) -> None:
-    """Write what the same teacher says of lfw.bin's pictures; a picture shown twice has one row."""
-    people = np.repeat(np.arange(len(strangers.latents)), PICTURES_OF_STRANGER)
-    mixing = _mixing(_stream(seed, _TEACHER))
-    rows = _embedded(strangers.latents[people], mixing, _stream(seed, _TEACHER_PAIRS))
-    chosen = [person * PICTURES_OF_STRANGER + picture for person, picture in strangers.shown]
-    _save(path, rows[chosen])
-
-
-def _mixing(rng: np.random.Generator) -> np.ndarray:
-    """The teacher: a linear map that keeps distances, (64, 12), the first draw of its stream."""
-    return np.linalg.qr(rng.standard_normal((EMBEDDING_DIM, NUM_LATENTS)))[0]
-
-
-def _embedded(latents: np.ndarray, mixing: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Latents (N, 12) as the teacher's embeddings (N, 64) float32, each picture a little apart."""
-    embeddings = latents @ mixing.T
-    embeddings += 0.05 * rng.standard_normal(embeddings.shape)
-    return embeddings.astype(np.float32)
-
-
-def _probabilities(maps: np.ndarray) -> np.ndarray:
-    """Maps (N, 112, 112) as (N, 49) float32 whose rows sum to 1, in proportion to their energy."""
-    cell = SIZE // MAP_SIDE
-    cells = maps.reshape(-1, MAP_SIDE, cell, MAP_SIDE, cell).mean(axis=(2, 4), dtype=np.float64)
-    energy = cells.reshape(len(maps), -1) ** 2 + 1e-4
-    return (energy / energy.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _save(path: Path, array: np.ndarray) -> None:
@@ -325,4 +284,4 @@ def _smooth_positions() -> Any:
 
 
 def _stream(seed: int, part: int) -> np.random.Generator:
-    return np.random.default_rng([VERSION, seed, part])
+    return np.random.default_rng([1, seed, part])  # the pairs stay those of every version

@@ -100,19 +100,15 @@ def draw_shot(rng: np.random.Generator) -> Shot:
     )
 
 
-def draw_face(look: Look, shot: Shot) -> tuple[np.ndarray, np.ndarray]:
-    """The picture, uint8 (112, 112, 3) RGB, and where it shows identity, float (112, 112) from 0.
-
-    The second is the sum over the drawn parts of how much of a pixel a part covers, weighted by
-    how many of the latents shape that part.
-    """
+def draw_face(look: Look, shot: Shot) -> np.ndarray:
+    """The picture, uint8 (112, 112, 3) RGB."""
     canvas = _Canvas(shot)
     _draw_background(canvas, look, shot)
     _draw_head(canvas, look)
     for side in (-1.0, 1.0):
         _draw_eye(canvas, look, shot, side)
     _draw_nose_and_mouth(canvas, look, shot)
-    return canvas.develop(shot), canvas.identity
+    return canvas.develop(shot)
 
 
 class _Canvas:
@@ -126,12 +122,10 @@ class _Canvas:
         self.u, self.v = cos * x + sin * y, cos * y - sin * x
         # Colours as planes: with the colour last, numpy takes five times as long.
         self.rgb = np.zeros((3, SIZE, SIZE), np.float32)
-        self.identity = np.zeros((SIZE, SIZE), np.float32)
 
-    def paint(self, cover: np.ndarray, colour: Colour, weight: float = 0.0) -> None:
+    def paint(self, cover: np.ndarray, colour: Colour) -> None:
         """Lay a colour over the picture; `cover` (112, 112) in 0..1 hides what lay below."""
         self.rgb += cover * (_planes(colour) - self.rgb)
-        self.identity += cover * (np.float32(weight) - self.identity)
 
     def ellipse(
         self, centre: tuple[float, float], radii: tuple[float, float], tilt: float = 0.0
@@ -155,44 +149,44 @@ def _draw_background(canvas: _Canvas, look: Look, shot: Shot) -> None:
     height = (canvas.y + 1) / 2
     canvas.rgb[:] = _planes(shot.backdrop[0]) * (1 - height) + _planes(shot.backdrop[1]) * height
     canvas.paint(canvas.ellipse((0, 1.25), (0.85, 0.5)), shot.clothes)
-    canvas.paint(canvas.ellipse((0, 0.75), (0.22, 0.4)), look.skin * 0.85, 0.1)
+    canvas.paint(canvas.ellipse((0, 0.75), (0.22, 0.4)), look.skin * 0.85)
 
 
 def _draw_head(canvas: _Canvas, look: Look) -> None:
     volume, width = look.hair_volume, look.face_width
     long_hair = canvas.ellipse((0, -0.14 + volume), (width + volume, 0.62 + volume))
-    canvas.paint(long_hair, look.hair, 0.45)
+    canvas.paint(long_hair, look.hair)
     # A wider jaw: the lower half of the outline narrows less towards the chin.
     below = canvas.v.clip(0, 1)
     u = canvas.u / (width * (1 + look.jaw * below))
     face = _soft((1 - _norm(u, (canvas.v - 0.05) / 0.70)) * width)
-    canvas.paint(face, look.skin, 0.25)
+    canvas.paint(face, look.skin)
     fringe = long_hair * _soft(look.hairline + 0.25 * canvas.u**2 - canvas.v)
-    canvas.paint(fringe, look.hair, 0.6)
+    canvas.paint(fringe, look.hair)
 
 
 def _draw_eye(canvas: _Canvas, look: Look, shot: Shot, side: float) -> None:
     u, v, size = side * look.eye_distance + shot.yaw, -0.08, look.eye_size
-    canvas.paint(canvas.ellipse((u, v), (size * 1.35, size * 0.8)), np.array([0.93, 0.93, 0.9]), 1)
+    canvas.paint(canvas.ellipse((u, v), (size * 1.35, size * 0.8)), np.array([0.93, 0.93, 0.9]))
     iris = canvas.ellipse((u + 0.3 * shot.yaw, v), (size * 0.62, size * 0.62))
-    canvas.paint(iris, look.iris, 1)
-    canvas.paint(canvas.ellipse((u + 0.3 * shot.yaw, v), (size * 0.3, size * 0.3)), np.zeros(3), 1)
+    canvas.paint(iris, look.iris)
+    canvas.paint(canvas.ellipse((u + 0.3 * shot.yaw, v), (size * 0.3, size * 0.3)), np.zeros(3))
     brow = canvas.ellipse(
         (u, v - 0.10 - size), (0.13, look.brow_thickness), tilt=-side * look.brow_slope
     )
-    canvas.paint(brow, look.hair * 0.7, 0.8)
+    canvas.paint(brow, look.hair * 0.7)
 
 
 def _draw_nose_and_mouth(canvas: _Canvas, look: Look, shot: Shot) -> None:
     tip = look.nose_length
     bridge = canvas.ellipse((1.3 * shot.yaw, tip / 2 - 0.02), (0.03, tip / 2 + 0.04))
-    canvas.paint(0.5 * bridge, look.skin * 1.15, 0.7)
+    canvas.paint(0.5 * bridge, look.skin * 1.15)
     base = canvas.ellipse((1.3 * shot.yaw, tip), (look.nose_width, 0.035))
-    canvas.paint(0.8 * base, look.skin * 0.68, 0.7)
+    canvas.paint(0.8 * base, look.skin * 0.68)
     u = canvas.u - shot.yaw
     bend = 0.6 * shot.smile * (u**2 - 0.5 * look.mouth_width**2)
     inside = 1 - _norm(u / look.mouth_width, (canvas.v - 0.44 + bend) / 0.055)
-    canvas.paint(_soft(inside * 0.055), look.lips, 0.8)
+    canvas.paint(_soft(inside * 0.055), look.lips)
 
 
 def _planes(colour: Colour) -> np.ndarray:

@@ -50,8 +50,10 @@ class PairSet:
     num_images: int  # in the file
 
 
-def read_set(path: Path, limit: int | None = None) -> PairSet:
+def read_set(path: Path, limit: int | None = None, name: str = "") -> PairSet:
     """The pairs in `path`, or `limit` of them: of each kind its share, spread over the file.
+
+    name: of the set; the file's, or of LFW's folder, unless given.
 
     Every image is decoded once. Raises UserError for a file that `read_pairs` refuses,
     a broken image (by its number in the file), too few pairs for ten folds, and pairs of one kind
@@ -68,7 +70,7 @@ def read_set(path: Path, limit: int | None = None) -> PairSet:
     except UserError as error:
         raise UserError(f"{path}: {one_line(error)}") from error
     kept = Pairs(images, pairs.same[chosen])
-    name = path.parent.name if path.suffix == ".txt" else path.stem
+    name = name or (path.parent.name if path.suffix == ".txt" else path.stem)
     return PairSet(printable(name), path, kept, numbers, 2 * len(pairs.same))
 
 

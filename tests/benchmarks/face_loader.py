@@ -59,7 +59,7 @@ def write_faces(folder: Path, count: int) -> float:
     rng = np.random.default_rng(0)
     jpegs = []
     for _ in range(count):
-        face, _ = draw_face(look_of(rng.standard_normal(NUM_LATENTS)), draw_shot(rng))
+        face = draw_face(look_of(rng.standard_normal(NUM_LATENTS)), draw_shot(rng))
         stream = io.BytesIO()
         Image.fromarray(face).save(stream, "JPEG", quality=95)
         jpegs.append(stream.getvalue())

@@ -52,7 +52,7 @@ def vasevqa(root: Path) -> tuple[Any, list[object], Path]:
 
 
 def face_distill(root: Path) -> tuple[Any, list[object], Path]:
-    small = {"NUM_PEOPLE": 5, "PICTURES_EACH": 4, "PEOPLE_A_FOLD": 2}
+    small = {"NUM_PEOPLE": 5, "PICTURES_EACH": 4, "PEOPLE_A_FOLD": 2, "TEACHER_PEOPLE": 100}
     with mock.patch.multiple(faces, **small, PICTURES_OF_STRANGER=4, PAIRS_A_FOLD=4):
         paths = faces.build(root / "faces")
     flags = ["--data-root", paths.data_root, "--blip-path", paths.weights, "--epochs", 2]

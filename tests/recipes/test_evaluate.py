@@ -30,6 +30,7 @@ def faces(tmp_path_factory) -> demo.DemoPaths:
     """A demo of few faces, 60 pairs of strangers among them, and a student trained on nothing."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "NUM_PEOPLE", 2)
+        patch.setattr(demo, "TEACHER_PEOPLE", 100)
         patch.setattr(demo, "PICTURES_EACH", 2)
         patch.setattr(demo, "PEOPLE_A_FOLD", 2)
         patch.setattr(demo, "PICTURES_OF_STRANGER", 4)
@@ -351,7 +352,7 @@ def test_the_demo_takes_the_demos_student_pairs_and_teacher(faces, monkeypatch, 
     assert outcome.code == 0, outcome.text
     written = read_json(tmp_path / "verification.json")
     assert written["data"] == str(faces.pairs)
-    assert "teacher" in written["metrics"]["lfw"]
+    assert "teacher" in written["metrics"]["drawn pairs"]
 
 
 def test_the_demo_before_its_training_says_what_to_type(monkeypatch, tmp_path):

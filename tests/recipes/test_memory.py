@@ -59,6 +59,7 @@ def read(config: Any, flags: Flags) -> Any:
 def faces(tmp_path_factory) -> faces_demo.DemoPaths:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(faces_demo, "NUM_PEOPLE", 5)
+        patch.setattr(faces_demo, "TEACHER_PEOPLE", 100)
         patch.setattr(faces_demo, "PICTURES_EACH", 4)
         patch.setattr(faces_demo, "PEOPLE_A_FOLD", 2)
         patch.setattr(faces_demo, "PICTURES_OF_STRANGER", 4)

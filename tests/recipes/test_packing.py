@@ -27,6 +27,7 @@ def faces(tmp_path_factory) -> demo.DemoPaths:
     """Five people of four pictures each, a tiny tower, and 40 pairs of strangers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "NUM_PEOPLE", 5)
+        patch.setattr(demo, "TEACHER_PEOPLE", 100)
         patch.setattr(demo, "PICTURES_EACH", 4)
         patch.setattr(demo, "PEOPLE_A_FOLD", 2)
         patch.setattr(demo, "PICTURES_OF_STRANGER", 4)

@@ -16,6 +16,7 @@ from face_distill.demo_data import demo
 from face_distill.demo_data.faces import draw_face, draw_shot, look_of
 from face_distill.distill.recordio import RecordReader
 from face_distill.distill.teacher import TeacherFeatures
+from face_distill.distill.verification import ten_fold_accuracy
 from face_distill.FaceDataset import FaceDataset
 
 
@@ -28,6 +29,7 @@ def paths(tmp_path_factory):
 def small(monkeypatch):
     """Two people, so that a build takes a moment."""
     monkeypatch.setattr(demo, "NUM_PEOPLE", 2)
+    monkeypatch.setattr(demo, "TEACHER_PEOPLE", 30)
     monkeypatch.setattr(demo, "PICTURES_EACH", 2)
     monkeypatch.setattr(demo, "NUM_FOLDS", 1)
     monkeypatch.setattr(demo, "PICTURES_OF_STRANGER", 4)
@@ -49,38 +51,39 @@ def digests(paths):
 
 def test_records_are_those_of_faces_emore(paths):
     reader = RecordReader(paths.data_root / "train.rec", paths.data_root / "train.idx")
-    assert len(reader) == 1 + 800 + 40
-    assert np.asarray(reader.label_of(0)).tolist() == [801, 841]
-    assert np.asarray(reader.label_of(801 + 39)).tolist() == [781, 801]
-    assert (paths.data_root / "property").read_text() == "40,112,112\n"
-    record = reader.labelled(21)
-    assert (record.flag, record.labels, record.record_id) == (0, 1.0, 21)
+    assert len(reader) == 1 + 400 + 100
+    assert np.asarray(reader.label_of(0)).tolist() == [401, 501]
+    assert np.asarray(reader.label_of(401 + 99)).tolist() == [397, 401]
+    assert (paths.data_root / "property").read_text() == "100,112,112\n"
+    record = reader.labelled(5)
+    assert (record.flag, record.labels, record.record_id) == (0, 1.0, 5)
     assert Image.open(io.BytesIO(record.content)).size == (112, 112)
 
 
 def test_teacher_and_records_are_aligned(paths):
-    faces = FaceDataset(paths.data_root, "first_n", limit=800)
-    assert faces.num_classes == 40 and (np.bincount(faces.labels) == 20).all()
+    faces = FaceDataset(paths.data_root, "first_n", limit=400)
+    assert faces.num_classes == 100 and (np.bincount(faces.labels) == 4).all()
     teacher = TeacherFeatures(paths.teacher)
     teacher.check_alignment(faces)
     assert teacher.kind == "probability" and teacher.map_shape == (7, 7)
 
 
 def test_relations_between_people_outweigh_those_between_their_pictures(paths):
-    embeddings = TeacherFeatures(paths.teacher).rows(np.arange(800))[0].view(40, 20, -1)
+    embeddings = TeacherFeatures(paths.teacher).rows(np.arange(400))[0].view(100, 4, -1)
     centres = embeddings.mean(1)
     within = (embeddings - centres[:, None]).norm(dim=2).mean()
     between = torch.pdist(centres)
-    assert between.min() > 2 * within  # nobody is mistaken for another
-    assert between.max() > 2 * between.min()  # and some people are more alike than others
+    assert between.mean() > 4 * within
+    assert between.max() > 4 * between.min()  # some people are more alike than others
 
 
-def test_maps_point_at_the_face(paths):
-    maps = TeacherFeatures(paths.teacher).rows(np.arange(800))[1]
-    assert maps[:, 1:6, 1:6].sum((1, 2)).mean() > 0.8
-    assert maps.std(0).mean() > 0.002  # they follow the pose
+def test_maps_point_at_what_tells_people_apart(paths):
+    maps = TeacherFeatures(paths.teacher).rows(np.arange(400))[1]
+    assert maps[:, 1:6, 1:6].sum((1, 2)).mean() > 0.7  # of 0.51 of the places
+    assert maps[:, 3:5, (1, 5)].mean() > 2 / 49  # the sides of the face
+    assert maps.std(0).mean() > 0.002  # they follow the picture
     entropy = -(maps * maps.log()).sum((1, 2)).mean()
-    assert 1.5 < entropy < 3.4  # a map, neither a point nor uniform (3.89)
+    assert 1.5 < entropy < 3.6  # a map, neither a point nor uniform (3.89)
 
 
 def test_pairs_are_half_same_and_no_person_is_in_two_folds(paths):
@@ -97,28 +100,11 @@ def test_pairs_are_half_same_and_no_person_is_in_two_folds(paths):
 def test_the_teachers_rows_of_the_pairs_belong_to_their_pictures(paths):
     jpegs, same = pickle.loads(paths.pairs.read_bytes())
     rows = np.load(paths.teacher_pairs, allow_pickle=False)
-    assert rows.shape == (1200, 64) and rows.dtype == np.float32
+    assert rows.shape == (1200, 24) and rows.dtype == np.float32
     row_of = dict(zip(jpegs, rows, strict=True))
     assert all(np.array_equal(row_of[j], row) for j, row in zip(jpegs, rows, strict=True))
     assert len(np.unique(rows, axis=0)) == len(row_of) > 400
-    distances = np.linalg.norm(rows[0::2] - rows[1::2], axis=1)
-    same = np.array(same)
-    assert distances[same].max() < distances[~same].min()
-
-
-def test_the_teacher_of_the_pairs_is_the_teacher_of_the_training_set(paths):
-    training = TeacherFeatures(paths.teacher).rows(np.arange(800))[0].numpy()
-    seen = np.linalg.svd(training, full_matrices=False)[2][:12]  # what its 12 latents span
-    rows = np.load(paths.teacher_pairs)
-    outside = rows - rows @ seen.T @ seen
-    assert np.linalg.norm(outside) < 0.2 * np.linalg.norm(rows)  # sqrt(52 / 12) * 0.05 is 0.1
-
-
-def test_the_rows_of_the_pairs_change_no_other_file(tmp_path, small, monkeypatch):
-    with_rows = digests(demo.build(tmp_path / "with"))
-    monkeypatch.setattr(demo, "_write_teacher_of_pairs", lambda path, *_: path.write_bytes(b""))
-    without = digests(demo.build(tmp_path / "without"))
-    assert {name for name in with_rows if with_rows[name] != without[name]} == {"lfw.npy"}
+    assert ten_fold_accuracy(rows[0::2], rows[1::2], np.array(same)).mean > 0.97
 
 
 def test_every_stream_still_draws_what_training_was_tuned_to():
@@ -179,8 +165,8 @@ def test_a_face_keeps_its_parts_when_only_the_shot_changes():
     rng = np.random.default_rng(0)
     someone, other = rng.standard_normal((2, 12))
     shots = [draw_shot(rng) for _ in range(2)]
-    image, where = draw_face(look_of(someone), shots[0])
-    assert image.shape == (112, 112, 3) and image.dtype == np.uint8 and where.min() >= 0
-    assert np.array_equal(image, draw_face(look_of(someone), shots[0])[0])
-    assert not np.array_equal(image, draw_face(look_of(someone), shots[1])[0])
-    assert not np.array_equal(image, draw_face(look_of(other), shots[0])[0])
+    image = draw_face(look_of(someone), shots[0])
+    assert image.shape == (112, 112, 3) and image.dtype == np.uint8
+    assert np.array_equal(image, draw_face(look_of(someone), shots[0]))
+    assert not np.array_equal(image, draw_face(look_of(someone), shots[1]))
+    assert not np.array_equal(image, draw_face(look_of(other), shots[0]))
