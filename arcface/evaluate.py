@@ -9,6 +9,8 @@ Prints a table and writes retrieval.json, retrieval.txt and contact_sheet.html: 
 ten nearest pictures, right and wrong ones marked.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import sys
@@ -20,12 +22,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
-from shared.files import make_output
+from shared.files import make_output, read_object
 from shared.launch import launch_alone
 from shared.settings import Count, Seed
 
-if TYPE_CHECKING:
-    from arcface.run_settings import Settings
+if TYPE_CHECKING:  # torch comes after the input is checked
+    from arcface.inshop_retrieval.recipe import Recipe, Settings
 
 RECIPE = Path(__file__).resolve().parent
 CHECKPOINT = RECIPE / "work_dirs" / "resnet50-arcface_8xb32_inshop"
@@ -60,21 +62,17 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.tool.demo and "checkpoint" not in cfg.tool.typed:
         cfg = replace(cfg, checkpoint=DEMO_CHECKPOINT)
     checkpoint = _file(cfg)
-    settings = _settings(cfg, checkpoint)
+    settings, seed = _settings(cfg, checkpoint)
     out = cfg.out or checkpoint.parent / "evaluation"
-    from arcface.run_settings import check_data
-
-    remarks = check_data(settings)
-    for remark in settings.remarks:
+    remarks = _check_data(settings.recipe, seed)
+    # an evaluation makes those of the data when it opens the lists
+    for remark in [*settings.remarks, *(remarks if cfg.tool.dry_run else ())]:
         log.warning(remark)
     if cfg.tool.dry_run:
-        for remark in remarks:  # which an evaluation makes when it opens the lists
-            log.warning(remark)
-        data = settings.roots[settings.recipe.query.name]
-        sys.stdout.write(f"{checkpoint} on {data}; results go to {out}\n")
+        sys.stdout.write(f"{checkpoint} on {settings.recipe.query.root}; results go to {out}\n")
         return 0
     make_output(out)
-    return _evaluate(cfg, checkpoint, settings, out)
+    return _evaluate(cfg, checkpoint, settings.recipe, seed, out)
 
 
 def _file(cfg: Config) -> Path:
@@ -92,28 +90,66 @@ def _file(cfg: Config) -> Path:
     raise UserError(f"{given} is missing: {way}{'' if cfg.tool.demo else ' --checkpoint PATH'}")
 
 
-def _settings(cfg: Config, checkpoint: Path) -> "Settings":
-    from arcface import run_settings
+def _settings(cfg: Config, checkpoint: Path) -> tuple[Settings, int]:
+    """The settings, and the seed that a directory without a list was split by."""
+    from arcface.inshop_retrieval import recipe
+    from arcface.inshop_retrieval.config import find_config, read_config
 
-    overrides = run_settings.Overrides(cfg.cfg_options, cfg.data_root)
+    run = read_object(checkpoint.parent / "config.json").get("settings")
+    seed = run.get("seed") if isinstance(run, dict) else None
+    over = recipe.Overrides(cfg.cfg_options, cfg.data_root, seed=seed if type(seed) is int else 0)
     if cfg.config:
-        return run_settings.load(cfg.config, overrides, Path.cwd())
-    return run_settings.load_stored(checkpoint.parent, overrides, Path.cwd())
+        configuration = read_config(find_config(cfg.config, Path.cwd()))
+    else:
+        configuration = recipe.stored_configuration(checkpoint.parent)
+    return recipe.settle(configuration, over, Path.cwd()), over.seed
 
 
-def _evaluate(cfg: Config, checkpoint: Path, settings: "Settings", out: Path) -> int:
-    from arcface import evaluation_report, trained
+def _check_data(recipe: Recipe, seed: int) -> list[str]:
+    """A remark for each oddity of the lists. Raises UserError for what is wrong with them."""
+    from arcface.inshop_retrieval import inshop, pipeline
+
+    remarks: dict[str, None] = {}
+    for loader in (recipe.query, recipe.gallery):
+        partition = inshop.read(loader.root, loader.ann_file, seed)
+        partition.split(loader.split)
+        remarks |= dict.fromkeys(partition.remarks())
+        pipeline.build_pipeline(loader.pipeline, "val_dataloader.dataset.pipeline")
+    return list(remarks)
+
+
+def _evaluate(cfg: Config, checkpoint: Path, recipe: Recipe, seed: int, out: Path) -> int:
+    import torch
+
+    from arcface.inshop_retrieval import encoders, evaluation
     from shared import report
     from shared.device import resolve
+    from shared.distributed import World
+    from shared.precision import Amp
 
     device = resolve(cfg.tool.device, 0, os.environ)
-    result = trained.evaluate(
-        settings, checkpoint, device,
-        amp=cfg.tool.amp, batch_size=cfg.batch_size, limit=cfg.limit,
+    encoder = encoders.build_encoder(recipe.encoder, "random")
+    encoders.load_weights(encoder, None, checkpoint)
+    encoder.to(device).to(memory_format=torch.channels_last)
+    preprocess = encoders.Preprocess(recipe.mean, recipe.std).to(device)
+    query, gallery = (
+        replace(split, batch_size=cfg.batch_size or split.batch_size)
+        for split in (evaluation.open_split(part, seed) for part in (recipe.query, recipe.gallery))
+    )
+    total = len(query.dataset)
+    if cfg.limit and cfg.limit < total:
+        query = replace(query, numbers=torch.arange(cfg.limit) * total // cfg.limit)
+    outcome = evaluation.evaluate(
+        encoder, preprocess, query, gallery, World(device=device),
+        autocast=Amp(cfg.tool.amp, device).autocast,
+        recall_at=recipe.depths("Recall"), map_at=recipe.depths("mAP"),
     )  # fmt: skip
-    written = evaluation_report.write(out, result, examples=cfg.examples, seed=cfg.seed)
+    written = evaluation.write_figures(
+        out, outcome, query, gallery, checkpoint=checkpoint, data=str(recipe.query.root),
+        examples=cfg.examples, seed=cfg.seed,
+    )  # fmt: skip
     report.refresh(out.parent)  # of the run, whose report shows the page
-    sys.stdout.write(evaluation_report.text_table(result) + "\n")
+    sys.stdout.write(evaluation.text_table(outcome, query, gallery) + "\n")
     sys.stdout.write("".join(f"{path}\n" for path in written))
     return 0
 

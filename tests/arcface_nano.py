@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from unittest import mock
 
-from arcface import demo
-from arcface.config_reader import RECIPE
+from arcface.demo_data import inshop_tree as demo
+from arcface.inshop_retrieval.config import RECIPE
 
 SCRIPT = RECIPE / "run_scripts" / "run_arcface.py"
 STEPS_AN_EPOCH = 4  # 24 pictures, 6 a step

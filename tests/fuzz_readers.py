@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from arcface import config_options, config_reader, partition, recipe, recipe_reader, run_settings
+from arcface.inshop_retrieval import config as mm_config
+from arcface.inshop_retrieval import inshop, recipe
 from face_distill.demo_data import records
 from face_distill.distill import pairs as face_pairs
 from face_distill.distill import recordio, teacher
@@ -108,39 +109,30 @@ LIST = "4\nimage_name item_id evaluation_status\n" + "".join(
     f"img/WOMEN/Dresses/id_0000000{n}/02_1_front.jpg id_0000000{n} {split}\n"
     for n, split in enumerate(("train", "train", "query", "gallery"))
 )
-MM_CONFIG = """\
-_base_ = ["base.py"]
-size = 224
-model = dict(head=dict(num_classes=10, margins=0.5), backbone="{{_base_.name}}", crop=(size, size))
-train_dataloader = dict(_delete_=True, batch_size=32, dataset=dict(type="InShop", split='train'))
-text = "a {{_base_.name}} of {{_base_.model.depth}}"
-"""
-MM_BASE = 'name = "ResNet"\nmodel = dict(depth=50, init=None, flags=[True, False, -1.5e-3])\n'
-WHOLE_CONFIG = config_reader.RECIPE / "config/arcface/resnet18-arcface_demo.py"
+WHOLE_CONFIG = mm_config.RECIPE / "config/arcface/resnet18-arcface_demo.py"
 
 
 def _read_list(path: Path) -> None:
-    found = partition.read_partition(path)
+    found = inshop.read_list(path)
     found.remarks()
-    for split in partition.SPLITS:
+    for split in inshop.SPLITS:
         found.labels(split)
 
 
 def _make_recipe(path: Path) -> None:
-    path.write_text(json.dumps(config_reader.read_config(WHOLE_CONFIG)))
+    path.write_text(json.dumps(mm_config.read_config(WHOLE_CONFIG)))
 
 
 def _read_recipe(directory: Path) -> None:
     """A configuration whose values were damaged: everything that the recipe makes of them."""
     content = files.read_json(directory / "recipe.json")
     if isinstance(content, dict):
-        recipe_reader.read_recipe(content, directory)
-        recipe.deciding(content)
+        recipe.deciding(recipe.read_recipe(content)[0])
 
 
 def _read_options(directory: Path) -> None:
     text = (directory / "options.txt").read_text(encoding="utf-8", errors="replace")
-    config_options.with_options({"model": {"depth": 50}, "list": [1, {"a": 2}]}, text.split("\n"))
+    mm_config.with_options({"model": {"depth": 50}, "list": [1, {"a": 2}]}, text.split("\n"))
 
 
 # --- shared ---------------------------------------------------------------------------------------
@@ -232,10 +224,6 @@ READERS: dict[str, Reader] = {
         put("config.json", json.dumps(SETTINGS)), lambda d: face_settings.settings_of(d / "x.pth")
     ),
     "list file": Reader(put("list.txt", LIST), lambda d: _read_list(d / "list.txt")),
-    "mm config": Reader(
-        together(put("config.py", MM_CONFIG), put("base.py", MM_BASE)),
-        lambda d: config_reader.read_config(d / "config.py"),
-    ),
     "recipe": Reader(put("recipe.json", _make_recipe), _read_recipe),
     "cfg-options": Reader(
         put("options.txt", "model.depth=18\nlist.1.a=[1,(2,'x')]\nmodel.name=dict(a=1)"),
@@ -243,7 +231,7 @@ READERS: dict[str, Reader] = {
     ),
     "stored configuration": Reader(
         put("config.json", json.dumps({"settings": {"configuration": {"a": {"b": [1, 2]}}}})),
-        lambda d: run_settings.changes(d, {"a": {"b": [1, 3]}}),
+        recipe.stored_configuration,
     ),
     "json": Reader(put("a.json", json.dumps(STATUS)), lambda d: files.read_json(d / "a.json")),
     "json lines": Reader(put("a.jsonl", ROWS), lambda d: _read_lines(d / "a.jsonl")),

@@ -7,12 +7,17 @@ python run_scripts/run_arcface.py --config … --resume          continue the ru
 python run_scripts/run_arcface.py --demo                       built-in data, on any machine
 """
 
+from __future__ import annotations
+
+import hashlib
+import json
 import logging
 import os
 import subprocess
 import sys
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,23 +26,33 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root,
 from shared import logs
 from shared.config import ProcessOptions, RunOptions, dashed, free, option, parse, parse_known
 from shared.device import present_gpus, visible_gpus
-from shared.errors import UserError
+from shared.errors import UserError, shown
 from shared.files import open_lock
 from shared.launch import launch, world_size
 
-if TYPE_CHECKING:
-    from arcface.run_settings import Settings
+if TYPE_CHECKING:  # torch comes after the input is checked
+    from torch import Tensor
+
+    from arcface.inshop_retrieval.encoders import Encoder, Preprocess
+    from arcface.inshop_retrieval.evaluation import Outcome, Split
+    from arcface.inshop_retrieval.inshop import InShop
+    from arcface.inshop_retrieval.recipe import Recipe, Settings
+    from shared.class_centres import ClassCentres
+    from shared.distributed import World
+    from shared.precision import Amp
+    from shared.run import Run
 
 RECIPE = Path(__file__).resolve().parents[1]
 CONFIG = "config/arcface/resnet50-arcface_8xb32_inshop.py"
 DEMO_CONFIG = "config/arcface/resnet18-arcface_demo.py"
+_SHOWN = 5  # settings that differ, in one message
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of the command line; those of the training stand in the configuration file."""
+    """Settings of the command line; those of the training are in the configuration file."""
 
     config: str | None = option(
         None, f"configuration file, looked up here, then in arcface/; default: {CONFIG}"
@@ -45,7 +60,7 @@ class Config:
     cfg_options: tuple[str, ...] = option(
         (), "key=value pairs over the file, as train_cfg.max_epochs=10"
     )
-    data_root: Path | None = option(None, "the inshop directory, for every data set at once")
+    data_root: Path | None = option(None, "inshop, or <class>/<image>, for every data set at once")
     run_dir: Path | None = free(
         None,
         "where everything goes; default: arcface/work_dirs/<configuration's name>",
@@ -69,53 +84,300 @@ class Config:
     run: RunOptions = field(default_factory=lambda: RunOptions(resume="never"))
 
 
+@dataclass(frozen=True)
+class RunSettings:
+    """What config.json keeps of a run; the first three make it the same run or another.
+
+    changed: dotted key → the file's value, of what options changed (None: not in the file).
+    """
+
+    recipe: str = option("", "digest of the settings that decide the numbers")
+    init: str = option("pretrained", "what the encoder started from")
+    epochs: int = option(0, "passes over the training pictures", scope="length")
+    configuration: dict[str, Any] = field(default_factory=dict, metadata={"scope": "free"})
+    changed: dict[str, Any] = field(default_factory=dict, metadata={"scope": "free"})
+    run: RunOptions = field(default_factory=RunOptions)
+
+    def departures(self) -> dict[str, Any]:
+        """What options changed in the configuration, with the file's values."""
+        flags = {} if self.init == "pretrained" else {"init": "pretrained"}
+        return flags | {f"configuration.{name}": value for name, value in self.changed.items()}
+
+
 def main(argv: list[str] | None = None) -> int:
     """Check the input, then train; the exit code."""
-    cfg = parse(Config, argv, __doc__)
+    words = sys.argv[1:] if argv is None else argv
+    cfg = parse(Config, words, __doc__)
     _check_launcher(cfg)
     if cfg.estimate:
-        sys.stdout.write(_estimate(cfg) + "\n")
+        print(_estimate(cfg))
         return 0
-    from arcface import run_settings
-
     if cfg.run.demo:
         cfg = _with_demo(cfg)
     settings = _settings(cfg)
-    stored = settings.for_run(_run_options(cfg, settings), cfg.init)
-    run_dir = _run_dir(cfg)
-    remarks = run_settings.check_data(settings)
-    if not cfg.run.is_explicit_resume:  # which takes its weights from the checkpoint
-        run_settings.check_weights(settings, cfg.init)
-    for remark in settings.remarks:
-        log.warning(remark)
-    if cfg.run.resume in ("auto", "latest"):
-        for change in run_settings.changes(run_dir, settings.configuration):
-            log.info("not as in the run there: %s", change)
+    recipe = settings.recipe
+    if recipe.resume and "resume" not in cfg.run.typed:
+        way = ["--resume", recipe.load_from or "auto"]
+        return main([*words, *way, "--cfg-options", "resume=False", "load_from=None"])
+    cfg = _with_file(cfg, recipe)
+    remarks = _check_data(cfg, recipe)
+    for remark in [*settings.remarks, *(remarks if cfg.run.dry_run else ())]:
+        log.warning(remark)  # a run makes those of the data when it opens the lists
+    _say_changes(cfg, recipe)
     if cfg.run.dry_run:
-        for remark in remarks:  # which a run makes when it opens the lists
-            log.warning(remark)
-        sys.stdout.write(_plan(settings, run_dir) + "\n")
+        print(_plan(cfg, recipe))
         return 0
-    os.close(open_lock(run_dir))  # better refused now than after torch was loaded
+    os.close(open_lock(_run_dir(cfg)))  # better refused now than after torch was loaded
     from arcface import memory
-    from arcface.training import Job, train
     from shared.memory import explained_out_of_memory
 
-    def estimate() -> str:
-        return memory.text(settings.recipe, stored.run.amp, world_size(), Path.cwd())
-
-    with explained_out_of_memory(estimate):
-        return train(Job(settings, stored, run_dir, cfg.validate))
+    with explained_out_of_memory(lambda: memory.text(recipe, cfg.run.amp, world_size())):
+        return train(cfg, settings)
 
 
-def _estimate(cfg: Config) -> str:
-    """How much memory the configured training takes; its data need not be there."""
-    from arcface import memory
+def train(cfg: Config, settings: Settings) -> int:
+    """The whole training; the exit code."""
+    from arcface.inshop_retrieval import encoders, epochs, evaluation, schedule
+    from arcface.inshop_retrieval.inshop import collate
+    from shared import checkpoint, distributed, seed
+    from shared.centre_rows import CentreRows
+    from shared.loader import make_loader
+    from shared.reporter import Plan
+    from shared.run import Run
+    from shared.sampling import steps_per_epoch
 
-    config = cfg.config or (DEMO_CONFIG if cfg.run.demo else CONFIG)
-    recipe = memory.recipe_of(config, cfg.cfg_options, Path.cwd())
-    amp = cfg.run.amp if "amp" in cfg.run.typed else recipe.amp or cfg.run.amp
-    return memory.text(recipe, amp, world_size(), Path.cwd())
+    recipe, run_dir = settings.recipe, _run_dir(cfg)
+    _check_best(recipe)
+    world = distributed.setup(cfg.run.device, cfg.run.timeout)
+    with Run(_stored(cfg, settings), world, run_dir, "arcface") as run:
+        _settle_torch(cfg, recipe, world)
+        # data: pictures to train on, queries and gallery
+        pictures = evaluation.open_split(recipe.train, cfg.run.seed).dataset
+        test = [evaluation.open_split(part, cfg.run.seed)
+                for part in (recipe.query, recipe.gallery) if cfg.validate]  # fmt: skip
+        steps = steps_per_epoch(len(pictures), recipe.train.batch_size, world.size)
+        batch_size = recipe.train.batch_size * world.size
+        preprocess = _preprocess(recipe, pictures).to(world.device)
+
+        # the model: an encoder, and ArcFace's class centres; sharded ones stay outside DDP
+        encoder = _encoder(cfg, recipe, pictures, world)
+        head = build_head(recipe, _margins(recipe, pictures), world, cfg.run.seed)
+        _load_from(cfg, recipe, encoder, head)
+        _describe(recipe, world, pictures, encoder, head)
+        lr = recipe.lr_for(batch_size)
+        optimizer, of_head = schedule.build_optimizers(recipe, encoder.backbone, head, lr)
+        rows = CentreRows(head, of_head) if of_head else None
+        embed, arcface = encoders.wrap(encoder, world), head if rows else encoders.wrap(head, world)
+        factor = schedule.learning_rate_factor(recipe.schedule, steps, lr)
+        rate = schedule.LearningRate([optimizer, *filter(None, [of_head])], factor)
+
+        amp, statistics = _amp(cfg, recipe, world), encoders.RankBuffers(encoder, world)
+        record, files = epochs.Record(), epochs.EpochFiles(run_dir, recipe.keep, recipe.best)
+        lines = epochs.TrainLines(recipe.log_interval, steps, recipe.epochs, world)
+        parts = {"encoder": encoder, "optimizer": optimizer, "statistics": statistics,
+                 "head": rows or head, "amp": amp, "record": record}  # fmt: skip
+        score = partial(evaluation.evaluate, encoder, preprocess, *test, world,
+                        autocast=amp.autocast if recipe.val_amp else amp.full_precision,
+                        recall_at=recipe.depths("Recall"), map_at=recipe.depths("mAP"))  # fmt: skip
+        plan = Plan(recipe.epochs * steps, batch_size, lines=False, data=_counts(pictures, test))
+        position = run.restore(parts, plan)
+        checkpoint.collect(parts)
+        weights = partial(encoders.weights_of, encoder, rows or head)
+        if distributed.broadcast_object(
+            world.is_main and files.settle(position, record, weights), world
+        ):
+            record.forget_best()
+        if test and recipe.val_before_train and position.step == 0:
+            record.before = _validated(run, score())
+
+        while position.epoch < recipe.epochs:
+            embed.train()
+            arcface.train()
+            lines.restart()
+            loader = make_loader(pictures, recipe.train.batch_size, world, seed=cfg.run.seed,
+                                 workers=recipe.train.workers, epoch=position.epoch,
+                                 offset=position.batch, collate=collate)  # fmt: skip
+            for batch in loader:
+                lines.batch_arrived()
+                images, labels, flipped = batch.on(world.device)
+                lr = rate.set(position.step)
+                if rows:
+                    rows.sample(labels, position.step)
+                with amp.autocast():
+                    loss = arcface(embed(preprocess(images, flipped)), labels)
+                amp.backward(loss)
+                loss = loss.detach()  # its graph must not outlive the sampled centres
+                amp.step(optimizer, schedule.parameters(optimizer), clip_norm=recipe.largest_norm,
+                         sharded=(of_head, world) if of_head else None)  # fmt: skip
+                position.advance()
+                lines.step_done(position, loss, lr)
+                run.log({"loss": loss, "lr": lr})
+                stop = run.should_stop()
+                if stop or position.step % cfg.run.save_every == 0:
+                    run.save(parts)
+                if stop:
+                    return run.finish()
+
+            statistics.average()
+            if test and recipe.is_validated(position.epoch + 1):
+                metrics = _validated(run, score())
+                if record.update(metrics, position.epoch + 1, recipe.best):
+                    run.log(epochs.in_percent(metrics), split="best")
+            position.next_epoch()
+            run.save(parts)
+            generators = distributed.gather_objects(seed.get_state(), world)
+            if world.is_main and recipe.is_saved(position.epoch):
+                files.write_epoch(position, checkpoint.snapshot(parts, position, generators))
+            if world.is_main and record.best_epoch == position.epoch:
+                files.write_best(record, weights)
+        code = run.finish(result=record.result(), outputs=[str(path) for path in files.all()])
+    distributed.cleanup(world)
+    return code
+
+
+# --- what the training is built from --------------------------------------------------------------
+
+
+def build_head(recipe: Recipe, margins: Tensor, world: World, seed: int) -> ClassCentres:
+    """ArcFace's class centres on the device; sharded, or sampled, those of this rank.
+
+    margins: radians, (C,) or one for all.
+    """
+    from shared.class_centres import ClassCentres
+    from shared.distributed import World
+
+    return ClassCentres(
+        recipe.num_classes, recipe.in_channels,
+        world if recipe.is_sharded else World(device=world.device),
+        margins=margins, scale=recipe.scale, easy_margin=recipe.easy_margin,
+        sub_centres=recipe.sub_centres, sample_rate=recipe.sample_rate,
+        init_std=(3 * recipe.in_channels) ** -0.5,  # as a linear layer's: how fast lr turns them
+        seed=seed,
+    ).to(world.device)  # fmt: skip
+
+
+def _margins(recipe: Recipe, pictures: InShop) -> Tensor:
+    """The margins of all classes, (C,) or one: given, or by how often each class occurs."""
+    import torch
+
+    from shared.margins import adaptive_margins
+
+    if recipe.adaptive is None:
+        return torch.tensor(recipe.margins, dtype=torch.float64)
+    counts = torch.bincount(pictures.labels, minlength=recipe.num_classes)
+    return adaptive_margins(counts, *recipe.adaptive)
+
+
+def _encoder(cfg: Config, recipe: Recipe, pictures: InShop, world: World) -> Encoder:
+    """The encoder on its device with the weights to begin from, the same on every rank."""
+    import torch
+
+    from arcface.inshop_retrieval.encoders import build_encoder
+
+    # a run that continues takes its weights from its own checkpoint, wherever the first came from
+    encoder = build_encoder(recipe.encoder, "random" if cfg.run.is_explicit_resume else cfg.init)
+    size = (pictures.pipeline.height, pictures.pipeline.width)
+    if encoder.image_size not in (None, size):
+        raise UserError(
+            f"train_dataloader.dataset.pipeline gives pictures of {size[0]} x {size[1]}, the "
+            f"encoder needs {encoder.image_size[0]} x {encoder.image_size[1]}: change the crop_size"
+        )
+    if encoder.dim != recipe.in_channels:
+        raise UserError(
+            f"model.head.in_channels is {recipe.in_channels}, the encoder gives {encoder.dim}"
+        )
+    if recipe.sync_bn and world.size > 1:
+        if world.device.type != "cuda":
+            raise UserError("sync_bn works on GPUs alone: leave it out, or use one process")
+        encoder.backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder.backbone)
+    return encoder.to(world.device).to(memory_format=torch.channels_last)
+
+
+def _load_from(cfg: Config, recipe: Recipe, encoder: Encoder, head: ClassCentres) -> None:
+    from arcface.inshop_retrieval import encoders
+
+    if recipe.load_from and not cfg.run.is_explicit_resume:
+        path = encoders.located(recipe.load_from)
+        encoders.load_weights(encoder, None if recipe.is_sharded else head, path)
+
+
+def _amp(cfg: Config, recipe: Recipe, world: World) -> Amp:
+    from shared.precision import Amp
+
+    amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
+    if amp.mode == "fp16" and recipe.is_sharded:
+        raise UserError(
+            "a sharded or sampled head does not go with fp16's scaled gradients: use --amp bf16 or "
+            "off, or leave out model.head.shard and sample_rate"
+        )
+    return amp
+
+
+def _preprocess(recipe: Recipe, pictures: InShop) -> Preprocess:
+    from arcface.inshop_retrieval.encoders import Preprocess
+
+    return Preprocess(recipe.mean, recipe.std, pictures.pipeline.flip.direction)
+
+
+def _settle_torch(cfg: Config, recipe: Recipe, world: World) -> None:
+    """Seeds, and how torch works on this device."""
+    import torch
+
+    from shared import seed
+    from shared.allocator import keep_freed_memory
+
+    seed.seed_all(cfg.run.seed)
+    torch.backends.cudnn.benchmark = recipe.cudnn_benchmark
+    if world.device.type == "cpu":
+        keep_freed_memory()
+
+
+# --- what the log and the report say --------------------------------------------------------------
+
+
+def _describe(
+    recipe: Recipe, world: World, pictures: InShop, encoder: Encoder, head: ClassCentres
+) -> None:
+    batch_size = recipe.train.batch_size
+    log.info(
+        "%d pictures of %d items | %d a step = %d process(es) x %d | lr %.4g | %.1f M parameters",
+        len(pictures), pictures.num_classes, batch_size * world.size, world.size, batch_size,
+        recipe.lr_for(batch_size * world.size),
+        sum(p.numel() for part in (encoder, head) for p in part.parameters()) / 1e6,
+    )  # fmt: skip
+
+
+def _counts(pictures: InShop, test: list[Split]) -> dict[str, int]:
+    """What there is, for the report."""
+    found = {"training pictures": len(pictures), "items": pictures.num_classes}
+    for name, split in zip(("queries", "gallery pictures"), test, strict=False):
+        found[name] = len(split.dataset)
+    return found
+
+
+def _validated(run: Run, outcome: Outcome) -> dict[str, float]:
+    """The figures of a validation, logged."""
+    from arcface.inshop_retrieval import epochs
+
+    epoch = run.position.epoch + (run.position.step > 0)
+    waited, seconds = outcome.waited, outcome.seconds
+    line = epochs.val_line(epoch, outcome.batches, outcome.metrics, waited=waited, seconds=seconds)
+    log.info(line)
+    run.log(epochs.in_percent(outcome.metrics), split="val")
+    return outcome.metrics
+
+
+def _plan(cfg: Config, recipe: Recipe) -> str:
+    processes, batch_size = world_size(), recipe.train.batch_size
+    total = batch_size * processes
+    return (
+        f"{recipe.epochs} epochs of {recipe.train.root}, {total} pictures a step = {processes} "
+        f"process(es) x {batch_size}, learning rate {recipe.lr_for(total):g}; everything goes to "
+        f"{_run_dir(cfg)}"
+    )
+
+
+# --- settings -------------------------------------------------------------------------------------
 
 
 def _check_launcher(cfg: Config) -> None:
@@ -130,10 +392,10 @@ def _check_launcher(cfg: Config) -> None:
 
 def _with_demo(cfg: Config) -> Config:
     """`cfg` on the built-in data: its configuration and paths where none were typed."""
-    from arcface import demo
+    from arcface.demo_data import inshop_tree
 
     root = RECIPE / "demo"
-    paths = demo.build(root)
+    paths = inshop_tree.build(root)
     names_data = cfg.data_root or any(".data_root=" in text for text in cfg.cfg_options)
     config = cfg.config or DEMO_CONFIG
     return replace(
@@ -144,52 +406,125 @@ def _with_demo(cfg: Config) -> Config:
     )
 
 
-def _settings(cfg: Config) -> "Settings":
+def _estimate(cfg: Config) -> str:
+    """How much memory the configured training takes; its data need not be there."""
+    from arcface import memory
+    from arcface.inshop_retrieval import recipe as recipes
+    from arcface.inshop_retrieval.config import find_config, read_config
+
+    file = find_config(cfg.config or (DEMO_CONFIG if cfg.run.demo else CONFIG), Path.cwd())
+    over = recipes.Overrides(cfg.cfg_options)
+    recipe = recipes.without_data(read_config(file), over, Path.cwd()).recipe
+    amp = cfg.run.amp if "amp" in cfg.run.typed else recipe.amp or cfg.run.amp
+    return memory.text(recipe, amp, world_size())
+
+
+def _settings(cfg: Config) -> Settings:
     """The checked recipe; of an explicit --resume PATH the run's own, unless a file is typed."""
-    from arcface import run_settings
+    from arcface.inshop_retrieval import recipe
+    from arcface.inshop_retrieval.config import find_config, read_config
 
-    overrides = run_settings.Overrides(
-        cfg.cfg_options, cfg.data_root, scale_lr=cfg.auto_scale_lr, strict=cfg.strict_cfg
+    over = recipe.Overrides(
+        cfg.cfg_options, cfg.data_root, cfg.auto_scale_lr, cfg.strict_cfg, cfg.run.seed
     )
-    if not cfg.run.is_explicit_resume:
-        return run_settings.load(cfg.config or CONFIG, overrides, Path.cwd())
-    written = run_settings.directory_of(Path(cfg.run.resume))
-    if cfg.config and "config" in cfg.run.typed:
-        settings = run_settings.load(cfg.config, overrides, Path.cwd())
+    if cfg.run.is_explicit_resume and not (cfg.config and "config" in cfg.run.typed):
+        configuration = recipe.stored_configuration(_directory_of(cfg.run.resume))
     else:
-        settings = run_settings.load_stored(written, overrides, Path.cwd())
-    before = run_settings.stored_configuration(written)
-    run_settings.refuse_changes(before, settings.configuration, cfg.run.resume)
-    return settings
+        configuration = read_config(find_config(cfg.config or CONFIG, Path.cwd()))
+    return recipe.settle(configuration, over, Path.cwd())
 
 
-def _run_options(cfg: Config, settings: "Settings") -> RunOptions:
-    """The flags of the run, with the configuration's seed, precision and interval where untyped."""
-    recipe, run = settings.recipe, cfg.run
+def _directory_of(checkpoint: str) -> Path:
+    """The run directory of a checkpoint, or the directory itself."""
+    path = Path(checkpoint)
+    return path if path.is_dir() else path.parent
+
+
+def _with_file(cfg: Config, recipe: Recipe) -> Config:
+    """`cfg` with the configuration's directory, seed, precision and interval where untyped."""
     changes: dict[str, Any] = {}
-    if "log_every" not in run.typed:
+    if "log_every" not in cfg.run.typed:
         changes["log_every"] = recipe.log_interval
-    if not run.is_explicit_resume:  # which has taken them from the run
-        if "seed" not in run.typed and recipe.seed is not None:
+    if not cfg.run.is_explicit_resume:  # which has taken them from the run
+        if "seed" not in cfg.run.typed and recipe.seed is not None:
             changes["seed"] = recipe.seed
-        if "amp" not in run.typed and recipe.amp:
+        if "amp" not in cfg.run.typed and recipe.amp:
             changes["amp"] = recipe.amp
-    return replace(run, **changes)
+    run_dir = cfg.run_dir or (Path(recipe.work_dir).absolute() if recipe.work_dir else None)
+    return replace(cfg, run_dir=run_dir, run=replace(cfg.run, **changes))
 
 
 def _run_dir(cfg: Config) -> Path:
-    name = Path(cfg.config or CONFIG).stem
-    return cfg.run_dir or RECIPE / "work_dirs" / name
+    return cfg.run_dir or RECIPE / "work_dirs" / Path(cfg.config or CONFIG).stem
 
 
-def _plan(settings: "Settings", run_dir: Path) -> str:
-    recipe, processes = settings.recipe, world_size()
-    total = recipe.train.batch_size * processes
-    return (
-        f"{recipe.epochs} epochs of {settings.roots[recipe.train.name]}, {total} pictures a step ="
-        f" {processes} process(es) x {recipe.train.batch_size}, learning rate "
-        f"{recipe.lr_for(total):g}; everything goes to {run_dir}"
+def _stored(cfg: Config, settings: Settings) -> RunSettings:
+    """What config.json keeps."""
+    from arcface.inshop_retrieval.recipe import deciding
+
+    text = json.dumps(deciding(settings.recipe), sort_keys=True)
+    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+    return RunSettings(
+        digest, cfg.init, settings.recipe.epochs, settings.configuration, settings.changed, cfg.run
     )
+
+
+def _check_data(cfg: Config, recipe: Recipe) -> list[str]:
+    """A remark for each oddity of the lists of pictures. Raises UserError for what is wrong.
+
+    Lists, pipelines, learning rates and paths of weights are looked at before torch is loaded.
+    """
+    from arcface.inshop_retrieval import inshop, pipeline, schedule
+
+    remarks: dict[str, None] = {}
+    for name, loader in (("train_dataloader", recipe.train), ("val_dataloader", recipe.query),
+                         ("model.prototype", recipe.gallery)):  # fmt: skip
+        partition = inshop.read(loader.root, loader.ann_file, cfg.run.seed)
+        partition.split(loader.split)
+        remarks |= dict.fromkeys(partition.remarks())
+        pipeline.build_pipeline(loader.pipeline, f"{name}.dataset.pipeline")
+        if loader is recipe.train:
+            _check_classes(recipe, len({picture.item for picture in partition.train}))
+    schedule.learning_rate_factor(recipe.schedule, 1, recipe.lr)
+    if not cfg.run.is_explicit_resume:  # which takes its weights from the checkpoint
+        recipe.check_weights(is_random=cfg.init == "random")
+    return list(remarks)
+
+
+def _check_classes(recipe: Recipe, found: int) -> None:
+    if found > recipe.num_classes:
+        raise UserError(
+            f"model.head.num_classes is {recipe.num_classes}, the training pictures show {found} "
+            f"items; type --cfg-options model.head.num_classes={found}"
+        )
+
+
+def _say_changes(cfg: Config, recipe: Recipe) -> None:
+    """What is not as in the run there. Raises UserError where an explicit resume needs it equal."""
+    from arcface.inshop_retrieval.recipe import changes
+
+    if cfg.run.is_explicit_resume:
+        changed = changes(_directory_of(cfg.run.resume), recipe)
+        if changed:
+            more = f"; and {len(changed) - _SHOWN} more" if len(changed) > _SHOWN else ""
+            raise UserError(
+                f"--resume {cfg.run.resume} cannot continue with {'; '.join(changed[:_SHOWN])}"
+                f"{more}; leave these settings as they were, or start anew without --resume"
+            )
+    elif cfg.run.resume in ("auto", "latest") and (_run_dir(cfg) / "config.json").is_file():
+        for change in changes(_run_dir(cfg), recipe):
+            log.info("not as in the run there: %s", change)
+
+
+def _check_best(recipe: Recipe) -> None:
+    from arcface.inshop_retrieval.evaluation import metric_names
+
+    names = metric_names(recipe.depths("Recall"), recipe.depths("mAP"))
+    if recipe.best is not None and recipe.best not in names:
+        allowed = ", ".join(f"retrieval/{name}" for name in names)
+        raise UserError(
+            f"default_hooks.checkpoint.save_best is {shown(recipe.best)}; allowed: auto, {allowed}"
+        )
 
 
 # --- how many processes ---------------------------------------------------------------------------
@@ -209,11 +544,6 @@ def start() -> int:
     """Settle how many processes there are, then run `main` in them; the exit code."""
     argv = dashed(sys.argv[1:])
     sys.argv[1:] = settle_processes(argv, os.environ)
-    typed_count = any(word.startswith("--nproc") for word in argv)
-    if "--demo" in argv and present_gpus() == 0 and not typed_count:
-        # two minutes on two cores need both; threads that wait asleep take none from each other
-        os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     return launch(main, processes_that_fit)
 
 

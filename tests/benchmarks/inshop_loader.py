@@ -26,10 +26,10 @@ from torch import Tensor
 from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 
-from arcface.batches import Preprocess, collate
-from arcface.demo_garments import draw_garment, draw_shot, style_of
-from arcface.inshop import InShop
-from arcface.pipeline import build_pipeline
+from arcface.demo_data.garments import draw_garment, draw_shot, style_of
+from arcface.inshop_retrieval.encoders import Preprocess
+from arcface.inshop_retrieval.inshop import InShop, collate
+from arcface.inshop_retrieval.pipeline import build_pipeline
 from shared.images import decode_rgb
 from tests.benchmarks.measure import compare, conclude, in_turn
 

@@ -5,7 +5,7 @@
 Both sides read mmpretrain's own resnet50-arcface_8xb32_inshop.py, begin with the same weights and
 get the same uint8 pictures, each in the layout that its own loader hands on: mmpretrain's as BGR
 planes, ours as interleaved RGB. A step is normalisation, forward and backward pass and SGD with
-nesterov: mmpretrain's is its `train_step`, ours that of arcface/training.py with --amp off;
+nesterov: mmpretrain's is its `train_step`, ours that of run_arcface.py with --amp off;
 logging and hooks are left out on both sides. float32, one thread, CPU time.
 
 That both compute the same is checked first, or the script ends with exit code 1: in float64 the
@@ -53,14 +53,13 @@ import torch
 from torch import Tensor
 from torchvision.models import resnet50
 
-from arcface import config_options, config_reader
-from arcface.batches import open_preprocess
-from arcface.encoders import build_encoder, fill_backbone
-from arcface.inshop import InShop
-from arcface.learner import Learner, class_margins
-from arcface.pipeline import build_pipeline
-from arcface.recipe import Recipe
-from arcface.recipe_reader import KNOWN, read_recipe
+from arcface.inshop_retrieval.config import read_config
+from arcface.inshop_retrieval.encoders import Preprocess, build_encoder, fill_backbone
+from arcface.inshop_retrieval.inshop import InShop
+from arcface.inshop_retrieval.pipeline import build_pipeline
+from arcface.inshop_retrieval.recipe import Overrides, Recipe, without_data
+from arcface.inshop_retrieval.schedule import build_optimizers, parameters
+from arcface.run_scripts.run_arcface import build_head
 from shared.distributed import World
 from shared.errors import MissingToolError, UserError, one_line
 from shared.precision import Amp
@@ -108,16 +107,16 @@ class Ours:
     def begin(self, batch: int, size: int, exact: bool) -> None:
         recipe = self._recipe(batch, exact)
         weights, images, self._labels = read_case(self._folder, batch, size)
-        encoder = build_encoder(recipe.encoder, "random", self._folder)
+        encoder = build_encoder(recipe.encoder, "random")
         fill_backbone(encoder.backbone, weights["backbone"], self._folder)
         self._dtype = torch.float64 if exact else torch.float32
-        encoder.to(self._dtype, memory_format=torch.channels_last)
-        margins = class_margins(recipe, self._labels)
-        self._learner, self._count = Learner(recipe, encoder, margins, World(), seed=0), 0
-        self._learner.head.to(self._dtype)
-        self._learner.head.weight.data.copy_(weights["centres"])
-        self._learner.train()
-        self._preprocess = open_preprocess(recipe.preprocess)
+        self._encoder = encoder.to(self._dtype, memory_format=torch.channels_last).train()
+        head = build_head(recipe, torch.tensor(recipe.margins), World(), seed=0)
+        self._head = head.to(self._dtype)
+        self._head.weight.data.copy_(weights["centres"])
+        lr = recipe.lr_for(batch)
+        self._optimizer, _ = build_optimizers(recipe, encoder.backbone, self._head, lr)
+        self._preprocess = Preprocess(recipe.mean, recipe.std)
         self._images = images.contiguous(memory_format=torch.channels_last)
         self._unflipped = torch.zeros(batch, dtype=torch.bool)
         self._amp = Amp("off", torch.device("cpu"))
@@ -128,17 +127,15 @@ class Ours:
         if exact:
             options.append(f"data_preprocessor.mean={EXACT_MEAN}")
             options.append(f"data_preprocessor.std={EXACT_STD}")
-        configuration = config_reader.read_config(self._config)
-        configuration, _ = config_options.with_options(configuration, options, known=KNOWN)
-        return read_recipe(configuration, self._folder)[0]
+        over = Overrides(tuple(options))
+        return without_data(read_config(self._config), over, self._folder).recipe
 
     def step(self) -> float:
         images = self._preprocess(self._images, self._unflipped).to(self._dtype)
         with self._amp.autocast():
-            loss = self._learner.loss(images, self._labels, self._count)
+            loss = self._head(self._encoder(images), self._labels)
         self._amp.backward(loss)
-        self._learner.step(self._amp)
-        self._count += 1
+        self._amp.step(self._optimizer, parameters(self._optimizer))
         return float(loss.detach())
 
     def open_pictures(self) -> dict[str, Callable[[], None]]:

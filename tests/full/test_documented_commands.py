@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from arcface.config_options import DATASETS
+from arcface.inshop_retrieval.recipe import DATASETS
 from face_distill import train_distill
 from face_distill.demo_data import demo
 from face_distill.distill import teacher_networks

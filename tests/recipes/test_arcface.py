@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from arcface import demo, evaluation, learner
+from arcface.demo_data import inshop_tree as demo
+from arcface.inshop_retrieval import encoders, evaluation
 from arcface.run_scripts import run_arcface
 from shared.files import read_json_lines
 from tests.arcface_nano import EPOCHS, SCRIPT, STEPS_AN_EPOCH, build_inshop, write_config
@@ -129,7 +130,7 @@ def test_the_learning_rate_follows_the_schedule_and_the_total_batch(flags, tmp_p
 
 def test_statistics_are_averaged_over_ranks_before_each_validation(flags, monkeypatch):
     calls = []
-    average, evaluate = learner.RankBuffers.average, evaluation.evaluate
+    average, evaluate = encoders.RankBuffers.average, evaluation.evaluate
 
     def averaged(self):
         calls.append("average")
@@ -139,7 +140,7 @@ def test_statistics_are_averaged_over_ranks_before_each_validation(flags, monkey
         calls.append("validate")
         return evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(learner.RankBuffers, "average", averaged)
+    monkeypatch.setattr(encoders.RankBuffers, "average", averaged)
     monkeypatch.setattr(evaluation, "evaluate", evaluated)
     assert train(*flags, "--cfg-options", "train_cfg.max_epochs=2").code == 0
     assert calls == ["validate", "average", "validate", "average", "validate"]

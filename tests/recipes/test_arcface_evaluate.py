@@ -8,10 +8,9 @@ import pytest
 import torch
 
 from arcface import evaluate
-from arcface.contact_sheet import choose
-from arcface.evaluation import Split
-from arcface.evaluation import evaluate as score
-from arcface.inshop import LEFT_OUT, Garment
+from arcface.inshop_retrieval.evaluation import Split, choose
+from arcface.inshop_retrieval.evaluation import evaluate as score
+from arcface.inshop_retrieval.inshop import LEFT_OUT, Garment
 from arcface.run_scripts import run_arcface
 from shared.distributed import World
 from shared.files import read_json_lines

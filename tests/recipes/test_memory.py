@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from arcface import memory as arcface_memory
+from arcface.inshop_retrieval.config import read_config
+from arcface.inshop_retrieval.recipe import Overrides, without_data
 from arcface.run_scripts import run_arcface
 from face_distill import memory as faces_memory
 from face_distill import train_distill
@@ -186,25 +188,27 @@ def test_multimodal_is_estimated_within_15_percent(pairs, tmp_path, more):
     agrees(multimodal_memory.plan(cfg, 1), run_training.main, flags)
 
 
+def arcface_recipe(config, options):
+    return without_data(read_config(config), Overrides(options), config.parent).recipe
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("model.head.sample_rate=0.5",)])
 def test_arcface_is_estimated_within_15_percent(tmp_path, more):
     config = write_config(tmp_path / "nano.py")
     text = config.read_text().replace("batch_size=6", "batch_size=12")
     config.write_text(text.replace("scale=36", "scale=136").replace("size=32", "size=128"))
-    recipe = arcface_memory.recipe_of(str(config), more, tmp_path)
+    recipe = arcface_recipe(config, more)
     flags = ["--config", config, "--data-root", build_inshop(tmp_path / "inshop")]
     flags += ["--work-dir", tmp_path / "work", *(["--cfg-options", *more] if more else [])]
-    agrees(arcface_memory.plan(recipe, "off", 1, tmp_path), run_arcface.main, flags)
+    agrees(arcface_memory.plan(recipe, "off", 1), run_arcface.main, flags)
 
 
 def test_a_sampled_head_keeps_the_moments_of_all_classes(tmp_path):
     options = ("model.head.num_classes=40000", "model.head.sample_rate=0.1")
-    config = str(write_config(tmp_path / "nano.py"))
+    config = write_config(tmp_path / "nano.py")
     plans = {
-        processes: arcface_memory.plan(
-            arcface_memory.recipe_of(config, options, tmp_path), "off", processes, tmp_path
-        )
+        processes: arcface_memory.plan(arcface_recipe(config, options), "off", processes)
         for processes in (1, 4)
     }
     rows = {what: size for what, size, _ in plans[1].rows}
@@ -214,7 +218,7 @@ def test_a_sampled_head_keeps_the_moments_of_all_classes(tmp_path):
     assert rows["activations"] > 2 * centres / 10  # the drawn rows are copies
     shared = {what: size for what, size, _ in plans[4].rows}
     assert shared["weights"] == pytest.approx(encoder + centres / 4, rel=0.01)
-    assert shared["head"] > 0 and shared["DDP"] == encoder  # whose centres stay outside DDP
+    assert shared["DDP"] == encoder  # whose centres stay outside DDP
 
 
 # --- without data, and after a failure ------------------------------------------------------------
@@ -290,9 +294,15 @@ def test_arcface_out_of_memory_names_the_setting_that_arcface_has(tmp_path, monk
     def train(*_: object) -> int:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr("arcface.training.train", train)
-    monkeypatch.setattr("arcface.run_settings.check_data", lambda _: [])
-    words = ["--init", "random", "--data-root", tmp_path, "--run-dir", tmp_path / "run"]
+    monkeypatch.setattr(run_arcface, "train", train)
+    words = [
+        "--init",
+        "random",
+        "--data-root",
+        build_inshop(tmp_path),
+        "--run-dir",
+        tmp_path / "run",
+    ]
     ended = run_here(run_arcface.main, words)
     assert ended.code == 1
     assert "lower train_dataloader.batch_size by --cfg-options" in ended.last_line

@@ -1,18 +1,21 @@
-"""mm-style configuration files: read without running, merged, overridden as mm's users know it."""
+"""mm-style configuration files: run, merged, overridden as mm's users know it."""
 
 import pytest
 
-from arcface.config_options import (
-    DATA_ROOTS,
-    data_roots,
+from arcface.inshop_retrieval.config import (
+    RECIPE,
+    ROOT,
+    find_config,
+    merge,
     parse_value,
-    with_data_root,
+    read_config,
     with_options,
 )
-from arcface.config_reader import RECIPE, ROOT, find_config, merge, read_config
+from arcface.inshop_retrieval.recipe import DATASETS
 from shared.errors import UserError
 
 RECIPE_FILE = RECIPE / "config/arcface/resnet50-arcface_8xb32_inshop.py"
+DATA_ROOTS = [f"{name}.dataset.data_root" for name in DATASETS]
 
 
 @pytest.fixture
@@ -105,7 +108,7 @@ def test_dicts_merge_and_everything_else_replaces(read):
 
 
 def test_a_dict_does_not_slip_over_a_list(read):
-    with pytest.raises(UserError, match=r"main.py:3: model.steps is \[1, 2\].*_delete_=True"):
+    with pytest.raises(UserError, match=r"main.py: model.steps is \[1, 2\].*_delete_=True"):
         read(
             "_base_ = 'base.py'\n\nmodel = dict(steps=dict(a=1))\n",
             base="model = dict(steps=[1, 2])\n",
@@ -129,11 +132,10 @@ def test_bases_are_found_beside_the_file_that_names_them(read, tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("_base_ = 'nowhere.py'\n", r"main.py:1: the base nowhere.py is missing"),
-        ("_base_ = ['base.py', 'other.py']\n", r"main.py:1: the bases base.py and other.py both"),
+        ("_base_ = 'nowhere.py'\n", r"main.py: the base nowhere.py is missing"),
+        ("_base_ = ['base.py', 'other.py']\n", r"main.py: the base other.py assigns x"),
         ("a = 1\n_base_ = 'main.py'\n", r"its own base \(main.py → main.py\)"),
         ("_base_ = 3\n", "main.py:1: _base_ must be a file's name"),
-        ("_base_ = ['a' + 'b']\n", "main.py:1: _base_ must be a file's name"),
     ],
 )
 def test_bases_that_cannot_be_are_refused(read, text, message):
@@ -141,76 +143,57 @@ def test_bases_that_cannot_be_are_refused(read, text, message):
         read(text, base="x = 1\n", other="x = 2\n")
 
 
+def test_files_are_code(read, tmp_path):
+    config = read(
+        "import math\n"
+        "from pathlib import Path\n"
+        "import numpy as np\n"
+        "_base_ = 'base.py'\n"
+        "gpus = 4\n"
+        "lr = 0.01 * gpus\n"
+        "sizes = [2 ** n for n in range(3)]\n"
+        "work_dir = f'work_dirs/lr{lr}_{_base_.model.depth}'\n"
+        "root = Path('data') / 'inshop'\n"
+        "head = dict(angle=math.pi, scale=np.float32(64), kind=dict, **_base_.model)\n"
+        "def helper():\n    return 3\n"
+        "if gpus > 2:\n    epochs = helper()\n"
+        "here = '{{ fileDirname }}/{{fileBasename}}'\n",
+        base="model = dict(depth=50, layers=[1, 2])\n",
+    )
+    assert config == {
+        "model": {"depth": 50, "layers": [1, 2]},
+        "gpus": 4,
+        "lr": 0.04,
+        "sizes": [1, 2, 4],
+        "work_dir": "work_dirs/lr0.04_50",
+        "root": "data/inshop",
+        "head": {"angle": pytest.approx(3.14159, abs=1e-5), "scale": 64.0, "kind": "dict",
+                 "depth": 50, "layers": [1, 2]},
+        "epochs": 3,
+        "here": f"{tmp_path}/main.py",
+    }  # fmt: skip
+    assert type(config["head"]["scale"]) is float
+
+
 @pytest.mark.parametrize(
-    "line",
+    ("line", "message"),
     [
-        "import os",
-        "from os import path",
-        "with read_base():\n    x = 1",
-        "b = open('x')",
-        "b = dict([('k', 1)])",
-        "b = dict(**a)",
-        "b = {**a}",
-        "b = [i for i in (1, 2)]",
-        "b = {'k': 1 for _ in a}",
-        "b = a.x",
-        "b = a['x']",
-        "b = _base_.x",
-        "b = __import__('os').sep",
-        "b = f'{a}'",
-        "b = 1 + 1",
-        "b = not True",
-        "b = 1 if a else 2",
-        "b = lambda: 1",
-        "b = {1, 2}",
-        "b = b'bytes'",
-        "b = 1j",
-        "b = ...",
-        "b, c = 1, 2",
-        "a.x = 1",
-        "a['x'] = 1",
-        "b: int = 1",
-        "b += 1",
-        "del a",
-        "if a:\n    b = 1",
-        "def f():\n    pass",
-        "class A:\n    pass",
-        "b = (c := 1)",
-        "b = undefined",
-        "b = '{{ fileDirname }}'",
-        "b = {'k': 1, 'k': 2}",
-        "b = {(1, 2): 3}",
-        "print('text')",
-        "b = {{_base_.missing}}",
-        "b = '{{_base_.x.missing}}'",
-        "b = 'x {{_base_.table}}'",
-        "b = {{_base_}}",
-        "b = table",
+        ("b = undefined", "NameError: name 'undefined'"),
+        ("b = 1 / 0", "ZeroDivisionError"),
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("b = {{_base_.tabel}}", "no base assigns tabel; did you mean table?"),
+        ("b = '{{_base_.missing}}'", "KeyError: 'missing'"),
+        ("raise SystemExit", "SystemExit"),
+        ("b = dict(k={1, 2})", "b.k is a set, which is no setting"),
+        ("b = []\nb.append(b)", "RecursionError"),
     ],
 )
-def test_what_is_more_than_a_value_is_refused_with_its_line(read, line):
-    base = "x = 1\ntable = dict(k=1)\n"
-    with pytest.raises(UserError, match=r"main\.py:4: \S") as caught:
-        read(f"_base_ = 'base.py'\na = dict(x=1)\n\n{line}\n", base=base)
+def test_an_error_of_the_code_is_one_line_with_its_place(read, line, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read(f"_base_ = 'base.py'\na = dict(x=1)\n\n{line}\n", base="x = 1\ntable = dict(k=1)\n")
     assert "\n" not in str(caught.value)
-
-
-def test_a_name_of_a_base_is_refused_with_the_way_to_write_it(read):
-    with pytest.raises(UserError, match=r"write \{\{_base_\.table\}\}"):
-        read("_base_ = 'base.py'\nb = table\n", base="table = dict(k=1)\n")
-
-
-def test_a_file_that_would_run_code_runs_none(read, tmp_path):
-    trap = tmp_path / "ran"
-    for line in (
-        f"x = open({str(trap)!r}, 'w')",
-        f"x = __import__('pathlib').Path({str(trap)!r}).touch()",
-        f"import pathlib\npathlib.Path({str(trap)!r}).touch()",
-        f"x = [p.touch() for p in [__import__('pathlib').Path({str(trap)!r})]]",
-    ):
-        with pytest.raises(UserError, match="read, never run"):
-            read(line + "\n")
-    assert not trap.exists()
+    is_of_a_line = "no setting" not in message and "Recursion" not in message
+    assert ("main.py:4: " in str(caught.value)) is is_of_a_line
 
 
 @pytest.mark.parametrize(
@@ -229,12 +212,6 @@ def test_files_that_are_no_configuration_end_in_one_line(tmp_path, content, mess
     with pytest.raises(UserError, match=message) as caught:
         read_config(tmp_path / "main.py")
     assert "\n" not in str(caught.value)
-
-
-def test_copies_of_copies_do_not_fill_the_memory(read):
-    doubling = "".join(f"a{i + 1} = [a{i}, a{i}, a{i}, a{i}]\n" for i in range(40))
-    with pytest.raises(UserError, match=r"main.py:\d+: copies of names make more than 100,000"):
-        read("a0 = [1]\n" + doubling)
 
 
 def test_a_byte_order_mark_and_windows_line_ends_are_fine(tmp_path):
@@ -388,8 +365,10 @@ def test_a_file_that_is_nowhere_is_refused_with_the_places_and_the_nearest(tmp_p
         ("[a,1,true,None]", ["a", 1, True, None]),
         ("[(a,1),[b c]]", [("a", 1), ["b c"]]),
         ("['a,b',c]", ["a,b", "c"]),
-        ("a,b", "a,b"),
-        ("/p a/th, 2", "/p a/th, 2"),
+        ("a,b", ["a", "b"]),
+        ("/p a/th, 2", ["/p a/th", 2]),
+        ("(a,b),(c,1)", [("a", "b"), ("c", 1)]),
+        ("/p a/th", "/p a/th"),
         (" /p ", " /p "),
         ("x=y", "x=y"),
         ("", ""),
@@ -417,10 +396,9 @@ def get(config, dotted):
     return config
 
 
-def test_the_documented_overrides_are_all_known_and_each_sets_its_own(recipe):
+def test_each_documented_override_sets_its_own(recipe):
     for key in DATA_ROOTS:
-        config, remarks = with_options(recipe, [f"{key}=/data/a b,c"], strict=True)
-        assert remarks == []
+        config = with_options(recipe, [f"{key}=/data/a b,c"])  # a text stays one, comma or not
         changed = {name for name in DATA_ROOTS if get(config, name) == "/data/a b,c"}
         assert changed == {key}
     assert {get(recipe, name) for name in DATA_ROOTS} == {"data/inshop"}
@@ -441,21 +419,18 @@ def test_keys_that_mm_users_know_are_known(recipe):
         "data_preprocessor.mean": [1, 2, 3],
         "load_from": "/x.pth",
     }
-    config, remarks = with_options(
-        recipe, [f"{key}={value}" for key, value in options.items()], strict=True
-    )
-    assert remarks == []
+    config = with_options(recipe, [f"{key}={value}" for key, value in options.items()])
     assert {key: get(config, key) for key in options} == options
 
 
 def test_later_options_win_and_dicts_are_merged(recipe):
-    config, _ = with_options(
+    config = with_options(
         recipe,
         ["train_cfg.max_epochs=3", "train_cfg={'max_epochs': 4}", "val_cfg={'fp16': True}"],
     )
     assert config["train_cfg"] == {"by_epoch": True, "max_epochs": 4, "val_interval": 1}
     assert config["val_cfg"] == {"fp16": True}
-    config, _ = with_options(recipe, ["train_cfg={'_delete_': True, 'max_epochs': 4}"])
+    config = with_options(recipe, ["train_cfg={'_delete_': True, 'max_epochs': 4}"])
     assert config["train_cfg"] == {"max_epochs": 4}
 
 
@@ -481,72 +456,8 @@ def test_a_key_below_a_scalar_is_refused(recipe):
 def test_a_dict_over_what_is_none_is_refused_by_its_full_key(recipe):
     for option, key in (
         ("model.head={'loss': {'loss_weight': {'x': 1}}}", "model.head.loss.loss_weight is 1.0"),
-        ("param_scheduler={'x': 1}", "param_scheduler is a list"),
+        ("param_scheduler={'x': 1}", "param_scheduler is .*"),
         ("data_preprocessor.mean.0={'x': 1}", "data_preprocessor.mean.0 is 123.675"),
     ):
         with pytest.raises(UserError, match=f"--cfg-options {key} and cannot take in a dict"):
             with_options(recipe, [option])
-
-
-@pytest.mark.parametrize(
-    ("option", "hint"),
-    [
-        ("train_dataloadr.dataset.data_root=/x", "did you mean train_dataloader?"),
-        ("train_cfg.max_epoch=3", "did you mean train_cfg.max_epochs?"),
-        ("optimizer.lr=0.1", "did you mean optim_wrapper.optimizer.lr?"),
-        ("typo_key.nope.x=1", "the configuration has no typo_key"),
-    ],
-)
-def test_an_unknown_key_is_set_with_a_warning_and_refused_when_strict(recipe, option, hint):
-    config, remarks = with_options(recipe, [option])
-    assert len(remarks) == 1 and hint in remarks[0]
-    key, _, text = option.partition("=")
-    assert get(config, key) == parse_value(text)
-    with pytest.raises(UserError, match="--strict-cfg refuses it"):
-        with_options(recipe, [option], strict=True)
-
-
-def test_keys_that_the_caller_reads_are_known(recipe):
-    known = ("default_hooks.*.priority", "model.head.num_subcenters")
-    options = ["default_hooks.logger.priority=3", "model.head.num_subcenters=2"]
-    assert with_options(recipe, options, known=known, strict=True)[1] == []
-    _, remarks = with_options(recipe, ["model.head.num_subcenter=2"], known=known)
-    assert "did you mean model.head.num_subcenters?" in remarks[0]
-
-
-# --- data roots -----------------------------------------------------------------------------------
-
-
-def test_one_data_root_reaches_all_six(recipe):
-    config = with_data_root(recipe, "/data/a, b")
-    assert {get(config, name) for name in DATA_ROOTS} == {"/data/a, b"}
-    del recipe["test_dataloader"]
-    assert "test_dataloader" not in with_data_root(recipe, "/x")
-
-
-def test_an_unset_variable_is_refused_with_the_line_to_type(recipe, tmp_path):
-    config, _ = with_options(recipe, [f"{key}=" for key in DATA_ROOTS])
-    with pytest.raises(UserError) as caught:
-        data_roots(config, tmp_path)
-    message = str(caught.value)
-    assert "train_dataloader.dataset.data_root is empty" in message
-    assert "export data_path=/…/inshop" in message
-    assert "Eval/list_eval_partition.txt" in message and "Img/img" in message
-
-
-def test_each_data_set_that_is_read_needs_a_directory(recipe, tmp_path):
-    (tmp_path / "here").mkdir()
-    config = with_data_root(recipe, "here")
-    assert set(data_roots(config, tmp_path).values()) == {tmp_path / "here"}
-    config, _ = with_options(config, ["model.prototype.dataset.data_root=there"])
-    with pytest.raises(UserError, match=r"model\.prototype.*there is no directory.*--data-root"):
-        data_roots(config, tmp_path)
-    config, _ = with_options(config, ["model.prototype.dataset.data_root=3"])
-    with pytest.raises(UserError, match=r"model\.prototype\.dataset\.data_root is 3"):
-        data_roots(config, tmp_path)
-
-
-def test_an_override_that_nothing_reads_is_accepted(recipe, tmp_path):
-    config = with_data_root(recipe, str(tmp_path))
-    config, remarks = with_options(config, ["query_dataloader.dataset.data_root=/nowhere"])
-    assert remarks == [] and len(data_roots(config, tmp_path)) == 4

@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arcface import demo
-from arcface.config_reader import RECIPE, read_config
-from arcface.demo_garments import (
+from arcface.demo_data import inshop_tree as demo
+from arcface.demo_data.garments import (
     PATTERNS,
     draw_garment,
     draw_shot,
     num_styles,
     style_of,
 )
-from arcface.inshop import InShop
-from arcface.partition import read_partition
-from arcface.pipeline import build_pipeline
+from arcface.inshop_retrieval.config import RECIPE, read_config
+from arcface.inshop_retrieval.inshop import InShop, read_list
+from arcface.inshop_retrieval.pipeline import build_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +59,7 @@ def test_the_tree_is_in_shops(paths):
 
 @pytest.mark.slow
 def test_no_test_item_is_trained_on_and_each_has_queries_and_gallery(paths):
-    partition = read_partition(paths.partition)
+    partition = read_list(paths.partition)
     assert partition.remarks() == []
     train, query, gallery = (
         [picture.item for picture in partition.split(name)]

@@ -1,14 +1,12 @@
 """Encoders: from files of torchvision, mmpretrain, open_clip and this recipe, or refused."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from torchvision import models
 
-from arcface import weight_files
-from arcface.encoders import build_encoder
+from arcface.inshop_retrieval.encoders import RankBuffers, build_encoder, load_weights
 from shared.class_centres import ClassCentres
 from shared.distributed import World
 from shared.errors import UserError
@@ -21,8 +19,8 @@ def resnet(checkpoint=None, depth=18, **settings):
     return [{"type": "ResNet", "depth": depth, "init_cfg": init_cfg, **settings}, GAP]
 
 
-def build(settings, init="pretrained", cwd=Path("/")):
-    return build_encoder(settings, init, cwd)
+def build(settings, init="pretrained"):
+    return build_encoder(settings, init)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +51,7 @@ def test_the_embedding_is_the_pooled_feature(classifier):
 
 def test_torchvisions_own_state_dict_loads(classifier, tmp_path):
     torch.save(classifier.state_dict(), tmp_path / "resnet18.pth")
-    assert_has_weights_of(build(resnet("resnet18.pth"), cwd=tmp_path), classifier)
+    assert_has_weights_of(build(resnet(tmp_path / "resnet18.pth")), classifier)
 
 
 @pytest.fixture
@@ -105,7 +103,7 @@ def test_a_checkpoint_in_mmpretrains_format_loads(classifier, tmp_path, prefix):
 
 def test_weights_that_are_missing_or_of_another_network_are_refused(classifier, tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.pth are missing .*--init random"):
-        build(resnet("nowhere.pth"), cwd=tmp_path)
+        build(resnet(tmp_path / "nowhere.pth"))
     torch.save(classifier.state_dict(), tmp_path / "resnet18.pth")
     with pytest.raises(UserError, match="does not fit"):
         build(resnet(tmp_path / "resnet18.pth", depth=34))
@@ -115,7 +113,7 @@ def test_weights_that_are_missing_or_of_another_network_are_refused(classifier, 
 
 
 def test_random_weights_only_where_they_are_asked_for(tmp_path):
-    assert build(resnet("nowhere.pth"), init="random", cwd=tmp_path).dim == 512
+    assert build(resnet(tmp_path / "nowhere.pth"), init="random").dim == 512
 
 
 @pytest.mark.parametrize("kind", ["best", "run"])
@@ -128,7 +126,7 @@ def test_the_recipes_own_files_load_with_their_head(classifier, tmp_path, kind):
         content = {"position": {"step": 1}, "parts": parts}
     torch.save(content, tmp_path / "file.pth")
     other, others_head = build(resnet()), ClassCentres(5, 512, World(), seed=4)
-    weight_files.load_weights(other, others_head, tmp_path / "file.pth")
+    load_weights(other, others_head, tmp_path / "file.pth")
     assert torch.equal(other.backbone.conv1.weight, encoder.backbone.conv1.weight)
     assert torch.equal(others_head.weight, head.weight)
     if kind == "best":  # also as the weights to begin another run with
@@ -141,7 +139,7 @@ def test_a_head_of_another_size_starts_anew(tmp_path):
     state = {f"encoder.{name}": t for name, t in encoder.state_dict().items()}
     torch.save({"state_dict": state | {"head.weight": torch.ones(7, 512)}}, tmp_path / "file.pth")
     before = head.weight.detach().clone()
-    weight_files.load_weights(encoder, head, tmp_path / "file.pth")
+    load_weights(encoder, head, tmp_path / "file.pth")
     assert torch.equal(head.weight, before)
 
 
@@ -159,7 +157,7 @@ REFUSED = {
     "a depth": (resnet(depth=20), "depth is 20; allowed: 18, 34, 50"),
     "caffe's strides": (resnet(style="caffe"), "style is 'caffe'"),
     "a misspelt key": (resnet(norm_evla=True), "norm_evla is not known"),
-    "nothing": ([], "model.image_encoder.0 is None"),
+    "nothing": ([], "model.image_encoder.0.type is None"),
 }
 
 
@@ -167,6 +165,24 @@ REFUSED = {
 def test_what_is_not_known_is_refused_by_name(settings, message):
     with pytest.raises(UserError, match=message):
         build(settings)
+
+
+def test_an_encoder_without_batch_norm_has_no_statistics_to_keep():
+    buffers = RankBuffers(torch.nn.Linear(2, 2), World())
+    buffers.average()
+    buffers.collect()
+    assert buffers.state_dict()["rows"].shape == (1, 0)
+    buffers.load_state_dict(buffers.state_dict())
+
+
+def test_rank_buffers_of_another_number_of_ranks_are_averaged():
+    encoder = build(resnet())
+    buffers = RankBuffers(encoder, World())
+    rows = buffers.state_dict()["rows"]
+    buffers.load_state_dict({"rows": torch.cat([rows + 1, rows + 3])})
+    buffers.collect()
+    assert torch.allclose(buffers.state_dict()["rows"], rows + 2)
+    assert torch.equal(encoder.backbone.bn1.running_var, torch.full((64,), 3.0))
 
 
 # --- open_clip ------------------------------------------------------------------------------------

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from arcface.config_reader import RECIPE, read_config
-from arcface.schedule import learning_rate_factor
+from arcface.inshop_retrieval.config import RECIPE, read_config
+from arcface.inshop_retrieval.schedule import learning_rate_factor
 from shared.errors import UserError
 
 LINEAR = {
@@ -81,7 +81,7 @@ def test_no_schedule_is_a_constant_rate():
 
 WRONG = {
     "a kind that is not there": ({"type": "OneCycleLR"}, "param_scheduler.0.type is 'OneCycleLR'"),
-    "text for a number": ({**LINEAR, "end": "5"}, "param_scheduler.0.end is '5'"),
+    "text for a number": ({**LINEAR, "end": "five"}, "param_scheduler.0.end must be a number"),
     "a misspelt key": ({**COSINE, "Tmax": 3}, "Tmax is not known"),
     "a cosine without length": ({"type": "CosineAnnealingLR"}, "T_max is missing"),
     "no dict": (3, "param_scheduler.0 is 3"),

@@ -44,7 +44,7 @@ SLOWLY = textwrap.dedent(
 DEMOS = {
     "arcface": """
         import sys
-        from arcface import demo
+        from arcface.demo_data import inshop_tree as demo
         demo.NUM_TRAIN_ITEMS, demo.NUM_TEST_ITEMS = 6, 3
         demo.build(sys.argv[1])
     """,

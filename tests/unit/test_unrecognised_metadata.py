@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from arcface.partition import read_partition
 from face_distill.distill.pairs import read_pairs
+from arcface.inshop_retrieval.inshop import read_list
 from face_distill.distill.teacher import TeacherFeatures
 from lavic.src.catalogue import read_samples, read_titles
 from lavic.src.conversations import read_conversations
@@ -119,14 +119,14 @@ def test_in_shops_list_with_commas(tmp_path):
     path = tmp_path / "list_eval_partition.txt"
     path.write_text("1\nimage_name,item_id,evaluation_status\nimg/a.jpg,id_1,train\n")
     with pytest.raises(UserError, match=r"partition\.txt: 2 malformed line\(s\)"):
-        read_partition(path)
+        read_list(path)
 
 
 def test_in_shops_list_of_no_picture(tmp_path):
     path = tmp_path / "list_eval_partition.txt"
     path.write_text("0\nimage_name item_id evaluation_status\n")
     with pytest.raises(UserError, match=r"partition\.txt: no line has the status train"):
-        read_partition(path).split("train")
+        read_list(path).split("train")
 
 
 @pytest.mark.parametrize("content", [{}, {"maps": "features"}])

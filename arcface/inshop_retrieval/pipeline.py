@@ -1,7 +1,7 @@
 """The `pipeline` list of a configuration: what happens to a picture on its way to the model.
 
 Sizes and cuts are done here, picture by picture, on uint8; whether a picture is mirrored is drawn
-here and done later, on the device (arcface/batches.py), with the normalisation.
+here and done later, on the device, with the normalisation (encoders.Preprocess).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from shared.errors import UserError, did_you_mean, shown
 from shared.settings import SIZES, Range
@@ -17,22 +17,7 @@ from shared.settings import SIZES, Range
 if TYPE_CHECKING:  # steps are checked before torch is imported
     from torch import Tensor
 
-Shape = tuple[int | None, int | None]  # height and width; None: differs from picture to picture
-_INTERPOLATIONS = ("bilinear", "bicubic")
-_EDGES = ("short", "long", "width", "height")
-_DIRECTIONS = ("horizontal", "vertical")
-
-
-class Step(Protocol):
-    """One entry of a pipeline that changes a picture."""
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """The changed picture, uint8 (3, H, W)."""
-        ...
-
-    def shape(self, before: Shape) -> Shape:
-        """The size after this step. Raises ValueError where it cannot follow on `before`."""
-        ...
+Size = tuple[Any, Any]  # height and width, int; None: differs from picture to picture
 
 
 @dataclass(frozen=True)
@@ -60,39 +45,41 @@ class RandomFlip:
     direction: str = "horizontal"
 
     def __post_init__(self) -> None:
-        _check("direction", self.direction, _DIRECTIONS)
+        _check("direction", self.direction, ("horizontal", "vertical"))
         if not Range(0, 1).fits(self.prob, float):
             raise ValueError(f"prob is {shown(self.prob)}, expected a number from 0 to 1")
 
 
 @dataclass(frozen=True)
 class Resize:
-    """Resize to `scale`: both sides (a number), or (width, height)."""
+    """Resize to `scale`: both sides (a number), or (width, height).
+
+    keep_ratio: to the largest size of the same shape that fits into scale, turned or not.
+    """
 
     scale: Any
-    keep_ratio: bool = (
-        False  # the largest size of the same shape that fits into scale, turned or not
-    )
+    keep_ratio: bool = False
     interpolation: str = "bilinear"
     backend: str = ""  # of no effect here
 
     def __post_init__(self) -> None:
-        _check("interpolation", self.interpolation, _INTERPOLATIONS)
+        _check("interpolation", self.interpolation, ("bilinear", "bicubic"))
         _sides("scale", self.scale)
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """See Step."""
-        width, height = _sides("scale", self.scale)
-        if self.keep_ratio:
-            own = image.shape[-2:]
-            factor = min(max(width, height) / max(own), min(width, height) / min(own))
-            height, width = (max(1, round(side * factor)) for side in own)
-        return resize(image, height, width, self.interpolation)
+    def size(self, height: int | None, width: int | None) -> Size:
+        """Height and width after this step."""
+        wide, high = _sides("scale", self.scale)
+        if not self.keep_ratio:
+            return high, wide
+        if height is None or width is None:
+            return None, None
+        own = (height, width)
+        factor = min(max(wide, high) / max(own), min(wide, high) / min(own))
+        return _scaled(height, width, factor)
 
-    def shape(self, before: Shape) -> Shape:
-        """See Step."""
-        width, height = _sides("scale", self.scale)
-        return (None, None) if self.keep_ratio else (height, width)
+    def __call__(self, image: Tensor) -> Tensor:
+        """The picture, uint8 (3, H, W), at that size."""
+        return resize(image, *self.size(*image.shape[-2:]), self.interpolation)
 
 
 @dataclass(frozen=True)
@@ -105,24 +92,23 @@ class ResizeEdge:
     backend: str = ""  # of no effect here
 
     def __post_init__(self) -> None:
-        _check("edge", self.edge, _EDGES)
-        _check("interpolation", self.interpolation, _INTERPOLATIONS)
+        _check("edge", self.edge, ("short", "long", "width", "height"))
+        _check("interpolation", self.interpolation, ("bilinear", "bicubic"))
         if not SIZES.fits(self.scale, int):
             raise ValueError(f"scale is {shown(self.scale)}, expected {SIZES.describe(int)}")
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """See Step."""
-        height, width = image.shape[-2:]
-        edges = {"short": min, "long": max, "width": lambda _h, w: w, "height": lambda h, _w: h}
-        factor = self.scale / edges[self.edge](height, width)
-        height, width = (max(1, round(side * factor)) for side in (height, width))
-        return resize(image, height, width, self.interpolation)
-
-    def shape(self, before: Shape) -> Shape:
-        """See Step."""
-        return {"width": (None, self.scale), "height": (self.scale, None)}.get(
-            self.edge, (None, None)
+    def size(self, height: int | None, width: int | None) -> Size:
+        """Height and width after this step."""
+        if height is None or width is None:
+            return None, None
+        edges = {"short": min(height, width), "long": max(height, width)}
+        return _scaled(
+            height, width, self.scale / (edges | {"width": width, "height": height})[self.edge]
         )
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """The picture, uint8 (3, H, W), at that size."""
+        return resize(image, *self.size(*image.shape[-2:]), self.interpolation)
 
 
 @dataclass(frozen=True)
@@ -134,16 +120,16 @@ class CenterCrop:
     def __post_init__(self) -> None:
         _sides("crop_size", self.crop_size)
 
-    def __call__(self, image: Tensor) -> Tensor:
-        """See Step."""
-        width, height = _sides("crop_size", self.crop_size)
-        down, right = _room(image, height, width)
-        return _cut(image, round(down / 2), round(right / 2), height, width)
+    def size(self, height: int | None, width: int | None) -> Size:
+        """Height and width after this step."""
+        wide, high = _sides("crop_size", self.crop_size)
+        return _cut_size(height, width, high, wide)
 
-    def shape(self, before: Shape) -> Shape:
-        """See Step."""
-        width, height = _sides("crop_size", self.crop_size)
-        return _cut_shape(before, height, width)
+    def __call__(self, image: Tensor) -> Tensor:
+        """The part, uint8 (3, H, W)."""
+        height, width = self.size(*image.shape[-2:])
+        top, left = (round(room / 2) for room in _room(image, height, width))
+        return image[:, top : top + height, left : left + width]
 
 
 @dataclass(frozen=True)
@@ -155,21 +141,20 @@ class RandomCrop:
     def __post_init__(self) -> None:
         _sides("crop_size", self.crop_size)
 
+    def size(self, height: int | None, width: int | None) -> Size:
+        """Height and width after this step."""
+        return _cut_size(height, width, *_sides("crop_size", self.crop_size))
+
     def __call__(self, image: Tensor) -> Tensor:
-        """See Step."""
+        """The part, uint8 (3, H, W)."""
         import torch
 
-        height, width = _sides("crop_size", self.crop_size)
-        down, right = _room(image, height, width)
-        top, left = (int(torch.randint(room + 1, ())) for room in (down, right))
-        return _cut(image, top, left, height, width)
-
-    def shape(self, before: Shape) -> Shape:
-        """See Step."""
-        height, width = _sides("crop_size", self.crop_size)
-        return _cut_shape(before, height, width)
+        height, width = self.size(*image.shape[-2:])
+        top, left = (int(torch.randint(room + 1, ())) for room in _room(image, height, width))
+        return image[:, top : top + height, left : left + width]
 
 
+Step = Resize | ResizeEdge | CenterCrop | RandomCrop
 _KINDS: dict[str, Callable[..., Any]] = {
     kind.__name__: kind
     for kind in (
@@ -229,8 +214,8 @@ def _build_step(entry: Any, name: str) -> Any:
     settings = dict(entry)
     kind = settings.pop("type")
     if kind not in _KINDS:
-        hint = did_you_mean(kind, _KINDS)
-        raise UserError(f"{name}: there is no step {kind}; allowed are {', '.join(_KINDS)}{hint}")
+        near = did_you_mean(kind, _KINDS)
+        raise UserError(f"{name}: there is no step {kind}; allowed are {', '.join(_KINDS)}{near}")
     known = [field.name for field in dataclasses.fields(_KINDS[kind])]  # type: ignore[arg-type]
     for key in settings:
         if key not in known:
@@ -245,13 +230,13 @@ def _build_step(entry: Any, name: str) -> Any:
 
 
 def _final_size(steps: tuple[Step, ...], name: str) -> tuple[int, int]:
-    shape: Shape = (None, None)
+    height: int | None = None
+    width: int | None = None
     for step in steps:
         try:
-            shape = step.shape(shape)
+            height, width = step.size(height, width)
         except ValueError as error:
             raise UserError(f"{name}: {type(step).__name__}: {error}") from None
-    height, width = shape
     if height is None or width is None:
         raise UserError(
             f"{name} leaves pictures of different sizes, which make no batch: add "
@@ -290,23 +275,17 @@ def _sides(name: str, value: Any) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def _room(image: Tensor, height: int, width: int) -> tuple[int, int]:
-    """How far a part of this size can be moved down and to the right."""
-    down, right = image.shape[-2] - height, image.shape[-1] - width
-    if down < 0 or right < 0:
-        raise ValueError(
-            f"the picture, {image.shape[-1]} × {image.shape[-2]}, is smaller than the "
-            f"{width} × {height} to cut out of it; put a Resize before"
-        )
-    return down, right
+def _scaled(height: int, width: int, factor: float) -> Size:
+    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
-def _cut(image: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    return image[:, top : top + height, left : left + width]
-
-
-def _cut_shape(before: Shape, height: int, width: int) -> Shape:
-    for side, part in zip(before, (height, width), strict=True):
+def _cut_size(height: int | None, width: int | None, high: int, wide: int) -> Size:
+    for side, part in ((height, high), (width, wide)):
         if side is not None and side < part:
             raise ValueError(f"{part} pixels cannot be cut out of {side}")
-    return height, width
+    return high, wide
+
+
+def _room(image: Tensor, height: int, width: int) -> tuple[int, int]:
+    """How far a part of this size can be moved down and to the right."""
+    return image.shape[-2] - height, image.shape[-1] - width

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from arcface.demo_garments import VIEWS, Style, draw_garment, draw_shot, num_styles, style_of
+from arcface.demo_data.garments import VIEWS, Style, draw_garment, draw_shot, num_styles, style_of
 from shared.build_once import build_once
 from shared.files import write_atomic, write_text
 
