@@ -8,13 +8,12 @@ import torch
 from torch import nn
 
 from arcface.inshop_retrieval.encoders import build_encoder
+from arcface.inshop_retrieval.partial_fc import CentreRows, PartialFC, shard
 from arcface.inshop_retrieval.pipeline import build_pipeline
 from arcface.inshop_retrieval.recipe import Recipe
 from arcface.inshop_retrieval.schedule import build_optimizers, parameters
 from arcface.run_scripts.run_arcface import build_head
 from shared import memory
-from shared.centre_rows import CentreRows
-from shared.class_centres import shard
 from shared.distributed import World
 from shared.precision import Amp
 
@@ -54,7 +53,7 @@ def plan(recipe: Recipe, amp: str, processes: int) -> memory.Plan:
         if of_head:
             rows = CentreRows(head, of_head)
             rows.sample(labels, 0)
-            live.count_as("optimizer", rows.moments)
+            live.count_as("optimizer", list(rows.moments.values()))
         precision = Amp(memory.mode_of(amp), memory.CPU)
         with precision.autocast():
             loss = head(torch.cat([encoder(pictures)] * ranks), labels)
@@ -67,3 +66,24 @@ def plan(recipe: Recipe, amp: str, processes: int) -> memory.Plan:
     wrapped = encoder if of_head else trained
     what = "pictures, and all that is kept of them"
     return live.plan(title, what, wrapped=wrapped, processes=processes)
+
+
+def head_bytes(
+    num_classes: int, width: int, ranks: int, batch_size: int, sample_rate: float = 1.0
+) -> int:
+    """Bytes of a sharded head on one of `ranks` at the peak of a step with SGD and momentum.
+
+    Embeddings of all ranks and their gradients are counted; batch_size: of one rank.
+    """
+    with memory.counted() as live:
+        classes = len(shard(num_classes, 0, ranks))
+        head = PartialFC(classes, width, World(), sample_rate=sample_rate)
+        optimizer = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+        rows, labels = CentreRows(head, optimizer), torch.tensor([0] * batch_size * ranks)
+        embeddings = torch.empty(len(labels), width, requires_grad=True)
+        live.begin(head, optimizer)
+        rows.sample(labels, 0)
+        live.count_as("optimizer", list(rows.moments.values()))
+        head(embeddings, labels).backward()
+        optimizer.step()
+    return sum(live.peak.values())

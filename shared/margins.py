@@ -1,4 +1,4 @@
-"""Additive angular margins: what turns cosines into the logits of ArcFace's kind of softmax.
+"""Additive angular margins: what turns cosines into logits of ArcFace's softmax, and its loss.
 
 B batch, C classes. Callers keep autocast off and float32 or float64: bfloat16 holds three digits of
 a cosine, which at a scale of 64 moves a logit by a quarter.
@@ -6,13 +6,14 @@ a cosine, which at a scale of 64 moves a logit by a quarter.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from shared.distributed import World
 from shared.errors import UserError
 
 
@@ -71,6 +72,68 @@ class _MarginLogits(torch.autograd.Function):
         return to_cosines.scatter_(1, index, own), None, None, None, None
 
 
+def unit_rows(rows: Tensor) -> Tensor:
+    """Each row of `rows` (R, D) at length 1, of which alone the backward pass keeps a copy."""
+    return _UnitRows.apply(rows)  # type: ignore[return-value]
+
+
+class _UnitRows(torch.autograd.Function):
+    """functional.normalize, whose own backward pass would need three more tensors of that size."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:  # type: ignore[override]
+        lengths = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(1e-12)
+        units = rows / lengths
+        ctx.save_for_backward(units, lengths)
+        return units
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        units, lengths = ctx.saved_tensors
+        along = torch.linalg.vecdot(units, gradient)[:, None]
+        return torch.addcmul(gradient, units, along, value=-1).div_(lengths)
+
+
+def softmax_loss(logits: Tensor, columns: Tensor, world: World) -> Tensor:
+    """Mean cross entropy of logits (N, own columns) whose columns are on several ranks.
+
+    columns: (N,) the target's own column, -1 where another rank has it. The same on every rank: two
+    all_reduces of N and 2 · N numbers, none in the backward pass, where each rank's logits get
+    their gradient of the one loss.
+    """
+    return _SoftmaxLoss.apply(logits, columns, world)  # type: ignore[return-value]
+
+
+class _SoftmaxLoss(torch.autograd.Function):
+    """See softmax_loss. The loss comes from sums, not from the target's share, which may be 0."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, columns: Tensor, world: World) -> Tensor:  # type: ignore[override]
+        index, here = columns.clamp_min(0)[:, None], columns >= 0
+        highest = _reduced(logits.amax(1), dist.ReduceOp.MAX, world)[:, None]
+        shares = logits - highest
+        target = shares.gather(1, index)[:, 0].where(here, 0.0)
+        shares.exp_()
+        sums = _reduced(torch.stack([shares.sum(1), target]), dist.ReduceOp.SUM, world)
+        shares /= sums[0, :, None]
+        ctx.save_for_backward(shares, index, here)
+        return (sums[0].log() - sums[1]).mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        shares, index, here = ctx.saved_tensors
+        weight = gradient / len(shares)
+        return (shares * weight).scatter_add_(1, index, -weight * here[:, None]), None, None
+
+
+def _reduced(values: Tensor, operation: Any, world: World) -> Tensor:
+    if world.size > 1:
+        dist.all_reduce(values, op=operation)
+    return values
+
+
 def adaptive_margins(
     counts: Tensor, low: float = 0.05, high: float = 0.5, power: float = -0.25
 ) -> Tensor:
@@ -92,12 +155,3 @@ def adaptive_margins(
     if least == most:
         return torch.full((len(counts),), high)
     return (low + (high - low) * (weights - least) / (most - least)).float()
-
-
-def check_margins(scale: float, margins: Tensor) -> None:
-    """Raise ValueError unless `scale` > 0 and every margin lies in 0 ≤ m < π/2."""
-    if not scale > 0 or not bool(((margins >= 0) & (margins < math.pi / 2)).all()):
-        raise ValueError(
-            f"the scale must be above 0 and margins 0 <= m < pi/2, got scale {scale}, margins "
-            f"{margins.min():.4g} to {margins.max():.4g}"
-        )

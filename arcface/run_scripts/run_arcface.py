@@ -36,8 +36,8 @@ if TYPE_CHECKING:  # torch comes after the input is checked
     from arcface.inshop_retrieval.encoders import Encoder, Preprocess
     from arcface.inshop_retrieval.evaluation import Outcome, Split
     from arcface.inshop_retrieval.inshop import InShop
+    from arcface.inshop_retrieval.partial_fc import PartialFC
     from arcface.inshop_retrieval.recipe import Recipe, Settings
-    from shared.class_centres import ClassCentres
     from shared.distributed import World
     from shared.precision import Amp
     from shared.run import Run
@@ -139,8 +139,8 @@ def train(cfg: Config, settings: Settings) -> int:
     """The whole training; the exit code."""
     from arcface.inshop_retrieval import encoders, epochs, evaluation, schedule
     from arcface.inshop_retrieval.inshop import collate
+    from arcface.inshop_retrieval.partial_fc import CentreRows
     from shared import checkpoint, distributed, seed
-    from shared.centre_rows import CentreRows
     from shared.loader import make_loader
     from shared.reporter import Plan
     from shared.run import Run
@@ -238,15 +238,15 @@ def train(cfg: Config, settings: Settings) -> int:
 # --- what the training is built from --------------------------------------------------------------
 
 
-def build_head(recipe: Recipe, margins: Tensor, world: World, seed: int) -> ClassCentres:
+def build_head(recipe: Recipe, margins: Tensor, world: World, seed: int) -> PartialFC:
     """ArcFace's class centres on the device; sharded, or sampled, those of this rank.
 
     margins: radians, (C,) or one for all.
     """
-    from shared.class_centres import ClassCentres
+    from arcface.inshop_retrieval.partial_fc import PartialFC
     from shared.distributed import World
 
-    return ClassCentres(
+    return PartialFC(
         recipe.num_classes, recipe.in_channels,
         world if recipe.is_sharded else World(device=world.device),
         margins=margins, scale=recipe.scale, easy_margin=recipe.easy_margin,
@@ -293,7 +293,7 @@ def _encoder(cfg: Config, recipe: Recipe, pictures: InShop, world: World) -> Enc
     return encoder.to(world.device).to(memory_format=torch.channels_last)
 
 
-def _load_from(cfg: Config, recipe: Recipe, encoder: Encoder, head: ClassCentres) -> None:
+def _load_from(cfg: Config, recipe: Recipe, encoder: Encoder, head: PartialFC) -> None:
     from arcface.inshop_retrieval import encoders
 
     if recipe.load_from and not cfg.run.is_explicit_resume:
@@ -336,7 +336,7 @@ def _settle_torch(cfg: Config, recipe: Recipe, world: World) -> None:
 
 
 def _describe(
-    recipe: Recipe, world: World, pictures: InShop, encoder: Encoder, head: ClassCentres
+    recipe: Recipe, world: World, pictures: InShop, encoder: Encoder, head: PartialFC
 ) -> None:
     batch_size = recipe.train.batch_size
     log.info(
@@ -496,6 +496,11 @@ def _check_classes(recipe: Recipe, found: int) -> None:
         raise UserError(
             f"model.head.num_classes is {recipe.num_classes}, the training pictures show {found} "
             f"items; type --cfg-options model.head.num_classes={found}"
+        )
+    if recipe.is_sharded and recipe.num_classes < world_size():
+        raise UserError(
+            f"{recipe.num_classes} classes cannot be sharded over {world_size()} processes: use "
+            "fewer, or leave out model.head.shard and sample_rate"
         )
 
 

@@ -4,8 +4,8 @@
 
 Both sides in one pair of processes over gloo, in turn: a head with all centres on each rank under
 DDP, as face_distill has it, and the sharded one at rate 1 and 0.1. The backbone is one linear
-layer, so the head is nearly all of a step. Bytes are `bytes_per_rank`'s (a unit test holds them to
-what is measured) and, for DDP, its copy of the gradient.
+layer, so the head is nearly all of a step. Bytes are `head_bytes`'s and, for DDP, its copy of the
+gradient.
 """
 
 import argparse
@@ -25,9 +25,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from arcface.inshop_retrieval.partial_fc import CentreRows, PartialFC
+from arcface.memory import head_bytes
 from shared import distributed
-from shared.centre_rows import CentreRows
-from shared.class_centres import ClassCentres, bytes_per_rank
 from shared.distributed import World
 from tests.benchmarks.measure import compare, conclude, in_turn
 
@@ -37,7 +37,7 @@ RANKS = 2
 class WithHead(nn.Module):
     """What DDP wraps where every rank has all centres."""
 
-    def __init__(self, head: ClassCentres, width: int) -> None:
+    def __init__(self, head: PartialFC, width: int) -> None:
         super().__init__()
         self.backbone, self.head = nn.Linear(width, width), head
 
@@ -47,7 +47,7 @@ class WithHead(nn.Module):
 
 def unsharded(args: argparse.Namespace, world: World) -> Callable[[], float]:
     """Seconds of a step of the head under DDP."""
-    model = WithHead(ClassCentres(args.classes, args.width, World()), args.width)
+    model = WithHead(PartialFC(args.classes, args.width, World()), args.width)
     wrapped = distributed.wrap(model, world)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
 
@@ -66,7 +66,7 @@ def sharded(args: argparse.Namespace, world: World, rate: float) -> Callable[[],
     """Seconds of a step of the sharded head."""
     backbone = nn.Linear(args.width, args.width)
     wrapped = distributed.wrap(backbone, world)
-    centres = ClassCentres(args.classes, args.width, world, sample_rate=rate)
+    centres = PartialFC(args.classes, args.width, world, sample_rate=rate)
     own = torch.optim.SGD(centres.parameters(), lr=0.1, momentum=0.9)
     optimizers = [torch.optim.SGD(backbone.parameters(), lr=0.1, momentum=0.9), own]
     rows, numbers = CentreRows(centres, own), iter(range(10**6))
@@ -98,11 +98,7 @@ def bytes_of(args: argparse.Namespace) -> dict[str, int]:
     """Bytes of a rank at the peak of a step, by side."""
 
     def peak(ranks: int, rate: float) -> int:
-        return sum(
-            bytes_per_rank(
-                args.classes, args.width, ranks, args.batch_size, sample_rate=rate
-            ).values()
-        )
+        return head_bytes(args.classes, args.width, ranks, args.batch_size, rate)
 
     bucket = 4 * args.classes * args.width  # DDP's buckets, beside the gradient itself
     sides = {"unsharded, DDP": peak(1, 1.0) + bucket}

@@ -65,12 +65,12 @@ def test_the_slurm_line_trains_in_the_processes_that_srun_starts(flags, tmp_path
     assert (status["state"], status["world_size"]) == ("done", 2)
 
 
-def test_sharding_figures_of_the_page_are_those_of_the_formula():
-    from shared.class_centres import bytes_per_rank
+def test_sharding_figures_of_the_page_are_those_of_a_step():
+    from arcface.memory import head_bytes
 
     rows = re.findall(r"^\| (\d+) million \| ([\d.]+) GB \| ([\d.]+) GB \|$", PAGE, re.M)
     assert [row[0] for row in rows] == ["1", "10"]
     for millions, *told in rows:
         for rate, gigabytes in zip((1.0, 0.1), told, strict=True):
-            parts = bytes_per_rank(int(millions) * 10**6, 512, 8, 64, sample_rate=rate)
-            assert f"{sum(parts.values()) / 1e9:.2f}" == gigabytes
+            size = head_bytes(int(millions) * 10**6, 512, 8, 64, rate)
+            assert f"{size / 1e9:.2f}" == gigabytes

@@ -7,7 +7,7 @@ import torch
 from torchvision import models
 
 from arcface.inshop_retrieval.encoders import RankBuffers, build_encoder, load_weights
-from shared.class_centres import ClassCentres
+from arcface.inshop_retrieval.partial_fc import PartialFC
 from shared.distributed import World
 from shared.errors import UserError
 
@@ -118,14 +118,14 @@ def test_random_weights_only_where_they_are_asked_for(tmp_path):
 
 @pytest.mark.parametrize("kind", ["best", "run"])
 def test_the_recipes_own_files_load_with_their_head(classifier, tmp_path, kind):
-    encoder, head = build(resnet()), ClassCentres(5, 512, World(), seed=3)
+    encoder, head = build(resnet()), PartialFC(5, 512, World(), seed=3)
     state = {f"encoder.{name}": t for name, t in encoder.state_dict().items()}
     content = {"state_dict": state | {"head.weight": head.weight.detach()}, "meta": {"epoch": 1}}
     if kind == "run":
         parts = {"encoder": encoder.state_dict(), "head": head.state_dict(), "optimizer": {}}
         content = {"position": {"step": 1}, "parts": parts}
     torch.save(content, tmp_path / "file.pth")
-    other, others_head = build(resnet()), ClassCentres(5, 512, World(), seed=4)
+    other, others_head = build(resnet()), PartialFC(5, 512, World(), seed=4)
     load_weights(other, others_head, tmp_path / "file.pth")
     assert torch.equal(other.backbone.conv1.weight, encoder.backbone.conv1.weight)
     assert torch.equal(others_head.weight, head.weight)
@@ -135,7 +135,7 @@ def test_the_recipes_own_files_load_with_their_head(classifier, tmp_path, kind):
 
 
 def test_a_head_of_another_size_starts_anew(tmp_path):
-    encoder, head = build(resnet()), ClassCentres(5, 512, World(), seed=3)
+    encoder, head = build(resnet()), PartialFC(5, 512, World(), seed=3)
     state = {f"encoder.{name}": t for name, t in encoder.state_dict().items()}
     torch.save({"state_dict": state | {"head.weight": torch.ones(7, 512)}}, tmp_path / "file.pth")
     before = head.weight.detach().clone()

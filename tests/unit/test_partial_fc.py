@@ -1,3 +1,5 @@
+"""ArcFace's class centres: margins, loss and gradients, sampled rows, the state of all classes."""
+
 import math
 from collections.abc import Callable
 from typing import Any
@@ -5,17 +7,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from arcface.inshop_retrieval.partial_fc import CentreRows, PartialFC, shard
 from shared import checkpoint, distributed
-from shared.centre_rows import CentreRows
-from shared.class_centres import IGNORED, ClassCentres, bytes_per_rank, shard
 from shared.distributed import World
 from shared.errors import UserError
 from shared.margins import adaptive_margins, add_margin, margin_logits_
+from shared.precision import Amp
 
 MakeOptimizer = Callable[[Any], Optimizer]
 OPTIMIZERS: dict[str, MakeOptimizer] = {
@@ -29,12 +29,12 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def make(classes: int, width: int, **options: Any) -> ClassCentres:
-    return ClassCentres(classes, width, World(), **options)
+def make(classes: int, width: int, **options: Any) -> PartialFC:
+    return PartialFC(classes, width, World(), **options)
 
 
 def reference_gradients(
-    centres: ClassCentres, reference: Any, rows: int, width: int
+    centres: PartialFC, reference: Any, rows: int, width: int
 ) -> list[tuple[Tensor, Tensor]]:
     """(ours, theirs) for loss, gradient to embeddings, gradient to centres; same centres."""
     dtype = centres.weight.dtype
@@ -175,33 +175,6 @@ def test_the_loss_is_float32_under_autocast() -> None:
     assert loss.dtype == half.dtype == torch.float32
 
 
-def test_ignored_rows_change_neither_loss_nor_gradients() -> None:
-    centres = make(5, 6).double()
-    embeddings, labels = normal(4, 6), torch.tensor([3, 0, 4, 3])
-    padded = torch.cat([embeddings, normal(2, 6, seed=1)])
-    loss = centres(embeddings, labels)
-    again = centres(padded, torch.cat([labels, torch.full((2,), IGNORED)]))
-    torch.testing.assert_close(again, loss, rtol=1e-14, atol=0)
-    gradients = [torch.autograd.grad(value, centres.weight)[0] for value in (loss, again)]
-    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-14)
-    assert centres(padded, torch.full((6,), IGNORED)).item() == 0
-
-
-def test_what_has_no_meaning_is_refused_by_name() -> None:
-    centres = make(5, 6)
-    for label in (5, -2):
-        with pytest.raises(UserError, match=rf"label {label} is outside 0 … 4"):
-            centres(normal(2, 6), torch.tensor([0, label]))
-    for rate in (0.0, 1.1, math.nan):
-        with pytest.raises(UserError, match=f"sample rate {rate}"):
-            make(5, 6, sample_rate=rate)
-    with pytest.raises(UserError, match="2 classes cannot be sharded over 3"):
-        ClassCentres(2, 4, World(size=3))
-    for options in ({"margins": 2.0}, {"margins": -0.1}, {"scale": 0.0}):
-        with pytest.raises(ValueError, match="scale must be above 0"):
-            make(5, 6, **options)
-
-
 # ---------------------------------------------------------------- shards
 
 
@@ -217,18 +190,11 @@ def test_the_first_centres_do_not_depend_on_the_number_of_ranks() -> None:
     assert whole.std().item() == pytest.approx(0.01, rel=0.05)
     for size in (2, 3):
         parts = [
-            ClassCentres(2500, 3, World(rank=rank, size=size), sub_centres=2, seed=5).weight
+            PartialFC(2500, 3, World(rank=rank, size=size), sub_centres=2, seed=5).weight
             for rank in range(size)
         ]
         assert torch.equal(torch.cat(parts), whole)
     assert not torch.equal(make(2500, 3, sub_centres=2, seed=6).weight, whole)
-
-
-def test_one_ranks_rows_cannot_be_taken_for_all() -> None:
-    assert make(4, 3).state_dict().keys() == {"weight"}  # with every centre in it, as any head
-    for centres in (make(4, 3, sample_rate=0.5), ClassCentres(4, 3, World(size=2))):
-        with pytest.raises(RuntimeError, match="CentreRows"):
-            centres.state_dict()
 
 
 def test_the_norm_of_no_gradient_is_zero() -> None:
@@ -244,8 +210,8 @@ class Training:
 
     def __init__(self, make_optimizer: MakeOptimizer, classes: int = 40, **options: Any) -> None:
         self.centres = make(classes, 6, init_std=1.0, scale=4.0, **options)
-        self.rows = CentreRows(self.centres, make_optimizer(self.centres.parameters()))
-        self.optimizer = self.rows._optimizer
+        self.optimizer = make_optimizer(self.centres.parameters())
+        self.rows = CentreRows(self.centres, self.optimizer)
 
     def step(self, number: int) -> float:
         labels = torch.randint(
@@ -262,9 +228,8 @@ class Training:
         """Centres and moments by name, one row a class."""
         self.rows.collect()
         state = self.rows.state_dict()
-        own = state["optimizer"]["state"].get(0, {})
-        found = {"centres": state["centres"]} | own
-        return {name: t.clone() for name, t in found.items() if t.ndim}
+        found = {"centres": state["centres"], **state["moments"]}
+        return {name: rows.clone() for name, rows in found.items()}
 
 
 @every_optimizer
@@ -294,7 +259,7 @@ def test_the_classes_of_the_batch_are_always_drawn_and_the_others_change() -> No
     training = Training(OPTIMIZERS["SGD"], sample_rate=0.2)
     draws = []
     for number in range(6):
-        labels = torch.tensor([number, number + 20, number, IGNORED])
+        labels = torch.tensor([number, number + 20, number])
         training.rows.sample(labels, number)
         assert training.centres.drawn is not None
         draws.append(training.centres.drawn.tolist())
@@ -305,10 +270,14 @@ def test_the_classes_of_the_batch_are_always_drawn_and_the_others_change() -> No
     assert training.centres.drawn.tolist() == list(range(30))
 
 
-def test_a_draw_follows_from_seed_step_and_rank() -> None:
+def test_a_draw_follows_from_seed_step_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = "arcface.inshop_retrieval.partial_fc.gather_with_grad"
+    monkeypatch.setattr(alone, lambda rows, world: rows)
+
     def draw(seed: int = 0, step: int = 3, rank: int = 0) -> list[int]:
-        centres = ClassCentres(80, 2, World(rank=rank, size=2), sample_rate=0.25, seed=seed)
-        centres.draw(torch.tensor([1, 41]), step)
+        centres = PartialFC(80, 2, World(rank=rank, size=2), sample_rate=0.25, seed=seed)
+        labels = torch.tensor([1, 41])
+        CentreRows(centres, SGD(centres.parameters(), lr=0.1)).sample(labels, step)
         assert centres.drawn is not None
         return centres.drawn.tolist()
 
@@ -343,64 +312,19 @@ def test_a_resumed_run_takes_the_same_steps(make: MakeOptimizer, sample_rate: fl
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
-def test_evaluation_compares_with_every_class() -> None:
-    training = Training(OPTIMIZERS["SGD"], sample_rate=0.2)
-    training.step(0)
-    training.centres.eval()
-    embeddings, labels = normal(40, 6), torch.arange(40)
-    loss = training.centres(embeddings, labels)  # the drawn rows with what they have learned
-    whole = make(40, 6, scale=4.0)
-    whole.weight.data = training.everything()["centres"]
-    torch.testing.assert_close(loss, whole(embeddings, labels), rtol=1e-12, atol=0)
-
-
-def test_a_label_whose_centre_was_not_drawn_is_refused() -> None:
-    centres = make(40, 6, sample_rate=0.2)
-    with pytest.raises(RuntimeError, match="sample"):
-        centres(normal(1, 6), torch.tensor([39]))
-
-
-def test_sampling_before_the_gradient_was_used_is_refused() -> None:
-    training = Training(OPTIMIZERS["SGD"], sample_rate=0.2)
-    training.rows.sample(torch.tensor([1]), 0)
-    training.centres(normal(1, 6), torch.tensor([1])).backward()
-    with pytest.raises(RuntimeError, match="backward"):
-        training.rows.sample(torch.tensor([2]), 1)
-
-
-def test_the_optimizer_must_hold_the_centres_alone() -> None:
-    centres = make(4, 3)
-    other = torch.nn.Parameter(torch.zeros(2))
-    for held in ([centres.weight, other], [other]):
-        with pytest.raises(ValueError, match="optimizer of their own"):
-            CentreRows(centres, SGD(held, lr=0.1))
-
-
 # ---------------------------------------------------------------- state
 
 
 def test_the_state_is_asked_for_its_size_before_the_first_step_and_refused_after_one() -> None:
-    centres = ClassCentres(10, 3, World(size=2))
+    centres = PartialFC(10, 3, World(size=2))
     optimizer = SGD(centres.parameters(), lr=0.1, momentum=0.9)
     rows = CentreRows(centres, optimizer)
     assert tuple(rows.state_dict()["centres"].shape) == (10, 3)
     assert checkpoint.expected_size({"rows": rows}, 2) >= 3 * 10 * 3 * 4  # with Adam's two moments
-    with pytest.raises(ValueError, match="on meta"):
-        rows.load_state_dict(rows.state_dict())
     centres.weight.grad = torch.ones_like(centres.weight)
     optimizer.step()
     with pytest.raises(RuntimeError, match="collect"):
         rows.state_dict()
-
-
-def test_the_state_of_one_process_is_always_that_of_now() -> None:
-    training = Training(OPTIMIZERS["SGD"])
-    training.step(0)
-    kept = training.rows.state_dict()
-    training.optimizer.param_groups[0]["lr"] = 0.5
-    assert training.rows.state_dict()["optimizer"]["param_groups"][0]["lr"] == 0.5
-    training.step(1)
-    assert not torch.equal(training.rows.state_dict()["centres"], kept["centres"])
 
 
 def test_a_state_of_other_classes_is_refused() -> None:
@@ -409,75 +333,25 @@ def test_a_state_of_other_classes_is_refused() -> None:
         large.rows.load_state_dict(small.rows.state_dict())
 
 
-# ---------------------------------------------------------------- memory
+# ---------------------------------------------------------------- clipping
 
 
-class PeakBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors alive after each operation, and keeps the largest count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.largest = 0
-        self._alive: dict[StorageWeakRef, int] = {}
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (list, tuple)) else (result,):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self._alive[StorageWeakRef(storage)] = storage.nbytes()
-        self._alive = {ref: size for ref, size in self._alive.items() if not ref.expired()}
-        self.largest = max(self.largest, sum(self._alive.values()))
-        return result
-
-
-def measured_and_formula(
-    make: MakeOptimizer, classes: int, width: int, batch: int, **options: Any
-) -> tuple[int, int]:
-    """Peak bytes of building centres and taking three steps, and what bytes_per_rank says."""
-    with PeakBytes() as measured:
-        centres = ClassCentres(classes, width, World(), **options)
-        optimizer = make(centres.parameters())
-        rows = CentreRows(centres, optimizer)
-        labels = torch.arange(batch)
-        for number in range(3):
-            rows.sample(labels, number)
-            centres(torch.randn(batch, width, requires_grad=True), labels).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    moments = 2 if isinstance(optimizer, AdamW) else 1
-    formula = bytes_per_rank(classes, width, 1, batch, moments=moments, **options)
-    return measured.largest, sum(formula.values())
-
-
-@every_optimizer
-@pytest.mark.parametrize("sample_rate", [1.0, 0.25])
-@pytest.mark.parametrize(
-    ("classes", "width", "batch"), [(2000, 64, 64), (2000, 32, 256), (2000, 256, 64)]
-)
-def test_a_step_takes_the_memory_that_the_formula_says(
-    make: MakeOptimizer, sample_rate: float, classes: int, width: int, batch: int
-) -> None:
-    measured, formula = measured_and_formula(make, classes, width, batch, sample_rate=sample_rate)
-    assert measured == pytest.approx(formula, rel=0.03)
-
-
-def test_a_step_with_sub_centres_takes_the_memory_that_the_formula_says() -> None:
-    measured, formula = measured_and_formula(OPTIMIZERS["SGD"], 1000, 64, 64, sub_centres=3)
-    second = 4 * 64 * 1000 * 3  # under a dispatch mode the backward pass of max makes a copy
-    assert measured - second == pytest.approx(formula, rel=0.03)
-
-
-@pytest.mark.parametrize(
-    ("classes", "sample_rate", "gigabytes"),
-    [(10**6, 1.0, 1.28), (10**6, 0.1, 0.64), (10**7, 1.0, 12.80), (10**7, 0.1, 6.40)],
-)
-def test_the_figures_in_the_documentation_are_the_formulas(
-    classes: int, sample_rate: float, gigabytes: float
-) -> None:
-    size = sum(bytes_per_rank(classes, 512, 8, 64, sample_rate=sample_rate).values())
-    assert size / 1e9 == pytest.approx(gigabytes, abs=0.005)
-    text = __import__("shared.class_centres", fromlist=["__doc__"]).__doc__
-    assert f"{gigabytes:.2f} GB" in text
+@pytest.mark.parametrize("sample_rate", [1.0, 0.6])
+def test_a_step_is_clipped_by_the_norm_of_encoder_and_centres_together(sample_rate: float) -> None:
+    torch.manual_seed(0)
+    encoder = torch.nn.Linear(6, 6).double()
+    head = make(10, 6, sample_rate=sample_rate, init_std=1.0).double()
+    optimizers = [SGD(module.parameters(), lr=1.0) for module in (encoder, head)]
+    rows, labels = CentreRows(head, optimizers[1]), torch.arange(5)
+    rows.sample(labels, 0)
+    parameters = [*encoder.parameters(), head.weight]
+    head(encoder(normal(5, 6)), labels).backward()
+    gradients = torch.cat([p.grad.flatten().clone() for p in parameters if p.grad is not None])
+    before = torch.cat([p.detach().flatten().clone() for p in parameters])
+    amp, world = Amp("off", torch.device("cpu")), World()
+    norm = amp.step(
+        optimizers[0], encoder.parameters(), clip_norm=1.0, sharded=(optimizers[1], world)
+    )
+    moved = before - torch.cat([p.detach().flatten() for p in parameters])
+    assert norm == pytest.approx(float(gradients.norm())) and norm > 2
+    torch.testing.assert_close(moved, gradients / (norm + 1e-6), rtol=1e-9, atol=1e-12)
