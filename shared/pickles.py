@@ -10,7 +10,11 @@ from __future__ import annotations
 import pickletools
 import re
 import zipfile
-from typing import IO
+from contextlib import AbstractContextManager
+from typing import IO, Any
+
+import numpy as np
+import torch
 
 _LONGEST_NAME = 1000  # characters of a class and its module; real ones stay below 100
 # A name without end shows as a stretch without a line end; only then is the pickle looked through.
@@ -46,3 +50,28 @@ def _check_names(pickled: bytes | IO[bytes]) -> None:
             # the unpickler would take all that is left for the name, or what is no text
             raise ValueError("a class whose name has no end") from None
         # any other fault is torch's to name
+
+
+class _Nothing:
+    """Stands for an object of a training program, whose content is not wanted."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+def harmless() -> AbstractContextManager[Any]:
+    """In it torch's safe unpickler takes numpy's numbers and arrays, as checkpoints hold them.
+
+    Of mmengine's log, which its checkpoints hold beside the weights, nothing is made.
+    """
+    number, array = (value.__reduce__()[0] for value in (np.float64(0), np.zeros(1)))
+    kinds = [type(np.dtype(code)) for code in "?bBhHiIlLqQefd"]
+    names: list[Any] = [np.dtype, np.ndarray, *kinds]
+    for module in ("numpy.core.multiarray", "numpy._core.multiarray"):  # numpy 1's and 2's
+        names += [(number, f"{module}.scalar"), (array, f"{module}._reconstruct")]
+    names.append((_Nothing, "mmengine.logging.history_buffer.HistoryBuffer"))
+    names.append((_Nothing, "builtins.getattr"))  # by which its methods are named
+    return torch.serialization.safe_globals(names)

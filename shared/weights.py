@@ -297,7 +297,7 @@ def _read_pickled(path: Path) -> Any:
             with path.open("rb") as stream:
                 pickles.check_stream(stream)
         # Only the zip format can be mapped; files of torch before 1.6 are read whole.
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), pickles.harmless():
             warnings.simplefilter("ignore")  # about a pickle that is refused in a moment
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
