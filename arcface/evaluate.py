@@ -3,10 +3,12 @@
 python evaluate.py --checkpoint work_dirs/resnet50-arcface_8xb32_inshop     its best epoch
 python evaluate.py --checkpoint …/epoch_50.pth --data-root /data/inshop     one file, other place
 python evaluate.py --checkpoint … --limit 500                               500 queries only
+python evaluate.py --checkpoint … --gallery DIR --query DIR --out DIR    pictures of your own
 python evaluate.py --demo                         what run_arcface.py --demo has trained
 
-Prints a table and writes retrieval.json, retrieval.txt and contact_sheet.html: queries with their
-ten nearest pictures, right and wrong ones marked.
+Prints a table and writes retrieval.json, retrieval.txt and a contact sheet: queries with their ten
+nearest pictures, right and wrong ones marked. Of your own pictures, in directories <class>/<image>
+or not, it writes neighbours.json, neighbours.csv and the contact sheet.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
@@ -27,7 +29,10 @@ from shared.launch import launch_alone
 from shared.settings import Count, Seed
 
 if TYPE_CHECKING:  # torch comes after the input is checked
+    from arcface.inshop_retrieval.encoders import Encoder, Preprocess
+    from arcface.inshop_retrieval.evaluation import Context
     from arcface.inshop_retrieval.recipe import Recipe, Settings
+    from shared.distributed import World
 
 RECIPE = Path(__file__).resolve().parent
 CHECKPOINT = RECIPE / "work_dirs" / "resnet50-arcface_8xb32_inshop"
@@ -43,6 +48,8 @@ class Config:
     checkpoint: Path = option(CHECKPOINT, "best_….pth, epoch_N.pth, or a run directory")
     data_root: Path | None = option(None, "the inshop directory; default: the run's")
     out: Path | None = option(None, "where results go; default: evaluation, beside the checkpoint")
+    gallery: Path | None = option(None, "a directory of pictures to search in, with --query")
+    query: Path | None = option(None, "a directory of pictures to search for, with --gallery")
     limit: Count | None = option(
         None, "queries, spread over the list, against the whole gallery; default: all"
     )
@@ -62,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.tool.demo and "checkpoint" not in cfg.tool.typed:
         cfg = replace(cfg, checkpoint=DEMO_CHECKPOINT)
     checkpoint = _file(cfg)
+    if cfg.gallery or cfg.query:
+        return _search(cfg, checkpoint)
     settings, seed = _settings(cfg, checkpoint)
     out = cfg.out or checkpoint.parent / "evaluation"
     remarks = _check_data(settings.recipe, seed)
@@ -93,16 +102,21 @@ def _file(cfg: Config) -> Path:
 def _settings(cfg: Config, checkpoint: Path) -> tuple[Settings, int]:
     """The settings, and the seed that a directory without a list was split by."""
     from arcface.inshop_retrieval import recipe
-    from arcface.inshop_retrieval.config import find_config, read_config
 
     run = read_object(checkpoint.parent / "config.json").get("settings")
     seed = run.get("seed") if isinstance(run, dict) else None
     over = recipe.Overrides(cfg.cfg_options, cfg.data_root, seed=seed if type(seed) is int else 0)
+    return recipe.settle(_configuration(cfg, checkpoint), over, Path.cwd()), over.seed
+
+
+def _configuration(cfg: Config, checkpoint: Path) -> dict[str, Any]:
+    """That of --config or, without one, of the run beside the checkpoint."""
+    from arcface.inshop_retrieval import recipe
+    from arcface.inshop_retrieval.config import find_config, read_config
+
     if cfg.config:
-        configuration = read_config(find_config(cfg.config, Path.cwd()))
-    else:
-        configuration = recipe.stored_configuration(checkpoint.parent)
-    return recipe.settle(configuration, over, Path.cwd()), over.seed
+        return read_config(find_config(cfg.config, Path.cwd()))
+    return recipe.stored_configuration(checkpoint.parent)
 
 
 def _check_data(recipe: Recipe, seed: int) -> list[str]:
@@ -118,11 +132,51 @@ def _check_data(recipe: Recipe, seed: int) -> list[str]:
     return list(remarks)
 
 
-def _evaluate(cfg: Config, checkpoint: Path, recipe: Recipe, seed: int, out: Path) -> int:
+def _search(cfg: Config, checkpoint: Path) -> int:
+    """Find what is nearest to each picture of --query in --gallery."""
+    from arcface.inshop_retrieval import recipe as recipes
+    from shared.images import find_images
+
+    for flag, folder in (("--gallery", cfg.gallery), ("--query", cfg.query)):
+        if folder is None or not find_images(folder):
+            what = "is missing: type both" if folder is None else f"{folder} holds no picture"
+            raise UserError(f"{flag} {what}; --gallery DIR is searched for each picture of --query")
+    assert cfg.gallery and cfg.query
+    out = cfg.out or checkpoint.parent / "neighbours"
+    over = recipes.Overrides(cfg.cfg_options)
+    settings = recipes.without_data(_configuration(cfg, checkpoint), over, Path.cwd())
+    if cfg.tool.dry_run:
+        sys.stdout.write(f"{checkpoint}: {cfg.query} in {cfg.gallery}; results go to {out}\n")
+        return 0
+    make_output(out)
+    from arcface.inshop_retrieval import evaluation
+    from arcface.inshop_retrieval.inshop import InShop
+    from arcface.inshop_retrieval.pipeline import build_pipeline
+
+    loader = settings.recipe.query
+    pipeline = build_pipeline(loader.pipeline, "val_dataloader.dataset.pipeline")
+    query, gallery = (
+        evaluation.Split(
+            InShop.of_files(folder, pipeline), cfg.batch_size or loader.batch_size, loader.workers
+        )
+        for folder in (cfg.query, cfg.gallery)
+    )
+    encoder, preprocess, world, autocast = _model(cfg, checkpoint, settings.recipe)
+    rows = evaluation.nearest(encoder, preprocess, query, gallery, world, autocast)
+    written = evaluation.write_neighbours(
+        out, rows, query, gallery, checkpoint=checkpoint, examples=cfg.examples, seed=cfg.seed
+    )
+    sys.stdout.write("".join(f"{path}\n" for path in written))
+    return 0
+
+
+def _model(
+    cfg: Config, checkpoint: Path, recipe: Recipe
+) -> tuple[Encoder, Preprocess, World, Context]:
+    """The trained encoder and its normalisation on the device, and the precision to embed in."""
     import torch
 
-    from arcface.inshop_retrieval import encoders, evaluation
-    from shared import report
+    from arcface.inshop_retrieval import encoders
     from shared.device import resolve
     from shared.distributed import World
     from shared.precision import Amp
@@ -132,6 +186,16 @@ def _evaluate(cfg: Config, checkpoint: Path, recipe: Recipe, seed: int, out: Pat
     encoders.load_weights(encoder, None, checkpoint)
     encoder.to(device).to(memory_format=torch.channels_last)
     preprocess = encoders.Preprocess(recipe.mean, recipe.std).to(device)
+    return encoder, preprocess, World(device=device), Amp(cfg.tool.amp, device).autocast
+
+
+def _evaluate(cfg: Config, checkpoint: Path, recipe: Recipe, seed: int, out: Path) -> int:
+    import torch
+
+    from arcface.inshop_retrieval import evaluation
+    from shared import report
+
+    encoder, preprocess, world, autocast = _model(cfg, checkpoint, recipe)
     query, gallery = (
         replace(split, batch_size=cfg.batch_size or split.batch_size)
         for split in (evaluation.open_split(part, seed) for part in (recipe.query, recipe.gallery))
@@ -140,8 +204,7 @@ def _evaluate(cfg: Config, checkpoint: Path, recipe: Recipe, seed: int, out: Pat
     if cfg.limit and cfg.limit < total:
         query = replace(query, numbers=torch.arange(cfg.limit) * total // cfg.limit)
     outcome = evaluation.evaluate(
-        encoder, preprocess, query, gallery, World(device=device),
-        autocast=Amp(cfg.tool.amp, device).autocast,
+        encoder, preprocess, query, gallery, world, autocast=autocast,
         recall_at=recipe.depths("Recall"), map_at=recipe.depths("mAP"),
     )  # fmt: skip
     written = evaluation.write_figures(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import random
 import time
@@ -9,7 +10,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,12 +23,16 @@ from arcface.inshop_retrieval.pipeline import build_pipeline
 from arcface.inshop_retrieval.recipe import Loader
 from shared import retrieval
 from shared.distributed import World
-from shared.files import write_json, write_text
+from shared.files import write_atomic, write_json, write_text
 from shared.loader import make_eval_loader
+from shared.nearest import search
 from shared.page import Page, Picture
 from shared.retrieval import MAP_AT, RECALL_AT, Positives, Retrieval
 from shared.rows_of_ranks import gather_rows
 from shared.sampling import eval_indices
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Context = Callable[[], AbstractContextManager[Any]]
 PROTOCOL = {
@@ -40,6 +45,7 @@ PROTOCOL = {
 NEAREST = 10
 _HEIGHT = 96  # pixels of a thumbnail
 _RIGHT, _WRONG = ("✓", "good"), ("✗", "bad")
+_FRAMES = {"good": "#2a9d4a", "bad": "#d1495b", "": "#9aa0a6"}
 
 
 @dataclass(frozen=True)
@@ -89,6 +95,14 @@ class Outcome:
     def metrics(self) -> dict[str, float]:
         """Recall@k, mAP@k and mAP@k_min, in [0, 1]."""
         return self.retrieval.metrics
+
+
+@dataclass(frozen=True)
+class Row:
+    """The number of a query, and what was found, best first: number, cosine, whether the same item."""
+
+    query: int
+    found: list[tuple[int, float, bool | None]]  # None: not known
 
 
 def evaluate(
@@ -180,21 +194,31 @@ def write_figures(
     out: Path, outcome: Outcome, query: Split, gallery: Split, *,
     checkpoint: Path, data: str, examples: int, seed: int,
 ) -> list[Path]:  # fmt: skip
-    """Write retrieval.json, retrieval.txt and contact_sheet.html into `out`; the files."""
-    counts = _counts(outcome, query, gallery)
+    """Write retrieval.json, retrieval.txt and the contact sheet into `out`; the files."""
     written = {
         "schema": 1,
         "protocol": PROTOCOL,
         "metrics": in_percent(outcome.metrics),
-        "counts": counts,
+        "counts": _counts(outcome, query, gallery),
         "checkpoint": str(checkpoint),
         "data": data,
     }
     write_json(out / "retrieval.json", written)
     write_text(out / "retrieval.txt", text_table(outcome, query, gallery) + "\n")
-    page = _sheet_of_figures(outcome, query, gallery, checkpoint.name, examples, seed)
-    write_text(out / "contact_sheet.html", page)
-    return [out / name for name in ("retrieval.json", "retrieval.txt", "contact_sheet.html")]
+    right = outcome.retrieval.hits[:, 0]
+    chosen = choose(right, examples, seed)
+    page = Page(f"Queries and their nearest pictures: {checkpoint.name}")
+    figures = in_percent(outcome.metrics).items()
+    page.table(["metric", "percent"], [[name, f"{value:.2f}"] for name, value in figures])
+    page.text(
+        f"{len(chosen)} of {len(right)} queries, drawn at random, up to half of them from "
+        f"the {int((~right).sum())} whose nearest picture shows another item. Each row: the "
+        f"query, then its {NEAREST} nearest gallery pictures with their cosine; ✓ same item, ✗ "
+        "another one."
+    )
+    rows = _rows_of(outcome, chosen)
+    sheets = _write_sheet(out, page, rows, query.dataset, gallery.dataset)
+    return [out / "retrieval.json", out / "retrieval.txt", *sheets]
 
 
 def text_table(outcome: Outcome, query: Split, gallery: Split) -> str:
@@ -225,51 +249,131 @@ def choose(first_is_right: Tensor, count: int, seed: int) -> list[int]:
     return sorted(shown + order.sample(right, min(len(right), count - len(shown))))
 
 
-def _sheet_of_figures(
-    outcome: Outcome, query: Split, gallery: Split, name: str, count: int, seed: int
-) -> str:
-    """`count` queries of this rank with the NEAREST results of each, as HTML with its pictures.
+def _rows_of(outcome: Outcome, rows: list[int]) -> list[Row]:
+    """What the rows of an evaluation found."""
+    found, shown = outcome.retrieval, []
+    for row in rows:
+        cells = zip(found.indices[row].tolist(), found.scores[row].tolist(),
+                    found.hits[row].tolist(), strict=True)  # fmt: skip
+        nearest = [(int(outcome.gallery_places[place]), score, hit)
+                   for place, score, hit in list(cells)[:NEAREST] if place >= 0]  # fmt: skip
+        shown.append(Row(int(outcome.query_places[found.numbers[row]]), nearest))
+    return shown
+
+
+# --- one's own pictures ---------------------------------------------------------------------------
+
+
+def nearest(
+    encoder: Encoder, preprocess: Preprocess, query: Split, gallery: Split, world: World,
+    autocast: Context = nullcontext,
+) -> list[Row]:  # fmt: skip
+    """What of the gallery is nearest to each query that can be read, in the order of the queries.
+
+    Whether both show the same item is known where the query's item has pictures in the gallery.
+    Raises UserError for a gallery without a readable picture.
+    """
+    encoder.eval()
+    embed = Embedder(encoder, preprocess, world, autocast)
+    (gallery_rows, gallery_places), (query_rows, query_places) = map(embed.all, (gallery, query))
+    scores, indices = search(query_rows, gallery_rows, NEAREST)
+    known, rows = {*gallery.dataset.items} - {""}, []
+    for place, found, cosines in zip(query_places, indices.tolist(), scores.tolist(), strict=True):
+        item = query.dataset.items[int(place)]
+        numbers = [int(gallery_places[one]) for one in found if one >= 0]
+        same = [gallery.dataset.items[one] == item if item in known else None for one in numbers]
+        rows.append(Row(int(place), list(zip(numbers, cosines, same, strict=False))))
+    return rows
+
+
+def write_neighbours(
+    out: Path, rows: list[Row], query: Split, gallery: Split, *,
+    checkpoint: Path, examples: int, seed: int,
+) -> list[Path]:  # fmt: skip
+    """Write neighbours.json, neighbours.csv and the contact sheet into `out`; the files."""
+    entries = [
+        {
+            "query": str(query.dataset.paths[row.query]),
+            "nearest": [
+                {"picture": str(gallery.dataset.paths[one]), "score": round(score, 6), "same": same}
+                for one, score, same in row.found
+            ],
+        }
+        for row in rows
+    ]
+    unreadable = [*query.dataset.left_out(), *gallery.dataset.left_out()]
+    written = {
+        "schema": 1,
+        "checkpoint": str(checkpoint),
+        "similarity": PROTOCOL["similarity"],
+        "gallery": len(gallery.dataset),
+        "unreadable": unreadable,
+        "queries": entries,
+    }
+    write_json(out / "neighbours.json", written)
+    table = io.StringIO()
+    lines = csv.writer(table, lineterminator="\n")
+    lines.writerow(["query", "rank", "picture", "score", "same"])
+    for entry in entries:
+        for rank, found in enumerate(entry["nearest"], 1):
+            lines.writerow([entry["query"], rank, *found.values()])
+    write_text(out / "neighbours.csv", table.getvalue())
+    chosen = sorted(random.Random(seed).sample(range(len(rows)), min(examples, len(rows))))
+    page = Page(f"Queries and their nearest pictures: {checkpoint.name}")
+    page.text(f"{len(chosen)} of {len(rows)} queries, each with its {NEAREST} nearest pictures.")
+    sheets = _write_sheet(out, page, [rows[row] for row in chosen], query.dataset, gallery.dataset)
+    return [out / "neighbours.json", out / "neighbours.csv", *sheets]
+
+
+# --- contact sheets -------------------------------------------------------------------------------
+
+
+def _write_sheet(
+    out: Path, page: Page, rows: list[Row], query: InShop, gallery: InShop
+) -> list[Path]:
+    """Write contact_sheet.html, and its pictures alone as contact_sheet.jpg; the files.
 
     Pictures are shown as the encoder sees them, cut and resized.
     """
-    found = outcome.retrieval
-    rows = choose(found.hits[:, 0], count, seed)
-    wrong = int((~found.hits[:, 0]).sum())
-    page = Page(f"Queries and their nearest pictures: {name}")
-    figures = in_percent(outcome.metrics).items()
-    page.table(["metric", "percent"], [[name, f"{value:.2f}"] for name, value in figures])
-    page.text(
-        f"{len(rows)} of {len(found.numbers)} queries, drawn at random, up to half of them from "
-        f"the {wrong} whose nearest picture shows another item. Each row: the query, then its "
-        f"{NEAREST} nearest gallery pictures with their cosine; ✓ same item, ✗ another one."
-    )
-    table = []
+    from PIL import Image, ImageOps
+
+    table: list[list[Picture]] = []
+    strips = []
     for row in rows:
-        number = int(outcome.query_places[found.numbers[row]])
-        cells = [_cell(query.dataset, number, query.dataset.items[number])]
-        for rank, place in enumerate(found.indices[row, :NEAREST].tolist()):
-            if place >= 0:  # else of a gallery of fewer pictures
-                mark, kind = _RIGHT if found.hits[row, rank] else _WRONG
-                note = f"{mark} {float(found.scores[row, rank]):.3f}"
-                number = int(outcome.gallery_places[place])
-                cells.append(_cell(gallery.dataset, number, note, kind))
-        table.append(cells)
+        cells = [(query, row.query, query.items[row.query], "")]
+        for number, score, same in row.found:
+            mark, kind = {True: _RIGHT, False: _WRONG, None: ("", "")}[same]
+            cells.append((gallery, number, f"{mark} {score:.3f}".strip(), kind))
+        thumbnails = [_thumbnail(data[number].image) for data, number, _, _ in cells]
+        table.append([
+            Picture(_jpeg(thumbnail), f"{data.items[number]}, {data.names[number]}", note, kind)
+            for thumbnail, (data, number, note, kind) in zip(thumbnails, cells, strict=True)
+        ])  # fmt: skip
+        colours = [_FRAMES[kind] for _, _, _, kind in cells]
+        strips.append([ImageOps.expand(one, 4, colour)
+                       for one, colour in zip(thumbnails, colours, strict=True)])  # fmt: skip
     page.table(["query", *map(str, range(1, NEAREST + 1))], table)
-    return page.render()
+    write_text(out / "contact_sheet.html", page.render())
+    width = max(sum(one.width for one in strip) for strip in strips)
+    sheet = Image.new("RGB", (width, len(strips) * strips[0][0].height), "white")
+    for place, strip in enumerate(strips):
+        left = 0
+        for one in strip:
+            sheet.paste(one, (left, place * one.height))
+            left += one.width
+    write_atomic(out / "contact_sheet.jpg", lambda stream: sheet.save(stream, "JPEG", quality=80))
+    return [out / "contact_sheet.html", out / "contact_sheet.jpg"]
 
 
-def _cell(dataset: InShop, number: int, note: str, kind: str = "") -> Picture:
-    """A picture with a frame and a note below it."""
-    alt = f"{dataset.items[number]}, {dataset.names[number]}"
-    return Picture(_jpeg(dataset[number].image), alt, note, kind)
-
-
-def _jpeg(image: Tensor) -> bytes:
-    """A small JPEG of a picture, uint8 (3, H, W)."""
+def _thumbnail(image: Tensor) -> Image:
+    """A small picture of one, uint8 (3, H, W)."""
     from PIL import Image
 
-    picture = Image.fromarray(image.permute(1, 2, 0).to(torch.uint8).contiguous().numpy())
-    width = max(1, round(picture.width * _HEIGHT / picture.height))
+    picture = Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())
+    return picture.resize((max(1, round(picture.width * _HEIGHT / picture.height)), _HEIGHT))
+
+
+def _jpeg(picture: Image) -> bytes:
     encoded = io.BytesIO()
-    picture.resize((width, _HEIGHT)).save(encoded, "JPEG", quality=80)
+    picture.save(encoded, "JPEG", quality=80)
     return encoded.getvalue()

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from arcface import evaluate
 from arcface.inshop_retrieval.evaluation import Split, choose
 from arcface.inshop_retrieval.evaluation import evaluate as score
-from arcface.inshop_retrieval.inshop import LEFT_OUT, Garment
+from arcface.inshop_retrieval.inshop import LEFT_OUT, Garment, read
 from arcface.run_scripts import run_arcface
 from shared.distributed import World
 from shared.files import read_json_lines
@@ -159,3 +160,88 @@ def test_a_configuration_file_serves_where_no_run_is_beside(run_dir, inshop, tmp
     outcome = run_here(evaluate.main, args)
     assert outcome.code == 0, outcome.text
     assert (tmp_path / "evaluation" / "retrieval.json").exists()
+
+
+# --- pictures of one's own ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders(inshop, tmp_path) -> Path:
+    """<class>/<image> of all nine items, and one class of a single picture."""
+    for path in (inshop / "Img" / "img").rglob("*.jpg"):
+        place = tmp_path / "mine" / path.parent.name / path.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(path.read_bytes())
+    (tmp_path / "mine" / "single").mkdir()
+    (tmp_path / "mine" / "single" / "one.jpg").write_bytes(path.read_bytes())
+    return tmp_path / "mine"
+
+
+def test_a_directory_of_classes_is_trained_on_and_evaluated(folders, tmp_path):
+    config = write_config(tmp_path / "nano.py")
+    args = ["--config", config, "--data-root", folders, "--work-dir", tmp_path / "work"]
+    options = ["--cfg-options", "train_cfg.max_epochs=1"]
+    outcome = run_here(run_arcface.main, [*args, *options, "--seed", 3])
+    assert outcome.code == 0, outcome.text
+    told = "43 pictures of 8 classes are trained on; of 2 held-out classes 6 pictures are queries"
+    assert told in outcome.text and "43 pictures of 8 items" in outcome.text
+    head = torch.load(tmp_path / "work" / "epoch_1.pth")["parts"]["head"]["weight"]
+    assert head.shape == (8, 512)  # as many as there are, whatever the file says
+    again = ["--checkpoint", tmp_path / "work", "--out", tmp_path / "out"]
+    assert run_here(evaluate.main, again).code == 0
+    written = json.loads((tmp_path / "out" / "retrieval.json").read_text())
+    rows = list(read_json_lines(tmp_path / "work" / "metrics.jsonl"))
+    last = [row for row in rows if row["split"] == "val"][-1]
+    assert written["metrics"]["retrieval/mAP@10"] == pytest.approx(last["retrieval/mAP@10"])
+
+
+def test_classes_are_split_by_the_seed_and_one_picture_never_queries(folders):
+    splits = [read(folders, seed=seed) for seed in range(8)]
+    assert read(folders, seed=0) == splits[0] and len({split.query for split in splits}) > 4
+    for split in splits:
+        held_out = {picture.item for picture in split.query}
+        assert held_out == {picture.item for picture in split.gallery} and len(held_out) == 2
+        assert "single" not in held_out
+        assert "single" in {picture.item for picture in split.train}
+        assert not held_out & {picture.item for picture in split.train}
+        assert len(split.train) + len(split.query) + len(split.gallery) == 55
+
+
+@pytest.mark.parametrize("has_labels", [True, False])
+def test_the_ten_nearest_of_a_directory(has_labels, run_dir, folders, tmp_path):
+    query = folders
+    if not has_labels:
+        query = tmp_path / "flat"
+        query.mkdir()
+        for path in sorted(folders.rglob("*.jpg"))[:7]:
+            (query / f"{path.parent.name}_{path.name}").write_bytes(path.read_bytes())
+    args = ["--checkpoint", run_dir, "--gallery", folders, "--query", query]
+    outcome = run_here(evaluate.main, [*args, "--out", tmp_path / "out", "--examples", 3])
+    assert outcome.code == 0, outcome.text
+    written = json.loads((tmp_path / "out" / "neighbours.json").read_text())
+    assert len(written["queries"]) == (55 if has_labels else 7) and written["gallery"] == 55
+    for entry in written["queries"]:
+        nearest = entry["nearest"]
+        scores = [found["score"] for found in nearest]
+        assert len(nearest) == 10 and scores == sorted(scores, reverse=True)
+        assert scores[0] == pytest.approx(1, abs=1e-5)  # the picture itself is in the gallery
+        item = Path(entry["query"]).parent.name
+        for found in nearest:
+            same = Path(found["picture"]).parent.name == item if has_labels else None
+            assert found["same"] == same
+    lines = (tmp_path / "out" / "neighbours.csv").read_text().splitlines()
+    assert lines[0] == "query,rank,picture,score,same"
+    assert len(lines) == 1 + 10 * len(written["queries"])
+    page = (tmp_path / "out" / "contact_sheet.html").read_text()
+    assert page.count("data:image/jpeg;base64,") == 3 * 11
+    assert Image.open(tmp_path / "out" / "contact_sheet.jpg").size == (11 * 104, 3 * 104)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--query", "{there}"], ["--gallery", "{there}", "--query", "/x"]]
+)
+def test_a_search_needs_both_directories(flags, run_dir, folders, tmp_path):
+    words = [word.format(there=folders) for word in flags]
+    outcome = run_here(evaluate.main, ["--checkpoint", run_dir, *words, "--out", tmp_path / "out"])
+    assert outcome.code == 2, outcome.text
+    assert "--gallery is missing: type both" in outcome.text or "/x is not a folder" in outcome.text
