@@ -99,7 +99,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Row:
-    """The number of a query, and what was found, best first: number, cosine, whether the same item."""
+    """A query's number, and what was found, best first: number, cosine, whether the same item."""
 
     query: int
     found: list[tuple[int, float, bool | None]]  # None: not known

@@ -94,6 +94,7 @@ ELSEWHERE = {
 }
 _ARCFACE = "python run_scripts/run_arcface.py --data-root /data/inshop"
 _IN_SHOP = "In-shop and the pretrained weights; on a small tree: tests/recipes/test_arcface.py"
+_OWN = "pictures of one's own; on a small directory: tests/recipes/test_arcface_evaluate.py"
 NEEDS = {
     "export data_path=/data/inshop": _IN_SHOP,
     "python run_scripts/run_arcface.py "
@@ -109,6 +110,9 @@ NEEDS = {
     f"{_ARCFACE} --launcher slurm --resume": _IN_SHOP,
     "python evaluate.py --checkpoint work_dirs/resnet50-arcface_8xb32_inshop "
     "--data-root /data/inshop": _IN_SHOP,
+    "python run_scripts/run_arcface.py --data-root /data/pictures": _OWN,
+    "python evaluate.py --checkpoint work_dirs/resnet50-arcface_8xb32_inshop "
+    "--gallery /data/shop --query /data/photos --out /tmp/found": _OWN,
     "conda activate torch_env": "conda",
     "CUDA_VISIBLE_DEVICES=0 ./face_distill/train.sh": "a GPU",
     "./face_distill/train.sh --nproc 4 --batch-size 64 --amp bf16": "four GPUs",
