@@ -177,11 +177,14 @@ def _model(
     import torch
 
     from arcface.inshop_retrieval import encoders
+    from shared.allocator import keep_freed_memory
     from shared.device import resolve
     from shared.distributed import World
     from shared.precision import Amp
 
     device = resolve(cfg.tool.device, 0, os.environ)
+    if device.type == "cpu":
+        keep_freed_memory()
     encoder = encoders.build_encoder(recipe.encoder, "random")
     encoders.load_weights(encoder, None, checkpoint)
     encoder.to(device).to(memory_format=torch.channels_last)

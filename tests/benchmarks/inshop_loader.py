@@ -30,6 +30,7 @@ from arcface.demo_data.garments import draw_garment, draw_shot, style_of
 from arcface.inshop_retrieval.encoders import Preprocess
 from arcface.inshop_retrieval.inshop import InShop, collate
 from arcface.inshop_retrieval.pipeline import build_pipeline
+from shared.allocator import keep_freed_memory
 from shared.images import decode_rgb
 from tests.benchmarks.measure import compare, conclude, in_turn
 
@@ -51,6 +52,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()  # for both sides, as run_arcface.py does on the CPU
     with tempfile.TemporaryDirectory() as folder:
         write_pictures(Path(folder), options.images)
         data = InShop(Path(folder), "train", build_pipeline(STEPS))

@@ -60,6 +60,7 @@ from arcface.inshop_retrieval.pipeline import build_pipeline
 from arcface.inshop_retrieval.recipe import Overrides, Recipe, without_data
 from arcface.inshop_retrieval.schedule import build_optimizers, parameters
 from arcface.run_scripts.run_arcface import build_head
+from shared.allocator import keep_freed_memory
 from shared.distributed import World
 from shared.errors import MissingToolError, UserError, one_line
 from shared.precision import Amp
@@ -102,6 +103,7 @@ class Side(Protocol):
 
 class Ours:
     def __init__(self, config: Path, folder: Path) -> None:
+        keep_freed_memory()  # as run_arcface.py does on the CPU
         self._config, self._folder = config, folder
 
     def begin(self, batch: int, size: int, exact: bool) -> None:
