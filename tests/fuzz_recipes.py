@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from lavic.src import catalogue, conversations
+from lavic.src import catalogue
+from lavic.src.recommend import data as conversations
 from multimodal import audio, audiocaps, clotho, coco_files
 from multimodal.audio import AudioError
 from shared import unpack

@@ -18,16 +18,12 @@ import torch
 from face_distill import download_weight, embed
 from face_distill import evaluate as face_evaluate
 from face_distill.distill import model, student_files, teacher
-from lavic.src import (
-    adapter_files,
-    adapters,
-    crawl_list,
-    crawl_store,
-    item_vectors,
-    llava,
-    recommend_results,
-)
-from lavic.src import memory as lavic_memory
+from lavic.src import catalogue
+from lavic.src.recommend import item_vectors
+from lavic.src.recommend import results as recommend_results
+from lavic.src.vision import adapter_files, adapters, picture_store
+from lavic.src.vision import memory as lavic_memory
+from lavic.src.vision import model as llava
 from multimodal import (
     audio,
     clip_ledger,
@@ -132,20 +128,20 @@ def _read_adapter(directory: Path) -> None:
     adapter_files.stage_of(directory)
     adapter_files.base_of(directory)
     adapters._settings(directory)
-    adapters._weights(directory)
+    adapters._names_in(directory)
 
 
 def _read_crawl_list(path: Path) -> None:
-    for found in crawl_list.pictures_of("train", path):
-        crawl_list.why_unusable(found)
+    for found in catalogue.read_pictures("train", path):
+        found.problem  # noqa: B018
 
 
 def _read_crawl_notes(directory: Path) -> None:
-    folder = crawl_store.Folder(directory)
+    folder = picture_store.Folder(directory)
     for row in SEEN:
         folder.holds(row["name"])
     folder.close()
-    crawl_store.Failures(directory / crawl_store.FAILURES, {"valid"}).close()
+    picture_store.Failures(directory / picture_store.FAILURES, {"valid"}).close()
 
 
 def _read_llava(directory: Path) -> None:
@@ -372,8 +368,8 @@ READERS: dict[str, Reader] = {
     ),
     "lavic crawl notes": Reader(
         together(
-            put(crawl_store.VERIFIED, lines(*SEEN)),
-            put(crawl_store.FAILURES, lines(*LOST)),
+            put(picture_store.VERIFIED, lines(*SEEN)),
+            put(picture_store.FAILURES, lines(*LOST)),
             put("B1_0.jpg", picture("JPEG")),
         ),
         _read_crawl_notes,

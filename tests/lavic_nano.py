@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from lavic import demo, demo_lessons
+from lavic.demo_data import demo, lessons
 
 NUM_VALID = 6
 
@@ -12,7 +12,7 @@ NUM_VALID = 6
 def build_nano(root: Path) -> demo.DemoPaths:
     """A demo in two seconds: the language model is arranged but has learnt nothing."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_lessons, "STEPS", 0)
+        patch.setattr(lessons, "STEPS", 0)
         paths = demo.build(root)
     lines = paths.val_data.read_text(encoding="utf-8").splitlines(keepends=True)
     paths.val_data.write_text("".join(lines[:NUM_VALID]), encoding="utf-8")

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lavic import demo_model
-from lavic.demo_products import SIZES, Item, all_looks, draw, make_items
-from lavic.src.adapters import adapter_parameters, add_adapter, save_adapter
-from lavic.src.llava import VISION_TARGETS, add_item_tokens, load_base
+from lavic.demo_data import model as demo_model
+from lavic.demo_data.products import SIZES, Item, all_looks, draw, make_items
+from lavic.src.vision.adapters import adapter_parameters, add_adapter, save_adapter
+from lavic.src.vision.model import VISION_TARGETS, add_item_tokens, load_base
 
 MISSING, DAMAGED = 0, 1  # the items without a usable picture
 

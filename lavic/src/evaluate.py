@@ -9,9 +9,14 @@ python evaluate.py --demo                                       stage 2 of the d
 Prints the figures and writes evaluation.json; of stage 2 also every answer.
 """
 
+from __future__ import annotations
+
+import logging
+import math
 import os
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,9 +28,13 @@ from shared.files import make_output, read_object, write_json
 from shared.launch import launch_alone
 from shared.settings import Count, Workers
 
+log = logging.getLogger(__name__)
+
 SRC = Path(__file__).resolve().parent
 DATA = SRC.parent / "data"
 RESULTS = "evaluation.json"
+
+Results = tuple[dict[str, float], dict[str, int], dict[str, Any]]  # figures, counts, what it was
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg = _with_demo(cfg)
     adapter = _adapter_at(cfg.checkpoint)
     out = cfg.out or adapter.parent / "evaluation"
-    from lavic.src.adapter_files import stage_of
+    from lavic.src.vision.adapter_files import stage_of
 
     stage = stage_of(adapter)
     if stage is None:
@@ -72,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with_demo(cfg: Config) -> Config:
     """`cfg` on what the demo has left: its paths where none were typed."""
-    from lavic import demo
+    from lavic.demo_data import demo
 
     paths = demo.build(SRC.parent / "demo")
     trained = [path for path in (paths.finetuned, paths.distilled) if path.is_dir()]
@@ -89,7 +98,7 @@ def _with_demo(cfg: Config) -> Config:
 
 def _check_data(cfg: Config, adapter: Path, stage: int) -> None:
     """Refuse a missing base model and missing data before anything slow is imported."""
-    from lavic.src.adapter_files import ABOUT, base_of
+    from lavic.src.vision.adapter_files import ABOUT, base_of
 
     base_of(adapter, cfg.model_name)
     category = cfg.category or str(read_object(adapter / ABOUT).get("category"))
@@ -107,7 +116,7 @@ def _check_data(cfg: Config, adapter: Path, stage: int) -> None:
 
 def _adapter_at(checkpoint: Path) -> Path:
     """The adapter that `--checkpoint` means. Raises UserError when there is none."""
-    from lavic.src.adapter_files import DISTILLED, RECOMMENDER, SETTINGS, trained_in
+    from lavic.src.vision.adapter_files import DISTILLED, RECOMMENDER, SETTINGS, trained_in
 
     found = trained_in(checkpoint)
     if found is None:
@@ -119,14 +128,14 @@ def _adapter_at(checkpoint: Path) -> Path:
 
 
 def _evaluate(cfg: Config, adapter: Path, stage: int, out: Path) -> int:
-    from lavic.src import evaluation
     from shared.device import resolve
+    from shared.distributed import World
 
-    device = resolve(cfg.tool.device, 0, os.environ)
+    world = World(device=resolve(cfg.tool.device, 0, os.environ))
     if stage == 1:
-        metrics, counts, about = evaluation.of_vision(cfg, adapter, device)
+        metrics, counts, about = _of_vision(cfg, adapter, world)
     else:
-        metrics, counts, about = evaluation.of_recommender(cfg, adapter, device, out)
+        metrics, counts, about = _of_recommender(cfg, adapter, world, out)
     results: dict[str, Any] = {
         "schema": 1,
         "stage": stage,
@@ -141,6 +150,85 @@ def _evaluate(cfg: Config, adapter: Path, stage: int, out: Path) -> int:
         sys.stdout.write(f"{name:<22} {value if isinstance(value, int) else f'{value:.4f}'}\n")
     sys.stdout.write(f"{out / RESULTS}\n")
     return 0
+
+
+def _of_vision(cfg: Config, adapter: Path, world: Any) -> Results:
+    """val_loss and val_perplexity of stage 1's adapter over data_root's validation pictures."""
+    import torch
+
+    from lavic.src.catalogue import read_samples
+    from lavic.src.vision import captions, model
+    from lavic.src.vision.adapter_files import base_of
+    from lavic.src.vision.adapters import load_adapter
+    from lavic.src.vision.caption_loss import caption_nll
+    from shared.images import Skipped
+    from shared.loader import make_eval_loader
+    from shared.precision import Amp
+
+    found = read_samples(cfg.data_root / "item2meta_valid.jsonl", cfg.data_root / "valid_images")
+    samples = found.usable[: cfg.limit]
+    dtype, amp_mode = model.precision(cfg.dtype, cfg.tool.amp, world.device)
+    amp, base_name = Amp(amp_mode, world.device), base_of(adapter, cfg.model_name)
+    base, processor = model.load_base(base_name, world.device, dtype)
+    item_ids = model.add_item_tokens(base, processor.tokenizer)
+    llava = load_adapter(base, adapter)
+    trained = read_object(adapter.parent / "config.json").get("settings", {})
+    slots, longest = trained.get("slots", "fixed5"), trained.get("max_length", 2048)
+    pad, fixed = model.pad_id(processor.tokenizer), captions.fixed_tokens(processor.tokenizer)
+    loader = make_eval_loader(
+        captions.Captions(samples, processor, slots, longest), cfg.batch_size, world,
+        workers=cfg.num_workers, collate=captions.Collate(cfg.batch_size, pad, fixed),
+    )  # fmt: skip
+    skipped, total, tokens = Skipped("samples"), 0.0, 0
+    for step in loader:
+        for name, reason in step.left_out:
+            skipped.add(name, reason)
+        for batch in step.batches:
+            with torch.no_grad(), amp.autocast():
+                total += float(caption_nll(llava, batch.to(world.device), item_ids, None))
+            tokens += batch.num_labels
+    if not tokens:
+        raise UserError("no validation sample could be used: see the reasons above")
+    loss = total / tokens
+    metrics = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
+    counts = {"samples": len(samples) - skipped.count, "tokens": tokens, "left_out": skipped.count}
+    return metrics, counts, {"model_name": base_name, "slots": slots}
+
+
+def _of_recommender(cfg: Config, adapter: Path, world: Any, out: Path) -> Results:
+    """The test figures of stage 2's adapter; every answer goes to `out` as in a training."""
+    from lavic.src.catalogue import read_titles
+    from lavic.src.recommend import evaluation, model, prompts, results
+    from lavic.src.recommend.data import Talks, read_conversations
+    from lavic.src.vision.adapter_files import ABOUT, VISION, base_of
+    from lavic.src.vision.adapters import load_adapter
+    from lavic.src.vision.model import pad_id, precision
+    from shared.loader import make_eval_loader
+
+    about = read_object(adapter / ABOUT)
+    if not {"candidate_type", "category", "max_length", "slots"} <= about.keys():
+        raise UserError(f"{adapter / ABOUT} is damaged: copy the adapter's directory again")
+    kind = cfg.candidate_type or about["candidate_type"]
+    category = cfg.category or about["category"]
+    test = read_conversations(cfg.data_root / category / "test.jsonl", kind)[: cfg.limit]
+    talks = Talks([], [], test, read_titles(cfg.data_root / "item2meta_train.json"))
+    dtype, _ = precision(cfg.dtype, cfg.tool.amp, world.device)
+    base_name, images = base_of(adapter, cfg.model_name), cfg.data_root / "train_images"
+    recommender, encoder, processor, vectors = model.build(
+        base_name, adapter / VISION, images, cfg.cache, talks, world, workers=cfg.num_workers,
+        dtype=dtype, max_length=about["max_length"], slots=about["slots"],
+    )  # fmt: skip
+    recommender.model = load_adapter(recommender.model, adapter)
+    collate = partial(prompts.collate_generation, pad_id=pad_id(processor.tokenizer))
+    asked = prompts.Prompts(talks.asked, encoder)
+    batches = make_eval_loader(asked, cfg.batch_size, world, collate=collate)
+    outcome = evaluation.answer(recommender, test, batches, processor.tokenizer, world)
+    assert outcome
+    log.info(outcome.line())
+    results.write_answers(out / f"test_results_{kind}.jsonl", kind, outcome)
+    counts = outcome.counts | {"without_picture": len(vectors.without)}
+    described = {"category": category, "candidate_type": kind, "model_name": base_name}
+    return outcome.metrics, counts, described
 
 
 if __name__ == "__main__":

@@ -8,21 +8,38 @@ python knowledge_distillation.py --demo                 built-in data, on any ma
 Trains LoRA on the vision tower and the projector; the language model stays as it is.
 """
 
+from __future__ import annotations
+
+import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
 from shared.config import RunOptions, free, option, parse
-from shared.files import open_lock, read_object
+from shared.errors import UserError
+from shared.files import open_lock, read_object, write_text
 from shared.launch import launch, world_size
 from shared.settings import Count, Positive, Seed, ShareBelowOne, Size, Workers
 
+if TYPE_CHECKING:  # torch comes after the input is checked
+    from lavic.src.catalogue import Sample
+    from lavic.src.vision.captions import Step
+    from lavic.src.vision.training import Best, Sums
+    from shared.distributed import World
+    from shared.images import Skipped
+    from shared.run import Run
+
+log = logging.getLogger(__name__)
+
 SRC = Path(__file__).resolve().parent
 DATA = SRC.parent / "data"
+CLIP_NORM = 1.0
+MOST_LEFT_OUT = 0.5  # share of an epoch's samples
 
 
 @dataclass(frozen=True)
@@ -73,7 +90,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
-        from lavic.src.sample_limit import most
+        from lavic.src.catalogue import most
 
         most(self.max_samples)
 
@@ -85,7 +102,7 @@ class Config:
     @property
     def adapter_dir(self) -> Path:
         """Where the best adapter goes."""
-        from lavic.src.adapter_files import DISTILLED
+        from lavic.src.vision.adapter_files import DISTILLED
 
         return self.run_dir / DISTILLED
 
@@ -110,29 +127,254 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.demo:
         cfg = _with_demo(cfg)
     if cfg.estimate:
-        from lavic.src import distillation_memory
-
-        print(distillation_memory.text(cfg, world_size()))
+        print(_memory(cfg))
         return 0
-    from lavic.src import adapter_files, sample_choice
+    from lavic.src.vision import adapter_files
 
     adapter_files.check_base(cfg.model_name)
-    found = sample_choice.open_samples(cfg)
+    samples, held_out = _read_samples(cfg)
     if cfg.run.dry_run:
-        print(_plan(cfg, len(found.train), len(found.valid)))
+        print(_plan(cfg, len(samples), len(held_out)))
         return 0
     os.close(open_lock(cfg.run_dir))  # better refused now than after the model was loaded
-    from lavic.src import distillation_memory
-    from lavic.src.distillation import train
     from shared.memory import explained_out_of_memory
 
-    with explained_out_of_memory(lambda: distillation_memory.text(cfg, world_size())):
-        return train(replace(cfg, log_dir=_log_dir(cfg)), found)
+    with explained_out_of_memory(lambda: _memory(cfg)):
+        return train(replace(cfg, log_dir=_log_dir(cfg)), samples, held_out)
+
+
+def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
+    """The whole training; the exit code."""
+    import torch
+
+    from lavic.src.vision import adapters, caption_loss, captions, model
+    from lavic.src.vision.training import Best, SameData, Sums, sum_gradients
+    from shared import distributed
+    from shared.early_stopping import has_stalled
+    from shared.images import Skipped
+    from shared.loader import make_eval_loader, make_loader
+    from shared.precision import Amp
+    from shared.reporter import Plan
+    from shared.run import Run
+    from shared.sampling import steps_per_epoch
+
+    world = distributed.setup(cfg.run.device, cfg.run.timeout)
+    with Run(cfg, world, cfg.run_dir, "lavic", tensorboard=cfg.log_dir) as run:
+        captions.refuse_unusable(samples, "training")
+        captions.refuse_unusable(held_out, "validation")
+        steps = steps_per_epoch(len(samples), cfg.samples_per_step, world.size)
+
+        # the model: frozen, with an adapter on vision tower and projector
+        llava, processor, item_ids, amp_mode = _build(cfg, world)
+        amp = Amp(amp_mode, world.device, max_bad_steps=cfg.run.max_bad_steps)
+
+        # the data: prompt, item tokens and description of each picture, prepared by the workers
+        fixed = captions.fixed_tokens(processor.tokenizer)
+        collate = captions.Collate(cfg.batch_size, model.pad_id(processor.tokenizer), fixed)
+        train_set, val_set = (
+            captions.Captions(some, processor, cfg.slots, cfg.max_length)
+            for some in (samples, held_out)
+        )
+
+        with amp.autocast():
+            start = caption_loss.fixed_start(llava, fixed) if cfg.reuse_prompt else None
+
+        def nll_of(batch: captions.Batch) -> torch.Tensor:
+            with amp.autocast():
+                return caption_loss.caption_nll(llava, batch.to(world.device), item_ids, start)
+
+        def validate() -> float:
+            rest = make_eval_loader(val_set, cfg.batch_size, world, workers=cfg.num_workers,
+                                    collate=collate)  # fmt: skip
+            llava.eval()
+            loss = _validate(run, world, rest, nll_of, skipped)
+            model.train_vision(llava)
+            return loss
+
+        trained = list(adapters.adapter_parameters(llava).values())
+        optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
+        sums, best, skipped = Sums(world.device), Best(), Skipped("samples")
+        texts = (f"{s.image_path.name}\t{s.title}\t{s.description}" for s in samples)
+        parts = {"adapter": adapters.AdapterState(llava), "optimizer": optimizer, "amp": amp,
+                 "samples": SameData("samples", texts), "tally": sums, "best": best}  # fmt: skip
+        counts = {"training samples": len(samples), "validation samples": len(held_out)}
+        a_step = cfg.samples_per_step * world.size
+        position = run.restore(parts, Plan(cfg.num_epochs * steps, a_step, data=counts))
+        model.train_vision(llava)
+        if cfg.validate_before_training and position.step == 0:
+            best.before = validate()
+
+        while position.epoch < cfg.num_epochs and not has_stalled(
+            best.epoch, position.epoch, cfg.patience
+        ):
+            for step in make_loader(train_set, cfg.samples_per_step, world, seed=cfg.run.seed,
+                                    workers=cfg.num_workers, epoch=position.epoch,
+                                    offset=position.batch, collate=collate):  # fmt: skip
+                labels = int(distributed.total(torch.tensor(step.num_labels), world))
+                loss, norm = torch.zeros((), device=world.device), 0.0
+                for batch in step.batches:
+                    part = nll_of(batch) / labels
+                    amp.backward(part)
+                    loss += part.detach()
+                if labels:  # of all processes: the same decision on each
+                    sum_gradients(trained, world)
+                    norm = amp.step(optimizer, trained, clip_norm=CLIP_NORM)
+                _count(step, loss * labels, sums, skipped)
+                position.advance()
+                # run.log takes the mean over the processes, of which these are sums
+                shown = {"train_loss": loss * world.size, "skipped": sums.left_out * world.size}
+                run.log(shown | {"lr": cfg.lr, "grad_norm": norm})
+                stop = run.should_stop()
+                if stop or position.step % cfg.run.save_every == 0:
+                    sums.share(world)
+                    run.save(parts)
+                if stop:
+                    return run.finish()
+
+            _conclude(cfg, run, *sums.conclude(world))
+            loss = validate()
+            _write_figures(cfg, world, loss, position.epoch + 1)
+            if best.update(loss, position.epoch + 1):
+                run.log({"val_loss": loss, "epoch": position.epoch + 1}, split="best")
+                _keep(cfg, world, lambda: adapters.save_adapter(llava, processor, cfg.adapter_dir))
+            distributed.barrier(world)
+            position.next_epoch()
+            run.save(parts)
+        code = run.finish(result=_result(best), outputs=[str(cfg.adapter_dir)])
+    distributed.cleanup(world)
+    return code
+
+
+def _read_samples(cfg: Config) -> tuple[list[Sample], list[Sample]]:
+    """Those to train on and to validate with. Raises UserError when there are none."""
+    from lavic.src.catalogue import choose, most, read_samples
+
+    found = read_samples(cfg.train_data, cfg.train_images_dir)
+    held_out = read_samples(cfg.val_data, cfg.val_images_dir)
+    log.info("training: %s", found.summary(cfg.train_images_dir))
+    log.info("validation: %s", held_out.summary(cfg.val_images_dir))
+    chosen = choose(found.usable, most(cfg.max_samples), cfg.sample_seed)
+    if len(chosen) < len(found.usable):
+        how = "the first of the file" if cfg.sample_seed is None else "drawn at random"
+        log.info("--max_samples %s: %d are trained on, %s", cfg.max_samples, len(chosen), how)
+    return chosen, held_out.usable
+
+
+def _build(cfg: Config, world: World) -> tuple[Any, Any, list[int], str]:
+    """The model with a fresh adapter, its processor, the item tokens' ids; and Amp's mode."""
+    from lavic.src.vision import adapters, model
+    from shared import seed
+
+    dtype, amp_mode = model.precision(cfg.dtype, cfg.run.amp, world.device)
+    seed.seed_all(cfg.run.seed)  # the same adapter on every process
+    base, processor = model.load_base(cfg.model_name, world.device, dtype)
+    item_ids = model.add_item_tokens(base, processor.tokenizer)
+    llava = adapters.add_adapter(
+        base, model.VISION_TARGETS, r=cfg.lora_r, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout
+    )
+    sizes = model.gpu_bytes(world.device)
+    if model.recomputes(cfg.gradient_checkpointing, model.TOWER_IS_TIGHT_BELOW, sizes):
+        model.checkpoint_activations(model.core_of(llava).vision_tower)
+    seed.seed_all(cfg.run.seed, world.rank)  # and dropout of its own
+    log.info("weights in %s", dtype)
+    return llava, processor, item_ids, amp_mode
+
+
+def _validate(run: Run, world: World, loader: Any, nll_of: Any, skipped: Skipped) -> float:
+    """The mean loss of a token over the validation samples of all processes; the same on each.
+
+    Raises UserError when not one sample could be used.
+    """
+    import torch
+
+    from lavic.src.vision.training import perplexity
+    from shared import distributed
+
+    totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # of losses, of tokens
+    with torch.no_grad():
+        for step in loader:
+            for name, reason in step.left_out:
+                skipped.add(name, reason)
+            for batch in step.batches:
+                totals[0] += nll_of(batch)
+                totals[1] += batch.num_labels
+    totals = distributed.total(totals, world)
+    if not totals[1]:
+        raise UserError("no validation sample could be used: see the reasons above")
+    loss = float(totals[0] / totals[1])
+    run.log({"val_loss": loss, "val_perplexity": perplexity(loss)}, split="val")
+    log.info("val_loss %.4f | val_perplexity %.4f", loss, perplexity(loss))
+    return loss
+
+
+def _count(step: Step, nll: Any, sums: Sums, skipped: Skipped) -> None:
+    """Add a step to the epoch's sums, and name what it left out."""
+    sums.add(nll, labels=step.num_labels, used=step.num_used, left_out=len(step.left_out))
+    for name, reason in step.left_out:
+        skipped.add(name, reason)
+
+
+def _conclude(cfg: Config, run: Run, mean: float, seen: int, left_out: int) -> None:
+    """Log an epoch. Raises UserError when most of its samples were left out."""
+    if left_out > MOST_LEFT_OUT * seen:
+        raise UserError(
+            f"{left_out} of the epoch's {seen} samples could not be used: see the reasons above, "
+            "and fetch the pictures again with src/crawl_images.py"
+        )
+    epoch = run.position.epoch + 1
+    log.info("epoch %d/%d | train_loss %.4f | %d left out", epoch, cfg.num_epochs, mean, left_out)
+
+
+def _write_figures(cfg: Config, world: World, loss: float, epoch: int) -> None:
+    """val_metrics_epoch_N.txt with its two lines."""
+    from lavic.src.vision.training import perplexity
+    from shared.checkpoint import beside
+
+    path = cfg.run_dir / f"val_metrics_epoch_{epoch}.txt"
+    if world.is_main:
+        with beside(path):
+            write_text(path, f"Val Loss: {loss}\nVal PPL: {perplexity(loss)}\n")
+
+
+def _keep(cfg: Config, world: World, save: Callable[[], None]) -> None:
+    """Have rank 0 write the best adapter."""
+    from shared.checkpoint import beside
+
+    if world.is_main:
+        with beside(cfg.adapter_dir):
+            save()
+            log.info("Best LoRA adapter saved.")
+            log.info("it is in %s", cfg.adapter_dir)
+
+
+def _result(best: Best) -> dict[str, Any] | None:
+    """For status.json; None where nothing was measured before the training."""
+    if best.before is None or not best.epoch:
+        return None
+    found = {"name": "val_loss", "before": best.before, "after": best.loss}
+    return found | {"higher_is_better": False}
+
+
+# --- settings, files, processes -------------------------------------------------------------------
+
+
+def _memory(cfg: Config) -> str:
+    """What --estimate says."""
+    from lavic.src.vision import memory
+
+    return memory.text(memory_values(cfg), world_size())
+
+
+def memory_values(cfg: Config) -> dict[str, Any]:
+    """The settings that decide about memory, by their names."""
+    names = ("model_name", "batch_size", "grad_accum", "lora_r", "lora_dropout", "dtype",
+             "gradient_checkpointing", "reuse_prompt")  # fmt: skip
+    return {name: getattr(cfg, name) for name in names} | {"amp": cfg.run.amp}
 
 
 def _with_demo(cfg: Config) -> Config:
     """`cfg` on the built-in data: its paths where none were typed."""
-    from lavic import demo
+    from lavic.demo_data import demo
 
     paths = demo.build(SRC.parent / "demo")
     changes = {

@@ -8,19 +8,34 @@ python prompt_tuning.py --demo                                after ./run_traini
 Writes trained_lora_adapter/, test_results_<candidates>.jsonl and results_summary.csv.
 """
 
+from __future__ import annotations
+
+import logging
 import os
+import shutil
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
 from shared.config import RunOptions, free, option, parse
 from shared.errors import UserError
-from shared.files import open_lock
+from shared.files import open_lock, write_json
 from shared.launch import launch, world_size
 from shared.settings import Count, Positive, Workers
+
+if TYPE_CHECKING:  # torch comes after the input is checked
+    from lavic.src.recommend.data import Talks
+    from lavic.src.recommend.model import Built
+    from lavic.src.recommend.results import Outcome
+    from lavic.src.vision.training import Best
+    from shared.distributed import World
+    from shared.run import Run
+
+log = logging.getLogger(__name__)
 
 SRC = Path(__file__).resolve().parent
 DATA = SRC.parent / "data"
@@ -73,7 +88,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
-        from lavic.src.sample_limit import most
+        from lavic.src.catalogue import most
 
         most(self.max_samples)
 
@@ -114,30 +129,269 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.demo:
         cfg = _with_demo(cfg)
     if cfg.estimate:
-        from lavic.src import tuning_memory
-
-        print(tuning_memory.text(cfg, world_size()))
+        print(_memory(cfg))
         return 0
     _check_files(cfg)
-    from lavic.src.adapter_files import base_of
+    from lavic.src.vision.adapter_files import base_of
 
     cfg = replace(cfg, model_name=base_of(cfg.adapter, cfg.model_name))
     if cfg.run.dry_run:
         print(_plan(cfg))
         return 0
     os.close(open_lock(cfg.run_dir))  # better refused now than after the model was loaded
-    from lavic.src import tuning_memory
-    from lavic.src.recommend_training import train
     from shared.memory import explained_out_of_memory
 
-    with explained_out_of_memory(lambda: tuning_memory.text(cfg, world_size())):
+    with explained_out_of_memory(lambda: _memory(cfg)):
         return train(cfg)
+
+
+def train(cfg: Config) -> int:
+    """The whole training, with a test before and after it; the exit code."""
+    import torch
+
+    from lavic.src.recommend import evaluation, prompts, results
+    from lavic.src.vision.adapters import AdapterState, adapter_parameters
+    from lavic.src.vision.model import pad_id
+    from lavic.src.vision.training import Best, SameData, perplexity, sum_gradients
+    from shared import distributed
+    from shared.early_stopping import has_stalled
+    from shared.loader import make_eval_loader, make_loader
+    from shared.precision import Amp
+    from shared.reporter import Plan
+    from shared.run import Run
+    from shared.sampling import steps_per_epoch
+
+    world = distributed.setup(cfg.run.device, cfg.run.timeout)
+    earlier = results.read_summary(cfg.run_dir)  # before a finished run is moved aside
+    with Run(cfg, world, cfg.run_dir, "lavic") as run:
+        # the data: requests with their answers; those of the test as users ask
+        talks = _read_talks(cfg)
+        steps = steps_per_epoch(len(talks.train), cfg.samples_a_step, world.size)
+
+        # the model: frozen, a fresh adapter on the language model, stage 1's vectors as pictures
+        (recommender, encoder, processor, vectors), amp_mode = _build(cfg, talks, world)
+        amp = Amp(amp_mode, world.device, max_bad_steps=cfg.run.max_bad_steps)
+        pad = pad_id(processor.tokenizer)
+        train_set, val_set, test_set = (
+            prompts.Prompts(some, encoder) for some in (talks.train, talks.valid, talks.asked)
+        )
+        trained = list(adapter_parameters(recommender).values())
+        optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
+        adapter, best = AdapterState(recommender.model), Best()
+        parts = {"adapter": adapter, "optimizer": optimizer, "amp": amp, "record": best,
+                 "requests": SameData("requests", map(repr, talks.train))}  # fmt: skip
+        a_step = cfg.samples_a_step * world.size
+        position = run.restore(parts, Plan(cfg.num_epochs * steps, a_step, data=talks.counts))
+        if world.is_main:
+            results.keep_summary(cfg.run_dir, earlier)
+
+        def test(when: str) -> Outcome | None:
+            collate = partial(prompts.collate_generation, pad_id=pad)
+            batches = make_eval_loader(test_set, cfg.eval_batch_size, world, collate=collate)
+            tokenizer, stop = processor.tokenizer, run.should_stop
+            found = evaluation.answer(recommender, talks.test, batches, tokenizer, world, stop)
+            _report_test(run, found, when)
+            return found
+
+        if cfg.evaluate_before and position.step == 0:
+            before = test("before training")
+            if before is None:
+                run.save(parts)
+                return run.finish()
+            best.before = before.metrics["recall@1"]
+
+        while position.epoch < cfg.num_epochs and not has_stalled(
+            best.epoch, position.epoch, cfg.patience
+        ):
+            recommender.train()
+            collate = partial(prompts.collate_step, size=cfg.batch_size, pad_id=pad)
+            for step in make_loader(train_set, cfg.samples_a_step, world, seed=cfg.run.seed,
+                                    workers=cfg.num_workers, epoch=position.epoch,
+                                    offset=position.batch, collate=collate):  # fmt: skip
+                labels = int(distributed.total(torch.tensor(prompts.label_tokens(*step)), world))
+                loss = torch.zeros((), device=world.device)
+                for batch in step:
+                    with amp.autocast():
+                        part = recommender(batch) / labels
+                    amp.backward(part)
+                    loss += part.detach()
+                sum_gradients(trained, world)
+                norm = amp.step(optimizer, trained, clip_norm=cfg.clip_norm)
+                position.advance()
+                # run.log takes the mean over the processes, of which the loss is a sum
+                run.log({"train_loss": loss * world.size, "grad_norm": norm, "lr": cfg.lr})
+                stop = run.should_stop()
+                if stop or position.step % cfg.run.save_every == 0:
+                    run.save(parts)
+                if stop:
+                    return run.finish()
+
+            collate = partial(prompts.collate_training, pad_id=pad)
+            batches = make_eval_loader(val_set, cfg.eval_batch_size, world, collate=collate)
+            loss = evaluation.validation_loss(recommender, batches, world)
+            _report_epoch(cfg, run, loss, perplexity(loss))
+            if best.update(loss, position.epoch + 1):
+                run.log({"val_loss": loss}, split="best")
+                _keep(cfg, world, recommender.model, processor)
+            distributed.barrier(world)
+            position.next_epoch()
+            run.save(parts)
+
+        _take_best(cfg, adapter, best)
+        distributed.barrier(world)
+        after = test(f"after epoch {best.epoch}")
+        if after is None:
+            return run.finish()
+        code = run.finish(**_ending(cfg, world, best, after, len(vectors.without)))
+    distributed.cleanup(world)
+    return code
+
+
+# --- data and model -------------------------------------------------------------------------------
+
+
+def _read_talks(cfg: Config) -> Talks:
+    """The conversations of all three files. Raises UserError for a bad line."""
+    from lavic.src.catalogue import most
+    from lavic.src.recommend.data import read_talks
+
+    files = {split: cfg.conversations(split) for split in ("train", "valid", "test")}
+    limit = most(cfg.max_samples)
+    return read_talks(files, cfg.candidate_type, cfg.item_meta_path, limit=limit, seed=cfg.run.seed)
+
+
+def _build(cfg: Config, talks: Talks, world: World) -> tuple[Built, str]:
+    """The recommender with a fresh adapter, the same on every rank; and the mode for Amp."""
+    from lavic.src.recommend import model
+    from lavic.src.vision import adapters
+    from lavic.src.vision.model import (
+        checkpoint_activations,
+        core_of,
+        gpu_bytes,
+        precision,
+        recomputes,
+    )
+    from shared import seed
+
+    assert cfg.model_name
+    dtype, amp_mode = precision(cfg.dtype, cfg.run.amp, world.device)
+    built = model.build(
+        cfg.model_name, cfg.adapter, cfg.image_dir, cfg.cache, talks, world,
+        workers=cfg.num_workers, dtype=dtype, max_length=cfg.max_length, slots=cfg.slots,
+    )  # fmt: skip
+    recommender = built.recommender
+    seed.seed_all(cfg.run.seed)  # the same adapter on every process
+    recommender.model = adapters.add_adapter(recommender.model, model.LANGUAGE_TARGETS)
+    seed.seed_all(cfg.run.seed, world.rank)  # and dropout of its own
+    sizes = gpu_bytes(world.device)
+    if recomputes(cfg.gradient_checkpointing, model.ROOM_FOR_ALL_FROM, sizes):
+        checkpoint_activations(core_of(recommender.model).language_model)
+    trained = sum(p.numel() for p in recommender.parameters() if p.requires_grad)
+    log.info("%s in %s, vectors of %d pictures", cfg.model_name, dtype, len(built.vectors.views))
+    log.info("%d requests to learn from, %.2f M parameters train", len(talks.train), trained / 1e6)
+    return built, amp_mode
+
+
+# --- what is written ------------------------------------------------------------------------------
+
+
+def _report_test(run: Run, found: Outcome | None, when: str) -> None:
+    """Log the figures of a test."""
+    if found is not None:
+        run.log({f"test/{n}": value for n, value in found.metrics.items()}, split="test")
+        log.info("%s: %s", when, found.line())
+
+
+def _report_epoch(cfg: Config, run: Run, loss: float, perplexity: float) -> None:
+    """Log an epoch's validation."""
+    run.log({"val_loss": loss, "val_perplexity": perplexity}, split="val")
+    text, epoch = "epoch %d/%d | val_loss %.4f | perplexity %.3f", run.position.epoch + 1
+    log.info(text, epoch, cfg.num_epochs, loss, perplexity)
+
+
+def _keep(cfg: Config, world: World, llava: Any, processor: Any) -> None:
+    """Have rank 0 write trained_lora_adapter/, with all that using it needs beside the base."""
+    from lavic.src.vision.adapter_files import ABOUT, RECOMMENDER, VISION
+    from lavic.src.vision.adapters import save_adapter
+    from shared.checkpoint import beside
+
+    directory = cfg.run_dir / RECOMMENDER
+    if not world.is_main:
+        return
+    with beside(directory):
+        save_adapter(llava, processor, directory)
+        (directory / VISION).mkdir(exist_ok=True)
+        for path in cfg.adapter.iterdir():
+            if path.is_file() and path.name.startswith("adapter_"):
+                shutil.copyfile(path, directory / VISION / path.name)
+        names = ("model_name", "candidate_type", "category", "slots", "max_length")
+        about = {name: getattr(cfg, name) for name in names}
+        write_json(directory / ABOUT, {"schema": 1, **about})
+
+
+def _take_best(cfg: Config, state: Any, best: Best) -> None:
+    """Put the kept adapter's weights into the model, unless the last epoch was the best."""
+    from lavic.src.vision.adapter_files import RECOMMENDER
+    from lavic.src.vision.adapters import WEIGHTS
+    from shared import weights
+
+    path = cfg.run_dir / RECOMMENDER / WEIGHTS
+    if best.epoch and not path.exists():
+        log.warning("%s is missing: the adapter of the last epoch is tested", path)
+    elif 0 < best.epoch < cfg.num_epochs:
+        state.load_state_dict(weights.read(path))
+
+
+def _ending(
+    cfg: Config, world: World, best: Best, after: Outcome, num_without_picture: int
+) -> dict[str, Any]:
+    """Write answers and summary; what the run ends with."""
+    from lavic.src.recommend import results
+    from lavic.src.vision.adapter_files import RECOMMENDER
+
+    answers = cfg.run_dir / f"test_results_{cfg.candidate_type}.jsonl"
+    if world.is_main:
+        results.write_answers(answers, cfg.candidate_type, after)
+        names = ("model_dir", "candidate_type", "lr", "weight_decay", "num_epochs", "category")
+        row: dict[str, Any] = {name: getattr(cfg, name) for name in names}
+        row |= {
+            "output_file": str(answers),
+            "recall_before@1": best.before,
+            "val_loss": best.loss,
+            "without_picture": num_without_picture,
+            "seed": cfg.run.seed,
+        }
+        row |= after.metrics | after.counts
+        results.write_summary(cfg.run_dir, [*results.read_summary(cfg.run_dir), row])
+    outputs = [cfg.run_dir / RECOMMENDER, answers, cfg.run_dir / results.SUMMARY]
+    result = {"name": "Recall@1", "before": best.before, "after": after.metrics["recall@1"]}
+    return {
+        "result": result | {"higher_is_better": True},
+        "outputs": [str(path) for path in outputs],
+    }
+
+
+# --- settings, files, processes -------------------------------------------------------------------
+
+
+def _memory(cfg: Config) -> str:
+    """What --estimate says."""
+    from lavic.src.recommend import memory
+
+    return memory.text(memory_values(cfg), world_size())
+
+
+def memory_values(cfg: Config) -> dict[str, Any]:
+    """The settings that decide about memory, by their names."""
+    names = ("model_name", "model_dir", "batch_size", "grad_accum", "max_length", "clip_norm",
+             "dtype", "gradient_checkpointing")  # fmt: skip
+    return {name: getattr(cfg, name) for name in names} | {"amp": cfg.run.amp}
 
 
 def _with_demo(cfg: Config) -> Config:
     """`cfg` on the built-in data: its paths where none were typed."""
-    from lavic import demo
-    from lavic.src.adapter_files import DISTILLED, SETTINGS
+    from lavic.demo_data import demo
+    from lavic.src.vision.adapter_files import DISTILLED, SETTINGS
 
     paths = demo.build(SRC.parent / "demo")
     adapter = paths.distilled / DISTILLED
@@ -161,7 +415,7 @@ def _check_files(cfg: Config) -> None:
             "--model_dir is missing: give stage 1's adapter, for example "
             "--model_dir ./out_distilled/vision_lora_adapter_best"
         )
-    from lavic.src.adapter_files import SETTINGS, stage_of
+    from lavic.src.vision.adapter_files import SETTINGS, stage_of
 
     if not (cfg.model_dir / SETTINGS).is_file():
         raise UserError(

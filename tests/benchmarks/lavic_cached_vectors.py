@@ -35,11 +35,11 @@ from transformers import (
     MistralConfig,
 )
 
-from lavic.src.adapters import adapter_parameters, add_adapter
-from lavic.src.item_vectors import ItemVectors
-from lavic.src.llava import cls_vectors, picture_views
-from lavic.src.recommend_prompts import IGNORED
-from lavic.src.recommender import LANGUAGE_TARGETS, Recommender
+from lavic.src.recommend.item_vectors import ItemVectors
+from lavic.src.recommend.model import LANGUAGE_TARGETS, Recommender
+from lavic.src.recommend.prompts import IGNORED
+from lavic.src.vision.adapters import adapter_parameters, add_adapter
+from lavic.src.vision.model import cls_vectors, picture_views
 from shared.images import decode_rgb
 from tests.benchmarks.measure import compare, conclude, in_turn
 

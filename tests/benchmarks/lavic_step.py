@@ -33,10 +33,10 @@ from transformers import (
     MistralConfig,
 )
 
-from lavic.src.adapters import adapter_parameters, add_adapter
-from lavic.src.caption_loss import FixedStart, caption_nll
-from lavic.src.captions import NO_LABEL, Batch
-from lavic.src.llava import VISION_TARGETS, core_of, filled_slots, head_of
+from lavic.src.vision.adapters import adapter_parameters, add_adapter
+from lavic.src.vision.caption_loss import FixedStart, caption_nll
+from lavic.src.vision.captions import NO_LABEL, Batch
+from lavic.src.vision.model import VISION_TARGETS, core_of, filled_slots, head_of
 from tests.benchmarks.measure import compare, conclude, in_turn
 
 FIXED, TITLE, MARK, ANSWER = 95, 25, 4, 115  # tokens of the real prompts and descriptions

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lavic.src import crawl_images, knowledge_distillation
-from lavic.src.distillation_state import Best
+from lavic.src.vision.training import Best
 from tests.harness import ROOT, environment, run_here
 from tests.lavic_nano import build_nano, flags_of
 
@@ -95,7 +95,7 @@ def test_fault_34_paths_with_spaces_quotes_and_chinese_characters(flags, tmp_pat
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_fault_17_a_validation_that_is_not_finite_is_never_the_best(bad):
     best = Best()
-    assert not best.update(bad, 1) and best.result is None
+    assert not best.update(bad, 1) and best.epoch == 0
     assert best.update(2.0, 2) and not best.update(bad, 3)
     assert (best.loss, best.epoch) == (2.0, 2)
     again = Best()

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from lavic import demo
+from lavic.demo_data import demo
 from lavic.src import knowledge_distillation
 from tests.harness import ROOT, losses, run_here, start, status_of, wait_for_step
 from tests.lavic_nano import build_nano, flags_of

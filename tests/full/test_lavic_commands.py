@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from lavic import demo
+from lavic.demo_data import demo
 from shared.files import read_json, read_json_lines
 from tests.harness import ROOT, environment, processes_of, status_of, wait_until
 from tests.hub_server import forget_the_users_settings

@@ -7,9 +7,9 @@ import shutil
 import signal
 
 import pytest
-import torch
 
-from lavic.src import distillation_setup, knowledge_distillation
+from lavic.src import knowledge_distillation
+from lavic.src.vision import model
 from shared import checkpoint
 from shared.files import read_json_lines
 from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step
@@ -184,7 +184,7 @@ def test_fault_27_a_cut_picture_is_left_out_named_once_and_counted(broken, run_d
 def test_fault_29_no_usable_picture_is_refused_before_the_model_is_loaded(
     flags, paths, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(distillation_setup, "load_base", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr(model, "load_base", lambda *_: pytest.fail("it was loaded"))
     folder = tmp_path / "images"
     folder.mkdir()
     for path in paths.train_images.iterdir():
@@ -238,12 +238,3 @@ def test_half_precision_is_the_same_within_its_own_bound(flags, tmp_path):
         assert outcome.code == 0, outcome.text
     whole, half = train_losses(tmp_path / "float32"), train_losses(tmp_path / "bfloat16")
     assert half != whole and half == pytest.approx(whole, rel=2e-2)
-
-
-def test_the_prompts_language_model_gets_no_gradient(paths):
-    cfg = knowledge_distillation.Config(model_name=str(paths.weights))
-    learner = distillation_setup.Learner(cfg, distillation_setup.World(), torch.float32)
-    names = {name for name, p in learner.model.named_parameters() if p.requires_grad}
-    assert names and not any("language_model" in name or "lm_head" in name for name in names)
-    core = distillation_setup.core_of(learner.model)
-    assert core.vision_tower.training and not core.language_model.training

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from lavic.src import evaluate, prompt_tuning
-from lavic.src.adapters import load_adapter
-from lavic.src.captions import prompt
-from lavic.src.llava import ITEM_TOKENS, cls_vectors, picture_views
+from lavic.src.vision.adapters import load_adapter
+from lavic.src.vision.captions import prompt
+from lavic.src.vision.model import ITEM_TOKENS, cls_vectors, picture_views
 from shared.files import read_json, read_json_lines
 from shared.images import read_rgb
 from tests.harness import run_here, status_of

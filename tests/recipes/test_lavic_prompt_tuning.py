@@ -80,7 +80,7 @@ def test_the_adapter_kept_is_that_of_the_lowest_validation_loss(flags, tmp_path,
     def run(name: str, *losses: float):
         found = iter(losses)
         monkeypatch.setattr(
-            "lavic.src.recommend_training.validation_loss", lambda *_: (next(found), 1.0)
+            "lavic.src.recommend.evaluation.validation_loss", lambda *_: next(found)
         )
         options = [*flags, "--num_epochs", len(losses), "--finetune_output_dir", tmp_path / name]
         outcome = run_here(prompt_tuning.main, [*options, "--no-evaluate-before"])
@@ -177,7 +177,7 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, tmp_pat
 
 def test_a_stop_in_the_test_at_the_end_keeps_the_training(flags, tmp_path, monkeypatch):
     options = [*flags, "--no-evaluate-before"]
-    monkeypatch.setattr("lavic.src.recommend_training.answer", lambda *_: None)
+    monkeypatch.setattr("lavic.src.recommend.evaluation.answer", lambda *_: None)
     run_here(prompt_tuning.main, options)  # as when the signal comes during the test
     steps = train_losses(tmp_path / "out")
     monkeypatch.undo()
@@ -272,7 +272,7 @@ def test_a_bad_line_of_the_conversations_is_named_before_the_model_is_loaded(
     flags, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        "lavic.src.recommend_setup.load_base", lambda *_: pytest.fail("the model was loaded")
+        "lavic.src.recommend.model.load_base", lambda *_: pytest.fail("the model was loaded")
     )
     root = broken(tmp_path, "all_beauty/valid.jsonl", '{"context": "a"}\n')
     outcome = run_here(prompt_tuning.main, [*flags, "--data-root", root])

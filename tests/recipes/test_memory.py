@@ -19,14 +19,11 @@ from arcface.run_scripts import run_arcface
 from face_distill import memory as faces_memory
 from face_distill import train_distill
 from face_distill.demo_data import demo as faces_demo
-from lavic.src import (
-    distillation_memory,
-    distillation_setup,
-    knowledge_distillation,
-    prompt_tuning,
-    recommend_training,
-    tuning_memory,
-)
+from lavic.src import knowledge_distillation, prompt_tuning
+from lavic.src.recommend import memory as tuning_memory
+from lavic.src.recommend.model import Recommender
+from lavic.src.vision import caption_loss
+from lavic.src.vision import memory as distillation_memory
 from multimodal import memory as multimodal_memory
 from multimodal import run_training
 from shared.config import parse
@@ -122,10 +119,11 @@ def products(tmp_path_factory):
 )
 def test_lavics_first_stage_is_estimated_within_15_percent(products, tmp_path, more, monkeypatch):
     flags = [*flags_of(products, tmp_path / "out"), "--dtype", "float32", *more]
-    seen = watched(monkeypatch, distillation_setup, "caption_nll", 1)
+    seen = watched(monkeypatch, caption_loss, "caption_nll", 1)
     measured = peak_of_a_step(knowledge_distillation.main, flags)
     cfg = read(knowledge_distillation.Config, flags)
-    plan = distillation_memory.plan(cfg, 1, seen.batch)
+    values = knowledge_distillation.memory_values(cfg)
+    plan = distillation_memory.plan(**values, batch=seen.batch)
     assert plan.total - CUDA_CONTEXT == pytest.approx(measured, rel=0.15)
 
 
@@ -141,10 +139,10 @@ def test_lavics_first_stage_is_estimated_within_15_percent(products, tmp_path, m
 def test_lavics_second_stage_is_estimated_within_15_percent(tmp_path, more, monkeypatch):
     flags = [*nano().flags(tmp_path / "out", tmp_path / "vectors"), "--no-evaluate-before"]
     flags += ["--dtype", "float32", *more]
-    seen = watched(monkeypatch, recommend_training, "accumulate", 1)
+    seen = watched(monkeypatch, Recommender, "forward", 1)
     measured = peak_of_a_step(prompt_tuning.main, flags)
     cfg = read(prompt_tuning.Config, flags)
-    plan = tuning_memory.plan(cfg, 1, seen.batch[-1])
+    plan = tuning_memory.plan(**prompt_tuning.memory_values(cfg), batch=seen.batch)
     assert plan.total - CUDA_CONTEXT == pytest.approx(measured, rel=0.15)
 
 

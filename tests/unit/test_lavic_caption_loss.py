@@ -11,14 +11,28 @@ import torch
 from PIL import Image
 from torch import nn
 
-from lavic.src import caption_loss
-from lavic.src import captions as reading
-from lavic.src.adapters import adapter_parameters, add_adapter
-from lavic.src.caption_loss import FixedStart, caption_nll, embed, why_not_reusable
-from lavic.src.captions import NO_LABEL, Captions, Collate, Exercise, LeftOut, fixed_tokens, prompt
 from lavic.src.catalogue import Sample, read_samples
-from lavic.src.distillation_setup import checkpoint_tower
-from lavic.src.llava import ITEM_TOKENS, VISION_TARGETS, add_item_tokens, core_of, load_base
+from lavic.src.vision import caption_loss
+from lavic.src.vision import captions as reading
+from lavic.src.vision.adapters import adapter_parameters, add_adapter
+from lavic.src.vision.caption_loss import FixedStart, caption_nll, embed, why_not_reusable
+from lavic.src.vision.captions import (
+    NO_LABEL,
+    Captions,
+    Collate,
+    Exercise,
+    LeftOut,
+    fixed_tokens,
+    prompt,
+)
+from lavic.src.vision.model import (
+    ITEM_TOKENS,
+    VISION_TARGETS,
+    add_item_tokens,
+    checkpoint_activations,
+    core_of,
+    load_base,
+)
 from tests.lavic_nano import build_nano
 
 CPU = torch.device("cpu")
@@ -350,7 +364,7 @@ def test_a_tower_that_keeps_no_activations_has_the_same_gradients(paths, samples
         for parameter in adapter_parameters(model).values():
             nn.init.normal_(parameter, std=0.05)
         if keeps_none:
-            checkpoint_tower(model)
+            checkpoint_activations(core_of(model).vision_tower)
         core_of(model).vision_tower.train()
         here = (model, processor, ids)
         torch.manual_seed(1)  # of the dropout

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from lavic.src import sample_limit
-from lavic.src.catalogue import Sample, read_samples, read_titles
-from lavic.src.sample_choice import SameSamples, choose
+from lavic.src.catalogue import Sample, choose, most, read_samples, read_titles
+from lavic.src.vision.training import SameData
 from shared.errors import UserError
 
 VALID_ROW = {
@@ -178,27 +177,27 @@ def samples_of(count):
 
 def test_the_first_samples_are_taken_or_as_many_at_random_in_order():
     samples = samples_of(50)
-    assert choose(samples, "all", None) == choose(samples, "99", 3) == samples
-    assert choose(samples, "5", None) == samples[:5]
-    drawn = choose(samples, "5", 1)
+    assert choose(samples, None, None) == choose(samples, 99, 3) == samples
+    assert choose(samples, 5, None) == samples[:5]
+    drawn = choose(samples, 5, 1)
     numbers = [int(sample.title) for sample in drawn]
     assert len(set(numbers)) == 5 and numbers == sorted(numbers) and numbers != [0, 1, 2, 3, 4]
-    assert choose(samples, "5", 1) == drawn != choose(samples, "5", 2)
+    assert choose(samples, 5, 1) == drawn != choose(samples, 5, 2)
 
 
 def test_a_run_does_not_go_on_with_other_samples():
-    state = SameSamples(samples_of(3)).state_dict()
-    SameSamples(samples_of(3)).load_state_dict(state)
+    state = SameData("samples", map(str, range(3))).state_dict()
+    SameData("samples", map(str, range(3))).load_state_dict(state)
     with pytest.raises(ValueError, match=r"3 training samples then, 4 now"):
-        SameSamples(samples_of(4)).load_state_dict(state)
+        SameData("samples", map(str, range(4))).load_state_dict(state)
 
 
 @pytest.mark.parametrize(("text", "expected"), [("all", None), ("1", 1), ("5000", 5000)])
 def test_a_limit_of_samples_is_a_number_or_all(text, expected):
-    assert sample_limit.most(text) == expected
+    assert most(text) == expected
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "many", "", "²"])
 def test_any_other_limit_of_samples_is_refused(text):
     with pytest.raises(UserError, match=f"from 1 to 2,147,483,647, got '?{text}'?$"):
-        sample_limit.most(text)
+        most(text)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from lavic.src.conversations import Conversation, as_asked, read_conversations, with_answers
+from lavic.src.recommend.data import Conversation, as_asked, read_conversations, with_answers
 from shared.errors import UserError
 
 ROW: dict[str, Any] = {

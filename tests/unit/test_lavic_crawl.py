@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from lavic.src import crawl_images
-from lavic.src.crawl_list import Picture, pictures_of, why_unusable
-from lavic.src.crawl_schedule import Schedule, Task
+from lavic.src.catalogue import Picture, read_pictures
 from shared.errors import UserError
 from tests.harness import ROOT, Outcome, free_port, run_here, start, wait_until
 from tests.hub_server import (
@@ -38,7 +37,7 @@ SCRIPT = ROOT / "lavic" / "src" / "crawl_images.py"
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     forget_the_users_settings(monkeypatch)
-    monkeypatch.setattr("lavic.src.crawl._FIRST_PAUSE", 0.01)
+    monkeypatch.setattr("lavic.src.crawl_images.FIRST_PAUSE", 0.01)
 
 
 @pytest.fixture
@@ -299,19 +298,19 @@ def test_the_pictures_of_an_item_are_numbered_as_they_stand(tmp_path):
     images = [{"large": "http://a/1.jpg"}, {"large": None}, {"large": "http://a/3.jpg"}]
     items = {"0312345678": {"images": images}, "B1": {}, "B2": {"images": None}, "书": None}
     path.write_text("\ufeff" + json.dumps(items), encoding="utf-8")
-    found = pictures_of("train", path)
+    found = read_pictures("train", path)
     assert [picture.name for picture in found] == [
         "0312345678_0.jpg", "0312345678_1.jpg", "0312345678_2.jpg"
     ]  # fmt: skip
-    assert why_unusable(found[0]) is None
-    assert why_unusable(found[1]) == "it has no http address"
+    assert found[0].problem is None
+    assert found[1].problem == "it has no http address"
 
 
 def test_blank_lines_byte_order_marks_and_crlf_are_taken_as_they_come(tmp_path):
     path = tmp_path / "items.jsonl"
     line = json.dumps({"image_name": "图_0.jpg", "image": "http://a/b.jpg"}, ensure_ascii=False)
     path.write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n\r\n  \n" + line.encode())
-    assert pictures_of("valid", path) == [Picture("valid", "图_0.jpg", "http://a/b.jpg")]
+    assert read_pictures("valid", path) == [Picture("valid", "图_0.jpg", "http://a/b.jpg")]
 
 
 @pytest.mark.parametrize(
@@ -320,16 +319,16 @@ def test_blank_lines_byte_order_marks_and_crlf_are_taken_as_they_come(tmp_path):
         ("a.jsonl", b'{"image_name": "x"}\n{"image_', "a.jsonl line 2 is no JSON"),
         ("a.jsonl", b'["x"]\n', "a.jsonl line 1 holds a list"),
         ("a.jsonl", b'\xff\xfe{"a": 1}\n', "a.jsonl line 1 is no UTF-8 text"),
-        ("a.json", b'{"B1":\n {"images": [}', "a.json line 2: "),
-        ("a.json", b"[]", "must hold one object of items, found list"),
+        ("a.json", b'{"B1":\n {"images": [}', "a.json line 2 is no JSON"),
+        ("a.json", b"[]", "holds a list, expected one dictionary"),
         ("a.json", b"{}", "names no picture"),
-        ("a.csv", b"x", "must end in .json"),
+        ("a.csv", b"x", "end in .json"),
     ],
 )
 def test_a_bad_item_file_is_named_with_its_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
-        pictures_of("train", tmp_path / name)
+        read_pictures("train", tmp_path / name)
 
 
 MISTAKES = {
@@ -354,7 +353,7 @@ def test_a_packed_item_file_is_named(tmp_path):
 
 def test_two_crawls_of_one_directory_do_not_meet(shop, tmp_path):
     root = write_items(tmp_path / "data", shop)
-    from lavic.src.crawl_store import take_lock
+    from lavic.src.vision.picture_store import take_lock
 
     release = take_lock(root)
     outcome = crawl(root)
@@ -376,36 +375,6 @@ def test_the_default_folders_are_the_recipes_whatever_the_cwd():
         "train": ROOT / "lavic" / "data" / "item2meta_train.json",
         "valid": ROOT / "lavic" / "data" / "item2meta_valid.jsonl",
     }
-
-
-def test_a_host_rests_while_others_are_asked():
-    clock = [0.0]
-    schedule = Schedule(1, lambda: clock[0])
-    tasks = {h: Task(Picture("train", f"{h}.jpg", f"http://{h}/1.jpg")) for h in "ab"}
-    for task in tasks.values():
-        schedule.add(task)
-    schedule.rest("a", 5.0)
-    assert schedule.take() is tasks["b"]
-    schedule.done(tasks["b"])
-    clock[0] = 5.0
-    assert schedule.take() is tasks["a"]
-    schedule.done(tasks["a"])
-    assert schedule.take() is None
-
-
-def test_a_task_comes_again_after_its_delay_and_not_before():
-    clock = [0.0]
-    schedule = Schedule(2, lambda: clock[0])
-    first, second = (Task(Picture("train", f"{n}.jpg", f"http://a/{n}.jpg")) for n in range(2))
-    schedule.add(first)
-    assert schedule.take() is first
-    schedule.again(first, 3.0)
-    schedule.add(second)
-    clock[0] = 2.9
-    assert schedule.take() is second
-    schedule.done(second)
-    clock[0] = 3.0
-    assert schedule.take() is first
 
 
 @pytest.mark.slow

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lavic import demo
-from lavic.demo_lessons import Words, choosing
-from lavic.demo_model import make_tokenizer
-from lavic.demo_products import BACKGROUNDS, PRODUCT_COLOURS, SIZES, all_looks, make_items
+from lavic.demo_data import demo
+from lavic.demo_data.lessons import Words, choosing
+from lavic.demo_data.model import make_tokenizer
+from lavic.demo_data.products import BACKGROUNDS, PRODUCT_COLOURS, SIZES, all_looks, make_items
 from lavic.src.catalogue import read_samples, read_titles
-from lavic.src.prompts import RECOMMEND_CANDIDATES
+from lavic.src.recommend.prompts import RECOMMEND_CANDIDATES
 from shared.drawing import COLOURS
 
 
@@ -96,7 +96,7 @@ def test_titles_say_nothing_of_the_picture(paths):
 def test_pictures_of_three_four_and_five_views_occur(paths):
     from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-    from lavic.demo_model import GRIDS, SIDE
+    from lavic.demo_data.model import GRIDS, SIDE
 
     counts = [image_size_to_num_patches([h, w], GRIDS, SIDE) for w, h in SIZES]
     assert counts == [5, 5, 5, 3, 3, 4, 4]
@@ -153,7 +153,7 @@ def test_in_the_lesson_of_choosing_one_look_fits_and_the_answer_is_its_id_and_th
 
 
 def test_a_finished_demo_is_kept_and_an_unfinished_one_made_again(tmp_path, monkeypatch):
-    from lavic import demo_lessons
+    from lavic.demo_data import lessons as demo_lessons
 
     monkeypatch.setattr(demo_lessons, "STEPS", 0)
     paths = demo.build(tmp_path)

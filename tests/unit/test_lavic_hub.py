@@ -10,8 +10,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from lavic.src import hub
-from lavic.src.llava import load_base
+from lavic.src.vision.model import hub_answers, load_base
 from shared import web
 from shared.errors import UserError
 from shared.web import Patience
@@ -56,7 +55,7 @@ def test_a_model_that_the_hub_gives_is_announced_with_host_and_cache(monkeypatch
     caplog.set_level(logging.INFO, "lavic")
     with HubServer({"config.json": b"{}"}) as server:
         move_hub(monkeypatch, server.url)
-        assert hub.answers_for(REPO_ID)
+        assert hub_answers(REPO_ID)
         assert f"{REPO_ID} is fetched from {server.url} into {tmp_path / 'cache'}" in caplog.text
         assert len(listings(server)) == 1
 
@@ -65,7 +64,7 @@ def test_a_model_that_the_hub_does_not_have_is_refused_by_name_and_host(monkeypa
     with HubServer({"config.json": b"{}"}) as server:
         move_hub(monkeypatch, server.url)
         with pytest.raises(UserError, match=r"nobody/none at .* is not at 127\.0\.0\.1 \(404\)"):
-            hub.answers_for("nobody/none")
+            hub_answers("nobody/none")
 
 
 @pytest.mark.parametrize("name", ["/nowhere/model", "models/none/x", "./here", "a b/c"])
@@ -78,7 +77,7 @@ def test_a_busy_hub_is_asked_again(monkeypatch):
     with HubServer({"config.json": b"{}"}) as server:
         server.misbehave("api", hub_server.status(503), times=1)
         move_hub(monkeypatch, server.url)
-        assert hub.answers_for(REPO_ID)
+        assert hub_answers(REPO_ID)
         assert len(listings(server)) == 2
 
 

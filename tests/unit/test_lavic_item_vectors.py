@@ -7,10 +7,10 @@ import shutil
 import pytest
 import torch
 
-from lavic.src import item_vectors
-from lavic.src.adapters import load_adapter
-from lavic.src.item_vectors import Tower, prepare
-from lavic.src.llava import cls_vectors, picture_views
+from lavic.src.recommend import item_vectors
+from lavic.src.recommend.item_vectors import Tower, prepare
+from lavic.src.vision.adapters import load_adapter
+from lavic.src.vision.model import cls_vectors, picture_views
 from shared.distributed import World
 from shared.errors import UserError
 from shared.images import read_rgb

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
-from lavic.src import distillation_memory, memory
-from lavic.src.adapters import adapter_parameters, add_adapter
-from lavic.src.knowledge_distillation import Config
-from lavic.src.llava import (
+from lavic.src.knowledge_distillation import Config, memory_values
+from lavic.src.vision import memory
+from lavic.src.vision.adapters import adapter_parameters, add_adapter
+from lavic.src.vision.model import (
     ITEM_TOKENS,
     VISION_TARGETS,
     add_item_tokens,
@@ -160,14 +160,14 @@ def test_the_real_models_adapter_has_the_documented_size():
 
 @pytest.mark.slow
 def test_the_memory_plan_explains_the_documented_20_gb():
-    plan = distillation_memory.plan(Config(gradient_checkpointing="on"), 1)
+    plan = memory.plan(**memory_values(Config(gradient_checkpointing="on")))
     rows = {what: size for what, size, _ in plan.rows}
     assert rows["weights"] == pytest.approx(15_133_495_296 + 14_581_760, abs=100_000)  # buffers
     assert rows["optimizer"] == 2 * 14_581_760
     assert plan.total < 20e9
-    free = distillation_memory.plan(Config(gradient_checkpointing="off"), 1)
+    free = memory.plan(**memory_values(Config(gradient_checkpointing="off")))
     assert free.total - plan.total > 3e9
-    assert "in all" in distillation_memory.text(Config(), 1)
+    assert "in all" in memory.text(memory_values(Config()), 1)
 
 
 def copy(paths, tmp_path):

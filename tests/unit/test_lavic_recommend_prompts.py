@@ -7,17 +7,19 @@ import pickle
 import pytest
 import torch
 
-from lavic.src.conversations import Request
-from lavic.src.llava import ITEM_TOKENS
-from lavic.src.prompts import RECOMMEND_CANDIDATES, RECOMMEND_HEAD, RECOMMEND_MARK
-from lavic.src.recommend_prompts import (
+from lavic.src.recommend.data import Request
+from lavic.src.recommend.prompts import (
     ANSWER_ROOM,
     IGNORED,
+    RECOMMEND_CANDIDATES,
+    RECOMMEND_HEAD,
+    RECOMMEND_MARK,
     PromptEncoder,
     collate_generation,
     collate_training,
     label_tokens,
 )
+from lavic.src.vision.model import ITEM_TOKENS
 from shared.errors import UserError
 from tests.lavic_talks import load, nano
 

@@ -6,10 +6,11 @@ import json
 
 import pytest
 
-from lavic.src.conversations import Conversation
-from lavic.src.recommend_results import (
+from lavic.src.recommend.data import Conversation
+from lavic.src.recommend.results import (
     counts_of,
     metrics_of,
+    outcome_of,
     read_summary,
     recommended_in,
     write_answers,
@@ -70,7 +71,7 @@ def test_of_nothing_every_figure_is_zero():
 )
 def test_answers_stand_beside_what_the_file_says(tmp_path, kind, suffix):
     path = tmp_path / "test_results.jsonl"
-    write_answers(path, kind, [talk(["A"], ["A"])], ["It is A"], ["A"])
+    write_answers(path, kind, outcome_of([talk(["A"], ["A"])], ["It is A"]))
     text = path.read_text(encoding="utf-8")
     assert "语" in text
     assert json.loads(text) == {

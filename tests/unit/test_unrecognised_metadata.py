@@ -12,9 +12,8 @@ import pytest
 from face_distill.distill.pairs import read_pairs
 from arcface.inshop_retrieval.inshop import read_list
 from face_distill.distill.teacher import TeacherFeatures
-from lavic.src.catalogue import read_samples, read_titles
-from lavic.src.conversations import read_conversations
-from lavic.src.crawl_list import pictures_of
+from lavic.src.catalogue import read_pictures, read_samples, read_titles
+from lavic.src.recommend.data import read_conversations
 from multimodal import demo
 from multimodal.datasets import AudioCaps, Clotho, Coco
 from shared.errors import UserError
@@ -156,7 +155,7 @@ ITEMS = {"B0": {"name": "Sign", "image": "B0_0.jpg"}, "B1": {"name": "Mat"}}
     [
         (lambda path: read_titles(path), "gives none of its 2 items a title"),
         (lambda path: read_samples(path, path.parent), "no usable sample: it describes 0 pictures"),
-        (lambda path: pictures_of("train", path), "names no picture"),
+        (lambda path: read_pictures("train", path), "names no picture"),
     ],
     ids=["titles", "samples", "addresses"],
 )
@@ -172,7 +171,7 @@ def test_products_whose_pictures_have_no_address(tmp_path):
     items = {item: {"title": "x", "images": [{"hi_res": "https://x.example/1"}]} for item in ITEMS}
     path.write_text(json.dumps(items))
     with pytest.raises(UserError, match=r"item2meta_train\.json: none of 2 pictures has an"):
-        pictures_of("train", path)
+        read_pictures("train", path)
 
 
 def test_conversations_of_another_schema(tmp_path):

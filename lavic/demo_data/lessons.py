@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lavic.demo_products import (
+from lavic.demo_data.products import (
     BACKGROUNDS,
     PRODUCT_COLOURS,
     PRODUCT_PATTERNS,
@@ -29,13 +29,8 @@ from lavic.demo_products import (
     all_looks,
     wish,
 )
-from lavic.src.prompts import (
-    ANSWER_MARK,
-    CAPTION_HEAD,
-    RECOMMEND_CANDIDATES,
-    RECOMMEND_HEAD,
-    RECOMMEND_MARK,
-)
+from lavic.src.recommend.prompts import RECOMMEND_CANDIDATES, RECOMMEND_HEAD, RECOMMEND_MARK
+from lavic.src.vision.captions import ANSWER_MARK, CAPTION_HEAD
 
 ID_DIMS, WORD_DIMS = slice(0, 40), slice(40, 60)  # of the width; the rest is for everything else
 ANY, IS_ID, IS_WORD, IS_SEEN = 60, 61, 62, 63  # flags

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lavic.src.crawl_list import Picture
+from lavic.src.catalogue import Picture
 from shared.errors import UserError, one_line
 from shared.files import (
     cut_json_lines,

@@ -10,22 +10,33 @@ B prompts of a batch, L tokens the longest, V views of all its pictures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lavic.src.catalogue import NO_TITLE
-from lavic.src.conversations import Request
-from lavic.src.llava import ITEM_TOKENS
-from lavic.src.prompts import RECOMMEND_CANDIDATES, RECOMMEND_HEAD, RECOMMEND_MARK
+from lavic.src.recommend.data import Request
+from lavic.src.vision.model import ITEM_TOKENS
 from shared.errors import UserError
 
 ANSWER_ROOM = 32  # tokens kept free for an id and its end, whether the answer is known or not
 IGNORED = -100  # no label
+# The conversation follows the head, then a line and the item tokens of each candidate.
+RECOMMEND_HEAD = (
+    "You are an AI assistant specialized in providing personalized product recommendations based "
+    "on user conversations. You are given a conversation between a user seeking recommendations "
+    "(denoted by <submission>) and other users providing comments (denoted by <comment>). You are "
+    "also given a set of candidate products with their IDs, titles and images formatted as "
+    '"ID: title" followed by an image. Among the candidates, recommend the most relevant product '
+    "to the seeker. Only reply with its ID, and don't say anything else.\n\nConversation:\n"
+)
+RECOMMEND_CANDIDATES = "\n\nCandidates:\n"
+RECOMMEND_MARK = "\nAssistant:"
 
 
 @dataclass(frozen=True)
@@ -58,9 +69,7 @@ class PromptEncoder:
         self._tokenizer, self._titles, self._views = tokenizer, titles, views
         self._max_length, self._slots = max_length, slots
         self._item_ids: list[int] = tokenizer.convert_tokens_to_ids(ITEM_TOKENS)
-        self._head: list[int] = tokenizer(RECOMMEND_HEAD)[
-            "input_ids"
-        ]  # with the token of the start
+        self._head: list[int] = tokenizer(RECOMMEND_HEAD)["input_ids"]  # with the start's token
         self._candidates = self._tokens(RECOMMEND_CANDIDATES)
         self._line_end, self._mark = self._tokens("\n"), self._tokens(RECOMMEND_MARK)
         self._candidate = lru_cache(maxsize=None)(self._candidate_tokens)
@@ -117,6 +126,25 @@ class PromptEncoder:
         return encoded["input_ids"]
 
 
+class Prompts(Dataset[Prompt]):
+    """Requests, encoded when asked for."""
+
+    def __init__(self, requests: Sequence[Request], encoder: PromptEncoder) -> None:
+        self._requests, self._encoder = requests, encoder
+
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def __getitem__(self, index: int) -> Prompt:
+        return self._encoder.encode(self._requests[index])
+
+
+def collate_step(prompts: list[Prompt], size: int, pad_id: int) -> list[dict[str, Any]]:
+    """A training step's prompts in batches of `size`."""
+    starts = range(0, len(prompts), size)
+    return [collate_training(prompts[start : start + size], pad_id) for start in starts]
+
+
 def collate_training(prompts: list[Prompt], pad_id: int) -> dict[str, Any]:
     """A batch to learn from, padded on the right.
 
@@ -149,6 +177,6 @@ def _padded(prompts: list[Prompt], pad_id: int, *, on_the_left: bool) -> dict[st
     return {"ids": ids, "mask": mask, "pictured": pictured}
 
 
-def label_tokens(batch: Mapping[str, Tensor]) -> int:
-    """How many tokens of a training batch are learnt from."""
-    return int((batch["labels"] != IGNORED).sum())
+def label_tokens(*batches: Mapping[str, Tensor]) -> int:
+    """How many tokens of training batches are learnt from."""
+    return sum(int((batch["labels"] != IGNORED).sum()) for batch in batches)

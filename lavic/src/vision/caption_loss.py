@@ -2,19 +2,22 @@
 
 Three shortcuts, each without effect on the value: the tokens that all prompts begin with are run
 once a run, and many others before a batch's first picture without gradients; logits are formed only
-where something is to be said; the tower's last layer is computed for the CLS row alone (llava.py).
+where something is to be said; the tower's last layer is computed for the CLS row alone (model.py).
 B rows of L tokens.
 """
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lavic.src.captions import NO_LABEL, Batch
-from lavic.src.llava import cls_vectors, core_of, filled_slots, head_of, place_vectors
+from lavic.src.vision.captions import NO_LABEL, Batch
+from lavic.src.vision.model import cls_vectors, core_of, filled_slots, head_of, place_vectors
+
+log = logging.getLogger(__name__)
 
 # Rotations that do not depend on how long the whole text is, so that a start can be kept.
 _STEADY_ROTATIONS = ("default", "linear", "llama3", "yarn")
@@ -48,6 +51,14 @@ class FixedStart:
         for number, (keys, values) in enumerate(self._states):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), number)
         return cache
+
+
+def fixed_start(model: nn.Module, tokens: list[int]) -> FixedStart | None:
+    """The prompts' start, kept; None, with a log line, where it cannot be."""
+    reason = why_not_reusable(core_of(model).language_model)
+    if reason:
+        log.info("every prompt is run as a whole: %s", reason)
+    return None if reason else FixedStart(model, tokens)
 
 
 def why_not_reusable(language: Any) -> str | None:

@@ -6,14 +6,29 @@ B prompts, L tokens, V views of all pictures of a batch, D the model's width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from lavic.src.item_vectors import ItemVectors
-from lavic.src.llava import core_of, filled_slots, head_of, place_vectors
-from lavic.src.recommend_prompts import IGNORED
+from lavic.src.recommend import item_vectors
+from lavic.src.recommend.data import Talks
+from lavic.src.recommend.item_vectors import ItemVectors, Tower
+from lavic.src.recommend.prompts import IGNORED, PromptEncoder
+from lavic.src.vision.adapters import load_adapter
+from lavic.src.vision.model import (
+    add_item_tokens,
+    core_of,
+    filled_slots,
+    head_of,
+    load_base,
+    place_vectors,
+    plain,
+)
+from shared.distributed import World
+
+ROOM_FOR_ALL_FROM = 48 * 10**9  # bytes of a GPU that holds the activations of 2048 tokens
 
 # Every Linear of the language model's layers, and nothing else; for peft, a full match.
 LANGUAGE_TARGETS = (
@@ -65,40 +80,63 @@ class Recommender(nn.Module):
         """What the model says after each prompt of a left-padded batch: the likeliest tokens,
         without the end of the text, at most `max_tokens`.
         """
-        mask = batch["mask"].to(self.device)
-        language, head = core_of(self.model).language_model, head_of(self.model)
-        said: list[list[int]] = [[] for _ in mask]
-        over = torch.zeros(len(mask), dtype=torch.bool, device=self.device)
-        inputs: dict[str, Any] = {"inputs_embeds": self.embed(batch)}
-        positions, cache = (mask.cumsum(1) - 1).clamp(min=0), None
-        for _ in range(max_tokens):
-            out = language(
-                **inputs,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            likeliest = head(out.last_hidden_state[:, -1]).argmax(-1)
-            over |= likeliest == eos_id
-            for words, token, is_over in zip(said, likeliest.tolist(), over.tolist(), strict=True):
-                words += [] if is_over else [token]
-            if over.all():
-                break
-            inputs, cache = {"input_ids": likeliest[:, None]}, out.past_key_values
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], dim=1)
-            positions = positions[:, -1:] + 1
-        return said
+        from transformers import GenerationConfig
+
+        greedy = GenerationConfig(
+            max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos_id, pad_token_id=eos_id
+        )
+        made = plain(self.model).generate(
+            inputs_embeds=self.embed(batch),
+            attention_mask=batch["mask"].to(self.device),
+            generation_config=greedy,
+        )
+        return [_until(tokens, eos_id) for tokens in made.tolist()]
 
 
-def checkpoint_activations(model: nn.Module) -> None:
-    """Have the language model's layers compute their activations again in the backward pass."""
-    core_of(model).language_model.gradient_checkpointing_enable(
-        gradient_checkpointing_kwargs={"use_reentrant": False}
+class Built(NamedTuple):
+    """A recommender without an adapter of its own, and what its prompts are made with."""
+
+    recommender: Recommender
+    encoder: PromptEncoder
+    processor: Any
+    vectors: ItemVectors
+
+
+def build(
+    model_name: str,
+    vision: Path,
+    images: Path,
+    cache: Path,
+    talks: Talks,
+    world: World,
+    *,
+    workers: int,
+    dtype: torch.dtype,
+    max_length: int,
+    slots: str,
+) -> Built:
+    """The frozen base model with every candidate's vectors, its tower given back.
+
+    vision: stage 1's adapter. images: the folder of {id}_0.jpg. cache: keeps the vectors.
+    """
+    base, processor = load_base(model_name, world.device, dtype)
+    item_ids = add_item_tokens(base, processor.tokenizer)
+    adapted: Any = load_adapter(base, vision)
+    tower = Tower(adapted, processor)
+    vectors = item_vectors.prepare(talks.items(), images, tower, cache, world, workers=workers)
+    frozen = adapted.unload()  # stage 1's layers leave with the tower
+    drop_tower(frozen)
+    encoder = PromptEncoder(
+        processor.tokenizer, talks.titles, vectors.views, max_length=max_length, slots=slots
     )
+    return Built(Recommender(frozen, item_ids, vectors), encoder, processor, vectors)
 
 
 def drop_tower(model: nn.Module) -> None:
     """Give the memory of vision tower and projector back: all pictures' vectors are there."""
     core = core_of(model)
     core.vision_tower = core.multi_modal_projector = None
+
+
+def _until(tokens: list[int], end: int) -> list[int]:
+    return tokens[: tokens.index(end)] if end in tokens else tokens

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from lavic.src.llava import cls_vectors, core_of, picture_views
+from lavic.src.vision.model import cls_vectors, core_of, picture_views
 from shared import distributed
 from shared.distributed import World
 from shared.errors import UserError

@@ -15,11 +15,20 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from lavic.src.catalogue import Sample
-from lavic.src.llava import ITEM_TOKENS, MOST_VIEWS, picture_views
-from lavic.src.prompts import ANSWER_MARK, CAPTION_HEAD
-from shared.images import read_rgb
+from lavic.src.vision.model import ITEM_TOKENS, MOST_VIEWS, picture_views
+from shared.errors import UserError
+from shared.images import problem, read_rgb
 
 NO_LABEL = -100
+# Title and item tokens follow the head; the answer begins right after the mark, without a space.
+CAPTION_HEAD = (
+    "You are a helpful assistant.\n"
+    "Given an Amazon product's title and its image, please provide a detailed, visually grounded "
+    "description of the product that would help someone decide whether to purchase it. Focus on "
+    "the product's appearance, features, and any other visually informative aspects. Do not "
+    "mention the product's title in your answer. This product's title is: "
+)
+ANSWER_MARK = "\n\nAssistant:"
 
 
 class LeftOut(NamedTuple):
@@ -70,6 +79,11 @@ class Step(NamedTuple):
     def num_labels(self) -> int:
         """Tokens to be said in all its batches."""
         return sum(batch.num_labels for batch in self.batches)
+
+    @property
+    def num_used(self) -> int:
+        """Samples in all its batches."""
+        return sum(len(batch.tokens) for batch in self.batches)
 
 
 class Captions(Dataset[Exercise | LeftOut]):
@@ -143,6 +157,22 @@ class Collate:
             all(torch.equal(row.tokens[: len(self._fixed)], self._fixed) for row in rows),
             int((labels != NO_LABEL).sum()),
         )
+
+
+def refuse_unusable(samples: list[Sample], what: str) -> None:
+    """Raise UserError when not one of the samples has a picture that can be decoded.
+
+    The first that can be ends the search, so that this costs nothing where all is well.
+    """
+    reason = ""
+    for sample in samples:
+        reason = problem(sample.image_path) or ""
+        if not reason:
+            return
+    raise UserError(
+        f"none of the {len(samples)} {what} samples has a usable picture; the last is "
+        f"{samples[-1].image_path} ({reason}): fetch them again with src/crawl_images.py"
+    )
 
 
 def prompt(title: str, slots: int) -> str:

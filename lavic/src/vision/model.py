@@ -13,20 +13,25 @@ width, B rows of L tokens.
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from torch import Tensor, nn
 
-from lavic.src.hub import answers_for
 from shared import hub, weights
 from shared.errors import UserError, one_line
 
 if TYPE_CHECKING:
     from transformers import LlavaNextForConditionalGeneration
 
+log = logging.getLogger(__name__)
+
+TOWER_IS_TIGHT_BELOW = 30 * 10**9  # bytes of a GPU; the tower's activations take 7 GB
 MOST_VIEWS = 5  # of one picture: the whole and up to four tiles
 ITEM_TOKENS = [f"<ItemImageEmb{number}>" for number in range(1, MOST_VIEWS + 1)]
 # Every Linear of the vision tower and the projector, and nothing else; for peft, a full match.
@@ -34,6 +39,65 @@ VISION_TARGETS = (
     r"model\.(vision_tower\.encoder\.layers\.\d+\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"
     r"|multi_modal_projector\.linear_[12])"
 )
+
+
+_DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+def precision(dtype: str, amp: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """(the dtype of the frozen weights, the mode for Amp) that --dtype and --amp mean on a device.
+
+    float16 always comes with loss scaling: the adapter's small gradients would vanish without.
+    Raises UserError for float16 on the CPU.
+    """
+    if dtype == "auto":
+        on_gpu = (
+            "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float16"
+        )
+        dtype = on_gpu if device.type == "cuda" else "float32"
+    if dtype == "float16" and device.type != "cuda":
+        raise UserError("--dtype float16 needs a GPU; allowed on the CPU: float32, bfloat16")
+    return _DTYPES[dtype], "fp16" if dtype == "float16" and amp == "off" else amp
+
+
+def recomputes(choice: str, below: int, sizes: list[int]) -> bool:
+    """Whether --gradient_checkpointing (auto, on, off) has activations computed again.
+
+    auto: where the smallest of `sizes`, bytes of GPUs, is less than `below`; never without a GPU.
+    """
+    return choice == "on" or (choice == "auto" and min(sizes, default=below) < below)
+
+
+def gpu_bytes(device: torch.device) -> list[int]:
+    """The memory of a GPU as a list of one; [] for another device."""
+    return [torch.cuda.get_device_properties(device).total_memory] if device.type == "cuda" else []
+
+
+def checkpoint_activations(part: Any) -> None:
+    """Have tower or language model keep no activations inside its layers: computed again.
+
+    Not both: a language model that does so drops its cache, silently, and stage 1 keeps the
+    prompts' start in one. Not reentrant: the reentrant kind gives no gradients to a tower whose
+    input has none, silently too.
+    """
+    part.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def train_vision(model: nn.Module) -> None:
+    """Dropout on in the adapter of tower and projector; the language model stays in eval."""
+    core = core_of(model)
+    core.vision_tower.train()
+    core.multi_modal_projector.train()
+
+
+def pad_id(tokenizer: Any) -> int:
+    """What fills rows up; it is masked, so that any token would do."""
+    found = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if found is None else found
 
 
 def load_base(
@@ -51,7 +115,7 @@ def load_base(
         source, is_local = str(copy), True
     if is_local:
         _check_directory(Path(source))
-    where: Any = {"local_files_only": is_local or not answers_for(source)}
+    where: Any = {"local_files_only": is_local or not hub_answers(source)}
     import transformers
     from transformers import AutoProcessor, LlavaNextForConditionalGeneration
 
@@ -84,8 +148,8 @@ def add_item_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
     tokenizer.add_tokens(ITEM_TOKENS, special_tokens=True)
     embeddings = core_of(model).get_input_embeddings()
     if len(tokenizer) > embeddings.weight.shape[0]:
-        _plain(model).resize_token_embeddings(len(tokenizer))
-        _plain(model).requires_grad_(False)
+        plain(model).resize_token_embeddings(len(tokenizer))
+        plain(model).requires_grad_(False)
     ids = tokenizer.convert_tokens_to_ids(ITEM_TOKENS)
     if ids != list(range(ids[0], ids[0] + MOST_VIEWS)):
         raise UserError(f"the tokenizer holds {ITEM_TOKENS[0]} … at {ids}, not five ids in a row")
@@ -94,12 +158,12 @@ def add_item_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
 
 def core_of(model: nn.Module) -> Any:
     """The LlavaNextModel: vision_tower, multi_modal_projector, language_model."""
-    return _plain(model).model
+    return plain(model).model
 
 
 def head_of(model: nn.Module) -> nn.Module:
     """The layer from the language model's hidden states to logits."""
-    return _plain(model).lm_head
+    return plain(model).lm_head
 
 
 def picture_views(processor: Any, picture: Tensor) -> Tensor:
@@ -175,7 +239,7 @@ def _cls_of_last_layer(layer: Any, hidden: Tensor) -> Tensor:
     return (cls + layer.mlp(layer.layer_norm2(cls)))[:, 0]
 
 
-def _plain(model: nn.Module) -> Any:
+def plain(model: nn.Module) -> Any:
     """The model inside a PeftModel, its adapters still in place; any other model as it is."""
     inner = getattr(model, "get_base_model", None)
     return inner() if inner else model
@@ -198,3 +262,46 @@ def _check_directory(directory: Path) -> None:
         raise UserError(f"{directory / 'config.json'}: {one_line(error)}") from None
     if kind != "llava_next":
         raise UserError(f"{directory} holds a {kind} model, expected llava_next (LLaVA-v1.6)")
+
+
+def hub_answers(model_id: str) -> bool:
+    """Whether the Hub gives `model_id`; False when the cache alone is to serve.
+
+    Where nobody answers transformers would repeat each of its ten requests for a minute; this ends
+    within 15 seconds. What is not in the cache will be fetched, and a log line says so.
+    Raises UserError for a name that cannot be an id, and for a model that neither the Hub nor the
+    cache gives.
+    """
+    try:
+        is_cached = isinstance(try_to_load_from_cache(model_id, "config.json"), str)
+    except HFValidationError:
+        raise UserError(
+            f"the model {model_id} is no directory here, and no id of the Hub, owner/name: give "
+            "its directory or its id"
+        ) from None
+    if constants.HF_HUB_OFFLINE:
+        problem = "HF_HUB_OFFLINE forbids to fetch it: unset it"
+    else:
+        problem = _problem(model_id)
+    if problem and not is_cached:
+        raise UserError(
+            f"{model_id} is no directory here and not in the cache {constants.HF_HUB_CACHE}, and "
+            f"{problem}; or give --model_name a local path"
+        )
+    if problem:
+        log.info("%s is taken from the cache: %s", model_id, problem)
+    elif not is_cached:
+        log.info(
+            "%s is fetched from %s into %s (LLaVA-v1.6-Mistral-7B: 15 GB)",
+            *(model_id, constants.ENDPOINT, constants.HF_HUB_CACHE),
+        )
+    return not problem
+
+
+def _problem(model_id: str) -> str:
+    """Why the Hub does not give the model, or ''."""
+    try:
+        hub.open_hub(model_id, "main", endpoint=constants.ENDPOINT)
+    except UserError as error:
+        return one_line(error)
+    return ""

@@ -7,10 +7,11 @@ import io
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lavic.src.conversations import Conversation
+from lavic.src.recommend.data import Conversation
 from shared.errors import UserError
 from shared.files import write_text
 
@@ -70,19 +71,44 @@ def counts_of(conversations: Sequence[Conversation]) -> dict[str, int]:
     }
 
 
-def write_answers(
-    path: Path,
-    candidate_type: str,
-    conversations: Sequence[Conversation],
-    responses: Sequence[str],
-    said: Sequence[str],
-) -> None:
+@dataclass(frozen=True)
+class Outcome:
+    """What was said in a test, and the figures of it."""
+
+    conversations: Sequence[Conversation]
+    responses: Sequence[str]
+    recommended: Sequence[str]
+    metrics: dict[str, float]
+    counts: dict[str, int]
+
+    def line(self) -> str:
+        """The figures for people."""
+        shown = {name: f"{value:.4f}" for name, value in self.metrics.items()}
+        return (
+            f"Recall@1 {shown['recall@1']} (at most {shown['recall_ceiling@1']}) | "
+            f"HitRatio@1 {shown['hit_ratio@1']} (at most {shown['hit_ratio_ceiling@1']}; "
+            f"{shown['hit_if_reachable']} where possible) | Validity {shown['validity@1']} | "
+            f"{self.counts['conversations']} conversations, {self.counts['gt_items']} true items"
+        )
+
+
+def outcome_of(conversations: Sequence[Conversation], responses: Sequence[str]) -> Outcome:
+    """The outcome of one response a conversation, in order."""
+    pairs = zip(responses, conversations, strict=True)
+    said = [recommended_in(response, talk.candidates) for response, talk in pairs]
+    metrics, counts = metrics_of(conversations, said), counts_of(conversations)
+    return Outcome(conversations, responses, said, metrics, counts)
+
+
+def write_answers(path: Path, candidate_type: str, found: Outcome) -> None:
     """The test conversations, each as it stands in its file, with recommended_… and response_…,
     the dots being the candidates' type: recommended_st for candidates_st.
     """
     kind = candidate_type.removeprefix("candidates_")
     lines = []
-    for talk, response, item in zip(conversations, responses, said, strict=True):
+    for talk, response, item in zip(
+        found.conversations, found.responses, found.recommended, strict=True
+    ):
         row = talk.row | {f"recommended_{kind}": item, f"response_{kind}": response}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_text(path, "".join(lines))

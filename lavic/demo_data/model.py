@@ -2,7 +2,7 @@
 
 It has traits of trained models that small random numbers lack: filters that see colours and edges,
 places that are told apart, attention that looks words up. Then its language model takes lessons
-(demo_lessons.py); tower and projector stay as they were drawn.
+(lessons.py); tower and projector stay as they were drawn.
 """
 
 from __future__ import annotations
@@ -11,14 +11,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lavic.demo_products import Item, talk_texts
-from lavic.src.prompts import (
-    ANSWER_MARK,
-    CAPTION_HEAD,
-    RECOMMEND_CANDIDATES,
-    RECOMMEND_HEAD,
-    RECOMMEND_MARK,
-)
+from lavic.demo_data.products import Item, talk_texts
+from lavic.src.recommend.prompts import RECOMMEND_CANDIDATES, RECOMMEND_HEAD, RECOMMEND_MARK
+from lavic.src.vision.captions import ANSWER_MARK, CAPTION_HEAD
 
 SIDE, PATCH = 48, 8  # pixels of a view and of its patches
 TOWER: dict[str, Any] = {
@@ -51,14 +46,14 @@ def write(directory: Path, items: list[Item], seed: int) -> None:
     """Write the checkpoint of a model that has taken its lessons, and tokenizer and processor."""
     import torch
 
-    from lavic import demo_lessons
+    from lavic.demo_data import lessons
 
     processor = make_processor(make_tokenizer(items))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make_model(processor.tokenizer)
         arrange_tower(model.model.vision_tower)
-        demo_lessons.teach(model, processor.tokenizer, items, seed)
+        lessons.teach(model, processor.tokenizer, items, seed)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
 

@@ -7,17 +7,17 @@ without white space: books' begin with a digit. Standard library only.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lavic.src.json_lines import read_objects
+from lavic.src.catalogue import read_objects, read_titles
 from shared.errors import UserError
 
-CATEGORIES = ("all_beauty", "amazon_fashion", "amazon_home")
-CANDIDATE_TYPES = ("candidates_st", "candidates_gpt_large")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,67 @@ def with_answers(conversations: Iterable[Conversation], seed: int) -> list[Reque
 def as_asked(conversations: Iterable[Conversation]) -> list[Request]:
     """The request of each conversation as a user would make it: its own candidates, no answer."""
     return [Request(c.context, c.candidates) for c in conversations]
+
+
+@dataclass(frozen=True)
+class Talks:
+    """The requests of training and validation, one for each true id; the test's conversations."""
+
+    train: list[Request]
+    valid: list[Request]
+    test: list[Conversation]
+    titles: dict[str, str]
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many there are, for the run's status."""
+        requests = {"training requests": len(self.train), "validation requests": len(self.valid)}
+        return requests | {"test conversations": len(self.test), "items": len(self.items())}
+
+    @property
+    def asked(self) -> list[Request]:
+        """The test's requests."""
+        return as_asked(self.test)
+
+    def items(self) -> set[str]:
+        """Every candidate of every request."""
+        requests = (*self.train, *self.valid, *self.asked)
+        return {item for request in requests for item in request.candidates}
+
+
+def read_talks(
+    files: dict[str, Path], candidate_type: str, titles: Path, *, limit: int | None, seed: int
+) -> Talks:
+    """The conversations of train, valid and test, the first `limit` of each, and the titles.
+
+    Raises UserError for a bad line, and for files without use.
+    """
+    found = {
+        split: read_conversations(path, candidate_type)[:limit] for split, path in files.items()
+    }
+    train, valid = (with_answers(found[split], seed) for split in ("train", "valid"))
+    for split, requests in (("train", train), ("valid", valid)):
+        if not requests:
+            raise UserError(f"{files[split]} holds no gt_items: nothing to learn from")
+    talks = Talks(train, valid, found["test"], read_titles(titles))
+    _check_titles(talks, titles)
+    return talks
+
+
+def _check_titles(talks: Talks, path: Path) -> None:
+    """Warn of candidates without a title. Raises UserError when none has one."""
+    items = talks.items()
+    nameless = [item for item in sorted(items) if item not in talks.titles]
+    if len(nameless) == len(items):
+        raise UserError(
+            f"{path} has none of the {len(nameless)} candidates, the first is {nameless[0]}: give "
+            "the products of these conversations by --item_meta_path"
+        )
+    if nameless:
+        log.warning(
+            "%d of %d candidates have no title in %s, the first is %s",
+            len(nameless), len(items), path, nameless[0],
+        )  # fmt: skip
 
 
 def _including(answer: str, conversation: Conversation, key: str) -> tuple[str, ...]:

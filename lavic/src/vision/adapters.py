@@ -14,9 +14,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
-from lavic.src.adapter_files import SETTINGS
+from lavic.src.vision.adapter_files import SETTINGS
 from shared import weights
 from shared.errors import UserError, one_line
 from shared.files import read_json
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
 WEIGHTS = "adapter_model.safetensors"
-_OLDEST_TOPS = ("vision_tower.", "multi_modal_projector.", "language_model.model.")
+# A module's name in older versions → its name now; peft applies the first that matches.
+_MODERN = {
+    r"^(?:model\.)?vision_tower\.(?:vision_model\.)?": "model.vision_tower.",
+    r"^(?:model\.)?multi_modal_projector\.": "model.multi_modal_projector.",
+    r"^language_model\.model\.": "model.language_model.",
+}
+_PREFIX = "base_model.model."
 _IN_MODEL = re.compile(r"\.(lora_[AB])\.default\.")
 
 
@@ -36,18 +43,37 @@ def add_adapter(
 
     The adapter is float32 whatever the base's dtype; its first output is zero.
     """
-    from peft import LoraConfig
+    from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
         r=r, lora_alpha=alpha, lora_dropout=dropout, target_modules=targets, task_type="CAUSAL_LM"
     )
-    return _wrap(model, settings)
+    return get_peft_model(model, settings)  # type: ignore[arg-type, return-value]
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The LoRA parameters under the names they have in adapter files."""
     found = ((name, p) for name, p in model.named_parameters() if _IN_MODEL.search(name))
     return {_IN_MODEL.sub(r".\1.", name): parameter for name, parameter in found}
+
+
+class AdapterState:
+    """The adapter's parameters alone, as a part of checkpoints."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._own = adapter_parameters(model)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The parameters under the names of adapter files, on the CPU."""
+        return {name: parameter.detach().cpu().clone() for name, parameter in self._own.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave. Raises ValueError when it is not of this adapter."""
+        if self._own.keys() != state.keys():
+            raise ValueError(f"an adapter of {len(state)} tensors, this one has {len(self._own)}")
+        with torch.no_grad():
+            for name, parameter in self._own.items():
+                parameter.copy_(state[name])
 
 
 def save_adapter(model: PeftModel, processor: Any, directory: Path) -> None:
@@ -72,39 +98,38 @@ def save_adapter(model: PeftModel, processor: Any, directory: Path) -> None:
     making.rmdir()
 
 
-def load_adapter(model: nn.Module, directory: Path, *, trainable: bool = False) -> PeftModel:
-    """`model` with the adapter of `directory` on it, frozen unless `trainable`.
+def load_adapter(model: nn.Module, directory: Path) -> PeftModel:
+    """`model` with the adapter of `directory` on it, frozen and in eval.
 
     Raises UserError when a file is missing or damaged, and when the weights there are not exactly
     those that its adapter_config.json asks for in this model.
     """
-    settings = _settings(directory)
-    state = {modern_name(name): tensor for name, tensor in _weights(directory).items()}
-    wrapped = _wrap(model, settings)
-    own = adapter_parameters(wrapped)
-    _check_names(own, state, directory)
-    for name, parameter in own.items():
-        parameter.data.copy_(state[name])
-        parameter.requires_grad_(trainable)
+    from peft import PeftModel
+
+    settings, stored = _settings(directory), _names_in(directory)
+    try:
+        wrapped = PeftModel.from_pretrained(
+            model,  # type: ignore[arg-type]
+            str(directory),
+            config=settings,
+            key_mapping=_MODERN,
+            torch_device="cpu",
+        )
+    except (RuntimeError, ValueError, KeyError) as error:  # other shapes; no module of this name
+        raise UserError(f"{directory} does not fit this model: {one_line(error)}") from None
+    _check_names(adapter_parameters(wrapped).keys(), stored, directory)
     return wrapped.eval()
 
 
-def modern_name(name: str) -> str:
+def _modern(name: str) -> str:
     """The name in transformers 5 of a parameter or module of an adapter of any version."""
-    prefix = "base_model.model." if name.startswith("base_model.model.") else ""
-    name = name.removeprefix(prefix)
-    if name.startswith(_OLDEST_TOPS):
-        name = "model." + name.replace("language_model.model.", "language_model.", 1)
-    return prefix + name.replace("vision_tower.vision_model.", "vision_tower.", 1)
-
-
-def _wrap(model: nn.Module, settings: LoraConfig) -> PeftModel:
-    from peft import get_peft_model
-
-    try:
-        return get_peft_model(model, settings)  # type: ignore[arg-type, return-value]
-    except ValueError as error:  # no module of this name
-        raise UserError(f"the adapter does not fit this model: {one_line(error)}") from None
+    prefix = _PREFIX if name.startswith(_PREFIX) else ""
+    plain = name.removeprefix(prefix)
+    for old, new in _MODERN.items():
+        plain, found = re.subn(old, new, plain)
+        if found:
+            break
+    return prefix + plain
 
 
 def _settings(directory: Path) -> LoraConfig:
@@ -118,7 +143,7 @@ def _settings(directory: Path) -> LoraConfig:
         raise UserError(f"{path} does not describe a LoRA adapter")
     targets = content.get("target_modules")
     if isinstance(targets, list):
-        targets = sorted(modern_name(str(target)) for target in targets)
+        targets = sorted(_modern(str(target)) for target in targets)
     if not targets:
         raise UserError(f"{path} names no target_modules")
     numbers: dict[str, Any] = {"lora_dropout": 0.0} | {
@@ -134,6 +159,7 @@ def _settings(directory: Path) -> LoraConfig:
             exclude_modules=content.get("exclude_modules"),
             use_rslora=bool(content.get("use_rslora")),
             task_type=content.get("task_type"),
+            base_model_name_or_path=content.get("base_model_name_or_path"),
         )
     except (TypeError, ValueError) as error:
         raise UserError(f"{path} does not describe a LoRA adapter: {one_line(error)}") from None
@@ -144,24 +170,16 @@ def _is_number(values: dict[str, Any], name: str) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _weights(directory: Path) -> dict[str, Tensor]:
-    old = directory / "adapter_model.bin"
-    path = directory / WEIGHTS
-    return weights.read(old if old.is_file() and not path.exists() else path)
+def _names_in(directory: Path) -> set[str]:
+    """The modern names of the weights there. Raises UserError for a missing or damaged file."""
+    old, path = directory / "adapter_model.bin", directory / WEIGHTS
+    found = weights.read(old if old.is_file() and not path.exists() else path)
+    return {_modern(name) for name in found}
 
 
-def _check_names(own: dict[str, nn.Parameter], state: dict[str, Tensor], directory: Path) -> None:
-    """Raise UserError unless names and shapes are the same in model and file."""
-    shapes = {
-        f"{name} {tuple(state[name].shape)} → {tuple(own[name].shape)}"
-        for name in own.keys() & state.keys()
-        if state[name].shape != own[name].shape
-    }
-    kinds = {
-        "missing": own.keys() - state.keys(),
-        "unexpected": state.keys() - own.keys(),
-        "of another shape": shapes,
-    }
+def _check_names(own: Any, stored: set[str], directory: Path) -> None:
+    """Raise UserError unless the adapter and its file name the same weights."""
+    kinds = {"missing": own - stored, "unexpected": stored - own}
     wrong = [
         f"{len(names)} {kind} ({', '.join(sorted(names)[:2])}{', …' if len(names) > 2 else ''})"
         for kind, names in kinds.items()

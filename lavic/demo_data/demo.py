@@ -6,10 +6,10 @@
     <root>/data/all_beauty                 train.jsonl, valid.jsonl, test.jsonl of stage 2
     <root>/weights/llava-v1.6-tiny         the checkpoint, with tokenizer and processor
 
-Pictures are procedural (demo_products.py) and of several shapes, so that 3, 4 and 5 views occur; no
+Pictures are procedural (products.py) and of several shapes, so that 3, 4 and 5 views occur; no
 look of the validation is in the training. The test's talks are in no training; products recur in
 them, as in the published sets, and about a third was asked for in no training talk. The language
-model has learnt the words of the answers from words, never from a picture (demo_model.py): left to
+model has learnt the words of the answers from words, never from a picture (model.py): left to
 train is that the tower's vectors say them (stage 1), and to read such vectors for words (stage 2).
 Generator and seed stay as they are: training is tuned to the data, never the data to the training.
 """
@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from lavic.demo_products import SIZES, Item, Look, all_looks, conversation, draw, make_items
+from lavic.demo_data.products import SIZES, Item, Look, all_looks, conversation, draw, make_items
 from shared.build_once import build_once
 from shared.files import write_json, write_text
 
@@ -102,7 +102,7 @@ def build(root: Path, seed: int = 0) -> DemoPaths:
 
 
 def _build(paths: DemoPaths, seed: int) -> None:
-    from lavic import demo_model
+    from lavic.demo_data import model as demo_model
 
     for folder in (paths.train_images, paths.valid_images, paths.talks, paths.weights):
         folder.mkdir(parents=True, exist_ok=True)

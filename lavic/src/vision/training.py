@@ -1,0 +1,140 @@
+"""What both training loops keep beside model and optimizer: sums, best epoch, the data's mark."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from shared import distributed
+from shared.distributed import World
+
+T = TypeVar("T")
+
+
+def sum_gradients(parameters: list[nn.Parameter], world: World) -> None:
+    """Add up the processes' gradients, in one exchange; a process without any adds zeros.
+
+    DDP in its place would wait for ever for a process whose samples were all left out, and divide
+    by the number of processes in place of the number of labels.
+    """
+    if world.size == 1:
+        return
+    own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    everyone = distributed.total(torch.cat([gradient.flatten() for gradient in own]), world)
+    parts = everyone.split([parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.grad = part.view_as(parameter)
+
+
+def in_step(batches: Iterable[T], world: World) -> Iterator[T | None]:
+    """This rank's batches, then None while another rank has some: all ranks loop as often."""
+    own = iter(batches)
+    batch = next(own, None)
+    while distributed.any_rank(batch is not None, world):
+        yield batch
+        batch = next(own, None)
+
+
+def perplexity(loss: float) -> float:
+    """The exponential of a loss in nats; infinite where that says nothing any more."""
+    return math.exp(loss) if loss < 20 else math.inf
+
+
+class Sums:
+    """Of an epoch's samples that this process has seen: losses, labels, samples, those left out."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin an epoch."""
+        self._nll = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._labels = self.seen = self.left_out = 0.0
+
+    def add(self, nll: Tensor, *, labels: int, used: int, left_out: int) -> None:
+        """Count a step whose labels' losses sum up to `nll`, a scalar; the device goes on."""
+        self._nll += nll
+        self._labels += labels
+        self.left_out += left_out
+        self.seen += used + left_out
+
+    def share(self, world: World) -> None:
+        """Let every process hold an equal share: rank 0's is saved for all."""
+        self._set(distributed.mean(self._all(), world))
+
+    def conclude(self, world: World) -> tuple[float, int, int]:
+        """(mean loss of a label, samples seen, samples left out) over all processes; resets."""
+        nll, labels, seen, left_out = distributed.total(self._all(), world).tolist()
+        self.reset()
+        return nll / labels if labels else math.nan, round(seen), round(left_out)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums."""
+        return {"sums": self._all().cpu()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self._set(state["sums"].to(self._device))
+
+    def _all(self) -> Tensor:
+        counts = [self._labels, self.seen, self.left_out]
+        rest = torch.tensor(counts, dtype=torch.float64, device=self._device)
+        return torch.cat([self._nll[None], rest])
+
+    def _set(self, sums: Tensor) -> None:
+        self._nll = sums[0].clone()
+        self._labels, self.seen, self.left_out = sums[1:].tolist()
+
+
+class Best:
+    """The lowest validation loss so far, its epoch from 1 (0: none), and the figure before."""
+
+    def __init__(self) -> None:
+        self.loss, self.epoch = math.inf, 0
+        self.before: float | None = None
+
+    def update(self, loss: float, epoch: int) -> bool:
+        """Whether `loss` is lower than all before it; NaN never is."""
+        improved = loss < self.loss
+        if improved:
+            self.loss, self.epoch = loss, epoch
+        return improved
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        vars(self).update(state)
+
+
+class SameData:
+    """A part of checkpoints that refuses to continue on other data than it was trained on.
+
+    what: samples, requests. texts: one for each, in order.
+    """
+
+    def __init__(self, what: str, texts: Iterable[str]) -> None:
+        found = list(texts)
+        digest = hashlib.sha256("\n".join(found).encode("utf-8", "surrogatepass")).hexdigest()
+        self._what, self._mark = what, {what: len(found), "sha256": digest}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Their number and what they are."""
+        return dict(self._mark)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare. Raises ValueError when they differ."""
+        if state != self._mark:
+            raise ValueError(
+                f"{state[self._what]} training {self._what} then, {self._mark[self._what]} now, or "
+                "with other words: the order would be another one; start anew with --resume never, "
+                "or put the files back as they were"
+            )
