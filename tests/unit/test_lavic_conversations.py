@@ -48,9 +48,12 @@ def test_marks_of_editors_and_blank_lines_are_no_errors(tmp_path):
     assert first == second and first.context == ROW["context"]
 
 
-def test_a_candidate_that_stands_twice_counts_once(tmp_path):
-    path = write(tmp_path / "a.jsonl", ROW, candidates_st=["B1", "B2", "B1"])
-    assert read_conversations(path, "candidates_st")[0].candidates == ("B1", "B2")
+def test_a_candidate_that_stands_twice_counts_once_and_true_ids_stay_as_listed(tmp_path):
+    twice = ["B1", "B2", "B1"]
+    path = write(tmp_path / "a.jsonl", ROW, candidates_st=twice, gt_items=twice)
+    (found,) = read_conversations(path, "candidates_st")
+    assert (found.candidates, found.gt_items) == (("B1", "B2"), tuple(twice))
+    assert [request.answer for request in with_answers([found], 0)] == twice
 
 
 BAD = {

@@ -45,21 +45,23 @@ def test_the_figures_are_those_of_counting_by_hand():
     talks = [
         talk(["A"], ["A", "B"]),  # hit
         talk(["A", "B", "C"], ["A", "D"]),  # hit: one true id of three
+        talk(["A", "A"], ["A", "B"]),  # hit: listed twice, it counts twice
         talk(["A"], ["A", "B"]),  # a wrong candidate
         talk(["A"], ["C", "D"]),  # out of reach, a candidate said
         talk(["A"], ["C", "D"]),  # out of reach, the true one said all the same
         talk([], ["C", "D"]),  # nothing is true here; nothing said
     ]
-    said = ["A", "A", "B", "C", "A", ""]
+    said = ["A", "A", "A", "B", "C", "A", ""]
     assert metrics_of(talks, said) == {
-        "recall@1": 3 / 7,
-        "hit_ratio@1": 3 / 5,
-        "validity@1": 4 / 6,
-        "recall_ceiling@1": 3 / 7,
-        "hit_ratio_ceiling@1": 3 / 5,
-        "hit_if_reachable": 2 / 3,
+        "recall@1": 5 / 9,
+        "hit_ratio@1": 4 / 6,
+        "validity@1": 5 / 7,
+        "recall_ceiling@1": 5 / 9,
+        "hit_ratio_ceiling@1": 4 / 6,
+        "hit_if_reachable": 3 / 4,
+        "recall_distinct@1": 4 / 8,
     }
-    assert counts_of(talks) == {"conversations": 6, "gt_items": 7, "reachable": 3}
+    assert counts_of(talks) == {"conversations": 7, "gt_items": 9, "reachable": 4}
 
 
 def test_of_nothing_every_figure_is_zero():

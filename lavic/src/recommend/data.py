@@ -47,8 +47,8 @@ class Request:
 def read_conversations(path: Path, candidate_type: str) -> list[Conversation]:
     """The conversations of a file, in order, with the candidates of one type.
 
-    Those without a true recommendation are there too, with `gt_items` empty. An id that stands
-    twice in a list counts once, at its first place.
+    Those without a true recommendation are there too, with `gt_items` empty. True ids are kept as
+    listed, some of them twice; a candidate that stands twice counts once, at its first place.
     Raises UserError for a file that is missing or empty, and for a line that is not of this form,
     with its number.
     """
@@ -66,7 +66,7 @@ def read_conversations(path: Path, candidate_type: str) -> list[Conversation]:
 
 
 def with_answers(conversations: Iterable[Conversation], seed: int) -> list[Request]:
-    """A request for every conversation and true recommendation of it, in order.
+    """A request for every conversation and true recommendation of it as listed, in order.
 
     Where the list of candidates lacks the true id, that takes the place of another one, which is
     drawn from (seed, number of the conversation, number of the id): the same in every epoch. Other
@@ -164,7 +164,7 @@ def _conversation(row: dict[str, Any], candidate_type: str, where: str) -> Conve
             f"{where}: no text under 'context' (keys there: {', '.join(row) or 'none'})"
         )
     gt_items = _ids(row, "gt_items", where)
-    candidates = _ids(row, candidate_type, where)
+    candidates = tuple(dict.fromkeys(_ids(row, candidate_type, where)))
     if not candidates:
         raise UserError(f"{where}: {candidate_type} is empty, there is nothing to recommend")
     return Conversation(context, gt_items, candidates, row)
@@ -175,7 +175,7 @@ def _ids(row: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
     if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
         have = ", ".join(row) or "none"
         raise UserError(f"{where}: no list of ids under {key!r} (keys there: {have})")
-    ids = tuple(dict.fromkeys(item.strip() for item in found))
+    ids = tuple(item.strip() for item in found)
     if any(not item or len(item.split()) > 1 for item in ids):
         raise UserError(f"{where}: {key} holds an id that is empty or has white space in it")
     return ids

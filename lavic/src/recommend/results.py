@@ -20,7 +20,7 @@ _COLUMNS = (
     *("model_dir", "candidate_type", "lr", "weight_decay", "num_epochs"),
     *("recall@1", "validity@1", "output_file"),  # up to here as documented
     *("category", "hit_ratio@1", "recall_ceiling@1", "hit_ratio_ceiling@1", "hit_if_reachable"),
-    *("recall_before@1", "val_loss", "conversations", "gt_items", "without_picture", "seed"),
+    *("recall_distinct@1", "recall_before@1", "val_loss", "conversations", "gt_items", "without_picture", "seed"),
 )
 _WORD = re.compile(r"[^\s,;:.!?\"'()\[\]<>]+")
 _ID = re.compile(r"[A-Z0-9]{10}")
@@ -37,28 +37,32 @@ def recommended_in(response: str, candidates: Sequence[str]) -> str:
 def metrics_of(conversations: Sequence[Conversation], said: Sequence[str]) -> dict[str, float]:
     """The figures of one recommended id ('' for none) a conversation; shares from 0 to 1.
 
-    recall@1             true ids that were recommended, of all true ids
+    recall@1             true ids that were recommended, of all true ids as listed: one that a line
+                         lists twice counts twice, as in the original
     hit_ratio@1          conversations with a true id recommended, of those that have one
     validity@1           recommendations that are candidates, of all conversations
-    recall_ceiling@1, hit_ratio_ceiling@1    the same two for whoever recommends a true id wherever
-                         one is among the candidates
+    recall_ceiling@1, hit_ratio_ceiling@1    the first two for whoever recommends the best of the
+                         candidates everywhere
     hit_if_reachable     conversations with a hit, of those where one was possible
+    recall_distinct@1    as recall@1, each true id of a conversation counted once
     """
     pairs = list(zip(conversations, said, strict=True))
     asked = sum(bool(talk.gt_items) for talk in conversations)
-    true_ids = sum(len(talk.gt_items) for talk in conversations)
+    listed = sum(len(talk.gt_items) for talk in conversations)
     hits = sum(item in talk.gt_items for talk, item in pairs)
     reachable = sum(talk.reachable for talk in conversations)
     valid = sum(item in talk.candidates for talk, item in pairs)
+    best = sum(max(map(talk.gt_items.count, talk.candidates)) for talk in conversations)
     return {
-        "recall@1": _share(hits, true_ids),
+        "recall@1": _share(sum(talk.gt_items.count(item) for talk, item in pairs), listed),
         "hit_ratio@1": _share(hits, asked),
         "validity@1": _share(valid, len(pairs)),
-        "recall_ceiling@1": _share(reachable, true_ids),
+        "recall_ceiling@1": _share(best, listed),
         "hit_ratio_ceiling@1": _share(reachable, asked),
         "hit_if_reachable": _share(
             sum(talk.reachable and item in talk.gt_items for talk, item in pairs), reachable
         ),
+        "recall_distinct@1": _share(hits, sum(len(set(talk.gt_items)) for talk in conversations)),
     }
 
 
