@@ -37,18 +37,21 @@ def make_loader(
     epoch: int = 0,
     offset: int = 0,
     collate: Callable[[list[Any]], Any] | None = None,
+    with_rest: bool = False,
 ) -> DataLoader[Any]:
-    """Batches of one training epoch for this rank, from batch `offset` on; incomplete ones dropped.
+    """Batches of one training epoch for this rank, from batch `offset` on.
 
-    batch_size: samples a process. The dataset needs `__getitem__` and `__len__`; if it also has
-    `__getitems__(indices)`, a batch is fetched in one call.
-    Raises UserError when the dataset has not one whole batch for every process.
+    batch_size: samples a process. with_rest: what makes no whole batch is a last one, of which a
+    rank may get nothing ([] goes to `collate`); else it is dropped. The dataset needs `__getitem__`
+    and `__len__`; if it also has `__getitems__(indices)`, a batch is fetched in one call.
+    Raises UserError when the dataset has not one such batch for every process.
     """
     if workers < 0:
         raise UserError(f"--workers {workers}: allowed are 0 (load in the process itself) and more")
     batches = TrainBatches(
-        _length(dataset), batch_size, world, seed=seed, epoch=epoch, offset=offset
-    )
+        _length(dataset), batch_size, world, seed=seed, epoch=epoch, offset=offset,
+        with_rest=with_rest,
+    )  # fmt: skip
     return DataLoader(
         _Seeded(dataset, seed, epoch),
         batch_sampler=batches,

@@ -12,14 +12,19 @@ from shared.errors import UserError
 from shared.seed import derive
 
 
-def steps_per_epoch(num_samples: int, batch_size: int, world_size: int) -> int:
-    """Whole batches that every rank gets of one epoch. batch_size: samples a process.
+def steps_per_epoch(
+    num_samples: int, batch_size: int, world_size: int, *, with_rest: bool = False
+) -> int:
+    """Steps of one epoch: whole batches on every rank, and with_rest one more for what is left.
 
-    Raises UserError when there are none: an epoch without a step would "succeed" in silence.
+    batch_size: samples a process. Raises UserError when there are none: an epoch without a step
+    would "succeed" in silence.
     """
     if batch_size < 1:
         raise UserError(f"a batch of {batch_size} samples a process: at least 1 is needed")
     steps = num_samples // (batch_size * world_size)
+    if with_rest and num_samples:
+        return -(-num_samples // (batch_size * world_size))
     if steps == 0:
         raise UserError(
             f"{num_samples} samples are too few for one step: {world_size} process(es) × batch "
@@ -34,7 +39,8 @@ class TrainBatches(Sampler[list[int]]):
 
     Step k of the epoch takes the samples [k·W·B, (k+1)·W·B) of the order, rank r the r-th B of
     them, so that the global batch is the same for any world size of the same W·B. `offset` steps
-    are passed over: the continuation of an epoch that was interrupted.
+    are passed over: the continuation of an epoch that was interrupted. with_rest: the samples that
+    make no whole batch are a last step, spread over the ranks; a rank may get none of them.
     """
 
     def __init__(
@@ -46,8 +52,9 @@ class TrainBatches(Sampler[list[int]]):
         seed: int,
         epoch: int,
         offset: int = 0,
+        with_rest: bool = False,
     ) -> None:
-        self._steps = steps_per_epoch(num_samples, batch_size, world.size)
+        self._steps = steps_per_epoch(num_samples, batch_size, world.size, with_rest=with_rest)
         self._num_samples, self._batch_size, self._world = num_samples, batch_size, world
         self._offset = offset
         self._generator_seed = derive(seed, epoch)
@@ -58,10 +65,12 @@ class TrainBatches(Sampler[list[int]]):
     def __iter__(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(self._generator_seed)
         order = torch.randperm(self._num_samples, generator=generator)
-        global_batch = self._batch_size * self._world.size
+        rank, size = self._world.rank, self._world.size
+        global_batch = self._batch_size * size
         for step in range(self._offset, self._steps):
-            start = step * global_batch + self._world.rank * self._batch_size
-            yield order[start : start + self._batch_size].tolist()
+            everyone = order[step * global_batch : (step + 1) * global_batch]
+            first, end = (len(everyone) * number // size for number in (rank, rank + 1))
+            yield everyone[first:end].tolist()
 
 
 def eval_indices(num_samples: int, world: World) -> range:

@@ -26,6 +26,22 @@ def test_an_epoch_holds_every_sample_at_most_once_in_whole_batches() -> None:
     assert set(seen) <= set(range(23))
 
 
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("num", [1, 5, 12, 23])
+def test_with_the_rest_an_epoch_holds_every_sample_once_in_as_many_steps_on_every_rank(
+    size: int, num: int
+) -> None:
+    ranks = [
+        list(TrainBatches(num, 2, World(r, r, size), seed=3, epoch=1, with_rest=True))
+        for r in range(size)
+    ]
+    steps = steps_per_epoch(num, 2, size, with_rest=True)
+    assert [len(batches) for batches in ranks] == [steps] * size
+    assert sorted(chain.from_iterable(chain.from_iterable(ranks))) == list(range(num))
+    last = [len(batches[-1]) for batches in ranks]
+    assert max(last) - min(last) <= 1 and all(len(b) == 2 for each in ranks for b in each[:-1])
+
+
 def test_an_offset_continues_the_same_order() -> None:
     whole = batches(1, 2, 2)
     for offset in range(len(whole) + 1):
@@ -49,6 +65,8 @@ def test_too_few_samples_for_a_step_are_refused_with_the_number_needed() -> None
     with pytest.raises(UserError, match=r"7 samples are too few.*2 process.*4 .*need 8"):
         steps_per_epoch(7, batch_size=4, world_size=2)
     assert steps_per_epoch(8, batch_size=4, world_size=2) == 1
+    with pytest.raises(UserError, match="0 samples are too few"):
+        steps_per_epoch(0, batch_size=4, world_size=2, with_rest=True)
 
 
 @pytest.mark.parametrize("num_samples", [0, 1, 2, 10, 11])
