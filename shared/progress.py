@@ -68,6 +68,27 @@ class Progress:
         return " ".join(parts)
 
 
+class Share:
+    """How far a part without steps is (a validation, a test), as text, and in the log."""
+
+    def __init__(self) -> None:
+        self._what, self._began, self._line_at = "", 0.0, 0.0
+
+    def text(self, what: str, done: int, total: int) -> str:
+        """'test 120/3600, eta 0:27:00'; at most every ten seconds it is logged, too."""
+        now = time.monotonic()
+        if what != self._what or done == 0:
+            self._what, self._began, self._line_at = what, now, now
+        speed = done / max(now - self._began, 1e-9)
+        said = f"{what} {done}/{total}"
+        if 0 < done < total:
+            said += f", eta {clock((total - done) / speed)}"
+        if now - self._line_at >= _EVERY_SECONDS:
+            self._line_at = now
+            log.info(said)
+        return said
+
+
 def span(seconds: float) -> str:
     """A time in its largest unit: 45 → '45 s', 4000 → '1 h'."""
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):

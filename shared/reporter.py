@@ -60,7 +60,7 @@ class Reporter:
     def write_status(self, position: Position, **changes: Any) -> None:
         """Write the status now, with `changes` to its fields."""
         eta = self._progress.eta_s(position.step)
-        place = {**asdict(position), "eta_s": eta, "memory_bytes": memory_in_use()}
+        place = {**asdict(position), "eta_s": eta, "memory_bytes": memory_in_use(), "doing": None}
         self._status.write(**place, **changes)
 
     def close(self) -> None:

@@ -35,6 +35,7 @@ from shared.config import HasRunOptions
 from shared.distributed import World
 from shared.errors import DONE, UserError, hint_for, one_line
 from shared.files import read_object
+from shared.progress import Share
 from shared.reporter import Plan, Reporter
 from shared.resume import Decision
 from shared.signals import StopRequest, exit_code_for, name_of
@@ -44,7 +45,7 @@ log = logging.getLogger(__name__)
 
 
 class Run:
-    """See the module's docstring. Verbs: restore, log, should_stop, save, finish.
+    """See the module's docstring. Verbs: restore, log, beat, should_stop, save, finish.
 
     recipe: whose run it is. last: name of the checkpoint that a resume continues from.
     tensorboard: where events go; default: tensorboard/ in the run directory.
@@ -60,6 +61,7 @@ class Run:
         self._stop, self._stopped_by, self._decision = StopRequest(), 0, Decision()
         self._unsaved = ""  # why the newest checkpoint is not on the disk
         self._before: dict[str, str] = {}  # files of the run that is to be continued
+        self._share = Share()
         self._lock: int | None = None  # these three on rank 0 alone
         self._status: Status | None = None
         self._reporter: Reporter | None = None
@@ -113,11 +115,24 @@ class Run:
         elif self._reporter:
             self._reporter.tick(self.position)
 
-    def should_stop(self) -> bool:
-        """Whether any rank was asked to stop; the same answer on every rank, between steps."""
+    def beat(self, what: str, done: int, total: int) -> None:
+        """Say how far a part without steps is, before the first one too: `done` of `total`.
+
+        The status has it as `doing`, every ten seconds the log. The ranks need not call it alike.
+        """
+        if self._status:
+            said = self._share.text(what, done, total)
+            if self._status.is_due:
+                self._status.write(doing=said)
+
+    def should_stop(self, *, at_once: bool = False) -> bool:
+        """Whether any rank was asked to stop; the same answer on every rank, between steps.
+
+        at_once: ask at every call; else several GPUs are asked every 20 steps.
+        """
         if self._world.size == 1:
             self._stopped_by = self._stop.number
-        elif self._stopped_by == 0 and self.position.step % self._stop_every == 0:
+        elif self._stopped_by == 0 and (at_once or self.position.step % self._stop_every == 0):
             self._stopped_by = distributed.largest(self._stop.number, self._world)
         return self._stopped_by != 0
 

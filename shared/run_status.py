@@ -150,8 +150,9 @@ def _state(run_dir: Path, status: dict[str, Any], age: float | None) -> tuple[st
     if is_here and not is_there:
         return STALE, f"process {pid} not found, {last}; --resume auto continues the run"
     where = "" if is_here else f"on {host}, whose processes cannot be seen from here"
+    doing = status.get("doing") or ""
     if (age or 0.0) <= SILENCE:
-        return RUNNING, where
+        return RUNNING, "; ".join(filter(None, (doing, where)))
     if not is_here:
         return STALE, f"{last}, {where}"
     if pid is not None and processes.are_working(pid):
@@ -161,7 +162,7 @@ def _state(run_dir: Path, status: dict[str, Any], age: float | None) -> tuple[st
 
 # What a status says, by its types: a file that was damaged or written by hand may say anything.
 _KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("recipe", "state", "reason", "host", "log", "pid_born"), str),
+    **dict.fromkeys(("recipe", "state", "reason", "host", "log", "pid_born", "doing"), str),
     **dict.fromkeys(("started_at", "updated_at"), str),
     **dict.fromkeys(("pid", "exit_code", "world_size", "step", "total_steps", "epoch"), int),
     **dict.fromkeys(("eta_s", "memory_bytes"), (int, float)),

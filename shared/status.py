@@ -1,9 +1,9 @@
 """status.json: where a run is and how it ended, for people, monitors and the launcher.
 
 Fields: schema recipe state(running|done|stopped|failed) exit_code reason pid host pid_born
-pid_command[] world_size step total_steps epoch eta_s started_at updated_at last{} best{} result{}
-outputs[] log memory_bytes data{} files[] (what the run wrote into its directory) found[] (what was
-there before it). Standard library only.
+pid_command[] world_size step total_steps epoch eta_s doing (a part without steps, how far)
+started_at updated_at last{} best{} result{} outputs[] log memory_bytes data{} files[] (what the run
+wrote into its directory) found[] (what was there before it). Standard library only.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 import signal
+import time
 from collections import namedtuple
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared import outcome
+from shared import outcome, run_status
 from shared.config import RunOptions, option
 from shared.distributed import World
 from shared.errors import UserError
@@ -78,6 +79,25 @@ def test_a_run_that_is_done_says_so_everywhere(tmp_path: Path) -> None:
     assert (fields["result"], fields["outputs"]) == (result, ["best.pth"])
     assert fields["last"]["seen"] == 2.0
     assert rows(tmp_path) == [(step, "train") for step in range(1, 7)]
+
+
+def test_a_part_without_steps_keeps_the_status_fresh_and_says_how_far_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "shared")
+    with open_run(tmp_path) as run:
+        clock = time.monotonic()
+        for number in range(4):
+            monkeypatch.setattr(time, "monotonic", lambda number=number: clock + 6 + 6 * number)
+            run.beat("test", number, 4)
+            assert status(tmp_path)["doing"].startswith(f"test {number}/4")
+        said = [r.message for r in caplog.records if r.message.startswith("test ")]
+        assert said == ["test 2/4, eta 0:00:12"]
+        assert run_status.view(tmp_path).note.startswith("test 3/4, eta 0:00:06")
+        monkeypatch.undo()
+        train(run, parts(), until=6)
+        run.finish()
+    assert status(tmp_path)["doing"] is None
 
 
 def test_a_run_that_broke_names_error_and_step_and_the_next_one_continues(tmp_path: Path) -> None:
