@@ -162,7 +162,7 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
     with Run(cfg, world, cfg.run_dir, "lavic", tensorboard=cfg.log_dir) as run:
         captions.refuse_unusable(samples, "training")
         captions.refuse_unusable(held_out, "validation")
-        steps = steps_per_epoch(len(samples), cfg.samples_per_step, world.size)
+        steps = steps_per_epoch(len(samples), cfg.samples_per_step, world.size, with_rest=True)
 
         # the model: frozen, with an adapter on vision tower and projector
         llava, processor, item_ids, amp_mode = _build(cfg, world)
@@ -208,7 +208,7 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
             best.epoch, position.epoch, cfg.patience
         ):
             for step in make_loader(train_set, cfg.samples_per_step, world, seed=cfg.run.seed,
-                                    workers=cfg.num_workers, epoch=position.epoch,
+                                    workers=cfg.num_workers, epoch=position.epoch, with_rest=True,
                                     offset=position.batch, collate=collate):  # fmt: skip
                 labels = int(distributed.total(torch.tensor(step.num_labels), world))
                 loss, norm = torch.zeros((), device=world.device), 0.0

@@ -166,7 +166,7 @@ def train(cfg: Config) -> int:
     with Run(cfg, world, cfg.run_dir, "lavic") as run:
         # the data: requests with their answers; those of the test as users ask
         talks = _read_talks(cfg)
-        steps = steps_per_epoch(len(talks.train), cfg.samples_a_step, world.size)
+        steps = steps_per_epoch(len(talks.train), cfg.samples_a_step, world.size, with_rest=True)
 
         # the model: frozen, a fresh adapter on the language model, stage 1's vectors as pictures
         (recommender, encoder, processor, vectors), amp_mode = _build(cfg, talks, world)
@@ -206,7 +206,7 @@ def train(cfg: Config) -> int:
             recommender.train()
             collate = partial(prompts.collate_step, size=cfg.batch_size, pad_id=pad)
             for step in make_loader(train_set, cfg.samples_a_step, world, seed=cfg.run.seed,
-                                    workers=cfg.num_workers, epoch=position.epoch,
+                                    workers=cfg.num_workers, epoch=position.epoch, with_rest=True,
                                     offset=position.batch, collate=collate):  # fmt: skip
                 labels = int(distributed.total(torch.tensor(prompts.label_tokens(*step)), world))
                 loss = torch.zeros((), device=world.device)

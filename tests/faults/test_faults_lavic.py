@@ -38,7 +38,6 @@ MISTAKES = {
         ["--lora_dropout", 1],
         "lora_dropout must be a number from 0 to below 1, got 1.0",
     ),
-    "a batch larger than the data": (["--batch_size", 64], "too few for one step"),
     "no data there": (["--train_data", "/nowhere.json"], "/nowhere.json cannot be read"),
     "data of another extension": (["--val_data", __file__], "end in .json"),
     "no pictures there": (["--train_images_dir", "/nowhere"], "/nowhere cannot be read"),

@@ -96,8 +96,11 @@ def test_a_training_without_a_lower_val_loss_ends_after_its_patience(flags, run_
 
 
 def test_accumulated_batches_and_two_processes_are_one_large_batch(flags, tmp_path):
-    """4 samples a step: at once, two by two, one by one, and on two processes; dropout off."""
-    shared = [*flags, "--lora_dropout", 0, "--num_epochs", 1]
+    """4 samples a step: at once, two by two, one by one, and on two processes; dropout off.
+
+    The sixth step has one sample: of two processes one has nothing to do.
+    """
+    shared = [*flags, "--lora_dropout", 0, "--num_epochs", 1, "--max_samples", 21]
     sides = {
         "at once": ["--batch_size", 4],
         "two by two": ["--batch_size", 2, "--grad_accum", 2],
@@ -112,12 +115,24 @@ def test_accumulated_batches_and_two_processes_are_one_large_batch(flags, tmp_pa
                 "--output_dir", tmp_path / "two"]) as running:  # fmt: skip
         assert running.finish().code == 0, running.text
     expected = train_losses(tmp_path / "at once")
-    assert len(expected) == 5
+    assert len(expected) == 6
     for name in [*sides, "two"]:
         found = train_losses(tmp_path / name)
         assert found == pytest.approx(expected, rel=2e-5), name
         ours = rows(tmp_path / name, "val")[0]["val_loss"]
         assert ours == pytest.approx(rows(tmp_path / "at once", "val")[0]["val_loss"], rel=2e-5)
+
+
+@pytest.mark.parametrize(("extra", "steps"), [(["--batch_size", 3], 7), (["--batch_size", 64], 1)])
+def test_samples_that_make_no_whole_batch_are_trained_on(flags, run_dir, tmp_path, extra, steps):
+    shared = [*flags, *extra, "--lora_dropout", 0, "--num_epochs", 1]
+    assert train(shared).code == 0
+    alone = train_losses(run_dir)
+    assert len(alone) == steps == status_of(run_dir)["total_steps"]
+    if steps == 7:  # 2 samples in the last: on two processes one each
+        one = [*shared, "--batch_size", 1, "--grad_accum", 3, "--output_dir", tmp_path / "one"]
+        assert train(one).code == 0
+        assert train_losses(tmp_path / "one") == pytest.approx(alone, rel=2e-5)
 
 
 @pytest.mark.slow

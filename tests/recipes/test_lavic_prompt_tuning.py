@@ -232,7 +232,6 @@ MISTAKES = {
     "no pictures": (["--image_dir", "/nowhere"], "/nowhere is missing: fetch the pictures"),
     "a base model that is gone": (["--model-name", "/nowhere"], "/nowhere"),
     "prompts that cannot fit": (["--max_length", 40], "--max-length 40 is too short"),
-    "a batch larger than the data": (["--batch_size", 64], "too few for one step"),
     "no batch": (["--batch_size", 0], "batch_size must be a whole number from 1"),
     "a share of the samples": (["--max_samples", "half"], "max_samples (all or a number) must be"),
     "a misspelt flag": (["--canidate_type", "x"], "did you mean --candidate-type?"),

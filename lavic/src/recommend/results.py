@@ -20,7 +20,15 @@ _COLUMNS = (
     *("model_dir", "candidate_type", "lr", "weight_decay", "num_epochs"),
     *("recall@1", "validity@1", "output_file"),  # up to here as documented
     *("category", "hit_ratio@1", "recall_ceiling@1", "hit_ratio_ceiling@1", "hit_if_reachable"),
-    *("recall_distinct@1", "recall_before@1", "val_loss", "conversations", "gt_items", "without_picture", "seed"),
+    *(
+        "recall_distinct@1",
+        "recall_before@1",
+        "val_loss",
+        "conversations",
+        "gt_items",
+        "without_picture",
+        "seed",
+    ),
 )
 _WORD = re.compile(r"[^\s,;:.!?\"'()\[\]<>]+")
 _ID = re.compile(r"[A-Z0-9]{10}")
