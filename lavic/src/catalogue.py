@@ -40,6 +40,11 @@ class Sample:
     image_path: Path
     description: str
 
+    @property
+    def text(self) -> str:
+        """What tells it from others, wherever its file is."""
+        return f"{self.image_path.name}\t{self.title}\t{self.description}"
+
 
 @dataclass(frozen=True)
 class Samples:

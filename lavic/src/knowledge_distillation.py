@@ -13,7 +13,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -168,14 +167,11 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
         llava, processor, item_ids, amp_mode = _build(cfg, world)
         amp = Amp(amp_mode, world.device, max_bad_steps=cfg.run.max_bad_steps)
 
-        # the data: prompt, item tokens and description of each picture, prepared by the workers
+        # the data: prompt, item tokens and description of each picture; then the loss
         fixed = captions.fixed_tokens(processor.tokenizer)
         collate = captions.Collate(cfg.batch_size, model.pad_id(processor.tokenizer), fixed)
-        train_set, val_set = (
-            captions.Captions(some, processor, cfg.slots, cfg.max_length)
-            for some in (samples, held_out)
-        )
-
+        train_set = captions.Captions(samples, processor, cfg.slots, cfg.max_length)
+        val_set = captions.Captions(held_out, processor, cfg.slots, cfg.max_length)
         with amp.autocast():
             start = caption_loss.fixed_start(llava, fixed) if cfg.reuse_prompt else None
 
@@ -183,30 +179,31 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
             with amp.autocast():
                 return caption_loss.caption_nll(llava, batch.to(world.device), item_ids, start)
 
-        def validate() -> float:
+        def validate() -> float | None:
+            llava.eval()
             rest = make_eval_loader(val_set, cfg.batch_size, world, workers=cfg.num_workers,
                                     collate=collate)  # fmt: skip
-            llava.eval()
-            loss = _validate(run, world, rest, nll_of, skipped)
-            model.train_vision(llava)
-            return loss
+            return _validate(run, world, rest, nll_of, skipped)
 
         trained = list(adapters.adapter_parameters(llava).values())
         optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
         sums, best, skipped = Sums(world.device), Best(), Skipped("samples")
-        texts = (f"{s.image_path.name}\t{s.title}\t{s.description}" for s in samples)
         parts = {"adapter": adapters.AdapterState(llava), "optimizer": optimizer, "amp": amp,
-                 "samples": SameData("samples", texts), "tally": sums, "best": best}  # fmt: skip
+                 "samples": SameData("samples", (one.text for one in samples)),
+                 "tally": sums, "best": best}  # fmt: skip
         counts = {"training samples": len(samples), "validation samples": len(held_out)}
         a_step = cfg.samples_per_step * world.size
         position = run.restore(parts, Plan(cfg.num_epochs * steps, a_step, data=counts))
-        model.train_vision(llava)
         if cfg.validate_before_training and position.step == 0:
             best.before = validate()
+            if best.before is None:  # a stop signal
+                run.save(parts)
+                return run.finish()
 
         while position.epoch < cfg.num_epochs and not has_stalled(
             best.epoch, position.epoch, cfg.patience
         ):
+            model.train_vision(llava)
             for step in make_loader(train_set, cfg.samples_per_step, world, seed=cfg.run.seed,
                                     workers=cfg.num_workers, epoch=position.epoch, with_rest=True,
                                     offset=position.batch, collate=collate):  # fmt: skip
@@ -231,13 +228,15 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
                 if stop:
                     return run.finish()
 
+            sums.share(world)
+            run.save(parts)  # a stop in the validation loses nothing
             _conclude(cfg, run, *sums.conclude(world))
             loss = validate()
+            if loss is None:
+                return run.finish()
             _write_figures(cfg, world, loss, position.epoch + 1)
             if best.update(loss, position.epoch + 1):
-                run.log({"val_loss": loss, "epoch": position.epoch + 1}, split="best")
-                _keep(cfg, world, lambda: adapters.save_adapter(llava, processor, cfg.adapter_dir))
-            distributed.barrier(world)
+                _keep(cfg, run, world, best, llava, processor)
             position.next_epoch()
             run.save(parts)
         code = run.finish(result=_result(best), outputs=[str(cfg.adapter_dir)])
@@ -280,24 +279,27 @@ def _build(cfg: Config, world: World) -> tuple[Any, Any, list[int], str]:
     return llava, processor, item_ids, amp_mode
 
 
-def _validate(run: Run, world: World, loader: Any, nll_of: Any, skipped: Skipped) -> float:
+def _validate(run: Run, world: World, loader: Any, nll_of: Any, skipped: Skipped) -> float | None:
     """The mean loss of a token over the validation samples of all processes; the same on each.
 
-    Raises UserError when not one sample could be used.
+    None when the user wants to stop. Raises UserError when not one sample could be used.
     """
     import torch
 
-    from lavic.src.vision.training import perplexity
+    from lavic.src.vision.training import in_step, perplexity
     from shared import distributed
 
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # of losses, of tokens
-    with torch.no_grad():
-        for step in loader:
-            for name, reason in step.left_out:
-                skipped.add(name, reason)
-            for batch in step.batches:
+    for number, step in enumerate(in_step(loader, world)):
+        run.beat("validation: batch", number, len(loader))
+        if run.should_stop(at_once=True):
+            return None
+        for name, reason in step.left_out if step else ():
+            skipped.add(name, reason)
+        for batch in step.batches if step else ():
+            with torch.no_grad():
                 totals[0] += nll_of(batch)
-                totals[1] += batch.num_labels
+            totals[1] += batch.num_labels
     totals = distributed.total(totals, world)
     if not totals[1]:
         raise UserError("no validation sample could be used: see the reasons above")
@@ -336,13 +338,15 @@ def _write_figures(cfg: Config, world: World, loss: float, epoch: int) -> None:
             write_text(path, f"Val Loss: {loss}\nVal PPL: {perplexity(loss)}\n")
 
 
-def _keep(cfg: Config, world: World, save: Callable[[], None]) -> None:
+def _keep(cfg: Config, run: Run, world: World, best: Best, llava: Any, processor: Any) -> None:
     """Have rank 0 write the best adapter."""
+    from lavic.src.vision.adapters import save_adapter
     from shared.checkpoint import beside
 
+    run.log({"val_loss": best.loss, "epoch": best.epoch}, split="best")
     if world.is_main:
         with beside(cfg.adapter_dir):
-            save()
+            save_adapter(llava, processor, cfg.adapter_dir)
             log.info("Best LoRA adapter saved.")
             log.info("it is in %s", cfg.adapter_dir)
 

@@ -169,27 +169,26 @@ def train(cfg: Config) -> int:
         steps = steps_per_epoch(len(talks.train), cfg.samples_a_step, world.size, with_rest=True)
 
         # the model: frozen, a fresh adapter on the language model, stage 1's vectors as pictures
-        (recommender, encoder, processor, vectors), amp_mode = _build(cfg, talks, world)
+        (recommender, encoder, processor, vectors), amp_mode = _build(cfg, run, talks, world)
         amp = Amp(amp_mode, world.device, max_bad_steps=cfg.run.max_bad_steps)
         pad = pad_id(processor.tokenizer)
-        train_set, val_set, test_set = (
-            prompts.Prompts(some, encoder) for some in (talks.train, talks.valid, talks.asked)
-        )
+        train_set, val_set = (prompts.Prompts(some, encoder) for some in (talks.train, talks.valid))
+        test_set = prompts.Prompts(talks.asked, encoder)
         trained = list(adapter_parameters(recommender).values())
         optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
         adapter, best = AdapterState(recommender.model), Best()
         parts = {"adapter": adapter, "optimizer": optimizer, "amp": amp, "record": best,
                  "requests": SameData("requests", map(repr, talks.train))}  # fmt: skip
-        a_step = cfg.samples_a_step * world.size
-        position = run.restore(parts, Plan(cfg.num_epochs * steps, a_step, data=talks.counts))
+        plan = Plan(cfg.num_epochs * steps, cfg.samples_a_step * world.size, data=talks.counts)
+        position, stop_now = run.restore(parts, plan), partial(run.should_stop, at_once=True)
         if world.is_main:
             results.keep_summary(cfg.run_dir, earlier)
 
         def test(when: str) -> Outcome | None:
             collate = partial(prompts.collate_generation, pad_id=pad)
             batches = make_eval_loader(test_set, cfg.eval_batch_size, world, collate=collate)
-            tokenizer, stop = processor.tokenizer, run.should_stop
-            found = evaluation.answer(recommender, talks.test, batches, tokenizer, world, stop)
+            found = evaluation.answer(recommender, talks.test, batches, processor.tokenizer,
+                                      world, run.beat, stop_now)  # fmt: skip
             _report_test(run, found, when)
             return found
 
@@ -226,19 +225,19 @@ def train(cfg: Config) -> int:
                 if stop:
                     return run.finish()
 
+            run.save(parts)  # a stop in the validation loses nothing
             collate = partial(prompts.collate_training, pad_id=pad)
             batches = make_eval_loader(val_set, cfg.eval_batch_size, world, collate=collate)
-            loss = evaluation.validation_loss(recommender, batches, world)
+            loss = evaluation.validation_loss(recommender, batches, world, run.beat, stop_now)
+            if loss is None:
+                return run.finish()
             _report_epoch(cfg, run, loss, perplexity(loss))
             if best.update(loss, position.epoch + 1):
-                run.log({"val_loss": loss}, split="best")
-                _keep(cfg, world, recommender.model, processor)
-            distributed.barrier(world)
+                _keep(cfg, run, world, loss, recommender.model, processor)
             position.next_epoch()
             run.save(parts)
 
         _take_best(cfg, adapter, best)
-        distributed.barrier(world)
         after = test(f"after epoch {best.epoch}")
         if after is None:
             return run.finish()
@@ -260,7 +259,7 @@ def _read_talks(cfg: Config) -> Talks:
     return read_talks(files, cfg.candidate_type, cfg.item_meta_path, limit=limit, seed=cfg.run.seed)
 
 
-def _build(cfg: Config, talks: Talks, world: World) -> tuple[Built, str]:
+def _build(cfg: Config, run: Run, talks: Talks, world: World) -> tuple[Built, str]:
     """The recommender with a fresh adapter, the same on every rank; and the mode for Amp."""
     from lavic.src.recommend import model
     from lavic.src.vision import adapters
@@ -278,6 +277,7 @@ def _build(cfg: Config, talks: Talks, world: World) -> tuple[Built, str]:
     built = model.build(
         cfg.model_name, cfg.adapter, cfg.image_dir, cfg.cache, talks, world,
         workers=cfg.num_workers, dtype=dtype, max_length=cfg.max_length, slots=cfg.slots,
+        beat=run.beat,
     )  # fmt: skip
     recommender = built.recommender
     seed.seed_all(cfg.run.seed)  # the same adapter on every process
@@ -309,12 +309,13 @@ def _report_epoch(cfg: Config, run: Run, loss: float, perplexity: float) -> None
     log.info(text, epoch, cfg.num_epochs, loss, perplexity)
 
 
-def _keep(cfg: Config, world: World, llava: Any, processor: Any) -> None:
+def _keep(cfg: Config, run: Run, world: World, loss: float, llava: Any, processor: Any) -> None:
     """Have rank 0 write trained_lora_adapter/, with all that using it needs beside the base."""
     from lavic.src.vision.adapter_files import ABOUT, RECOMMENDER, VISION
     from lavic.src.vision.adapters import save_adapter
     from shared.checkpoint import beside
 
+    run.log({"val_loss": loss}, split="best")
     directory = cfg.run_dir / RECOMMENDER
     if not world.is_main:
         return

@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import time
 
 import pytest
 
@@ -12,7 +13,7 @@ from lavic.src import knowledge_distillation
 from lavic.src.vision import model
 from shared import checkpoint
 from shared.files import read_json_lines
-from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step
+from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step, wait_until
 from tests.lavic_nano import build_nano, flags_of
 
 SCRIPT = ROOT / "lavic" / "src" / "knowledge_distillation.py"
@@ -157,6 +158,32 @@ def test_sigterm_saves_in_mid_epoch_and_the_resumed_run_is_the_undisturbed_one(
     assert validated == [row["val_loss"] for row in rows(tmp_path / "whole", "val")]
     boards = [path.name for path in run_dir.parent.glob("lightning_logs/version_*")]
     assert sorted(boards) == ["version_0", "version_1"]  # of the whole run, and of this one
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_a_stop_in_the_validation_is_answered_at_once_and_the_epoch_is_saved(
+    flags, paths, run_dir, tmp_path
+):
+    lines = paths.val_data.read_text(encoding="utf-8") * 60  # some ten seconds of pictures
+    (tmp_path / "long.jsonl").write_text(lines, encoding="utf-8")
+    options = [*flags, "--val_data", tmp_path / "long.jsonl", "--batch_size", 1, "--num_epochs", 1]
+    with start([SCRIPT, *options]) as running:
+        wait_until(
+            lambda: "validation: batch" in str(status_of(run_dir).get("doing")),
+            "the validation", 60, running,
+        )  # fmt: skip
+        running.signal(signal.SIGTERM)
+        began = time.monotonic()
+        assert running.finish().code == 143, running.text
+        assert time.monotonic() - began < 10
+    status = status_of(run_dir)
+    assert (status["state"], status["step"]) == ("stopped", status["total_steps"])
+    steps = train_losses(run_dir)
+    (tmp_path / "long.jsonl").write_text(paths.val_data.read_text(encoding="utf-8"))
+    resumed = train(options)
+    assert resumed.code == 0 and "continuing from" in resumed.text, resumed.text
+    assert train_losses(run_dir) == steps and len(rows(run_dir, "val")) == 1
 
 
 @pytest.mark.slow

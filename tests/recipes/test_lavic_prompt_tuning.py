@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -188,6 +189,35 @@ def test_a_stop_in_the_test_at_the_end_keeps_the_training(flags, tmp_path, monke
     assert resumed.code == 0 and "continuing from" in resumed.text
     assert train_losses(tmp_path / "out") == steps
     assert status_of(tmp_path / "out")["result"]["after"] is not None
+
+
+def test_a_stop_in_a_validation_or_a_test_is_answered_before_the_next_batch(
+    flags, tmp_path, monkeypatch
+):
+    """The signal comes while the second batch is worked on, of the first test or a validation."""
+    from lavic.src.recommend import evaluation
+
+    for name, what in (("test", "_say"), ("validation", "label_tokens")):
+        calls = []
+        original = getattr(evaluation, what)
+
+        def signalled(*args, calls=calls, original=original):
+            calls.append(1)
+            if len(calls) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(*args)
+
+        monkeypatch.setattr(evaluation, what, signalled)
+        out, quick = tmp_path / name, ["--eval_batch_size", 1, "--num_epochs", 1]
+        options = [*flags, *quick, "--finetune_output_dir", out]
+        assert run_here(prompt_tuning.main, options).code == 143
+        assert len(calls) == 2
+        status = status_of(out)
+        assert status["state"] == "stopped" and (out / "last.pt").is_file()
+        assert status["step"] == (0 if name == "test" else status["total_steps"])
+        monkeypatch.undo()
+        assert run_here(prompt_tuning.main, options).code == 0
+        assert status_of(out)["state"] == "done"
 
 
 def test_the_summary_keeps_the_lines_of_earlier_runs(flags, tmp_path):

@@ -13,9 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +31,14 @@ from shared.errors import UserError
 from shared.files import check_regular, read_bytes, remove_stale_temporaries, write_atomic
 from shared.images import read_rgb
 from shared.loader import make_eval_loader
+from shared.progress import Share
 
 log = logging.getLogger(__name__)
 
+Beat = Callable[[str, int, int], object]  # what is done, how much of it, of how much
+
 _VIEWS_AT_ONCE = 40  # that go through the tower together
 _PICTURES_A_FILE = 256  # what a kill costs at most
-_LINE_EVERY = 10.0  # seconds between lines of progress
 
 
 class ItemVectors:
@@ -85,22 +86,33 @@ class Tower:
 
 
 def prepare(
-    items: Iterable[str], images: Path, tower: Tower, cache: Path, world: World, *, workers: int
+    items: Iterable[str],
+    images: Path,
+    tower: Tower,
+    cache: Path,
+    world: World,
+    *,
+    workers: int,
+    beat: Beat | None = None,
 ) -> ItemVectors:
     """The vectors of the items whose picture {id}_0.jpg lies in `images`; every rank calls it.
 
     What `cache` lacks is computed, each rank its share, and kept there. Items without a picture,
-    or with one that cannot be decoded, have no vectors: the result says why.
+    or with one that cannot be decoded, have no vectors: the result says why. beat: is told how far
+    it is; without one the log is.
     Raises UserError when not one has a picture.
     """
     digests, without = _digests(sorted(set(items)), images)
     paths = {digest: images / f"{item}_0.jpg" for item, digest in digests.items()}
     store = _Store(cache / tower.key())
     vectors = store.read(paths)
-    bad = _fill(store, tower, {d: p for d, p in paths.items() if d not in vectors}, world, workers)
+    beat, missing = beat or Share().text, {d: p for d, p in paths.items() if d not in vectors}
+    bad = _fill(store, tower, missing, world, workers, beat)
     vectors |= store.read({d: p for d, p in paths.items() if d not in vectors and d not in bad})
     elsewhere = {d: p for d, p in paths.items() if d not in vectors and d not in bad}
-    bad |= _fill(store, tower, elsewhere, World(device=world.device), workers)  # another host's
+    bad |= _fill(
+        store, tower, elsewhere, World(device=world.device), workers, beat
+    )  # another host's
     vectors |= store.read(elsewhere)
     without |= {item: bad[digest] for item, digest in digests.items() if digest in bad}
     _report(without, len(digests.keys() | without.keys()), images, world)
@@ -188,7 +200,12 @@ class _Pictures(Dataset[Any]):
 
 
 def _fill(
-    store: _Store, tower: Tower, missing: dict[str, Path], world: World, workers: int
+    store: _Store,
+    tower: Tower,
+    missing: dict[str, Path],
+    world: World,
+    workers: int,
+    beat: Beat,
 ) -> dict[str, str]:
     """Compute and keep this rank's share of what is missing; {digest: why it cannot be} of all."""
     bad: dict[str, str] = {}
@@ -197,7 +214,7 @@ def _fill(
             log.info("%d pictures go through the vision tower, once", len(missing))
             store.clean()
         made: dict[str, Tensor] = {}
-        for digests, views in _groups(missing, tower.processor, world, workers, bad):
+        for digests, views in _groups(missing, tower.processor, world, workers, bad, beat):
             made |= zip(digests, tower.vectors(views), strict=True)
             if len(made) >= _PICTURES_A_FILE:
                 store.write(made)
@@ -210,17 +227,21 @@ def _fill(
 
 
 def _groups(
-    missing: dict[str, Path], processor: Any, world: World, workers: int, bad: dict[str, str]
+    missing: dict[str, Path],
+    processor: Any,
+    world: World,
+    workers: int,
+    bad: dict[str, str],
+    beat: Beat,
 ) -> Iterator[tuple[list[str], list[Tensor]]]:
     """Digests and views of some pictures at a time; the reasons of the others go into `bad`."""
     pictures = _Pictures(missing, processor)
     loader = make_eval_loader(pictures, 8, world, workers=workers, collate=list)
     digests: list[str] = []
     views: list[Tensor] = []
-    began = line_at = time.monotonic()
-    done = 0
-    for digest, found in (pair for batch in loader for pair in batch):
-        done += 1
+    pairs = (pair for batch in loader for pair in batch)
+    for done, (digest, found) in enumerate(pairs):
+        beat("vectors: picture", done, -(-len(missing) // world.size))
         if isinstance(found, str):
             bad[digest] = found
             continue
@@ -229,10 +250,6 @@ def _groups(
         if sum(map(len, views)) >= _VIEWS_AT_ONCE:
             yield digests, views
             digests, views = [], []
-        if time.monotonic() - line_at > _LINE_EVERY:
-            line_at = time.monotonic()
-            rate = done / (line_at - began)
-            log.info("pictures %d/%d | %.1f a second", done, len(missing) // world.size, rate)
     if views:
         yield digests, views
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lavic.src.recommend import item_vectors
 from lavic.src.recommend.data import Talks
-from lavic.src.recommend.item_vectors import ItemVectors, Tower
+from lavic.src.recommend.item_vectors import Beat, ItemVectors, Tower
 from lavic.src.recommend.prompts import IGNORED, PromptEncoder
 from lavic.src.vision.adapters import load_adapter
 from lavic.src.vision.model import (
@@ -114,16 +114,20 @@ def build(
     dtype: torch.dtype,
     max_length: int,
     slots: str,
+    beat: Beat | None = None,
 ) -> Built:
     """The frozen base model with every candidate's vectors, its tower given back.
 
-    vision: stage 1's adapter. images: the folder of {id}_0.jpg. cache: keeps the vectors.
+    vision: stage 1's adapter. images: the folder of {id}_0.jpg. cache: keeps the vectors. beat: is
+    told how far the making of vectors is.
     """
     base, processor = load_base(model_name, world.device, dtype)
     item_ids = add_item_tokens(base, processor.tokenizer)
     adapted: Any = load_adapter(base, vision)
     tower = Tower(adapted, processor)
-    vectors = item_vectors.prepare(talks.items(), images, tower, cache, world, workers=workers)
+    vectors = item_vectors.prepare(
+        talks.items(), images, tower, cache, world, workers=workers, beat=beat
+    )
     frozen = adapted.unload()  # stage 1's layers leave with the tower
     drop_tower(frozen)
     encoder = PromptEncoder(
