@@ -24,7 +24,7 @@ from typing import NoReturn
 if __name__ == "__main__":  # imported, it leaves the importer's path as it is
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
-from shared import logs, outcome, processes
+from shared import launched, logs, outcome, processes
 from shared.config import ProcessOptions, dashed, option, parse, parse_known
 from shared.device import check_mask, present_gpus, visible_gpus
 from shared.errors import (
@@ -69,6 +69,18 @@ def launch(main: Main, fit: Fit | None = None) -> int:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _work(main, argv)
     logs.setup()
+    if any(flag in argv for flag in _WITHOUT_TRAINING):
+        return _start(main, argv, fit)
+    word = launched.begin(Path(sys.argv[0]), outcome.log_file())
+    if word:
+        os.environ[outcome.WORD] = str(word)
+    code = _start(main, argv, fit)
+    launched.end(word, code, outcome.last_words)
+    return code
+
+
+def _start(main: Main, argv: list[str], fit: Fit | None) -> int:
+    """Run `main` in as many processes as are asked for; the exit code."""
     try:
         flags = parse_known(_Flags, argv)
         count = _count_processes(flags, argv, fit)

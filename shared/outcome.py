@@ -16,7 +16,7 @@ import traceback
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from shared import logs, status
+from shared import launched, logs, status
 from shared.config import of_script
 from shared.errors import (
     DONE,
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 
 NOTES = "TOOLKIT_LAUNCH_NOTES"  # the variable with the directory's name
 LAUNCHER_PID = "TOOLKIT_LAUNCHER_PID"
+WORD = "TOOLKIT_LAUNCH_WORD"  # the variable with the file that shared/launched.py keeps of us
 LOG = "TOOLKIT_LOG"  # the file that a recipe's script sends all output to
 _PEER_LOST = re.compile(
     r"closed by peer|connection reset|broken pipe|read error|remote process exited", re.I
@@ -74,6 +75,7 @@ class Failure:
 
 
 _run_dir: Path | None = None
+last_words = ""  # how the run ended, as it was told to the user
 
 
 def announce(run_dir: Path) -> None:
@@ -82,6 +84,8 @@ def announce(run_dir: Path) -> None:
     _run_dir = run_dir
     if NOTES in os.environ:
         write_json(Path(os.environ[NOTES]) / "run_dir.json", str(run_dir), durable=False)
+    if WORD in os.environ and os.environ.get("RANK", "0") == "0":
+        launched.note(Path(os.environ[WORD]), run_dir=str(run_dir.resolve()))
 
 
 def forget() -> None:
@@ -113,6 +117,8 @@ def log_file() -> str | None:
 
 def closing_line(code: int, reason: str) -> None:
     """The last line of a run: how it ended and with which exit code."""
+    global last_words
+    last_words = reason
     words = {DONE: "done", INTERRUPTED: "interrupted", STOPPED: "stopped"}
     log.info("%s: %s (exit %d)", words.get(code, "failed"), reason, code)
 
@@ -128,6 +134,8 @@ def leave_page(run_dir: Path | None) -> None:
 
 def report(failure: Failure, run_dir: Path | None) -> int:
     """Print a failure once, at the end of the output, close the run's status; its exit code."""
+    global last_words
+    last_words = failure.message
     if failure.kind == "stopped":
         status.close(run_dir, failure.code, failure.message, "stopped")
         leave_page(run_dir)

@@ -27,7 +27,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
-from shared import gone, lock, logs, processes, run_text, terminal
+from shared import gone, launched, lock, logs, processes, run_text, terminal
 from shared.device import gpu_use
 from shared.errors import DONE, FAILED, USER_ERROR, UserError, did_you_mean
 from shared.files import open_regular, read_object, read_text
@@ -40,6 +40,7 @@ OF_DEMOS = ("demo/runs/*", "demo/runs/*/*")
 LOGS = ("logs", "demo/runs/logs", "model/logs", "filter/logs")
 PATIENCE = 150.0  # seconds that --stop waits: the launcher kills after 120
 LONGEST = 86_400  # seconds between two looks
+NO_STATUS = "the run has no status yet: models and data are being loaded"
 MENU = "1 live log  2 summary  3 GPUs  4 warnings and errors  5 recent losses  6 quit"
 
 
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         if cfg.menu:
             return show_menu(cfg, root)
         if cfg.stop:
-            return stop(find(cfg, root))
+            return stop(find(cfg, root), root)
         is_live = cfg.follow or not (cfg.once or cfg.json or not sys.stdout.isatty())
         return follow(cfg, root) if is_live else show(cfg, find(cfg, root))
     except UserError as error:
@@ -131,9 +132,11 @@ def find(cfg: Config, root: Path) -> View:
             raise UserError(f"{cfg.run_dir} holds no run: status.json is missing; see --list")
         return seen(cfg.run_dir)
     recipes = [cfg.recipe] if cfg.recipe else list(RECIPES)
-    newest = [view(path) for path in run_directories(recipes, root)[:5]]
-    live = [found for found in newest if found.state in LIVE]
-    begun = live or beginning(recipes, root, newest) or newest
+    newest = [(_written_at(path), view(path)) for path in run_directories(recipes, root)[:5]]
+    newest = sorted(newest + starts(recipes, root), key=lambda pair: pair[0], reverse=True)
+    found = [seen for _, seen in newest]
+    live = [seen for seen in found if seen.state in LIVE]
+    begun = live or beginning(recipes, root, found) or found
     if not begun:
         whose = f"of {cfg.recipe} " if cfg.recipe else ""
         raise UserError(f"no run {whose}is to be found below {root}; name its directory")
@@ -145,9 +148,56 @@ def run_directories(recipes: list[str], root: Path) -> list[Path]:
     patterns = [
         (root / recipe, glob) for recipe in recipes for glob in (*RECIPES[recipe].runs, *OF_DEMOS)
     ]
-    found = {path for base, glob in patterns for path in base.glob(f"{glob}/status.json")}
-    ordered = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
-    return [path.parent for path in ordered]
+    found = {path.parent for base, glob in patterns for path in base.glob(f"{glob}/status.json")}
+    words = [word for recipe in recipes for _, word in launched.read_all(root / recipe)]
+    elsewhere = {Path(word["run_dir"]) for word in words if isinstance(word.get("run_dir"), str)}
+    here = {path.resolve() for path in found}
+    found |= {p for p in elsewhere - here if (p / "status.json").is_file()}
+    return sorted(found, key=_written_at, reverse=True)
+
+
+def _written_at(run_dir: Path) -> float:
+    with contextlib.suppress(OSError):
+        return (run_dir / "status.json").stat().st_mtime
+    return 0.0
+
+
+def starts(recipes: list[str], root: Path) -> list[tuple[float, View]]:
+    """Starts that have no status of their own, with their time: models are loading, or it failed.
+
+    Of those that have ended the newest of each recipe.
+    """
+    found = []
+    for recipe in recipes:
+        for number, (path, word) in enumerate(launched.read_all(root / recipe)):
+            is_alive = launched.is_alive(word)
+            if (number == 0 or is_alive) and not _has_status(word):
+                with contextlib.suppress(OSError):
+                    found.append((path.stat().st_mtime, _view_of(word, root / recipe, is_alive)))
+    return found
+
+
+def _has_status(word: launched.Word) -> bool:
+    run_dir = word.get("run_dir")
+    status = read_object(Path(run_dir) / "status.json") if isinstance(run_dir, str) else {}
+    return status.get("pid") == word["pid"]
+
+
+def _view_of(word: launched.Word, recipe: Path, is_alive: bool) -> View:
+    texts = {
+        name: word[name]
+        for name in ("reason", "host", "log", "started_at")
+        if isinstance(word.get(name), str)
+    }
+    state, code = word.get("state"), word.get("exit_code")
+    note = "it ended before its first step"
+    if state not in ENDED:
+        state = STARTING if is_alive else STALE
+        note = NO_STATUS if is_alive else f"process {word['pid']} ended without a word: see its log"
+    return View(
+        str(word.get("run_dir") or recipe), str(state), note, recipe.name,
+        exit_code=code if isinstance(code, int) else None, pid=word["pid"], **texts,
+    )  # fmt: skip
 
 
 def beginning(recipes: list[str], root: Path, known: list[View]) -> list[View]:
@@ -159,8 +209,7 @@ def beginning(recipes: list[str], root: Path, known: list[View]) -> list[View]:
             if _is_script_of(root, path, pid) and pid not in [other.pid for other in known]:
                 log = str((path.parent / "latest.log").resolve())
                 recipe = path.relative_to(root).parts[0]
-                note = "the run has no status yet: models and data are being loaded"
-                found.append(View(str(path.parent), STARTING, note, recipe, pid=pid, log=log))
+                found.append(View(str(path.parent), STARTING, NO_STATUS, recipe, pid=pid, log=log))
     return found
 
 
@@ -214,7 +263,8 @@ def follow(cfg: Config, root: Path) -> int:
 def show_list(cfg: Config, root: Path) -> int:
     """Print all runs, newest first."""
     recipes = [cfg.recipe] if cfg.recipe else list(RECIPES)
-    views = [view(path) for path in run_directories(recipes, root)]
+    views = [seen for _, seen in starts(recipes, root)]
+    views += [view(path) for path in run_directories(recipes, root)]
     views = beginning(recipes, root, views) + views
     if cfg.json:
         print(json.dumps([asdict(run) for run in views], indent=2, ensure_ascii=False))
@@ -273,19 +323,20 @@ def tail(run: View, every: float) -> None:
 # stopping
 
 
-def stop(run: View) -> int:
+def stop(run: View, root: Path = ROOT) -> int:
     """Send SIGTERM to the run's launcher and wait until it has saved and left; the exit code.
 
     Raises UserError when that process cannot be proven to be the run's.
     """
-    run_dir = Path(run.run_dir)
+    run_dir, pid = Path(run.run_dir), run.pid or 1
     status = read_object(run_dir / "status.json")
     if run.state in ENDED:
         raise UserError(f"nothing to stop: {run_text.short(run)}")
     if run.host not in (None, os.uname().nodename):
         raise UserError(f"the run is on {run.host}: stop it there with kill -TERM {run.pid}")
-    pid = run.pid or 1
-    if not processes.is_same(status) or pid == 1 or not lock.is_held_by(run_dir, pid):
+    word = _word_of(run, root)
+    is_runs = processes.is_same(status) and pid != 1 and lock.is_held_by(run_dir, pid)
+    if not is_runs and word is None:
         raise UserError(
             f"nothing was signalled: process {run.pid} is not known to be the run in {run_dir} (it "
             "is gone, or the run has not taken its directory yet); a process that you know is "
@@ -294,12 +345,35 @@ def stop(run: View) -> int:
     os.kill(pid, signal.SIGTERM)
     print(f"SIGTERM to process {pid}: it saves and leaves", flush=True)
     deadline = time.monotonic() + PATIENCE
-    while processes.is_same(status):
+    while processes.is_same(status) if is_runs else _word_of(run, root):
         if time.monotonic() > deadline:
             print(f"process {pid} has not ended in {PATIENCE:.0f} s", file=sys.stderr)
             return FAILED
         time.sleep(0.1)
+    return _tell_end(run, run_dir, word)
+
+
+def _word_of(run: View, root: Path) -> Path | None:
+    """The word that the run's launcher has left, while it is alive."""
+    words = launched.read_all(root / run.recipe) if run.recipe else []
+    alive = (path for path, word in words if word["pid"] == run.pid and launched.is_alive(word))
+    return next(alive, None)
+
+
+def _tell_end(run: View, run_dir: Path, word: Path | None) -> int:
+    """Print what became of the run that was stopped, whoever is in its directory now."""
+    told = read_object(word) if word else {}
     ended = view(run_dir)
+    if told.get("state") in ENDED:
+        said = told if isinstance(told.get("exit_code"), int) else {}
+        ended = replace(
+            run,
+            state=told["state"],
+            reason=str(told.get("reason")),
+            exit_code=said.get("exit_code"),
+        )
+    elif ended.pid != run.pid:
+        ended = replace(run, state="stopped", reason="it ended before its first step")
     print(f"{run_text.headline(ended)}: {ended.reason or ended.note}")
     return DONE if ended.state in ("done", "stopped") else FAILED
 

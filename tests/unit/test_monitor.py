@@ -200,6 +200,72 @@ def test_a_script_that_still_loads_its_models_is_seen_by_its_pid_file(house, cap
     assert run(capsys, house, "--recipe", "lavic")[1].startswith("lavic: RUNNING")
 
 
+LAUNCH = """
+import sys, time
+from pathlib import Path
+from shared import launch, launched, outcome
+from shared.errors import UserError
+from tests.unit.test_run_status import write
+launched.ROOT = Path(sys.argv[1])
+what, sys.argv = sys.argv[2], [str(launched.ROOT / "lavic" / "train.py")]
+def main(argv):
+    if what == "fails":
+        raise UserError("/nowhere.json cannot be read")
+    if what == "elsewhere":
+        outcome.announce(write(launched.ROOT.parent / "elsewhere", recipe="lavic"))
+    if what != "is done":
+        print("ready", flush=True)
+        time.sleep(60)
+    return 0
+sys.exit(launch.launch(main))
+"""
+
+
+def launched_in(house: Path, what: str) -> subprocess.Popen[str]:
+    (house / "lavic" / "about.json").write_text("{}")
+    command = [sys.executable, "-c", LAUNCH, str(house), what]
+    environ = os.environ | {"PYTHONPATH": str(monitor.ROOT)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environ)
+
+
+def test_a_start_that_failed_before_its_run_is_shown_with_its_reason(house, capsys):
+    with launched_in(house, "fails") as process:
+        assert process.wait(30) == 2
+    code, text = run(capsys, house, "--recipe", "lavic")
+    assert (code, text.splitlines()[0]) == (1, "lavic: FAILED (exit 2)")
+    assert "reason   /nowhere.json cannot be read" in text
+    assert "FAILED (exit 2)" in run(capsys, house, "--list")[1].splitlines()[2]
+    with launched_in(house, "is done") as process:  # and began no run: there is no word of it
+        assert process.wait(30) == 0
+    assert run(capsys, house, "--recipe", "lavic")[1] == text
+    write(house / "lavic/src/out_distilled", state="done", exit_code=0, recipe="lavic", pid=1)
+    assert run(capsys, house, "--recipe", "lavic")[1].startswith("lavic: DONE")
+
+
+def test_a_start_is_seen_and_stopped_before_it_has_a_directory(house, capsys):
+    with launched_in(house, "loads") as process:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        code, text = run(capsys, house)
+        assert (code, text.splitlines()[0]) == (0, "lavic: STARTING")
+        code, text = run(capsys, house, "--stop")
+        assert process.wait(10) != 0
+    assert code == 0 and "STOPPED: it ended before its first step" in text
+
+
+def test_a_run_is_found_wherever_it_writes(house, capsys):
+    with launched_in(house, "elsewhere") as process:
+        assert process.stdout and process.stdout.readline() == "ready\n"
+        path = house.parent / "elsewhere" / "status.json"
+        status = json.loads(path.read_text())
+        assert status["pid"] == process.pid
+        seen = json.loads(run(capsys, house, "--json")[1])
+        assert (seen["state"], seen["run_dir"]) == ("running", str(path.parent))
+        assert str(path.parent) in run(capsys, house, "--list", "--recipe", "lavic")[1]
+        process.kill()
+    path.unlink()
+    assert "STALE" in run(capsys, house, "--list", "--recipe", "lavic")[1]
+
+
 @pytest.mark.parametrize("written", ["2147483647", "", "rubbish"])
 def test_a_pid_file_of_an_ended_script_counts_for_nothing(house, capsys, written):
     (house / "lavic/logs").mkdir()
