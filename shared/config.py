@@ -323,7 +323,7 @@ def _typed(defaults: Any, argv: list[str], **options: Any) -> tuple[dict[str, An
     for part in values.values():
         values = values | (vars(part) if dataclasses.is_dataclass(part) else {})
     return {
-        name: tuple(itertools.chain(*values[name])) if leaf.is_list else values[name]
+        name: tuple(itertools.chain(*values[name])) if leaf.is_list and leaf.flags else values[name]
         for name, leaf in leaves(defaults).items()
         if not leaf.flags or not typed.isdisjoint(leaf.flags)
     }, rest
@@ -366,7 +366,8 @@ def _form_field(leaf: Setting, typed: Collection[str]) -> Any:
 
     def from_words(words: list[str]) -> Any:
         if leaf.is_list and not words:
-            raise UserError(f"{name} is empty, allowed: one or more texts after the flag")
+            where = "" if metadata.get("positional") else " after the flag"
+            raise UserError(f"{name} is empty, allowed: one or more texts{where}")
         alias = next((flag for flag in metadata.get("aliases", ()) if flag in typed), "")
         value = words if leaf.is_list else " ".join(words) if words else const
         return read(leaf, value, alias)
@@ -380,7 +381,7 @@ def _form_field(leaf: Setting, typed: Collection[str]) -> Any:
     )
     kind: Any = bool if leaf.kind is bool else Annotated[Any, spec]
     if metadata.get("positional"):
-        about = conf.arg(help=metadata["help"], metavar=name.upper())
+        about = conf.arg(help=metadata["help"], metavar=name.upper(), help_behavior_hint="")
         return name, Annotated[conf.Positional[kind], about]
     if leaf.is_list:
         kind = conf.UseAppendAction[tuple[kind, ...]]

@@ -113,6 +113,21 @@ def test_positional_settings_are_typed_without_a_name() -> None:
     assert cfg.tool.typed == {"folder", "count", "amp", "device"}
 
 
+@dataclass(frozen=True)
+class Several:
+    """Texts without a name, and a flag."""
+
+    files: tuple[str, ...] = option((), "what it works on", positional=True)
+    count: int = option(1, "how many")
+
+
+def test_several_texts_may_be_typed_without_a_name() -> None:
+    found = parse(Several, ["a.jpg", "b c.jpg", "--count", "2"])
+    assert found == Several(("a.jpg", "b c.jpg"), 2)
+    with pytest.raises(UserError, match=r"^files is empty, allowed: one or more texts$"):
+        parse(Several, ["--count", "2"])
+
+
 @pytest.mark.parametrize(("line", "named"), [("faces", "COUNT"), ("faces many", "many")])
 def test_positional_settings_are_needed_and_checked(line: str, named: str) -> None:
     with pytest.raises(UserError, match=named):
