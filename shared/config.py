@@ -381,7 +381,9 @@ def _form_field(leaf: Setting, typed: Collection[str]) -> Any:
     )
     kind: Any = bool if leaf.kind is bool else Annotated[Any, spec]
     if metadata.get("positional"):
-        about = conf.arg(help=metadata["help"], metavar=name.upper(), help_behavior_hint="")
+        about = conf.arg(
+            help=metadata["help"], metavar=name.upper(), help_behavior_hint="(required)"
+        )
         return name, Annotated[conf.Positional[kind], about]
     if leaf.is_list:
         kind = conf.UseAppendAction[tuple[kind, ...]]
