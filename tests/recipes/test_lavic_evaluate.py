@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from lavic.src import evaluate, prompt_tuning
+from lavic.src import describe, evaluate, prompt_tuning
 from lavic.src.vision.adapters import load_adapter
 from lavic.src.vision.captions import prompt
 from lavic.src.vision.model import ITEM_TOKENS, cls_vectors, picture_views
@@ -107,3 +107,45 @@ def test_a_dry_run_says_what_would_be_done(flags, trained, tmp_path):
     outcome = run_here(evaluate.main, [*flags, "--checkpoint", trained, "--dry-run"])
     assert outcome.code == 0 and "stage 2: " in outcome.text
     assert not (tmp_path / "results").exists()
+
+
+def words_of(model, picture, title, count):
+    """What transformers' own generate says of a picture, five slots."""
+    base, processor, item_ids = load(nano())
+    tokenizer, llava = processor.tokenizer, model(base)
+    views = cls_vectors(llava, picture_views(processor, read_rgb(picture)))
+    ids = torch.tensor(tokenizer(prompt(title, len(ITEM_TOKENS)))["input_ids"])
+    plain = llava.get_base_model() if hasattr(llava, "get_base_model") else llava
+    embeds = plain.model.language_model.embed_tokens(ids)
+    first = ids.tolist().index(item_ids[0])
+    embeds[first : first + len(views)] = views
+    said = plain.generate(
+        inputs_embeds=embeds[None], attention_mask=torch.ones_like(ids)[None],
+        max_new_tokens=count, do_sample=False, eos_token_id=2, pad_token_id=2,
+    )  # fmt: skip
+    return " ".join(tokenizer.decode(said[0], skip_special_tokens=True).split())
+
+
+@torch.no_grad()
+def test_a_picture_is_described_before_and_after(tmp_path):
+    picture = next(path for path in sorted(nano().images.iterdir()) if path.stat().st_size > 300)
+    bad = tmp_path / "bad.jpg"
+    bad.write_bytes(b"no picture")
+    flags = ["--checkpoint", nano().adapter, "--title", "Desk Tag", "--max-tokens", 6]
+    outcome = run_here(describe.main, [picture, bad, *flags, "--device", "cpu"])
+    assert outcome.code == 0, outcome.text
+    before = words_of(lambda base: base, picture, "Desk Tag", 6)
+    after = words_of(lambda base: load_adapter(base, nano().adapter), picture, "Desk Tag", 6)
+    assert f"{picture}\n  before  {before}\n  after   {after}\n" in outcome.text
+    assert f"{bad} is passed over" in outcome.text
+    assert run_here(describe.main, [bad, *flags, "--device", "cpu"]).code == 1
+
+
+def test_what_cannot_be_described_is_refused(trained, tmp_path):
+    for words, said in (
+        (["/nowhere.jpg"], "/nowhere.jpg is no file"),
+        ([__file__, "--checkpoint", trained / "trained_lora_adapter"], "no adapter of stage 1"),
+        (["--title", "T"], "images is empty"),
+    ):
+        outcome = run_here(describe.main, words)
+        assert outcome.code == 2 and said in outcome.last_line, outcome.text

@@ -195,7 +195,7 @@ def test_an_answer_ends_where_the_model_ends_it(parts, recommender, prompts):
 
 def test_the_validation_loss_counts_every_token_once(parts, recommender, prompts):
     batches = [collate_training(prompts[:2], PAD), collate_training(prompts[2:], PAD)]
-    loss = validation_loss(recommender, iter(batches), World())
+    loss = validation_loss(recommender, batches, World())
     with torch.no_grad():
         singles = [(recommender(b), label_tokens(b)) for b in
                    (collate_training([prompt], PAD) for prompt in prompts)]  # fmt: skip
@@ -219,5 +219,7 @@ def test_every_conversation_gets_its_own_answer_in_order(parts, recommender):
     ]
     assert outcomes[0] is not None and outcomes[1] is not None
     assert outcomes[0].responses == outcomes[1].responses and len(talks) == 7
-    stopped = answer(recommender, talks, in_batches(1), processor.tokenizer, World(), lambda: True)
+    stopped = answer(
+        recommender, talks, in_batches(1), processor.tokenizer, World(), should_stop=lambda: True
+    )
     assert stopped is None

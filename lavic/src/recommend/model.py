@@ -22,9 +22,9 @@ from lavic.src.vision.model import (
     core_of,
     filled_slots,
     head_of,
+    likeliest,
     load_base,
     place_vectors,
-    plain,
 )
 from shared.distributed import World
 
@@ -80,17 +80,8 @@ class Recommender(nn.Module):
         """What the model says after each prompt of a left-padded batch: the likeliest tokens,
         without the end of the text, at most `max_tokens`.
         """
-        from transformers import GenerationConfig
-
-        greedy = GenerationConfig(
-            max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos_id, pad_token_id=eos_id
-        )
-        made = plain(self.model).generate(
-            inputs_embeds=self.embed(batch),
-            attention_mask=batch["mask"].to(self.device),
-            generation_config=greedy,
-        )
-        return [_until(tokens, eos_id) for tokens in made.tolist()]
+        mask = batch["mask"].to(self.device)
+        return likeliest(self.model, self.embed(batch), mask, max_tokens, eos_id)
 
 
 class Built(NamedTuple):
@@ -140,7 +131,3 @@ def drop_tower(model: nn.Module) -> None:
     """Give the memory of vision tower and projector back: all pictures' vectors are there."""
     core = core_of(model)
     core.vision_tower = core.multi_modal_projector = None
-
-
-def _until(tokens: list[int], end: int) -> list[int]:
-    return tokens[: tokens.index(end)] if end in tokens else tokens

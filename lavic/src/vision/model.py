@@ -222,6 +222,26 @@ def place_vectors(embeds: Tensor, filled: Tensor, vectors: Tensor) -> Tensor:
     return embeds.masked_scatter(filled.unsqueeze(-1), vectors.to(embeds.dtype))
 
 
+@torch.no_grad()
+def likeliest(
+    model: nn.Module, embeds: Tensor, mask: Tensor, max_tokens: int, eos_id: int
+) -> list[list[int]]:
+    """The likeliest tokens after each row of `embeds` (B, L, D), greedily, at most `max_tokens`.
+
+    mask: (B, L), 0 for what fills rows up on the left. The end of the text is left out.
+    """
+    from transformers import GenerationConfig
+
+    greedy = GenerationConfig(
+        max_new_tokens=max_tokens, do_sample=False, eos_token_id=eos_id, pad_token_id=eos_id
+    )
+    made = plain(model).generate(
+        inputs_embeds=embeds, attention_mask=mask, generation_config=greedy
+    )
+    rows = made.tolist()
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
+
+
 def _cls_of_last_layer(layer: Any, hidden: Tensor) -> Tensor:
     """The first row of what `layer` makes of `hidden` (V, T, W): (V, W)."""
     attention = layer.self_attn
