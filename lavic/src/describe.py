@@ -46,6 +46,10 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "of the weights; auto: half on a GPU, float32 on the CPU"
     )
+    load_in_4bit: bool = option(False, "language model in NF4, by bitsandbytes")
+    device_map: Literal["none", "auto"] = option(
+        "none", "auto: the model spread over all visible GPUs, by accelerate"
+    )
     tool: ToolOptions = field(default_factory=ToolOptions)
 
 
@@ -60,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     missing = [name for name in cfg.images if not Path(name).is_file()]
     if missing:
         raise UserError(f"{missing[0]} is no file: give pictures")
-    from lavic.src.vision.adapter_files import base_of, stage_of, trained_in
+    from lavic.src.vision.adapter_files import base_of, check_four_bit, stage_of, trained_in
 
     adapter = trained_in(cfg.checkpoint)
     if adapter is None or stage_of(adapter) != 1:
@@ -69,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
             "give --checkpoint PATH"
         )
     base = base_of(adapter, cfg.model_name)
+    check_four_bit(cfg.load_in_4bit)
     if cfg.tool.dry_run:
         print(f"{len(cfg.images)} pictures with {adapter} on {base}")
         return DONE
@@ -84,7 +89,8 @@ def _describe(cfg: Config, adapter: Path, base_name: str) -> int:
 
     device = resolve(cfg.tool.device, 0, os.environ)
     dtype, amp_mode = model.precision(cfg.dtype, cfg.tool.amp, device)
-    base, processor = model.load_base(base_name, device, dtype)
+    four_bit, spread = cfg.load_in_4bit, cfg.device_map == "auto"
+    base, processor = model.load_base(base_name, device, dtype, four_bit=four_bit, spread=spread)
     item_ids = model.add_item_tokens(base, processor.tokenizer)
     llava: Any = load_adapter(base, adapter)
     slots = read_object(adapter.parent / "config.json").get("settings", {}).get("slots", "fixed5")

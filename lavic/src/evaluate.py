@@ -55,7 +55,12 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "of the weights; auto: half on a GPU, float32 on the CPU"
     )
+    load_in_4bit: bool = option(False, "language model in NF4, by bitsandbytes")
+    device_map: Literal["none", "auto"] = option(
+        "none", "auto: the model spread over all visible GPUs, by accelerate"
+    )
     cache: Path = option(SRC / "vector_cache", "keeps the pictures' vectors")
+    estimate: bool = option(False, "print the memory this will take, stop")
     tool: ToolOptions = field(default_factory=ToolOptions)
 
 
@@ -71,6 +76,9 @@ def main(argv: list[str] | None = None) -> int:
     stage = stage_of(adapter)
     if stage is None:
         raise UserError(f"{adapter} is of neither stage: give what they have written")
+    if cfg.estimate:
+        print(_memory(cfg, adapter, stage))
+        return 0
     _check_data(cfg, adapter, stage)
     if cfg.tool.dry_run:
         sys.stdout.write(f"stage {stage}: {adapter} on {cfg.data_root}; results go to {out}\n")
@@ -96,11 +104,23 @@ def _with_demo(cfg: Config) -> Config:
     return replace(cfg, **{n: value for n, value in changes.items() if n not in cfg.tool.typed})
 
 
+def _memory(cfg: Config, adapter: Path, stage: int) -> str:
+    """What --estimate says."""
+    from lavic.src.vision import memory
+    from lavic.src.vision.adapter_files import base_of
+
+    return memory.of_evaluation(
+        base_of(adapter, cfg.model_name), stage=stage, batch_size=cfg.batch_size, dtype=cfg.dtype,
+        amp=cfg.tool.amp, load_in_4bit=cfg.load_in_4bit, spread=cfg.device_map == "auto",
+    )  # fmt: skip
+
+
 def _check_data(cfg: Config, adapter: Path, stage: int) -> None:
     """Refuse a missing base model and missing data before anything slow is imported."""
-    from lavic.src.vision.adapter_files import ABOUT, base_of
+    from lavic.src.vision.adapter_files import ABOUT, base_of, check_four_bit
 
     base_of(adapter, cfg.model_name)
+    check_four_bit(cfg.load_in_4bit)
     category = cfg.category or str(read_object(adapter / ABOUT).get("category"))
     names = {
         1: ("item2meta_valid.jsonl", "valid_images"),
@@ -169,7 +189,10 @@ def _of_vision(cfg: Config, adapter: Path, world: Any) -> Results:
     samples = found.usable[: cfg.limit]
     dtype, amp_mode = model.precision(cfg.dtype, cfg.tool.amp, world.device)
     amp, base_name = Amp(amp_mode, world.device), base_of(adapter, cfg.model_name)
-    base, processor = model.load_base(base_name, world.device, dtype)
+    four_bit, spread = cfg.load_in_4bit, cfg.device_map == "auto"
+    base, processor = model.load_base(
+        base_name, world.device, dtype, four_bit=four_bit, spread=spread
+    )
     item_ids = model.add_item_tokens(base, processor.tokenizer)
     llava = load_adapter(base, adapter)
     trained = read_object(adapter.parent / "config.json").get("settings", {})
@@ -217,6 +240,7 @@ def _of_recommender(cfg: Config, adapter: Path, world: Any, out: Path) -> Result
     recommender, encoder, processor, vectors = model.build(
         base_name, adapter / VISION, images, cfg.cache, talks, world, workers=cfg.num_workers,
         dtype=dtype, max_length=about["max_length"], slots=about["slots"],
+        four_bit=cfg.load_in_4bit, spread=cfg.device_map == "auto",
     )  # fmt: skip
     recommender.model = load_adapter(recommender.model, adapter)
     collate = partial(prompts.collate_generation, pad_id=pad_id(processor.tokenizer))

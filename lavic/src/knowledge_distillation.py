@@ -73,6 +73,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "of the frozen weights; auto: bfloat16 or float16 on a GPU, float32 on the CPU"
     )
+    load_in_4bit: bool = option(False, "frozen language model in NF4, by bitsandbytes")
     gradient_checkpointing: Literal["auto", "on", "off"] = free(
         "auto", "less memory for the tower, more time; auto: on GPUs below 30 GB"
     )
@@ -131,6 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     from lavic.src.vision import adapter_files
 
     adapter_files.check_base(cfg.model_name)
+    adapter_files.check_four_bit(cfg.load_in_4bit)
     samples, held_out = _read_samples(cfg)
     if cfg.run.dry_run:
         print(_plan(cfg, len(samples), len(held_out)))
@@ -266,7 +268,9 @@ def _build(cfg: Config, world: World) -> tuple[Any, Any, list[int], str]:
 
     dtype, amp_mode = model.precision(cfg.dtype, cfg.run.amp, world.device)
     seed.seed_all(cfg.run.seed)  # the same adapter on every process
-    base, processor = model.load_base(cfg.model_name, world.device, dtype)
+    base, processor = model.load_base(
+        cfg.model_name, world.device, dtype, four_bit=cfg.load_in_4bit
+    )
     item_ids = model.add_item_tokens(base, processor.tokenizer)
     llava = adapters.add_adapter(
         base, model.VISION_TARGETS, r=cfg.lora_r, alpha=cfg.lora_alpha, dropout=cfg.lora_dropout
@@ -372,7 +376,7 @@ def _memory(cfg: Config) -> str:
 def memory_values(cfg: Config) -> dict[str, Any]:
     """The settings that decide about memory, by their names."""
     names = ("model_name", "batch_size", "grad_accum", "lora_r", "lora_dropout", "dtype",
-             "gradient_checkpointing", "reuse_prompt")  # fmt: skip
+             "load_in_4bit", "gradient_checkpointing", "reuse_prompt")  # fmt: skip
     return {name: getattr(cfg, name) for name in names} | {"amp": cfg.run.amp}
 
 

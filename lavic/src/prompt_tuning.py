@@ -76,6 +76,7 @@ class Config:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "of the frozen weights; auto: half on a GPU, float32 on the CPU"
     )
+    load_in_4bit: bool = option(False, "frozen language model in NF4, by bitsandbytes (QLoRA)")
     gradient_checkpointing: Literal["auto", "on", "off"] = free(
         "auto", "less memory for more time; auto: on GPUs below 48 GB"
     )
@@ -132,8 +133,9 @@ def main(argv: list[str] | None = None) -> int:
         print(_memory(cfg))
         return 0
     _check_files(cfg)
-    from lavic.src.vision.adapter_files import base_of
+    from lavic.src.vision.adapter_files import base_of, check_four_bit
 
+    check_four_bit(cfg.load_in_4bit)
     cfg = replace(cfg, model_name=base_of(cfg.adapter, cfg.model_name))
     if cfg.run.dry_run:
         print(_plan(cfg))
@@ -277,7 +279,7 @@ def _build(cfg: Config, run: Run, talks: Talks, world: World) -> tuple[Built, st
     built = model.build(
         cfg.model_name, cfg.adapter, cfg.image_dir, cfg.cache, talks, world,
         workers=cfg.num_workers, dtype=dtype, max_length=cfg.max_length, slots=cfg.slots,
-        beat=run.beat,
+        four_bit=cfg.load_in_4bit, beat=run.beat,
     )  # fmt: skip
     recommender = built.recommender
     seed.seed_all(cfg.run.seed)  # the same adapter on every process
@@ -385,7 +387,7 @@ def _memory(cfg: Config) -> str:
 def memory_values(cfg: Config) -> dict[str, Any]:
     """The settings that decide about memory, by their names."""
     names = ("model_name", "model_dir", "batch_size", "grad_accum", "max_length", "clip_norm",
-             "dtype", "gradient_checkpointing")  # fmt: skip
+             "dtype", "load_in_4bit", "gradient_checkpointing")  # fmt: skip
     return {name: getattr(cfg, name) for name in names} | {"amp": cfg.run.amp}
 
 

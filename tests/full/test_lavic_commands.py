@@ -59,6 +59,7 @@ IN_SRC = (
     "python evaluate.py --checkpoint out_finetuned --category amazon_home",
     "python evaluate.py --checkpoint out_finetuned --limit 100",
     "python evaluate.py --demo",
+    'python describe.py picture.jpg --title "Desk Tag"',
 )
 NEEDS = {
     "cd lavic": "typed by every test",
@@ -221,6 +222,13 @@ def test_the_crawler_as_documented(house, tmp_path, monkeypatch):
             counts = {"--train-only": 324, "--valid-only": 54, "--dry-run": 0}
             assert len(have) == counts.get(command.split()[-1], 378)
             assert all(pictures[name] == content for name, content in have.items())
+
+
+def test_a_picture_is_described(trained):
+    picture = next((trained / "data" / "valid_images").iterdir())
+    shutil.copy(picture, trained / "src" / "picture.jpg")
+    said = finished(typed(IN_SRC[-1], trained / "src"))
+    assert "picture.jpg\n  before  " in said and "\n  after   " in said
 
 
 def test_the_monitor_on_every_kind_of_end(trained):

@@ -27,6 +27,7 @@ def text(values: dict[str, Any], processes: int) -> str:
     changes = {
         "--gradient_checkpointing on": {"gradient_checkpointing": "on"},
         "--batch_size 1": {"batch_size": 1},
+        "--load_in_4bit": {"load_in_4bit": True},
         "--max_length 1024": {"max_length": min(1024, values["max_length"])},
     }
     return of_vision.report(plan, values, changes, processes)
@@ -42,6 +43,7 @@ def plan(
     clip_norm: float,
     dtype: str,
     amp: str,
+    load_in_4bit: bool,
     gradient_checkpointing: str,
     processes: int = 1,
     batch: dict[str, Any] | None = None,
@@ -55,7 +57,7 @@ def plan(
     longest = Prompt([0] * length, length - _ID, (), 0)
     batch = {**(batch or collate_training([longest] * batch_size, 0)), "pictured": []}
     with memory.counted() as live:
-        base = of_vision.base_model(name, dtype)
+        base = of_vision.base_model(name, dtype, four_bit=load_in_4bit)
         drop_tower(base)
         llava = add_adapter(base, LANGUAGE_TARGETS)
         if recomputed:

@@ -49,8 +49,8 @@ class Recommender(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the model lies."""
-        return next(self.model.parameters()).device
+        """Where the model reads tokens."""
+        return core_of(self.model).get_input_embeddings().weight.device
 
     def forward(self, batch: Mapping[str, Any]) -> Tensor:
         """The sum over all label tokens of the batch, a scalar; logits exist for these alone."""
@@ -105,14 +105,16 @@ def build(
     dtype: torch.dtype,
     max_length: int,
     slots: str,
+    four_bit: bool = False,
+    spread: bool = False,
     beat: Beat | None = None,
 ) -> Built:
     """The frozen base model with every candidate's vectors, its tower given back.
 
-    vision: stage 1's adapter. images: the folder of {id}_0.jpg. cache: keeps the vectors. beat: is
-    told how far the making of vectors is.
+    vision: stage 1's adapter. images: the folder of {id}_0.jpg. cache: keeps the vectors. four_bit
+    and spread: as of load_base. beat: is told how far the making of vectors is.
     """
-    base, processor = load_base(model_name, world.device, dtype)
+    base, processor = load_base(model_name, world.device, dtype, four_bit=four_bit, spread=spread)
     item_ids = add_item_tokens(base, processor.tokenizer)
     adapted: Any = load_adapter(base, vision)
     tower = Tower(adapted, processor)

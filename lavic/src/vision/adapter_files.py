@@ -1,11 +1,16 @@
-"""What adapter files say before any of them is loaded. Standard library only."""
+"""What is checked before torch is imported: adapter files, base models, bitsandbytes.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError
+from shared.errors import MissingToolError, UserError
 from shared.files import read_json
 
 SETTINGS = "adapter_config.json"
@@ -51,6 +56,15 @@ def check_base(name: str, remark: str = "") -> None:
         raise UserError(
             f"the base model {name} is not there{remark}: type --model-name with its directory, or "
             "with its id on the Hub"
+        )
+
+
+def check_four_bit(wanted: bool) -> None:
+    """Raise MissingToolError when --load_in_4bit lacks its package."""
+    if wanted and importlib.util.find_spec("bitsandbytes") is None:
+        raise MissingToolError(
+            "--load_in_4bit needs the Python package bitsandbytes: "
+            f"{sys.executable} -m pip install bitsandbytes"
         )
 
 

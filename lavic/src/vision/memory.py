@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lavic.src.vision import model
 from lavic.src.vision.adapters import adapter_parameters, add_adapter
@@ -35,6 +36,7 @@ def text(values: dict[str, Any], processes: int) -> str:
     changes = {
         "--gradient_checkpointing on": {"gradient_checkpointing": "on"},
         "--batch_size 1": {"batch_size": 1},
+        "--load_in_4bit": {"load_in_4bit": True},
     }
     return report(plan, values, changes, processes)
 
@@ -61,6 +63,7 @@ def plan(
     lora_dropout: float,
     dtype: str,
     amp: str,
+    load_in_4bit: bool,
     gradient_checkpointing: str,
     reuse_prompt: bool,
     processes: int = 1,
@@ -70,9 +73,8 @@ def plan(
     batch = batch or _usual_samples(batch_size, configuration(model_name))
     recomputed = recomputes(gradient_checkpointing, model.TOWER_IS_TIGHT_BELOW)
     with memory.counted() as live:
-        llava = add_adapter(
-            base_model(model_name, dtype), model.VISION_TARGETS, r=lora_r, dropout=lora_dropout
-        )
+        base = base_model(model_name, dtype, four_bit=load_in_4bit)
+        llava = add_adapter(base, model.VISION_TARGETS, r=lora_r, dropout=lora_dropout)
         core = model.core_of(llava)
         model.train_vision(llava)
         if recomputed:
@@ -95,8 +97,44 @@ def plan(
     return planned(live, f"{model_name}, stage 1, batch size {batch_size}", what, llava, processes)
 
 
+@torch.no_grad()
+def of_evaluation(
+    model_name: str, *, stage: int, batch_size: int, dtype: str, amp: str, load_in_4bit: bool,
+    spread: bool,
+) -> str:  # fmt: skip
+    """The table of an evaluation at its peak, on each GPU that the model is spread over.
+
+    stage: 1, usual samples through tower and language model; 2, prompts of 2048 tokens through the
+    latter alone.
+    """
+    num_gpus = max(1, len(memory.devices())) if spread else 1
+    with memory.counted() as live:
+        base = base_model(model_name, dtype, four_bit=load_in_4bit)
+        batch = _usual_samples(batch_size, base.config)
+        batch = batch._replace(views=torch.empty(batch.views.shape))
+        live.begin(base)
+        with amp_of(dtype, amp).autocast():
+            if stage == 1:
+                caption_nll(base, batch, ITEMS, None)
+            else:
+                base.model.language_model(input_ids=torch.zeros(batch_size, 2048, dtype=torch.long))
+    what = f"{batch_size} sample(s), stage {stage}" + f", weights on {num_gpus} GPU(s)" * spread
+    title = f"{model_name}, evaluation, batch size {batch_size}"
+    found = planned(live, title, what, base, 1)
+    found.rows = [
+        (row, size // num_gpus if row == "weights" else size, how)
+        for row, size, how in found.rows
+        if size
+    ]
+    return memory.report(found, {})
+
+
 def planned(live: Any, title: str, what: str, trained: Any, processes: int) -> memory.Plan:
     """The peak as a table; gradients travel in one piece, without DDP."""
+    packed = [part for part in trained.modules() if isinstance(part, _FourBit)]
+    live.num_parameters += sum(
+        part.in_features * part.out_features - part.weight.numel() for part in packed
+    )
     found = live.plan(title, what, wrapped=None, processes=processes)
     if processes > 1:
         found.add("exchange", 2 * memory.gradient_bytes(trained), "gradients of one and of all")
@@ -117,13 +155,49 @@ def configuration(model_name: str) -> Any:
         raise UserError(f"{path} is no configuration of a LLaVA-NeXT: {one_line(error)}") from None
 
 
-def base_model(model_name: str, dtype: str) -> Any:
+def base_model(model_name: str, dtype: str, *, four_bit: bool) -> Any:
     """The frozen model, as load_base gives it."""
     from transformers import LlavaNextForConditionalGeneration
 
     base: Any = LlavaNextForConditionalGeneration(configuration(model_name))
     half = torch.float32 if dtype == "float32" else torch.bfloat16
-    return base.requires_grad_(False).eval().to(half)
+    base.requires_grad_(False).eval().to(half)
+    for layer in base.model.language_model.layers.modules() if four_bit else ():
+        for name, linear in layer.named_children():
+            if isinstance(linear, nn.Linear):
+                setattr(layer, name, _FourBit(linear))
+    return base
+
+
+class _FourBit(nn.Linear):
+    """A frozen Linear as bitsandbytes keeps it: half a byte a weight and its scales, a whole matrix
+    in the compute dtype at each use. Without a bias, as Mistral's and Llama's.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(1, 1, bias=False)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        count = linear.weight.numel()
+        packed = torch.empty(count // 2 + count // 64, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self._dtype = linear.weight.dtype
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Of the right shape, without values."""
+        return _Unpacked.apply(input.to(self._dtype), self.out_features)  # type: ignore[no-any-return]
+
+
+class _Unpacked(torch.autograd.Function):
+    """A product with a matrix (D_out, D) that is there only meanwhile."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, width: int) -> Tensor:
+        ctx.shape = (width, rows.shape[-1])
+        return rows @ torch.empty(ctx.shape, dtype=rows.dtype).T
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return gradients[0] @ torch.empty(ctx.shape, dtype=gradients[0].dtype), None
 
 
 def amp_of(dtype: str, amp: str) -> Amp:

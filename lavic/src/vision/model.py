@@ -101,12 +101,19 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def load_base(
-    path_or_id: str | Path, device: torch.device, dtype: torch.dtype
+    path_or_id: str | Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    four_bit: bool = False,
+    spread: bool = False,
 ) -> tuple[LlavaNextForConditionalGeneration, Any]:
     """The model, frozen, in eval and on `device`, and its processor.
 
     path_or_id: a directory that exists, else a model id of the Hub, or of ModelScope where
     USE_MODELSCOPE_HUB=1; what is not in the cache is fetched, and a log line says so first.
+    four_bit: the language model's layers in NF4, by bitsandbytes. spread: over all GPUs, by
+    accelerate, in place of `device`.
     Raises UserError for a directory that is no whole LLaVA-NeXT checkpoint, and for a model that
     cannot be had, within 15 seconds where nobody answers.
     """
@@ -123,7 +130,12 @@ def load_base(
         transformers.logging.disable_progress_bar()
     try:
         loaded: Any = LlavaNextForConditionalGeneration.from_pretrained(
-            source, dtype=dtype, device_map={"": device}, output_loading_info=True, **where
+            source,
+            dtype=dtype,
+            device_map="auto" if spread else {"": device},
+            quantization_config=_nf4(dtype) if four_bit else None,
+            output_loading_info=True,
+            **where,
         )
         processor = AutoProcessor.from_pretrained(source, **where)
     except (OSError, ValueError) as error:
@@ -135,8 +147,34 @@ def load_base(
             f"{source} lacks {len(lacking)} weights of a LLaVA-NeXT ({', '.join(lacking[:3])}): "
             "check that it is the right checkpoint, or fetch it again"
         )
+    _refuse_offloaded(model)
+    for part in model.modules() if four_bit else ():
+        part.support_avx512bf16_for_cpu = False  # a CPU form that cannot be trained through
     model.name_or_path = str(path_or_id)  # what adapters note as their base: no cache's path
     return model.requires_grad_(False).eval(), processor
+
+
+def _nf4(dtype: torch.dtype) -> Any:
+    """How the language model's layers are stored; what trains or reads pictures stays as it is."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    )
+
+
+def _refuse_offloaded(model: Any) -> None:
+    """Raise UserError when parts of a model that was spread over GPUs are on none of them."""
+    places = set(map(str, (getattr(model, "hf_device_map", None) or {}).values()))
+    if {"cpu", "disk"} & places and places - {"cpu", "disk"}:
+        raise UserError(
+            "--device_map auto: the model does not fit on the visible GPUs together; add "
+            "--load_in_4bit, or show it more of them (CUDA_VISIBLE_DEVICES)"
+        )
 
 
 def add_item_tokens(model: nn.Module, tokenizer: Any) -> list[int]:
@@ -219,7 +257,7 @@ def place_vectors(embeds: Tensor, filled: Tensor, vectors: Tensor) -> Tensor:
     The vectors follow the order of the places, row after row. Differentiable in both; the dtype is
     that of `embeds`.
     """
-    return embeds.masked_scatter(filled.unsqueeze(-1), vectors.to(embeds.dtype))
+    return embeds.masked_scatter(filled.unsqueeze(-1), vectors.to(embeds.device, embeds.dtype))
 
 
 @torch.no_grad()
@@ -245,6 +283,7 @@ def likeliest(
 def _cls_of_last_layer(layer: Any, hidden: Tensor) -> Tensor:
     """The first row of what `layer` makes of `hidden` (V, T, W): (V, W)."""
     attention = layer.self_attn
+    hidden = hidden.to(layer.layer_norm1.weight.device)  # of a tower spread over several GPUs
     normed, cls = layer.layer_norm1(hidden), hidden[:, :1]
     query, key, value = (
         projection(rows).unflatten(-1, (attention.num_heads, attention.head_dim)).transpose(1, 2)
