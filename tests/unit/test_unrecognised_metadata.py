@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from face_distill.distill.pairs import read_pairs
 from arcface.inshop_retrieval.inshop import read_list
+from face_distill.distill.pairs import read_pairs
 from face_distill.distill.teacher import TeacherFeatures
 from lavic.src.catalogue import read_pictures, read_samples, read_titles
 from lavic.src.recommend.data import read_conversations
