@@ -1,10 +1,11 @@
 """Which part of face_distill's loss helps on the demo: the table of its README.
 
     python tests/full/face_ablation.py            5 settings x 3 seeds, about 10 minutes
-    python tests/full/face_ablation.py --seeds 0
+    python tests/full/face_ablation.py --seeds 0 --picture face_distill/roc.svg
 
 Every setting trains on the same pictures, with the same steps and learning rate. The figure is the
-ten-fold accuracy on 600 drawn pairs of people who are in no training set.
+ten-fold accuracy on 600 drawn pairs of people who are in no training set. --picture draws the ROC
+of the first seed's students.
 """
 
 from __future__ import annotations
@@ -27,37 +28,63 @@ SETTINGS = {  # name: LAMBDA_AT and LAMBDA_RKD, None: the demo's
     "ArcFace + AT + RKD (the demo)": (None, None),
     "the documented weights": (1000, 1),
 }
+DRAWN = ("ArcFace alone", "ArcFace + AT + RKD (the demo)")
 
 
-def accuracies(weights: tuple[float | None, float | None], seed: int) -> tuple[float, float]:
-    """The accuracy before and after a run of the demo."""
-    typed = zip(("--lambda-at", "--lambda-rkd"), weights, strict=True)
+def train(name: str, seed: int, root: Path) -> Path:
+    """The run directory of a run of the demo."""
+    typed = zip(("--lambda-at", "--lambda-rkd"), SETTINGS[name], strict=True)
     flags = [str(word) for flag, value in typed if value is not None for word in (flag, value)]
-    with tempfile.TemporaryDirectory() as directory:
-        run_dir = Path(directory) / "checkpoints"
-        command = [sys.executable, str(SCRIPT), "--demo", "--seed", str(seed), *flags]
-        subprocess.run(
-            [*command, "--run-dir", str(run_dir)], check=True, capture_output=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        result = json.loads((run_dir / "status.json").read_text())["result"]
-    return result["before"], result["after"]
+    run_dir = root / f"{name} {seed}" / "checkpoints"
+    command = [sys.executable, str(SCRIPT), "--demo", "--seed", str(seed), *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += ["--run-dir", str(run_dir)]
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    return run_dir
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    seeds = parser.parse_args(argv).seeds
-    print(f"| setting | {' | '.join(f'seed {seed}' for seed in seeds)} | mean |")
-    print("|---" * (len(seeds) + 2) + "|")
-    untrained: list[float] = []
-    for name, weights in SETTINGS.items():
-        found = [accuracies(weights, seed) for seed in seeds]
-        untrained = [before for before, _ in found]
-        print(row(name, [after for _, after in found]), flush=True)
-    print(row("untrained", untrained))
+    parser.add_argument("--picture", type=Path)
+    args = parser.parse_args(argv)
+    print(f"| setting | {' | '.join(f'seed {seed}' for seed in args.seeds)} | mean |")
+    print("|---" * (len(args.seeds) + 2) + "|")
+    results: list[dict[str, float]] = []
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        for name in SETTINGS:
+            runs = [train(name, seed, root) for seed in args.seeds]
+            results = [json.loads((r / "status.json").read_text())["result"] for r in runs]
+            print(row(name, [result["after"] for result in results]), flush=True)
+        print(row("untrained", [result["before"] for result in results]))
+        if args.picture:
+            draw(args.picture, {n: root / f"{n} {args.seeds[0]}" / "checkpoints" for n in DRAWN})
     return 0
+
+
+def draw(path: Path, runs: dict[str, Path]) -> None:
+    """The ROC of the untrained student and of these runs' best, on the demo's pairs."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    from face_distill import evaluate
+    from face_distill.demo_data.demo import DemoPaths
+    from face_distill.distill import model, pairs, verification
+    from shared.page import write_chart
+
+    paths = DemoPaths(ROOT / "face_distill" / "demo")
+    found = pairs.read_set(paths.pairs).pairs
+    lines = {}
+    for name, run_dir in {"untrained": None, **runs}.items():
+        best = run_dir and run_dir / "best_student_adapter_face.pth"
+        embed = model.FaceEmbedder(model.open_student(paths.weights, best), torch.device("cpu"))
+        rows = verification.flip_embeddings(embed, found.images).numpy()
+        figures = verification.judge(verification.pair_distances(rows), found.same)
+        lines |= evaluate._roc_lines({name: figures})
+    title = "600 drawn pairs of people who are in no training set"
+    write_chart(path, lines, title=title, **evaluate.ROC_AXES)
 
 
 def row(name: str, values: list[float]) -> str:
