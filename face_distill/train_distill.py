@@ -139,9 +139,9 @@ DEMO = {  # what suits 400 pictures and a tower of 0.3 million parameters; typed
     "batch_size": 32,
     "epochs": 60,
     "lr": 5e-3,  # adapters of some hundred parameters learn little from 5e-4
-    # Gradients on the adapters in the first hundred steps: with 100 RKD pulls one to ten times as
-    # strongly as ArcFace, with the documented 1 it would not count; AT pulls a twentieth with 0.01,
-    # with 1000 some thousand times, and leaves ArcFace no say.
+    # Gradients on the adapters in the first hundred steps: RKD with 100 pulls one to ten times as
+    # strongly as ArcFace (with the documented 1 it would hardly count), AT with 0.01 some
+    # hundredths (with 1000 more than a thousand times: ArcFace learns nothing, see README).
     "lambda_at": 0.01,
     "lambda_rkd": 100.0,
     "arc_scale": 16.0,  # 64 and 0.5 are for embeddings of 512 and more dimensions, not of 64
