@@ -73,7 +73,10 @@ def main(argv: list[str] | None = None) -> int:
         return _search(cfg, checkpoint)
     settings, seed = _settings(cfg, checkpoint)
     out = cfg.out or checkpoint.parent / "evaluation"
-    remarks = _check_data(settings.recipe, seed)
+    from arcface.inshop_retrieval.recipe import check_data
+
+    parts = {"val_dataloader": settings.recipe.query, "model.prototype": settings.recipe.gallery}
+    remarks = check_data(parts, seed)
     # an evaluation makes those of the data when it opens the lists
     for remark in [*settings.remarks, *(remarks if cfg.tool.dry_run else ())]:
         log.warning(remark)
@@ -117,19 +120,6 @@ def _configuration(cfg: Config, checkpoint: Path) -> dict[str, Any]:
     if cfg.config:
         return read_config(find_config(cfg.config, Path.cwd()))
     return recipe.stored_configuration(checkpoint.parent)
-
-
-def _check_data(recipe: Recipe, seed: int) -> list[str]:
-    """A remark for each oddity of the lists. Raises UserError for what is wrong with them."""
-    from arcface.inshop_retrieval import inshop, pipeline
-
-    remarks: dict[str, None] = {}
-    for loader in (recipe.query, recipe.gallery):
-        partition = inshop.read(loader.root, loader.ann_file, seed)
-        partition.split(loader.split)
-        remarks |= dict.fromkeys(partition.remarks())
-        pipeline.build_pipeline(loader.pipeline, "val_dataloader.dataset.pipeline")
-    return list(remarks)
 
 
 def _search(cfg: Config, checkpoint: Path) -> int:

@@ -136,13 +136,6 @@ def evaluate(
     return Outcome(found, query_places, gallery_places, embed.batches, embed.waited, seconds)
 
 
-def metric_names(recall_at: tuple[int, ...], map_at: tuple[int, ...]) -> list[str]:
-    """The names of the metrics of `evaluate`."""
-    precision = sorted({*MAP_AT, *map_at})
-    names = [f"Recall@{k}" for k in sorted({*RECALL_AT, *recall_at})]
-    return names + [f"mAP@{k}{kind}" for k in precision for kind in ("", "_min")]
-
-
 class Embedder:
     """Embeds splits with all ranks; waited, batches: of the split that came last."""
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from arcface.inshop_retrieval import config, inshop
+from arcface.inshop_retrieval import config, inshop, pipeline
 from shared.errors import UserError, did_you_mean, one_line, shortened, shown
 from shared.files import read_json, read_text
 from shared.run_status import flat
@@ -76,12 +76,6 @@ _IGNORED = (
 _SECTIONS = (
     *("model", "data_preprocessor", "train_dataloader", "val_dataloader", "optim_wrapper"),
     *("train_cfg", "val_cfg", "default_hooks", "env_cfg", "auto_scale_lr", "randomness"),
-)
-_TOP_LEVEL = (
-    *(*_SECTIONS, "param_scheduler", "custom_hooks", "load_from", "resume", "work_dir", "sync_bn"),
-    *("test_cfg", "test_dataloader", "query_dataloader", "gallery_dataloader"),
-    *("val_evaluator", "test_evaluator", "visualizer", "default_scope", "log_level"),
-    *("vis_backends", "data_root", "dataset_type", "train_pipeline", "test_pipeline"),
 )
 _LAYOUT = "it holds Eval/list_eval_partition.txt and Img/img/{MEN,WOMEN}/…, or <class>/<image>"
 _NOT_HERE = {"custom_imports": "this recipe runs its own code alone, with the steps it has"}
@@ -285,15 +279,20 @@ def settle(configuration: dict[str, Any], over: Overrides, cwd: Path) -> Setting
 def without_data(configuration: dict[str, Any], over: Overrides, cwd: Path) -> Settings:
     """As `settle`, the data left as they are named: they need not be there."""
     changed = config.with_options(configuration, over.options)
+    known = {*configuration, *_NOT_HERE, *_SECTIONS, "param_scheduler", "custom_hooks", "load_from",
+             "resume", "work_dir", "sync_bn", "val_evaluator"}  # fmt: skip
     remarks = [
-        _misspelt(name) for name in changed if name not in {*configuration, *_TOP_LEVEL, *_NOT_HERE}
+        f"--cfg-options {shortened(name)}: the configuration has no {shortened(name)}"
+        f"{did_you_mean(name, known)}"
+        for name in changed
+        if name not in known
     ]
     for name in DATASETS if over.data_root else ():
         if isinstance(_get(changed, f"{name}.dataset"), dict):
             _put(changed, f"{name}.dataset.data_root", str(over.data_root))
     if over.scale_lr:
         _put(changed, "auto_scale_lr.enable", True)
-    before, after = (flat(json.loads(_text(values))) for values in (configuration, changed))
+    before, after = (flat(json.loads(json.dumps(values))) for values in (configuration, changed))
     names = sorted(before.keys() | after.keys())
     _settle_paths(changed, cwd)
     recipe, unread = read_recipe(changed)
@@ -301,7 +300,21 @@ def without_data(configuration: dict[str, Any], over: Overrides, cwd: Path) -> S
     if over.strict and remarks:
         raise UserError(f"{remarks[0]} (--strict-cfg refuses it)")
     different = {n: before.get(n) for n in names if before.get(n) != after.get(n)}
-    return Settings(json.loads(_text(changed)), recipe, remarks, different)
+    return Settings(json.loads(json.dumps(changed)), recipe, remarks, different)
+
+
+def check_data(parts: Mapping[str, Loader], seed: int) -> list[str]:
+    """A remark for each oddity of the pictures' lists. parts: loaders by their keys.
+
+    Raises UserError for what is wrong with lists and pipelines.
+    """
+    remarks: dict[str, None] = {}
+    for name, loader in parts.items():
+        partition = inshop.read(loader.root, loader.ann_file, seed)
+        partition.split(loader.split)
+        remarks |= dict.fromkeys(partition.remarks())
+        pipeline.build_pipeline(loader.pipeline, f"{name}.dataset.pipeline")
+    return list(remarks)
 
 
 def stored_configuration(run_dir: Path) -> dict[str, Any]:
@@ -383,21 +396,6 @@ def _put(configuration: dict[str, Any], dotted: str, value: Any) -> None:
     configuration[last] = value
 
 
-def _text(value: Any) -> str:
-    """`value` as JSON, keys as text."""
-    try:
-        return json.dumps(value)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"the configuration cannot be kept as JSON: {one_line(error)}") from None
-
-
-def _misspelt(name: str) -> str:
-    return (
-        f"--cfg-options {shortened(name)}: the configuration has no {shortened(name)}"
-        f"{did_you_mean(name, _TOP_LEVEL)}"
-    )
-
-
 # --- reading --------------------------------------------------------------------------------------
 
 
@@ -440,7 +438,7 @@ def _listed(value: Any) -> Any:
         return {str(name): _listed(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
         return {str(place): _listed(inner) for place, inner in enumerate(value)}
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return value
 
 
 def _fill(kind: type[Any], configuration: dict[str, Any], prefix: str = "") -> Any:
@@ -499,6 +497,15 @@ def _check(recipe: Recipe) -> None:
         entry = config.checked(entry, dotted, lr_mult=1.0, decay_mult=1.0)
         for key_, value in entry.items():
             number(f"{dotted}.{key_}", value, float, Range())
+    depths = {"Recall": {1, 10, 20, 30, 40}, "mAP": {10}}  # which are always reported
+    metrics = [f"{kind}@{k}{end}" for kind, always in depths.items()
+               for k in sorted({*always, *recipe.depths(kind)})
+               for end in (("", "_min") if kind == "mAP" else ("",))]  # fmt: skip
+    if recipe.best not in (None, *metrics):
+        raise UserError(
+            f"default_hooks.checkpoint.save_best is {shown(recipe.save_best)}; allowed: auto, "
+            + ", ".join(f"retrieval/{name}" for name in metrics)
+        )
     if recipe.nesterov and not recipe.momentum:
         raise UserError("optim_wrapper.optimizer: nesterov needs a momentum above 0")
     if recipe.scale_lr and recipe.base_batch_size is None:

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root,
 from shared import logs
 from shared.config import ProcessOptions, RunOptions, dashed, free, option, parse, parse_known
 from shared.device import present_gpus, visible_gpus
-from shared.errors import UserError, shown
+from shared.errors import UserError
 from shared.files import open_lock
 from shared.launch import launch, world_size
 
@@ -147,7 +147,6 @@ def train(cfg: Config, settings: Settings) -> int:
     from shared.sampling import steps_per_epoch
 
     recipe, run_dir = settings.recipe, _run_dir(cfg)
-    _check_best(recipe)
     world = distributed.setup(cfg.run.device, cfg.run.timeout)
     with Run(_stored(cfg, settings), world, run_dir, "arcface") as run:
         _settle_torch(cfg, recipe, world)
@@ -474,21 +473,18 @@ def _check_data(cfg: Config, recipe: Recipe) -> list[str]:
 
     Lists, pipelines, learning rates and paths of weights are looked at before torch is loaded.
     """
-    from arcface.inshop_retrieval import inshop, pipeline, schedule
+    from arcface.inshop_retrieval import inshop, schedule
+    from arcface.inshop_retrieval.recipe import check_data
 
-    remarks: dict[str, None] = {}
-    for name, loader in (("train_dataloader", recipe.train), ("val_dataloader", recipe.query),
-                         ("model.prototype", recipe.gallery)):  # fmt: skip
-        partition = inshop.read(loader.root, loader.ann_file, cfg.run.seed)
-        partition.split(loader.split)
-        remarks |= dict.fromkeys(partition.remarks())
-        pipeline.build_pipeline(loader.pipeline, f"{name}.dataset.pipeline")
-        if loader is recipe.train:
-            _check_classes(recipe, len({picture.item for picture in partition.train}))
+    parts = {"train_dataloader": recipe.train, "val_dataloader": recipe.query,
+             "model.prototype": recipe.gallery}  # fmt: skip
+    remarks = check_data(parts, cfg.run.seed)
+    train = inshop.read(recipe.train.root, recipe.train.ann_file, cfg.run.seed)
+    _check_classes(recipe, len({picture.item for picture in train.split(recipe.train.split)}))
     schedule.learning_rate_factor(recipe.schedule, 1, recipe.lr)
     if not cfg.run.is_explicit_resume:  # which takes its weights from the checkpoint
         recipe.check_weights(is_random=cfg.init == "random")
-    return list(remarks)
+    return remarks
 
 
 def _check_classes(recipe: Recipe, found: int) -> None:
@@ -519,17 +515,6 @@ def _say_changes(cfg: Config, recipe: Recipe) -> None:
     elif cfg.run.resume in ("auto", "latest") and (_run_dir(cfg) / "config.json").is_file():
         for change in changes(_run_dir(cfg), recipe):
             log.info("not as in the run there: %s", change)
-
-
-def _check_best(recipe: Recipe) -> None:
-    from arcface.inshop_retrieval.evaluation import metric_names
-
-    names = metric_names(recipe.depths("Recall"), recipe.depths("mAP"))
-    if recipe.best is not None and recipe.best not in names:
-        allowed = ", ".join(f"retrieval/{name}" for name in names)
-        raise UserError(
-            f"default_hooks.checkpoint.save_best is {shown(recipe.best)}; allowed: auto, {allowed}"
-        )
 
 
 # --- how many processes ---------------------------------------------------------------------------
