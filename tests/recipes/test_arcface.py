@@ -243,6 +243,27 @@ def test_other_settings_are_refused_by_name_on_an_explicit_resume(flags, tmp_pat
     assert status_of(run_dir)["step"] == 2 * STEPS_AN_EPOCH
 
 
+def test_directory_resume_and_load_from_of_a_file_count(flags, config, tmp_path):
+    text, there = config.read_text(), tmp_path / "of the file"
+    words = [word for word in flags if word not in ("--work-dir", tmp_path / "work")]
+    config.write_text(f"{text}work_dir = {str(there)!r}\ntrain_cfg['max_epochs'] = 1\n")
+    assert train(*words, "--no-validate").code == 0
+    last = str(there / "epoch_1.pth")
+    config.write_text(f"{text}work_dir = {str(there)!r}\nresume = True\nload_from = {last!r}\n")
+    resumed = train(*words, "--no-validate", "--cfg-options", "train_cfg.max_epochs=2")
+    assert resumed.code == 0 and "at step 4 of 8" in resumed.text, resumed.text
+    assert (there / "epoch_2.pth").exists()
+
+
+def test_a_run_that_is_continued_runs_no_file(flags, config, tmp_path):
+    config.write_text(config.read_text() + "import sys\nsys.modules['of_the_file'] = sys\n")
+    assert train(*flags, "--no-validate", "--cfg-options", "train_cfg.max_epochs=1").code == 0
+    assert sys.modules.pop("of_the_file", None)
+    options = ["--no-validate", "--cfg-options", "train_cfg.max_epochs=2"]
+    assert train("--resume", tmp_path / "work", *options).code == 0
+    assert "of_the_file" not in sys.modules
+
+
 def test_automatic_resume_after_a_change_starts_anew_and_says_what_changed(flags, tmp_path):
     short = [*flags, "--no-validate", "--cfg-options", "train_cfg.max_epochs=1"]
     assert train(*short).code == 0
