@@ -248,7 +248,8 @@ class Overrides:
     """What a command line lays over a configuration.
 
     data_root: of every data set. scale_lr: the learning rate follows the batch size. strict: what
-    has no effect is refused. seed: of the split of a directory without a list.
+    has no effect is refused. seed: of the split of a directory without a list. is_stored: it is
+    that of a run, with its number of classes.
     """
 
     options: tuple[str, ...] = ()
@@ -256,6 +257,7 @@ class Overrides:
     scale_lr: bool = False
     strict: bool = False
     seed: int = 0
+    is_stored: bool = False
 
 
 def settle(configuration: dict[str, Any], over: Overrides, cwd: Path) -> Settings:
@@ -269,8 +271,8 @@ def settle(configuration: dict[str, Any], over: Overrides, cwd: Path) -> Setting
         _put(changed, f"{name}.dataset.data_root", str(_root_of(changed, name, cwd)))
     recipe, _ = read_recipe(changed)
     partition = inshop.read(recipe.train.root, recipe.train.ann_file, over.seed)
-    is_typed = any(text.startswith("model.head.num_classes=") for text in over.options)
-    if partition.is_folder and not is_typed:
+    is_given = any(text.startswith("model.head.num_classes=") for text in over.options)
+    if partition.is_folder and not (is_given or over.is_stored):
         _put(changed, "model.head.num_classes", max(2, len({p.item for p in partition.train})))
         recipe, _ = read_recipe(changed)
     return dataclasses.replace(found, configuration=changed, recipe=recipe)

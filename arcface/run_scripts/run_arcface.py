@@ -423,10 +423,11 @@ def _settings(cfg: Config) -> Settings:
     from arcface.inshop_retrieval import recipe
     from arcface.inshop_retrieval.config import find_config, read_config
 
+    is_stored = cfg.run.is_explicit_resume and not (cfg.config and "config" in cfg.run.typed)
     over = recipe.Overrides(
-        cfg.cfg_options, cfg.data_root, cfg.auto_scale_lr, cfg.strict_cfg, cfg.run.seed
+        cfg.cfg_options, cfg.data_root, cfg.auto_scale_lr, cfg.strict_cfg, cfg.run.seed, is_stored
     )
-    if cfg.run.is_explicit_resume and not (cfg.config and "config" in cfg.run.typed):
+    if is_stored:
         configuration = recipe.stored_configuration(_directory_of(cfg.run.resume))
     else:
         configuration = read_config(find_config(cfg.config or CONFIG, Path.cwd()))

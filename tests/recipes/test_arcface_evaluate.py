@@ -187,6 +187,7 @@ def test_a_directory_of_classes_is_trained_on_and_evaluated(folders, tmp_path):
     assert told in outcome.text and "43 pictures of 8 items" in outcome.text
     head = torch.load(tmp_path / "work" / "epoch_1.pth")["parts"]["head"]["weight"]
     assert head.shape == (8, 512)  # as many as there are, whatever the file says
+    assert run_here(run_arcface.main, ["--resume", tmp_path / "work" / "epoch_1.pth"]).code == 0
     again = ["--checkpoint", tmp_path / "work", "--out", tmp_path / "out"]
     assert run_here(evaluate.main, again).code == 0
     written = json.loads((tmp_path / "out" / "retrieval.json").read_text())
