@@ -2,6 +2,7 @@ r"""Train an ArcFace image retriever on DeepFashion In-shop.
 
 python run_scripts/run_arcface.py --launcher pytorch --nproc-per-node 4 \
     --config config/arcface/resnet50-arcface_8xb32_inshop.py --data-root DIR
+python run_scripts/run_arcface.py --data-root DIR              In-shop, or <class>/<image>
 python run_scripts/run_arcface.py --cfg-options train_cfg.max_epochs=10 …
 python run_scripts/run_arcface.py --config … --resume          continue the run in its work dir
 python run_scripts/run_arcface.py --demo                       built-in data, on any machine
