@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import fnmatch
+import functools
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -311,8 +312,9 @@ def check_data(parts: Mapping[str, Loader], seed: int) -> list[str]:
     Raises UserError for what is wrong with lists and pipelines.
     """
     remarks: dict[str, None] = {}
+    once = functools.cache(inshop.read)  # all parts may be of one list
     for name, loader in parts.items():
-        partition = inshop.read(loader.root, loader.ann_file, seed)
+        partition = once(loader.root, loader.ann_file, seed)
         partition.split(loader.split)
         remarks |= dict.fromkeys(partition.remarks())
         pipeline.build_pipeline(loader.pipeline, f"{name}.dataset.pipeline")

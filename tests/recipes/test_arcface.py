@@ -322,6 +322,7 @@ def paste(command, cwd, **environ):
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     } | environ
     environ["CUDA_VISIBLE_DEVICES"] = ""
+    environ.pop("OMP_NUM_THREADS", None)
     return subprocess.run(
         ["bash", "-c", command], cwd=cwd, env=environ, capture_output=True, text=True, timeout=110
     )
@@ -338,6 +339,8 @@ def test_the_documented_command_pasted_trains(inshop, tmp_path):
     assert "12 a step = 1 process(es) x 12 | lr 0.0009375" in log  # 0.02 * 12 / 256
     assert "retrieval/Recall@1: " in log and "exit 0" in log
     assert (tmp_path / "work" / "epoch_1.pth").exists()
+    written = json.loads((tmp_path / "work" / "config.json").read_text())
+    assert written["environment"]["threads"] == 1  # as every recipe's run where none are asked for
 
 
 def test_the_documents_two_lines_pasted_one_after_the_other_find_the_program(inshop, tmp_path):
