@@ -45,25 +45,25 @@ def plan(recipe: Recipe, amp: str, processes: int) -> memory.Plan:
         encoder = build_encoder(recipe.encoder, "random").to(memory_format=torch.channels_last)
         head = build_head(own, margins, World(), seed=0)
         trained = nn.ModuleList([encoder, head]).train()
-        optimizer, of_head = build_optimizers(recipe, encoder.backbone, head, recipe.lr)
+        optimizer, head_optimizer = build_optimizers(recipe, encoder.backbone, head, recipe.lr)
         shape = (batch, 3, pipeline.height, pipeline.width)
         pictures = torch.empty(shape, memory_format=torch.channels_last)
         labels = torch.tensor([0] * batch * ranks)
-        live.begin(trained, *filter(None, [optimizer, of_head]))
-        if of_head:
-            rows = CentreRows(head, of_head)
+        live.begin(trained, *filter(None, [optimizer, head_optimizer]))
+        if head_optimizer:
+            rows = CentreRows(head, head_optimizer)
             rows.sample(labels, 0)
             live.count_as("optimizer", list(rows.moments.values()))
         precision = Amp(memory.mode_of(amp), memory.CPU)
         with precision.autocast():
             loss = head(torch.cat([encoder(pictures)] * ranks), labels)
         precision.backward(loss)
-        sharded = (of_head, World()) if of_head else None
+        sharded = (head_optimizer, World()) if head_optimizer else None
         precision.step(
             optimizer, parameters(optimizer), clip_norm=recipe.largest_norm, sharded=sharded
         )
     title = f"arcface: {batch} pictures a process of {shape[2]} x {shape[3]}, amp {amp}"
-    wrapped = encoder if of_head else trained
+    wrapped = encoder if head_optimizer else trained
     what = "pictures, and all that is kept of them"
     return live.plan(title, what, wrapped=wrapped, processes=processes)
 

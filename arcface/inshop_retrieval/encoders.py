@@ -155,13 +155,13 @@ def _resnet(entry: dict[str, Any], name: str) -> tuple[Encoder, Find]:
     from torchvision import models
 
     fixed = {key: allowed[0] for key, allowed in _RESNET.items()}
-    its = checked(entry, name, depth=None, init_cfg=None, norm_eval=False, **fixed)
+    settings = checked(entry, name, depth=None, init_cfg=None, norm_eval=False, **fixed)
     allowed = {"depth": DEPTHS, "norm_eval": (False, True), **_RESNET}
     for key, values in allowed.items():
-        if its[key] not in values:
+        if settings[key] not in values:
             listed = ", ".join(map(str, values if key == "depth" else values[:1]))
-            raise UserError(f"{name}.{key} is {shown(its[key])}; allowed: {listed}")
-    kind = f"resnet{its['depth']}"
+            raise UserError(f"{name}.{key} is {shown(settings[key])}; allowed: {listed}")
+    kind = f"resnet{settings['depth']}"
     backbone = getattr(models, kind)(weights=None)
     dim = backbone.fc.in_features
     backbone.fc = nn.Identity()  # what is left ends with the pooled feature
@@ -170,7 +170,7 @@ def _resnet(entry: dict[str, Any], name: str) -> tuple[Encoder, Find]:
     def find(name: str) -> Path | None:
         return hub.fetched_weights(urls[name], _torch_cache()) if name in urls else None
 
-    return Encoder(backbone, dim, norm_eval=its["norm_eval"]), find
+    return Encoder(backbone, dim, norm_eval=settings["norm_eval"]), find
 
 
 def _open_clip(entry: dict[str, Any], name: str) -> tuple[Encoder, Find]:
@@ -207,8 +207,8 @@ def _open_clip(entry: dict[str, Any], name: str) -> tuple[Encoder, Find]:
 
 def _load(backbone: nn.Module, init_cfg: Any, section: str, find: Find) -> None:
     """Fill `backbone` as `init_cfg` says. find: the file of a name, None for what is no name."""
-    its = checked(init_cfg, section, checkpoint=None, prefix=None, map_location=None)
-    name = its["checkpoint"]
+    settings = checked(init_cfg, section, checkpoint=None, prefix=None, map_location=None)
+    name = settings["checkpoint"]
     if init_cfg.get("type") != "Pretrained" or not isinstance(name, str) or not name:
         raise UserError(f"{section}: expected type='Pretrained' and checkpoint, a path or a name")
     try:
@@ -217,7 +217,7 @@ def _load(backbone: nn.Module, init_cfg: Any, section: str, find: Find) -> None:
         raise UserError(_missing(name, str(error), section)) from None
     if not path.exists():
         raise UserError(_missing(name, f"looked for {path}", section))
-    fill_backbone(backbone, weights.read(path), path, its["prefix"])
+    fill_backbone(backbone, weights.read(path), path, settings["prefix"])
     log.info("the encoder starts from %s", path)
 
 

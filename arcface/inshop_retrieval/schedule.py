@@ -58,13 +58,13 @@ def _factor(entry: Any, name: str, steps_per_epoch: int, base_lr: float) -> Fact
     if kind not in _KINDS:
         near = did_you_mean(str(kind), _KINDS)
         raise UserError(f"{name}.type is {shown(kind)}, allowed: {', '.join(_KINDS)}{near}")
-    its = _settings(entry, name, kind)
-    every_step = its["convert_to_iter_based"] or not its["by_epoch"]
+    settings = _settings(entry, name, kind)
+    every_step = settings["convert_to_iter_based"] or not settings["by_epoch"]
     unit = (
-        steps_per_epoch if its["by_epoch"] and every_step else 1
+        steps_per_epoch if settings["by_epoch"] and every_step else 1
     )  # of begin, end, T_max, in ticks
-    begin, end = its["begin"] * unit, its["end"] * unit
-    shape = _shape(kind, its, end - begin, unit, base_lr)
+    begin, end = settings["begin"] * unit, settings["end"] * unit
+    shape = _shape(kind, settings, end - begin, unit, base_lr)
 
     def factor(step: int) -> float:
         tick = step if every_step else step // steps_per_epoch
@@ -74,22 +74,22 @@ def _factor(entry: Any, name: str, steps_per_epoch: int, base_lr: float) -> Fact
 
 
 def _settings(entry: dict[str, Any], name: str, kind: str) -> dict[str, Any]:
-    its = checked(entry, name, **_ALL, **_KINDS[kind])
-    for key, value in its.items():
+    settings = checked(entry, name, **_ALL, **_KINDS[kind])
+    for key, value in settings.items():
         if key in ("by_epoch", "convert_to_iter_based"):
             if not isinstance(value, bool):
                 raise UserError(f"{name}.{key} is {shown(value)}, expected True or False")
         elif key == "milestones":
-            its[key] = [
+            settings[key] = [
                 number(f"{name}.{key}", one, float, Range()) for one in _listed(name, value)
             ]
         elif key in entry and value is not None:
-            its[key] = number(f"{name}.{key}", value, float, Range())
-    if kind == "CosineAnnealingLR" and its["T_max"] is None:
-        its["T_max"] = its["end"] - its["begin"]
-    if kind == "CosineAnnealingLR" and not 0 < its["T_max"] < math.inf:
+            settings[key] = number(f"{name}.{key}", value, float, Range())
+    if kind == "CosineAnnealingLR" and settings["T_max"] is None:
+        settings["T_max"] = settings["end"] - settings["begin"]
+    if kind == "CosineAnnealingLR" and not 0 < settings["T_max"] < math.inf:
         raise UserError(f"{name}.T_max is missing or 0: give it, or begin and end")
-    return its
+    return settings
 
 
 def _listed(name: str, value: Any) -> list[Any]:
@@ -99,20 +99,20 @@ def _listed(name: str, value: Any) -> list[Any]:
 
 
 def _shape(
-    kind: str, its: dict[str, Any], length: float, unit: int, base_lr: float
+    kind: str, settings: dict[str, Any], length: float, unit: int, base_lr: float
 ) -> Callable[[float], float]:
     """The factor by ticks since `begin`."""
     if kind == "LinearLR":
-        first, last = its["start_factor"], its["end_factor"]
+        first, last = settings["start_factor"], settings["end_factor"]
         span = max(1.0, length - 1)
         return lambda done: first + (last - first) * done / span
     if kind == "CosineAnnealingLR":
-        period, lowest = its["T_max"] * unit, its["eta_min"] / base_lr
+        period, lowest = settings["T_max"] * unit, settings["eta_min"] / base_lr
         return lambda done: lowest + (1 - lowest) * (1 + math.cos(math.pi * done / period)) / 2
     if kind == "ConstantLR":
-        return lambda done: its["factor"] if done < length - 1 else 1.0
-    milestones = [milestone * unit for milestone in its["milestones"]]
-    return lambda done: its["gamma"] ** sum(milestone <= done for milestone in milestones)
+        return lambda done: settings["factor"] if done < length - 1 else 1.0
+    milestones = [milestone * unit for milestone in settings["milestones"]]
+    return lambda done: settings["gamma"] ** sum(milestone <= done for milestone in milestones)
 
 
 # --- optimizers -----------------------------------------------------------------------------------
@@ -183,9 +183,11 @@ def _named_parameters(parts: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Par
 
 def _multipliers(recipe: Recipe, name: str, kind: str) -> tuple[float, float]:
     """What multiplies the learning rate and the weight decay of a parameter."""
-    for key, its in sorted(dict(recipe.custom_keys or {}).items(), key=lambda item: -len(item[0])):
+    for key, factors in sorted(
+        dict(recipe.custom_keys or {}).items(), key=lambda item: -len(item[0])
+    ):
         if key in name:
-            return its.get("lr_mult", 1.0), its.get("decay_mult", 1.0)
+            return factors.get("lr_mult", 1.0), factors.get("decay_mult", 1.0)
     return 1.0, {"norm": recipe.norm_decay, "bias": recipe.bias_decay}.get(kind, 1.0)
 
 

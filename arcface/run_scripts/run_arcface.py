@@ -165,11 +165,11 @@ def train(cfg: Config, settings: Settings) -> int:
         _load_from(cfg, recipe, encoder, head)
         _describe(recipe, world, pictures, encoder, head)
         lr = recipe.lr_for(batch_size)
-        optimizer, of_head = schedule.build_optimizers(recipe, encoder.backbone, head, lr)
-        rows = CentreRows(head, of_head) if of_head else None
+        optimizer, head_optimizer = schedule.build_optimizers(recipe, encoder.backbone, head, lr)
+        rows = CentreRows(head, head_optimizer) if head_optimizer else None
         embed, arcface = encoders.wrap(encoder, world), head if rows else encoders.wrap(head, world)
         factor = schedule.learning_rate_factor(recipe.schedule, steps, lr)
-        rate = schedule.LearningRate([optimizer, *filter(None, [of_head])], factor)
+        rate = schedule.LearningRate([optimizer, *filter(None, [head_optimizer])], factor)
 
         amp, statistics = _amp(cfg, recipe, world), encoders.RankBuffers(encoder, world)
         record, files = epochs.Record(), epochs.EpochFiles(run_dir, recipe.keep, recipe.best)
@@ -208,7 +208,7 @@ def train(cfg: Config, settings: Settings) -> int:
                 amp.backward(loss)
                 loss = loss.detach()  # its graph must not outlive the sampled centres
                 amp.step(optimizer, schedule.parameters(optimizer), clip_norm=recipe.largest_norm,
-                         sharded=(of_head, world) if of_head else None)  # fmt: skip
+                         sharded=(head_optimizer, world) if head_optimizer else None)  # fmt: skip
                 position.advance()
                 lines.step_done(position, loss, lr)
                 run.log({"loss": loss, "lr": lr})
