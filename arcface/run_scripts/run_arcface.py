@@ -167,7 +167,8 @@ def train(cfg: Config, settings: Settings) -> int:
         lr = recipe.lr_for(batch_size)
         optimizer, head_optimizer = schedule.build_optimizers(recipe, encoder.backbone, head, lr)
         rows = CentreRows(head, head_optimizer) if head_optimizer else None
-        embed, arcface = encoders.wrap(encoder, world), head if rows else encoders.wrap(head, world)
+        embed = encoders.wrap(encoder, world)
+        arcface = head if rows else encoders.wrap(head, world)
         factor = schedule.learning_rate_factor(recipe.schedule, steps, lr)
         rate = schedule.LearningRate([optimizer, *filter(None, [head_optimizer])], factor)
 
