@@ -407,11 +407,17 @@ def test_help_and_dry_run_do_not_load_torch(flags, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_unknown_settings_are_named_once_and_refused_when_strict(flags):
+def test_unknown_settings_are_named_once_and_refused_when_strict(flags, config):
     typo = ["--cfg-options", "train_cfg.max_epohcs=1", "--dry-run"]
     strict = train(*flags, *typo, "--strict-cfg")
     assert strict.code == 2 and "max_epohcs" in strict.last_line
-    assert train(*flags, *typo).code == 0
+    config.write_text(config.read_text() + "model['head']['scael'] = 3\ncustom_imports = ['x']\n")
+    planned = train(*flags, *typo)
+    assert planned.code == 0
+    for remark in ("max_epohcs is not known and has no effect; did you mean max_epochs?",
+                   "model.head.scael is not known and has no effect; did you mean scale?",
+                   "custom_imports has no effect"):  # fmt: skip
+        assert planned.text.count(remark) == 1, planned.text
 
 
 # --- the demo -------------------------------------------------------------------------------------
