@@ -3,7 +3,7 @@
 #   ./run_prompt_tuning.sh                                the settings below; log in logs/, run in src/out_finetuned
 #   ./run_prompt_tuning.sh --category amazon_home         a flag typed here wins over the same flag below
 #   ./run_prompt_tuning.sh --demo                         on the demo, after ./run_training.sh --demo
-#   nohup ./run_prompt_tuning.sh > /dev/null 2>&1 &       goes on after logout
+#   nohup ./run_prompt_tuning.sh > /dev/null 2>&1 &       continues after logout
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 recipe=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd -P) || exit 1
 # shellcheck source=../shared/shell/common.sh

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Stage 1: teach LLaVA-v1.6's vision tower. Every argument goes to src/knowledge_distillation.py.
 #   ./run_training.sh                            the settings below; log in logs/, run in src/out_distilled
-#   nohup ./run_training.sh > /dev/null 2>&1 &   goes on after the terminal is closed
+#   nohup ./run_training.sh > /dev/null 2>&1 &   continues after the terminal is closed
 #   ./run_training.sh --max_samples all          a flag typed here wins over the same flag below
 #   ./run_training.sh --demo                     built-in data, on any machine
 #   ./monitor_training.sh                        watch it, from another terminal

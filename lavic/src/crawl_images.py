@@ -5,7 +5,7 @@ python crawl_images.py --workers 64             more at a time
 python crawl_images.py --train-only             those of item2meta_train.json alone
 python crawl_images.py --valid-only             those of item2meta_valid.jsonl alone
 
-Interrupted or killed, the same command goes on: what is there and decodes is not fetched again.
+Interrupted or killed, the same command continues: what is there and decodes is not fetched again.
 Pictures that could not be had are listed in data/crawl_failures.jsonl with the reason.
 Exit code 0: every picture is there, or gone for good where it was; 1: another run may get more.
 """
@@ -224,7 +224,7 @@ class Crawler:
             except StoppedError:
                 return
             except RefusedError as refusal:
-                self._heard_from(host)
+                self._note_answer(host)
                 return self._fail(picture, str(refusal), tries, is_final=True)
             except TransientError as error:
                 pause = self._after(host, error, tries)
@@ -232,7 +232,7 @@ class Crawler:
                     return self._fail(picture, host.given_up or error.reason, tries, is_final=False)
                 self._ending.wait(pause)
             else:
-                self._heard_from(host)
+                self._note_answer(host)
                 return self._put(picture, content)
 
     def _after(self, host: Host, error: TransientError, tries: int) -> float:
@@ -244,14 +244,14 @@ class Crawler:
         if isinstance(error, UnreachableError):
             self._lost_one(host, error)
             return pause
-        self._heard_from(host)
+        self._note_answer(host)
         if pause > LONGEST_WAIT:
             self._give_up(host, f"{error.reason}, and asks to wait {clock(pause)}")
         elif error.after is not None or error.reason == "answered 429":
             self._rest(host, pause)
         return pause
 
-    def _heard_from(self, host: Host) -> None:
+    def _note_answer(self, host: Host) -> None:
         with self._lock:
             host.has_answered, host.num_lost = True, 0
 

@@ -18,7 +18,7 @@ import sys
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
@@ -27,6 +27,9 @@ from shared.errors import UserError
 from shared.files import make_output, read_object, write_json
 from shared.launch import launch_alone
 from shared.settings import Count, Workers
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 log = logging.getLogger(__name__)
 
@@ -174,19 +177,19 @@ def _evaluate(cfg: Config, adapter: Path, stage: int, out: Path) -> int:
 
 def _of_vision(cfg: Config, adapter: Path, world: Any) -> Results:
     """val_loss and val_perplexity of stage 1's adapter over data_root's validation pictures."""
-    import torch
-
     from lavic.src.catalogue import read_samples
     from lavic.src.vision import captions, model
     from lavic.src.vision.adapter_files import base_of
     from lavic.src.vision.adapters import load_adapter
     from lavic.src.vision.caption_loss import caption_nll
+    from lavic.src.vision.training import mean_nll
     from shared.images import Skipped
     from shared.loader import make_eval_loader
     from shared.precision import Amp
+    from shared.progress import Share
 
-    found = read_samples(cfg.data_root / "item2meta_valid.jsonl", cfg.data_root / "valid_images")
-    samples = found.usable[: cfg.limit]
+    file = cfg.data_root / "item2meta_valid.jsonl"
+    samples = read_samples(file, cfg.data_root / "valid_images").usable[: cfg.limit]
     dtype, amp_mode = model.precision(cfg.dtype, cfg.tool.amp, world.device)
     amp, base_name = Amp(amp_mode, world.device), base_of(adapter, cfg.model_name)
     four_bit, spread = cfg.load_in_4bit, cfg.device_map == "auto"
@@ -202,17 +205,15 @@ def _of_vision(cfg: Config, adapter: Path, world: Any) -> Results:
         captions.Captions(samples, processor, slots, longest), cfg.batch_size, world,
         workers=cfg.num_workers, collate=captions.Collate(cfg.batch_size, pad, fixed),
     )  # fmt: skip
-    skipped, total, tokens = Skipped("samples"), 0.0, 0
-    for step in loader:
-        for name, reason in step.left_out:
-            skipped.add(name, reason)
-        for batch in step.batches:
-            with torch.no_grad(), amp.autocast():
-                total += float(caption_nll(llava, batch.to(world.device), item_ids, None))
-            tokens += batch.num_labels
-    if not tokens:
-        raise UserError("no validation sample could be used: see the reasons above")
-    loss = total / tokens
+
+    def nll_of(batch: captions.Batch) -> Tensor:
+        with amp.autocast():
+            return caption_nll(llava, batch.to(world.device), item_ids, None)
+
+    skipped = Skipped("samples")
+    found = mean_nll(loader, nll_of, world, skipped, Share().text)
+    assert found
+    loss, tokens = found
     metrics = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
     counts = {"samples": len(samples) - skipped.count, "tokens": tokens, "left_out": skipped.count}
     return metrics, counts, {"model_name": base_name, "slots": slots}

@@ -14,6 +14,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -149,7 +150,7 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
     import torch
 
     from lavic.src.vision import adapters, caption_loss, captions, model
-    from lavic.src.vision.training import Best, SameData, Sums, sum_gradients
+    from lavic.src.vision.training import Best, SameData, Sums, mean_nll, sum_gradients
     from shared import distributed
     from shared.early_stopping import has_stalled
     from shared.images import Skipped
@@ -185,7 +186,8 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
             llava.eval()
             rest = make_eval_loader(val_set, cfg.batch_size, world, workers=cfg.num_workers,
                                     collate=collate)  # fmt: skip
-            return _validate(run, world, rest, nll_of, skipped)
+            stop_now = partial(run.should_stop, at_once=True)
+            return _reported(run, mean_nll(rest, nll_of, world, skipped, run.beat, stop_now))
 
         trained = list(adapters.adapter_parameters(llava).values())
         optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
@@ -229,7 +231,6 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
                     run.save(parts)
                 if stop:
                     return run.finish()
-
             sums.share(world)
             run.save(parts)  # a stop in the validation loses nothing
             _conclude(cfg, run, *sums.conclude(world))
@@ -283,31 +284,13 @@ def _build(cfg: Config, world: World) -> tuple[Any, Any, list[int], str]:
     return llava, processor, item_ids, amp_mode
 
 
-def _validate(run: Run, world: World, loader: Any, nll_of: Any, skipped: Skipped) -> float | None:
-    """The mean loss of a token over the validation samples of all processes; the same on each.
+def _reported(run: Run, found: tuple[float, int] | None) -> float | None:
+    """The loss of a validation, logged; None of one that was stopped."""
+    from lavic.src.vision.training import perplexity
 
-    None when the user wants to stop. Raises UserError when not one sample could be used.
-    """
-    import torch
-
-    from lavic.src.vision.training import in_step, perplexity
-    from shared import distributed
-
-    totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # of losses, of tokens
-    for number, step in enumerate(in_step(loader, world)):
-        run.beat("validation: batch", number, len(loader))
-        if run.should_stop(at_once=True):
-            return None
-        for name, reason in step.left_out if step else ():
-            skipped.add(name, reason)
-        for batch in step.batches if step else ():
-            with torch.no_grad():
-                totals[0] += nll_of(batch)
-            totals[1] += batch.num_labels
-    totals = distributed.total(totals, world)
-    if not totals[1]:
-        raise UserError("no validation sample could be used: see the reasons above")
-    loss = float(totals[0] / totals[1])
+    if found is None:
+        return None
+    loss, _ = found
     run.log({"val_loss": loss, "val_perplexity": perplexity(loss)}, split="val")
     log.info("val_loss %.4f | val_perplexity %.4f", loss, perplexity(loss))
     return loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import resource
@@ -16,6 +17,7 @@ import pytest
 
 from lavic.src import crawl_images
 from lavic.src.catalogue import Picture, read_pictures
+from lavic.src.vision import fetch
 from shared.errors import UserError
 from tests.harness import ROOT, Outcome, free_port, run_here, start, wait_until
 from tests.hub_server import (
@@ -241,6 +243,25 @@ def test_workers_fetch_at_the_same_time(shop, tmp_path):
     root = write_items(tmp_path / "data", shop)
     assert crawl(root, "--workers", 8).code == 0
     assert shop.most_at_once == 8
+
+
+def test_a_host_that_stops_answering_has_a_rest_and_is_asked_again(shop, tmp_path, monkeypatch):
+    root = write_items(tmp_path / "data", shop)
+    monkeypatch.setattr(crawl_images, "OUTAGE", 1.5)
+    original, asked = fetch.Fetcher.fetch, []
+
+    def unreachable_for_a_while(self: fetch.Fetcher, url: str) -> bytes:
+        asked.append(time.monotonic())
+        if len(asked) in (3, 4):
+            raise fetch.UnreachableError("the shop", "no connection (refused)")
+        return original(self, url)
+
+    monkeypatch.setattr(fetch.Fetcher, "fetch", unreachable_for_a_while)
+    outcome = crawl(root, "--workers", 2, "--per-host", 2)
+    assert outcome.code == 0, outcome.text
+    assert "does not answer: asked again in" in outcome.text
+    assert there(root) | there(root, "valid") == shop.files
+    assert max(b - a for a, b in itertools.pairwise(asked)) >= 1.4
 
 
 def test_a_host_that_nobody_answers_for_is_given_up_at_once(shop, tmp_path):

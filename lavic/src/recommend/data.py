@@ -27,7 +27,7 @@ class Conversation:
     context: str
     gt_items: tuple[str, ...]
     candidates: tuple[str, ...]
-    row: dict[str, Any]  # as it stands in the file
+    row: dict[str, Any]  # as in the file
 
     @property
     def reachable(self) -> bool:

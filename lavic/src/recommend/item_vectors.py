@@ -95,7 +95,7 @@ def prepare(
     workers: int,
     beat: Beat | None = None,
 ) -> ItemVectors:
-    """The vectors of the items whose picture {id}_0.jpg lies in `images`; every rank calls it.
+    """The vectors of the items whose picture {id}_0.jpg is in `images`; every rank calls it.
 
     What `cache` lacks is computed, each rank its share, and kept there. Items without a picture,
     or with one that cannot be decoded, have no vectors: the result says why. beat: is told how far

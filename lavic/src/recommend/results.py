@@ -113,7 +113,7 @@ def outcome_of(conversations: Sequence[Conversation], responses: Sequence[str]) 
 
 
 def write_answers(path: Path, candidate_type: str, found: Outcome) -> None:
-    """The test conversations, each as it stands in its file, with recommended_… and response_…,
+    """The test conversations, each as in its file, with recommended_… and response_…,
     the dots being the candidates' type: recommended_st for candidates_st.
     """
     kind = candidate_type.removeprefix("candidates_")

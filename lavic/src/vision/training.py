@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.distributed import World
+from shared.errors import UserError
+from shared.images import Skipped
 
 T = TypeVar("T")
 
@@ -40,6 +42,36 @@ def in_step(batches: Iterable[T], world: World) -> Iterator[T | None]:
         batch = next(own, None)
 
 
+@torch.no_grad()
+def mean_nll(
+    loader: Any,
+    nll_of: Callable[[Any], Tensor],
+    world: World,
+    skipped: Skipped,
+    beat: Callable[[str, int, int], object],
+    should_stop: Callable[[], bool] = lambda: False,
+) -> tuple[float, int] | None:
+    """(mean loss of a label, labels) over the steps of all ranks; the same on each.
+
+    loader: of this rank. nll_of: a batch's loss, summed over its labels. beat: is told how far it
+    is. None when the user wants to stop. Raises UserError when not one sample could be used.
+    """
+    totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # of losses, of labels
+    for number, step in enumerate(in_step(loader, world)):
+        beat("validation: batch", number, len(loader))
+        if should_stop():
+            return None
+        for name, reason in step.left_out if step else ():
+            skipped.add(name, reason)
+        for batch in step.batches if step else ():
+            totals[0] += nll_of(batch)
+            totals[1] += batch.num_labels
+    loss, labels = distributed.total(totals, world).tolist()
+    if not labels:
+        raise UserError("no validation sample could be used: see the reasons above")
+    return loss / labels, round(labels)
+
+
 def perplexity(loss: float) -> float:
     """The exponential of a loss in nats; infinite where that says nothing any more."""
     return math.exp(loss) if loss < 20 else math.inf
@@ -58,7 +90,7 @@ class Sums:
         self._labels = self.seen = self.left_out = 0.0
 
     def add(self, nll: Tensor, *, labels: int, used: int, left_out: int) -> None:
-        """Count a step whose labels' losses sum up to `nll`, a scalar; the device goes on."""
+        """Count a step whose labels' losses sum up to `nll`, a scalar on the device."""
         self._nll += nll
         self._labels += labels
         self.left_out += left_out
@@ -111,7 +143,9 @@ class Best:
         return dict(vars(self))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave."""
+        """Put back what `state_dict` gave. Raises ValueError for another version's."""
+        if state.keys() != vars(self).keys():
+            raise ValueError("another version wrote it; start anew with --resume never")
         vars(self).update(state)
 
 
