@@ -69,7 +69,7 @@ def launch(main: Main, fit: Fit | None = None) -> int:
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         return _work(main, argv)
     logs.setup()
-    if any(flag in argv for flag in _WITHOUT_TRAINING):
+    if any(flag in argv for flag in _WITHOUT_TRAINING) or "TOOLKIT_NO_WORD" in os.environ:
         return _start(main, argv, fit)
     word = launched.begin(Path(sys.argv[0]), outcome.log_file())
     if word:

@@ -2,7 +2,8 @@
 it writes, from its first second, and one that failed before it had a directory.
 
 <recipe>/.runs/<pid>.json: id, host, birth and command of the process; started_at, log, run_dir
-(null until the run has taken it), state (running|done|failed|stopped), exit_code, reason.
+(null until the run has taken it), state (running|done|failed|stopped), exit_code, reason. None is
+left where TOOLKIT_NO_WORD is set.
 Standard library only.
 """
 

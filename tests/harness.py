@@ -173,7 +173,8 @@ def paced(script: Path, run_dir: Path, step: int, seconds: float = 0.5) -> list[
 def environment(**changes: str) -> dict[str, str]:
     """The environment for a run: this one without what steers runs, with a new token."""
     kept = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
-    return kept | {"OMP_NUM_THREADS": "1", _TOKEN: uuid.uuid4().hex} | changes
+    ours = {"OMP_NUM_THREADS": "1", "TOOLKIT_NO_WORD": "1", _TOKEN: uuid.uuid4().hex}
+    return kept | ours | changes
 
 
 def run_here(main: Callable[[list[str]], int], args: Sequence[object]) -> Outcome:
