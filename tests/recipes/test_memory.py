@@ -131,7 +131,7 @@ def test_lavics_first_stage_is_estimated_within_15_percent(products, tmp_path, m
 @pytest.mark.parametrize(
     "more",
     [
-        ["--gradient_checkpointing", "off", "--grad_accum", 2],
+        ["--gradient_checkpointing", "off", "--batch_size", 2, "--grad_accum", 2],
         ["--gradient_checkpointing", "on"],
         ["--gradient_checkpointing", "off", "--dtype", "bfloat16"],
     ],
