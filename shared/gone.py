@@ -11,6 +11,7 @@ INSTEAD = {  # a flag, a flag with one of its values, a command with one of its 
     "--notify": "to act on the end of a run, type python shared/tools/monitor.py --follow; COMMAND",
     "--shard-head": "leave it out; every process holds the whole head",
     "--sample-rate": "leave it out; every step compares with all identities",
+    "--attention": "leave it out; attention is torch's fused one, with the same numbers",
     "--at-mode cosine": "type zagoruyko, equal but for a factor; kl_minmax for probability maps",
     "report.py compare": "to compare runs, type tensorboard --logdir with the directory above them",
 }
