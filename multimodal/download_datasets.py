@@ -32,9 +32,9 @@ from shared.launch import launch_alone
 from shared.settings import Connections
 
 if TYPE_CHECKING:
-    from multimodal.clip_sources import YouTube
-    from multimodal.downloading import Options
-    from multimodal.sources import DataSet
+    from multimodal.pairs.clips import YouTube
+    from multimodal.pairs.sources import Archive, DataSet, Source
+    from shared.web import Client
 
 RECIPE = Path(__file__).resolve().parent
 DATA_ROOT = RECIPE / "data"
@@ -83,34 +83,34 @@ def main(argv: list[str] | None = None) -> int:
     _check_source(cfg)
     if cfg.demo:
         return _make_demo(cfg)
-    from multimodal import downloading
-    from multimodal.sources import DATA_SETS
+    from multimodal.pairs import sources
 
-    data_sets = [DATA_SETS[name] for name in chosen]
+    data_sets = [sources.DATA_SETS[name] for name in chosen]
     if cfg.mirror:
-        data_sets = [downloading.pointed_at(item, cfg.mirror) for item in data_sets]
-    options = _options(cfg)
-    needs = [downloading.need_of(item, _root(cfg, item)) for item in data_sets]
+        data_sets = [sources.pointed_at(item, cfg.mirror) for item in data_sets]
+    needs = [sources.need_of(item, _root(cfg, item)) for item in data_sets]
     for item, need in zip(data_sets, needs, strict=True):
         print(f"{item.name:<10} {need.fetch:>15,} bytes to fetch {need.disk:>16,} bytes of disk")
     if cfg.dry_run:
         return DONE
-    outcomes = [_try(lambda item=item: _get(cfg, item, options), item.name) for item in data_sets]
+    outcomes = [_try(lambda item=item: _get(cfg, item), item.name) for item in data_sets]
     return _conclude(outcomes, cfg.data_root)
 
 
 def _chosen(names: tuple[str, ...]) -> tuple[str, ...]:
-    from multimodal.sources import ALL, DATA_SETS
+    from multimodal.pairs.sources import DATA_SETS, NAMES
 
     for name in names:
         if name not in (*DATA_SETS, "all"):
             near = did_you_mean(name, (*DATA_SETS, "all"))
             raise UserError(f"--datasets {name}: allowed are {', '.join(DATA_SETS)} and all{near}")
-    return tuple(dict.fromkeys(one for name in names for one in (ALL if name == "all" else [name])))
+    return tuple(
+        dict.fromkeys(one for name in names for one in (NAMES if name == "all" else [name]))
+    )
 
 
 def _check_source(cfg: Config) -> None:
-    from multimodal.sources import check_audiocaps
+    from multimodal.pairs.sources import check_audiocaps
 
     check_audiocaps(cfg.audiocaps_source)
     if cfg.cookies and not cfg.cookies.is_file():
@@ -118,7 +118,7 @@ def _check_source(cfg: Config) -> None:
 
 
 def _make_demo(cfg: Config) -> int:
-    from multimodal import demo
+    from multimodal.demo_data import demo
 
     if cfg.dry_run:
         print(f"demo data would be made in {RECIPE / 'demo'}")
@@ -127,45 +127,105 @@ def _make_demo(cfg: Config) -> int:
     return DONE
 
 
-def _options(cfg: Config) -> "Options":
-    from multimodal.downloading import Options
-
-    return Options(
-        cfg.skip_existing,
-        cfg.verify,
-        cfg.delete_archives,
-        _run,
-        key=os.environ.get("VOXCELEB_KEY") or None,
-        otherwise="leave --mirror out, or fetch the file by hand and put it there"
-        if cfg.mirror
-        else "fetch the file by hand and put it there",
-    )
-
-
 def _root(cfg: Config, data_set: "DataSet") -> Path:
     """A data set's directory; the two years of COCO share theirs."""
     return cfg.data_root / data_set.name.removesuffix("2014")
 
 
-def _get(cfg: Config, data_set: "DataSet", options: "Options") -> str:
-    """Get one data set; what there is to say of it."""
-    from multimodal import downloading
+def _key() -> str:
+    return os.environ.get("VOXCELEB_KEY") or ""
 
+
+def _get(cfg: Config, data_set: "DataSet") -> str:
+    """Get one data set; what there is to say of it."""
     root = _root(cfg, data_set)
-    if data_set.needs_key and not options.key and not cfg.mirror:
+    if data_set.needs_key and not _key() and not cfg.mirror:
         return _by_hand(data_set, root)
-    downloading.get(data_set, root, options)
+    _get_files(cfg, data_set, root)
     if data_set.clips:
         return _get_clips(cfg, root)
     return _look_at_lists(root) if root.name == "coco" else "complete"
 
 
+def _get_files(cfg: Config, data_set: "DataSet", root: Path) -> None:
+    """Fetch the files and archives of a data set and unpack these, as far as the disk allows.
+
+    Raises UserError, DownloadError, MissingToolError; what came until then is kept.
+    """
+    from multimodal.pairs import sources
+    from shared.web import Client
+
+    by_hand = "fetch the file by hand and put it there"
+    client = Client(f"leave --mirror out, or {by_hand}" if cfg.mirror else by_hand)
+    sources.check_space(sources.need_of_files(data_set, root), data_set.name, root)
+    _fetch(cfg, client, data_set.files, root)
+    without_room: UserError | None = None
+    for archive in data_set.archives:
+        again = cfg.verify and all(part.path(root).is_file() for part in archive.parts)
+        if sources.is_unpacked(archive, root) and not again:
+            log.info("%s: %s is there", data_set.name, ", ".join(archive.holds))
+            continue
+        try:
+            need = sources.need_of_archive(archive, root)
+            sources.check_space(need, archive.parts[0].name, root)
+        except UserError as error:
+            log.warning("%s; it is left out", error)
+            without_room = error
+            continue
+        _fetch(cfg, client, archive.parts, root)
+        _unpack(data_set, archive, root)
+        if cfg.delete_archives:
+            _delete(archive, root)
+    if without_room:
+        raise without_room
+
+
+def _fetch(cfg: Config, client: "Client", files: Sequence["Source"], root: Path) -> None:
+    """Fetch what is missing, each file from the first of its addresses that gives it."""
+    from multimodal.pairs.sources import has_size
+    from shared.download import fetch, plan_of
+
+    for source in files:
+        if cfg.skip_existing and source.checksum and has_size(source, root):
+            continue
+        plan = plan_of([source.file(_key())], root / source.folder, read_again=cfg.verify)
+        if plan.missing:
+            log.info("%s: fetching", source.path(root))
+        fetch(client, plan)
+
+
+def _unpack(data_set: "DataSet", archive: "Archive", root: Path) -> None:
+    """Unpack an archive that is not. Raises DownloadError for one that holds something else."""
+    from multimodal.pairs.sources import count_in, is_unpacked
+    from shared.unpack import unpack
+    from shared.web import DownloadError
+
+    if is_unpacked(archive, root):
+        return
+    paths = [part.path(root) for part in archive.parts]
+    log.info("%s: unpacking %s", data_set.name, paths[0].name)
+    count = unpack(paths, root, _run)
+    if not is_unpacked(archive, root):
+        found = {path: count_in(root / path) for path in archive.holds}
+        raise DownloadError(
+            f"{paths[0]} held {count} files, but not what it should: found {found}, expected "
+            f"{archive.holds}; --verify checks the archive again"
+        )
+
+
+def _delete(archive: "Archive", root: Path) -> None:
+    for path in (part.path(root) for part in archive.parts):
+        if path.is_file():
+            log.info("deleting %s (--delete-archives)", path)
+            path.unlink()
+
+
 def _look_at_lists(root: Path) -> str:
     """What to say of COCO when it is there: nobody publishes a checksum of Karpathy's lists."""
-    from multimodal import coco_files
-    from multimodal.sources import KARPATHY_PICTURES
+    from multimodal.pairs import coco
+    from multimodal.pairs.sources import KARPATHY_PICTURES
 
-    lists = coco_files.karpathy(root) or {}
+    lists = coco.karpathy(root) or {}
     counts = {split: len(found) for split, found in lists.items()}
     if set(counts.values()) == {KARPATHY_PICTURES}:
         return "complete"
@@ -173,10 +233,9 @@ def _look_at_lists(root: Path) -> str:
 
 
 def _by_hand(data_set: "DataSet", root: Path) -> str:
-    from multimodal import downloading
-    from multimodal.sources import VOXCELEB_BY_HAND
+    from multimodal.pairs.sources import VOXCELEB_BY_HAND, is_unpacked
 
-    if any(downloading.is_unpacked(archive, root) for archive in data_set.archives):
+    if any(is_unpacked(archive, root) for archive in data_set.archives):
         return "there, put by hand"
     print(VOXCELEB_BY_HAND.replace("{root}", str(root)))
     raise MissingToolError("VOXCELEB_KEY is not set: see the two ways above")
@@ -184,27 +243,27 @@ def _by_hand(data_set: "DataSet", root: Path) -> str:
 
 def _get_clips(cfg: Config, root: Path) -> str:
     """Get AudioCaps' sounds from where --audiocaps-source says; how many are there."""
-    from multimodal import clip_ledger, clip_sources
+    from multimodal.pairs import clips
 
     kind, _, rest = cfg.audiocaps_source.partition(":")
     try:
-        if not clip_ledger.missing(root):
+        if not clips.missing(root):
             pass
         elif kind == "local":
             directory = Path(rest).expanduser().absolute()
-            clip_sources.from_directory(root, directory, cfg.audiocaps_source)
+            clips.from_directory(root, directory, cfg.audiocaps_source)
         elif kind == "hf":
             endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-            clip_sources.from_hub(root, rest, endpoint, _run)
+            clips.from_hub(root, rest, endpoint, _run)
         else:
             _youtube(cfg).fetch(root)
     finally:
-        log.info("audiocaps: %s", clip_ledger.summary(root))
-    return clip_ledger.summary(root)
+        log.info("audiocaps: %s", clips.summary(root))
+    return clips.summary(root)
 
 
 def _youtube(cfg: Config) -> "YouTube":
-    from multimodal import clip_sources
+    from multimodal.pairs import clips
 
     tools = {name: shutil.which(name) for name in ("yt-dlp", "ffmpeg")}
     lacking = [name for name, path in tools.items() if path is None]
@@ -213,7 +272,7 @@ def _youtube(cfg: Config) -> "YouTube":
             f"AudioCaps from YouTube needs {' and '.join(lacking)}: pip install yt-dlp, install "
             "ffmpeg, or give --audiocaps-source hf:OWNER/NAME or local:DIRECTORY"
         )
-    return clip_sources.YouTube(
+    return clips.YouTube(
         _ask, tools["yt-dlp"] or "", tools["ffmpeg"] or "", cfg.cookies, cfg.max_workers
     )
 

@@ -26,7 +26,7 @@ from shared.launch import launch_alone
 from shared.settings import Count, Range, Workers
 
 if TYPE_CHECKING:
-    from multimodal.trained import Embedder, Features
+    from multimodal.training.checkpoints import Embedder, Features
 
 RECIPE = Path(__file__).resolve().parent
 OUTPUTS = RECIPE / "outputs"
@@ -82,7 +82,7 @@ DEMO = {
 def main(argv: list[str] | None = None) -> int:
     """Check the input, then embed; the exit code."""
     cfg = parse(Config, argv, __doc__, DEMO)
-    from multimodal.trained import checkpoint_at
+    from multimodal.training.checkpoints import checkpoint_at
     from shared.images import SUFFIXES
 
     inputs = Inputs(
@@ -137,9 +137,9 @@ def _lines(path: Path | None, flag: str) -> list[str]:
 
 
 def _embed(cfg: Config, inputs: Inputs, checkpoint: Path) -> int:
-    from multimodal import pictures
-    from multimodal.samples import Sounds
-    from multimodal.trained import Embedder, open_trained
+    from multimodal.pairs import samples
+    from multimodal.pairs.samples import Sounds
+    from multimodal.training.checkpoints import Embedder, open_trained
     from shared.device import resolve
 
     device = resolve(cfg.tool.device, 0, os.environ)
@@ -149,7 +149,13 @@ def _embed(cfg: Config, inputs: Inputs, checkpoint: Path) -> int:
     names: dict[str, Any] = {"checkpoint": str(checkpoint), "skipped": {}}
     zero_shot: dict[str, Any] = {}
     for kind, files, ask, load, template in (
-        ("images", inputs.images, embed.images, lambda p: pictures.read(p, size), cfg.template),
+        (
+            "images",
+            inputs.images,
+            embed.images,
+            lambda p: samples.read_picture(p, size),
+            cfg.template,
+        ),
         ("audio", inputs.audio, embed.sounds, hear.features, cfg.audio_template),
     ):
         if not files:

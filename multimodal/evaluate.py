@@ -6,28 +6,40 @@ python evaluate.py --split val --limit 500                  500 items of each, s
 python evaluate.py --demo                                   what run_training.py --demo has trained
 
 Prints R@1, R@5, R@10 and mAP@10 both ways, with all five captions of an item, and mAP of the
-labels; writes them as evaluation.json and evaluation.txt, and into the newest report of the run.
+labels; writes them as evaluate.json and evaluate.txt, and into the newest report of the run.
 """
 
+from __future__ import annotations
+
+import logging
 import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
 
 from shared.config import ToolOptions, option, parse
-from shared.errors import UserError, did_you_mean
+from shared.errors import UserError
 from shared.files import make_output, write_json, write_text
 from shared.launch import launch_alone
 from shared.settings import Count, Workers
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from multimodal.datasets import AudioCaps, Clotho, Coco, VoxCeleb
+    from multimodal.training.checkpoints import Embedder, Features
+    from multimodal.training.validation import Direction
+
+log = logging.getLogger(__name__)
+
 RECIPE = Path(__file__).resolve().parent
 OUTPUTS = RECIPE / "outputs"
 DATA_ROOT = RECIPE / "data"
-NAMES = ("coco", "clotho", "audiocaps", "voxceleb")
+SCHEMA = 1
 
 
 @dataclass(frozen=True)
@@ -49,11 +61,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what cannot work."""
-        for name in self.datasets:
-            if name not in NAMES:
-                raise ValueError(
-                    f"datasets: {name} is none of {', '.join(NAMES)}{did_you_mean(name, NAMES)}"
-                )
+        from multimodal.pairs.sources import check_names
+
+        check_names(self.datasets)
 
 
 DEMO = {"checkpoint": RECIPE / "demo" / "runs" / "outputs", "workers": 0}
@@ -62,7 +72,7 @@ DEMO = {"checkpoint": RECIPE / "demo" / "runs" / "outputs", "workers": 0}
 def main(argv: list[str] | None = None) -> int:
     """Check the input, then evaluate; the exit code."""
     cfg = parse(Config, argv, __doc__, DEMO)
-    from multimodal.trained import checkpoint_at
+    from multimodal.training.checkpoints import checkpoint_at
 
     checkpoint = checkpoint_at(cfg.checkpoint)
     run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
@@ -77,8 +87,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(cfg: Config, checkpoint: Path, out: Path, run_dir: Path | None) -> int:
-    from multimodal import evaluation
-    from multimodal.trained import Embedder, open_trained
+    from multimodal.training.checkpoints import Embedder, open_trained
     from shared.device import resolve
 
     device = resolve(cfg.tool.device, 0, os.environ)
@@ -86,11 +95,11 @@ def _evaluate(cfg: Config, checkpoint: Path, out: Path, run_dir: Path | None) ->
     data_root = cfg.data_root or _root_of(trained.settings)
     names = _there(cfg.datasets, data_root)
     embed = Embedder(trained, device, cfg.tool.amp, cfg.batch_size, cfg.workers)
-    results = evaluation.evaluate(names, data_root, cfg.split, embed, cfg.limit)
-    record = evaluation.record(results, checkpoint, data_root)
+    results = [_result(cfg, name, data_root, embed) for name in names]
+    record = record_of(results, checkpoint, data_root)
     write_json(out / "evaluation.json", record)
-    write_text(out / "evaluation.txt", evaluation.text_table(results) + "\n")
-    sys.stdout.write(evaluation.text_table(results) + "\n")
+    write_text(out / "evaluation.txt", text_table(results) + "\n")
+    sys.stdout.write(text_table(results) + "\n")
     if run_dir and cfg.report:
         _add_to_report(run_dir, record)
     sys.stdout.write(f"{out / 'evaluation.json'}\n")
@@ -105,6 +114,8 @@ def _root_of(settings: dict[str, object]) -> Path:
 
 def _there(names: tuple[str, ...], data_root: Path) -> tuple[str, ...]:
     """The data sets to evaluate. Raises UserError when none is there, or a typed one is not."""
+    from multimodal.pairs.sources import NAMES
+
     found = tuple(name for name in names or NAMES if (data_root / name).is_dir())
     missing = [name for name in names if name not in found]
     if missing or not found:
@@ -116,7 +127,7 @@ def _there(names: tuple[str, ...], data_root: Path) -> tuple[str, ...]:
 
 
 def _add_to_report(run_dir: Path, record: dict[str, object]) -> None:
-    from multimodal.report import add_section, newest
+    from multimodal.training.report import add_section, newest
 
     path = newest(run_dir)
     if path:
@@ -129,6 +140,135 @@ def _add_to_report(run_dir: Path, record: dict[str, object]) -> None:
             path, "evaluation", {"checkpoint": record["checkpoint"], **labels, "counts": counts}
         )
         sys.stdout.write(f"{path.with_suffix('.md')}\n")
+
+
+# --- data set by data set -------------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """Figures of a data set: retrieval both ways, mAP of its labels, what was evaluated."""
+
+    data_set: str
+    split: str
+    directions: list[Direction] = field(default_factory=list)
+    labels: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of the retrieval table, metrics in percent."""
+        return [
+            {
+                **{"data set": self.data_set, "split": self.split, "direction": way.name},
+                **{name: round(100 * value, 2) for name, value in way.metrics.items()},
+                **{"queries": way.queries, "gallery": way.gallery},
+            }
+            for way in self.directions
+        ]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Every figure in [0, 1] by a name like `coco/image_to_text/R@1`."""
+        found = {
+            f"{self.data_set}/{way.name.replace(' ', '_')}/{name}": value
+            for way in self.directions
+            for name, value in way.metrics.items()
+        }
+        return found | {f"{self.data_set}/{name}": value for name, value in self.labels.items()}
+
+
+def _result(cfg: Config, name: str, data_root: Path, embed: Embedder) -> Result:
+    """The figures of one data set. Raises UserError for one that is not there."""
+    from multimodal.datasets import VoxCeleb, open_split
+
+    size = embed.trained.model.image_size
+    data = open_split(name, data_root, cfg.split, size, train=False, limit=cfg.limit)
+    log.info("%s", data.counts.text())
+    result = Result(name, data.counts.split)
+    if isinstance(data, VoxCeleb):
+        _faces_and_voices(result, data, embed)
+    else:
+        _captioned(result, data, embed)
+    return result
+
+
+def _captioned(result: Result, data: Coco | Clotho | AudioCaps, embed: Embedder) -> None:
+    """Fill in the retrieval of items and their captions, both ways, and the mAP of labels."""
+    import torch
+
+    from multimodal.datasets import AudioCaps, Coco
+    from multimodal.training import validation
+
+    if isinstance(data, Coco):
+        kind, labels = "image", "categories" if data.label_names else ""
+        found = embed.images(data.image, len(data), logits=bool(labels))
+    else:
+        known = list(getattr(data, "label_names", ()))
+        kind, labels = "audio", "keywords" if known and known == embed.trained.keywords else ""
+        found = embed.sounds(data.sound, len(data), logits=bool(labels))
+    captions = [(place, text) for place, i in enumerate(found.kept) for text in data.captions(i)]
+    texts = embed.texts([text for _, text in captions])
+    owners = [place for place, _ in captions]
+    result.directions = validation.both_ways((kind, "text"), found.rows, texts, owners)
+    result.counts = {
+        "items": len(found.kept),
+        "captions": len(captions),
+        "listed": data.counts.expected,
+        "skipped": data.counts.skipped | found.skipped.reasons,
+    }
+    if found.logits is not None and not isinstance(data, AudioCaps):
+        truth = torch.stack([data.labels(index) for index in found.kept])
+        value, occurring = validation.mean_average_precision(found.logits, truth)
+        result.labels[f"mAP of {labels}"] = value
+        result.counts[labels] = occurring
+
+
+def _faces_and_voices(result: Result, data: VoxCeleb, embed: Embedder) -> None:
+    """Faces find voices of the same person and back; without faces there is nothing to find."""
+    from multimodal.training import validation
+
+    if not data.has_faces:
+        log.warning("voxceleb: no frames of faces there; voices alone have no pairs to evaluate")
+        return
+    voices = embed.sounds(data.sound, len(data), logits=False)
+    faces = embed.images(data.image, len(data), logits=False)
+    both = sorted(set(voices.kept) & set(faces.kept))
+    rows, others = (_rows_of(found, both) for found in (faces, voices))
+    groups = [data.group_of(index) for index in both]
+    result.directions = validation.same_group(("face", "voice"), rows, others, groups)
+    result.counts = {"utterances": len(both), "speakers": len(set(groups))}
+
+
+def _rows_of(found: Features, indices: list[int]) -> Tensor:
+    place = {index: row for row, index in enumerate(found.kept)}
+    return found.rows[[place[index] for index in indices]]
+
+
+def record_of(results: list[Result], checkpoint: Path, data: Path) -> dict[str, Any]:
+    """Plain values for evaluation.json; metrics in [0, 1]."""
+    return {
+        "schema": SCHEMA,
+        "metrics": {name: value for result in results for name, value in result.metrics.items()},
+        "counts": {result.data_set: {"split": result.split} | result.counts for result in results},
+        "retrieval": [row for result in results for row in result.rows],
+        "checkpoint": str(checkpoint),
+        "data": str(data),
+    }
+
+
+def text_table(results: list[Result]) -> str:
+    """All figures in percent, aligned."""
+    rows = [row for result in results for row in result.rows]
+    lines = []
+    if rows:
+        columns = list(rows[0])
+        cells = [columns, *([str(row[name]) for name in columns] for row in rows)]
+        widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
+    for result in results:
+        lines += [f"{result.data_set}: {n} {100 * v:.2f}" for n, v in result.labels.items()]
+    return "\n".join(line.rstrip() for line in lines)
 
 
 if __name__ == "__main__":

@@ -24,13 +24,11 @@ from torch.utils.checkpoint import checkpoint
 MODALITIES = ("image", "text", "audio")
 # Each with a temperature of its own; the last are two sounds of one voice.
 PAIRS = ("image_text", "audio_text", "image_audio", "audio_audio")
-ATTENTIONS = ("sdpa", "chunked", "math")
 VOCABULARY, CONTEXT = 49408, 77  # of open_clip's SimpleTokenizer
 MEL_BINS = 80
 FRAMES_A_TOKEN = 4
 LARGEST_LOG_SCALE = math.log(100.0)
 _FIRST_LOG_SCALE = math.log(1 / 0.07)
-_QUERIES_AT_ONCE = 512  # of chunked attention
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,6 @@ def create_model(
     num_classes: int = 80,
     embed_dim: int = 512,
     use_checkpoint: bool = True,
-    attention: str = "sdpa",
     dropout: float = 0.0,
     activation: str = "gelu",
 ) -> MultimodalModel:
@@ -80,56 +77,20 @@ def create_model(
 
     num_classes: of `logits`; the default is COCO's categories. embed_dim: of all features.
     use_checkpoint: keep only each block's input while training and compute the rest again.
-    attention: sdpa (torch's fused kernels, which work in chunks), chunked or math.
     activation: gelu, or quick_gelu for OpenAI's weights.
     Raises ValueError for a name that is not allowed.
     """
     for name, value, allowed in (
         ("size", size, SIZES),
-        ("attention", attention, ATTENTIONS),
         ("activation", activation, _ACTIVATIONS),
     ):
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}, allowed: {', '.join(allowed)}")
-    options = BlockOptions(attention, dropout, activation, use_checkpoint)
+    options = BlockOptions(dropout, activation, use_checkpoint)
     return MultimodalModel(SIZES[size], num_classes, embed_dim, options)
 
 
-# --- attention ------------------------------------------------------------------------------------
-
-
-def attend(
-    queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None, kind: str
-) -> Tensor:
-    """Scaled dot-product attention (B, heads, N, d); every query must have a key it may see.
-
-    allowed: bool, broadcast to (B, heads, N, N), True where a query sees a key. The three kinds
-    give the same numbers; "sdpa" needs the least memory and time.
-    """
-    if kind == "sdpa":
-        return functional.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
-    if kind == "math":
-        return _attend_plainly(queries, keys, values, allowed)
-    parts = []
-    for start in range(0, queries.shape[2], _QUERIES_AT_ONCE):
-        rows = slice(start, start + _QUERIES_AT_ONCE)
-        seen = allowed if allowed is None or allowed.shape[2] == 1 else allowed[:, :, rows]
-        # without the checkpoint autograd would keep the scores of all chunks
-        parts.append(
-            checkpoint(
-                _attend_plainly, queries[:, :, rows], keys, values, seen, use_reentrant=False
-            )
-        )
-    return torch.cat(parts, dim=2)
-
-
-def _attend_plainly(
-    queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor | None
-) -> Tensor:
-    scores = queries @ keys.transpose(-2, -1) / math.sqrt(queries.shape[-1])
-    if allowed is not None:
-        scores = scores.masked_fill(~allowed, -math.inf)
-    return scores.softmax(dim=-1) @ values
+# --- blocks ---------------------------------------------------------------------------------------
 
 
 class QuickGELU(nn.Module):
@@ -147,18 +108,20 @@ _ACTIVATIONS = {"gelu": nn.GELU, "quick_gelu": QuickGELU}
 class BlockOptions:
     """What all blocks of a model have in common."""
 
-    attention: str = "sdpa"
     dropout: float = 0.0
     activation: str = "gelu"
     use_checkpoint: bool = True
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; parameters named as nn.MultiheadAttention's."""
+    """Multi-head self-attention; parameters named as nn.MultiheadAttention's.
 
-    def __init__(self, width: int, heads: int, kind: str) -> None:
+    torch's fused kernels work in chunks: no score matrix of all queries is kept.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
         super().__init__()
-        self.heads, self.kind = heads, kind
+        self.heads = heads
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -170,12 +133,16 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
-        """(B, N, W) → (B, N, W)."""
+        """(B, N, W) → (B, N, W).
+
+        allowed: bool, broadcast to (B, heads, N, N), True where a query sees a key; every query
+        must see one.
+        """
         batch, length, width = x.shape
         projected = functional.linear(x, self.in_proj_weight, self.in_proj_bias)
         split = projected.view(batch, length, 3, self.heads, width // self.heads)
         queries, keys, values = split.permute(2, 0, 3, 1, 4)
-        mixed = attend(queries, keys, values, allowed, self.kind)
+        mixed = functional.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed)
         return self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
 
 
@@ -186,7 +153,7 @@ class Block(nn.Module):
         super().__init__()
         width = shape.width
         self.ln_1 = nn.LayerNorm(width)
-        self.attn = Attention(width, shape.heads, options.attention)
+        self.attn = Attention(width, shape.heads)
         self.ln_2 = nn.LayerNorm(width)
         parts = {
             "c_fc": nn.Linear(width, 4 * width),

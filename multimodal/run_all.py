@@ -11,10 +11,13 @@ Training takes the data sets that are whole; the report names the others, and th
 the download's.
 """
 
+from __future__ import annotations
+
 import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -26,14 +29,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
 
 from shared.config import option, parse_own
-from shared.errors import DONE, USER_ERROR, UserError, did_you_mean
+from shared.errors import DONE, USER_ERROR, MissingToolError, UserError
 from shared.files import read_object
 from shared.launch import launch_alone
 from shared.stages import Stage, StageOptions, run_stages
 
 HERE = Path(__file__).resolve().parent
-NAMES = ("coco", "clotho", "audiocaps", "voxceleb")
-FETCHED = ("coco", "clotho", "audiocaps")  # VoxCeleb needs a key, and is fetched when named
+MINIMUM_GB = {"tiny": 4, "small": 8, "base": 12, "large": 20}  # of GPU memory, as documented
 
 log = logging.getLogger(__name__)
 
@@ -55,10 +57,16 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what is no data set."""
-        for name in self.datasets:
-            if name not in NAMES:
-                near = did_you_mean(name, NAMES)
-                raise ValueError(f"datasets: {name} is none of {', '.join(NAMES)}{near}")
+        from multimodal.pairs.sources import check_names
+
+        check_names(self.datasets)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The data sets that are fetched."""
+        from multimodal.pairs.sources import FETCHED
+
+        return self.datasets or FETCHED
 
     @property
     def best(self) -> Path:
@@ -97,7 +105,7 @@ def _with_demo(cfg: Config) -> Config:
 
 def _check_paths(cfg: Config) -> None:
     """Raise UserError for a typed directory that a stage would miss."""
-    from multimodal.sources import check_audiocaps
+    from multimodal.pairs.sources import check_audiocaps
 
     check_audiocaps(cfg.audiocaps_source)
     if cfg.skip_download and not cfg.demo and not cfg.data_root.is_dir():
@@ -124,7 +132,7 @@ def _script(name: str) -> list[str | Path]:
 def _download(cfg: Config) -> list[str | Path]:
     if cfg.demo:
         return [*_script("download_datasets.py"), "--demo"]
-    command = [*_script("download_datasets.py"), "--datasets", *(cfg.datasets or FETCHED)]
+    command = [*_script("download_datasets.py"), "--datasets", *cfg.names]
     command += ["--data-root", cfg.data_root, "--audiocaps-source", cfg.audiocaps_source]
     return [*command, "--delete-archives"] if cfg.delete_archives else command
 
@@ -159,26 +167,65 @@ def _settings(cfg: Config, flags: list[str]) -> dict[str, Any] | None:
 
 
 def _preflight(cfg: Config) -> int:
-    """Find out now what would fail after hours of downloads."""
-    if not (cfg.skip_download or cfg.demo):
-        from multimodal.preflight import check_downloads
+    """Find out now what would fail after hours of downloads: disk, programs, keys.
 
-        has_key = bool(os.environ.get("VOXCELEB_KEY"))
-        names = cfg.datasets or FETCHED
-        check_downloads(names, cfg.data_root, cfg.audiocaps_source, has_key=has_key)
+    Raises UserError when the disk has room for none of the data sets.
+    """
+    from multimodal.pairs import sources
+
+    if cfg.skip_download or cfg.demo:
+        return DONE
+    needs = {
+        name: sources.need_of(sources.DATA_SETS[name], cfg.data_root / name) for name in cfg.names
+    }
+    sources.check_each(needs, cfg.data_root)
+    if any(need.fetch for need in needs.values()):
+        for line in _will_be_skipped(cfg):
+            log.warning("%s", line)
     return DONE
 
 
-def _environment(model_size: str) -> int:
-    from multimodal.preflight import check_environment
+def _will_be_skipped(cfg: Config) -> Iterator[str]:
+    """What cannot be fetched on this machine, and what to do about it."""
+    from shared.unpack import can_unpack_7z
 
-    check_environment(model_size)
+    if "clotho" in cfg.names and not can_unpack_7z():
+        yield "clotho: no program for 7z here: pip install py7zr"
+    tools = [name for name in ("yt-dlp", "ffmpeg") if not shutil.which(name)]
+    if "audiocaps" in cfg.names and cfg.audiocaps_source == "youtube" and tools:
+        yield f"audiocaps: {' and '.join(tools)} missing; or give --audiocaps-source"
+    if "voxceleb" in cfg.names and not os.environ.get("VOXCELEB_KEY"):
+        yield "voxceleb: VOXCELEB_KEY is not set"
+
+
+def _environment(model_size: str) -> int:
+    """Warn of a GPU that is small for the model.
+
+    Raises MissingToolError for packages that are missing, old or broken.
+    """
+    from shared.device import gpu_use
+    from shared.tools.doctor_checks import MISSING, packages
+
+    lacking = [check for check in packages(HERE.parent, [HERE.name]) if check.state == MISSING]
+    if lacking:
+        told = "; ".join(f"{check.name}: {check.value} ({check.command})" for check in lacking)
+        script = HERE / "setup_environment.sh"
+        raise MissingToolError(f"{told}; bash {script} makes an environment that has all")
+    least = MINIMUM_GB.get(model_size, 0)
+    for gpu in gpu_use():
+        gigabytes = gpu["total_bytes"] / 1e9
+        if gigabytes < least:
+            log.warning(
+                "GPU %d has %.0f GB, and size %s is meant for %d GB and more: give a smaller "
+                "--model-size or --batch-size if memory runs out",
+                gpu["index"], gigabytes, model_size, least,
+            )  # fmt: skip
     return DONE
 
 
 def _report(cfg: Config) -> int:
     """Add what was skipped to the report, and say where it is."""
-    from multimodal.report import add_section, newest
+    from multimodal.training.report import add_section, newest
 
     path = newest(cfg.output_dir)
     if path is None:
@@ -186,7 +233,7 @@ def _report(cfg: Config) -> int:
     outcomes = read_object(cfg.data_root / "downloads.json")
     left_out = [
         {"data set": name, "why": outcomes.get(name, why)}
-        for name in cfg.datasets or FETCHED
+        for name in cfg.names
         if (why := _lacking(cfg, name))
     ]
     add_section(path, "left_out", left_out)
@@ -198,9 +245,9 @@ def _report(cfg: Config) -> int:
 
 def _lacking(cfg: Config, name: str) -> str:
     """Why a data set cannot be trained on, '' when it can."""
-    from multimodal.preflight import lacking
+    from multimodal.pairs import sources
 
-    return "" if cfg.demo else lacking(name, cfg.data_root)
+    return "" if cfg.demo else sources.lacking_of(name, cfg.data_root)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,19 @@ Defaults come from config.yaml. The stages: each modality alone, pairs finding e
 of the model together; they share the epochs 30/40/30.
 """
 
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
 import os
+import shlex
 import sys
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
@@ -37,8 +45,23 @@ from shared.settings import (
     plain,
 )
 
+if TYPE_CHECKING:  # torch comes after the input is checked
+    from torch import Tensor, nn
+
+    from multimodal.datasets import Batch, Sources, Task
+    from multimodal.model import MultimodalModel
+    from multimodal.training.losses import Learner, LossOptions
+    from multimodal.training.memory import Step
+    from multimodal.training.report import Report
+    from multimodal.training.schedule import Stage
+    from shared.distributed import World
+    from shared.precision import Amp
+    from shared.run import Run
+
+log = logging.getLogger(__name__)
+
 HERE = Path(__file__).resolve().parent
-DATA_SETS = ("coco", "clotho", "audiocaps", "voxceleb")
+NUM_LABELS = 80  # COCO's categories; keywords of sounds at most
 
 
 @dataclass(frozen=True)
@@ -57,7 +80,6 @@ class Config:
 
     embed_dim: Size = option(512, "width of all features")
     use_checkpoint: bool = free(True, "compute activations again to save memory")
-    attention: Literal["sdpa", "chunked", "math"] = option("sdpa", "the same by other kernels")
     dropout: ShareBelowOne = option(0.0, "share of each block's outputs that is dropped")
     activation: Literal["gelu", "quick_gelu"] = option("gelu", "quick_gelu for OpenAI's weights")
     pretrained: str = option(
@@ -97,9 +119,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Refuse what no run can use."""
-        unknown = [name for name in self.datasets if name not in DATA_SETS]
-        if unknown:
-            raise ValueError(f"datasets: {unknown[0]} is none of {', '.join(DATA_SETS)}")
+        from multimodal.pairs.sources import check_names
+
+        check_names(self.datasets)
         _ = self.shares
 
     @property
@@ -130,6 +152,20 @@ class Config:
         return self.batch_size * self.gradient_accumulation_steps
 
     @property
+    def model_options(self) -> dict[str, Any]:
+        """create_model's arguments."""
+        names = ("embed_dim", "use_checkpoint", "dropout", "activation")
+        own = {name: getattr(self, name) for name in names}
+        return {"size": self.model_size, "num_classes": NUM_LABELS, **own}
+
+    @property
+    def losses(self) -> LossOptions:
+        """How losses are taken."""
+        from multimodal.training.losses import LossOptions
+
+        return LossOptions(self.loss, self.local_loss, self.label_weight)
+
+    @property
     def amp(self) -> str:
         """The mode of mixed precision."""
         return self.run.amp if self.run.amp != "off" else "auto" if self.use_amp else "off"
@@ -155,9 +191,9 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.demo:
         cfg = _with_demo(cfg)
     if cfg.estimate:
-        from multimodal import memory
+        from multimodal.training import memory
 
-        print(memory.text(cfg, world_size()))
+        print(memory.text(step_of(cfg), world_size()))
         return 0
     _check_data(cfg)
     _check_pretrained(cfg)
@@ -165,9 +201,275 @@ def main(argv: list[str] | None = None) -> int:
         print(_plan(cfg))
         return 0
     os.close(open_lock(cfg.run_dir))  # better refused now than after the data sets were read
-    from multimodal.training import train
-
     return train(cfg)
+
+
+def train(cfg: Config) -> int:
+    """The whole training; the exit code."""
+    from multimodal.datasets import DataOptions, open_all
+    from multimodal.model import create_model
+    from multimodal.pairs.batches import BatchOptions, epoch_of
+    from multimodal.training import checkpoints, memory, pretrained, report, schedule
+    from multimodal.training.losses import Learner
+    from shared import distributed, seed
+    from shared.early_stopping import EarlyStopping
+    from shared.memory import explained_out_of_memory
+    from shared.metrics import Mean
+    from shared.precision import Amp
+    from shared.reporter import Plan
+    from shared.run import Run
+    from shared.settings import settings
+
+    world = distributed.setup(cfg.run.device, cfg.run.timeout)
+    with (
+        Run(cfg, world, cfg.run_dir, "multimodal", tensorboard=cfg.tensorboard) as run,
+        _log_file(cfg.run_dir, world),
+    ):
+        # the model, the data sets, and which of them each stage learns from
+        seed.seed_all(cfg.run.seed)
+        model = create_model(**cfg.model_options)
+        sources = open_all(cfg.data_root, cfg.datasets, DataOptions(
+            model.image_size, cfg.clip_seconds, cfg.feature_cache, cfg.audio_pretraining
+        ))  # fmt: skip
+        stages = schedule.plan(sources, cfg.epochs, cfg.shares, cfg.batch_size,
+                               cfg.gradient_accumulation_steps, world)  # fmt: skip
+        start = pretrained.load(
+            model, pretrained.find(cfg.pretrained, cfg.data_root / "pretrained")
+        )
+        learner = Learner(model, NUM_LABELS if sources.keywords else 0, cfg.loss,
+                          fills_in=sources.fills_in).to(world.device)  # fmt: skip
+
+        optimizer = schedule.optimizer_for(learner, cfg.lr, cfg.weight_decay)
+        amp = Amp(cfg.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
+        best, mean_loss, history = EarlyStopping(sys.maxsize), Mean(world.device), report.History()
+        parts = {"learner": learner, "optimizer": optimizer, "amp": amp, "best": best,
+                 "history": history, "mean_loss": mean_loss}  # fmt: skip
+        batches = BatchOptions(cfg.step_rows, cfg.run.seed, cfg.workers, cfg.balance,
+                               cfg.modality_dropout, cfg.clip_seconds)  # fmt: skip
+        steps = sum(stage.total_steps for stage in stages)
+        total = min(steps, cfg.max_steps or steps)
+        about = {"model": cfg.model_options, "keywords": sources.keywords,
+                 "settings": settings(cfg)}  # fmt: skip
+        files = checkpoints.CheckpointFiles(cfg.run_dir / "checkpoints", learner, about, world)
+        _announce(cfg, world, amp, stages)
+        with (
+            report.Report(cfg.run_dir, _facts(cfg, world, model, sources, start),
+                          enabled=world.is_main) as told,
+            explained_out_of_memory(lambda: memory.text(step_of(cfg), world.size)),
+        ):  # fmt: skip
+            plan = Plan(total, cfg.step_rows * world.size, data=sources.sizes)
+            position = run.restore(parts, plan)
+            if position.step == 0:
+                history.before = _recalls(cfg, learner, sources, world, amp)
+            for stage in schedule.left(stages, position.epoch):
+                net = schedule.enter(stage, learner, world)
+                if (position.epoch, position.batch) == (stage.span.first, 0):
+                    optimizer.state.clear()
+                    best.reset()  # the loss is another one from here on
+                while position.epoch < stage.span.end and position.step < total:
+                    for task, batch in epoch_of(
+                        stage.sources, batches, world, stage.span, position
+                    ):
+                        rate = schedule.set_rate(
+                            optimizer, stage, position.epoch, position.batch,
+                            peak=cfg.lr, warmup=cfg.warmup, towers=cfg.tower_lr,
+                        )  # fmt: skip
+                        loss, tags = _backward(cfg, net, task, batch, amp, world)
+                        amp.step(optimizer, learner.parameters(), clip_norm=cfg.clip_norm)
+                        model.clamp_temperatures()
+                        mean_loss.add(loss)
+                        position.advance()
+                        run.log({"loss": loss, **tags, "lr": rate, "stage": stage.span.stage + 1})
+                        stop = run.should_stop()
+                        if stop or position.step % cfg.run.save_every == 0:
+                            # rank 0's state is saved for all: each holds an equal share of the sums
+                            mean_loss.sums = distributed.mean(mean_loss.sums, world)
+                            run.save(parts)
+                        if stop:
+                            return _stopped(run, told, total)
+                        if position.step == total:
+                            break
+                    val_loss, improved = _close_epoch(cfg, run, stage, parts, amp, world)
+                    told.update(stages=history.stages)
+                    mean_loss.reset()
+                    position.next_epoch()
+                    files.write_epoch(parts, position, stage.span, val_loss, is_best=improved,
+                                      every=cfg.checkpoint_every)  # fmt: skip
+                    run.save(parts)
+            files.write_weights(checkpoints.FINAL, epoch=position.epoch, stage=stages[-1].span.name)
+            after = _recalls(cfg, learner, sources, world, amp)
+            code = _finish(run, told, history.before, after)
+    distributed.cleanup(world)
+    return code
+
+
+# --- a step, an epoch, the end --------------------------------------------------------------------
+
+
+def _backward(
+    cfg: Config, net: nn.Module, task: Task, batch: Batch, amp: Amp, world: World
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Add a batch's gradients to those of `net`; its loss, and the parts of it for the charts."""
+    from multimodal.pairs.batches import labels_of, split
+    from multimodal.training import grad_cache
+    from multimodal.training.losses import loss_of
+
+    labels, tags = labels_of(batch, world.device), dict[str, "Tensor"]()
+
+    def whole(outputs: dict[str, Tensor]) -> Tensor:
+        loss, parts = loss_of(task, outputs, labels, cfg.losses, world)
+        tags.update({f"{task.name}/{name}": part for name, part in parts.items()})
+        return loss
+
+    chunks = split(batch, cfg.batch_size, task, world.device)
+    loss, outputs = grad_cache.backward(net, chunks, whole, amp)
+    if "scale" in outputs:
+        tags[f"{task.name}/scale"] = outputs["scale"]
+    return loss, tags
+
+
+def _close_epoch(
+    cfg: Config, run: Run, stage: Stage, parts: dict[str, Any], amp: Amp, world: World
+) -> tuple[float, bool]:
+    """Validate and log the epoch just trained: its loss, and whether it is the stage's lowest."""
+    from multimodal.training import validation
+    from shared import distributed
+
+    mean, best, history = parts["mean_loss"], parts["best"], parts["history"]
+    train_loss = mean.of(distributed.total(mean.sums, world))
+    found = validation.losses(
+        parts["learner"], stage.work, cfg.eval_batch_size, cfg.losses, world, amp
+    )
+    # without held-out samples the training's own loss decides
+    value = sum(found.values()) / len(found) if found else train_loss
+    improved = best.update(value)
+    tags = {f"val/{name}": loss for name, loss in found.items()}
+    run.log({"epoch/loss": train_loss, "val/loss": value, **tags}, split="epoch")
+    run.log({"val/loss": best.best}, split="best")
+    rows = cfg.step_rows * world.size
+    chance = math.log(rows) if stage.span.stage else math.nan
+    history.add_epoch(stage.span, run.position.batch, rows, train_loss, value, chance)
+    log.info(
+        "epoch %d/%d | %s | training loss %.4f | %s loss %.4f%s",
+        run.position.epoch + 1, cfg.epochs, stage.span.name, train_loss,
+        "validation" if found else "(no validation) training", value, " | best" if improved else "",
+    )  # fmt: skip
+    return value, improved
+
+
+def _recalls(
+    cfg: Config, learner: Learner, sources: Sources, world: World, amp: Amp
+) -> dict[str, dict[str, float]]:
+    from multimodal.training import validation
+
+    return validation.recall_at_1(learner, sources.found, cfg.eval_batch_size, world, amp)
+
+
+def _stopped(run: Run, told: Report, total: int) -> int:
+    code = run.finish()
+    told.close("interrupted", f"stopped at step {run.position.step} of {total}, and saved")
+    return code
+
+
+def _finish(
+    run: Run, told: Report, before: dict[str, Any], after: dict[str, dict[str, float]]
+) -> int:
+    """Close run and report with what was reached; the exit code."""
+    from multimodal.training.checkpoints import BEST, FINAL
+
+    rows = [
+        {
+            "pairs": name,
+            "R@1 before": before.get(name, {}).get("R@1"),
+            "R@1 after": found["R@1"],
+            "chance": found["chance"],
+            "held-out pairs": int(found["pairs"]),
+        }
+        for name, found in after.items()
+    ]
+    for row in rows:
+        log.info("%s", ", ".join(f"{name} {value}" for name, value in row.items()))
+    result = None
+    if rows:
+        first = rows[0]
+        kind = "image-text" if first["pairs"] == "coco" else first["pairs"]
+        result = {"name": f"{kind} R@1", "before": first["R@1 before"], "after": first["R@1 after"],
+                  "higher_is_better": True, "chance": first["chance"],
+                  "n": first["held-out pairs"]}  # fmt: skip
+    told.update(summary=rows)
+    outputs = [str(told.checkpoints / name) for name in (BEST, FINAL)]
+    code = run.finish(result=result, outputs=outputs)
+    told.close("done", f"{run.position.step} steps in {run.position.epoch} epochs")
+    return code
+
+
+# --- what is said of a run ------------------------------------------------------------------------
+
+
+def _announce(cfg: Config, world: World, amp: Amp, stages: list[Stage]) -> None:
+    """Log what is going to happen."""
+    rows = cfg.step_rows * world.size
+    log.info(
+        "%d samples a step = %d process(es) x batch %d x accumulation %d; model %s on %s",
+        rows, world.size, cfg.batch_size, cfg.gradient_accumulation_steps, cfg.model_size,
+        world.device,
+    )  # fmt: skip
+    if cfg.amp == "auto":
+        off = "; it is off on the CPU" if amp.mode == "off" else ""
+        log.info("mixed precision: %s%s", amp.mode, off)
+    for stage in stages:
+        chance = f", contrast at chance {math.log(rows):.3f}" if stage.span.stage else ""
+        log.info(
+            "stage %s: epochs %d to %d, %d steps each, from %s%s",
+            stage.span.name, stage.span.first + 1, stage.span.end, stage.steps,
+            ", ".join(source.name for source in stage.sources), chance,
+        )  # fmt: skip
+
+
+def _facts(
+    cfg: Config, world: World, model: MultimodalModel, sources: Sources, start: dict[str, Any]
+) -> dict[str, Any]:
+    """What a report knows at the start."""
+    from multimodal.training.report import environment
+    from shared.settings import settings
+
+    names = ("image", "text", "audio", "fusion", "classifier")
+    sizes = {name: sum(p.numel() for p in getattr(model, name).parameters()) for name in names}
+    return {
+        "command": shlex.join(sys.argv),
+        "data": sources.notes,
+        "pretrained": start,
+        "model": {
+            **cfg.model_options,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            **{f"{name} parameters": count for name, count in sizes.items()},
+        },
+        "environment": environment(world.device),
+        "config": settings(cfg),
+    }
+
+
+@contextlib.contextmanager
+def _log_file(run_dir: Path, world: World) -> Iterator[None]:
+    """Log lines also go to <run directory>/logs/training_<time>.log."""
+    from shared import logs
+
+    if not world.is_main:
+        yield
+        return
+    with logs.copied_to(run_dir / "logs" / time.strftime("training_%Y%m%d_%H%M%S.log")):
+        yield
+
+
+def step_of(cfg: Config) -> Step:
+    """What decides about the memory of a step."""
+    from multimodal.training.memory import Step
+
+    return Step(cfg.model_options, cfg.batch_size, cfg.gradient_accumulation_steps,
+                cfg.clip_seconds, cfg.datasets, cfg.losses, cfg.amp)  # fmt: skip
+
+
+# --- settings, data, weights ----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -179,7 +481,7 @@ class _File:
 
 def _read_settings(argv: list[str]) -> Config:
     """The settings of flags, of the run that is resumed, of the file and of the code, in turn."""
-    from multimodal import settings_file
+    from multimodal.training import settings_file
 
     processes = leaves(Config().run.processes)  # the launcher reads these before any file
     known = {name: leaf for name, leaf in leaves(Config()).items() if name not in processes}
@@ -214,7 +516,7 @@ def _default(values: dict[str, Any]) -> Config:
 
 def _with_demo(cfg: Config) -> Config:
     """`cfg` on the built-in data: its paths where none were typed."""
-    from multimodal import demo
+    from multimodal.demo_data import demo
 
     root = HERE / "demo"
     paths = demo.build(root)
@@ -229,7 +531,9 @@ def _with_demo(cfg: Config) -> Config:
 
 def _check_data(cfg: Config) -> None:
     """Refuse a data root without data sets in one line, before anything slow is imported."""
-    wanted = cfg.datasets or DATA_SETS
+    from multimodal.pairs.sources import NAMES
+
+    wanted = cfg.datasets or NAMES
     missing = [name for name in wanted if not (cfg.data_root / name).is_dir()]
     if len(missing) == len(wanted) or (cfg.datasets and missing):
         raise UserError(
@@ -248,7 +552,9 @@ def _check_pretrained(cfg: Config) -> None:
 
 
 def _plan(cfg: Config) -> str:
-    there = [name for name in DATA_SETS if (cfg.data_root / name).is_dir()]
+    from multimodal.pairs.sources import NAMES
+
+    there = [name for name in NAMES if (cfg.data_root / name).is_dir()]
     rows, count = cfg.step_rows, world_size()
     return (
         f"{cfg.epochs} epochs, shared {cfg.stage_epochs}, of {', '.join(there)} in "

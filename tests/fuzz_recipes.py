@@ -15,8 +15,8 @@ import numpy as np
 
 from lavic.src import catalogue
 from lavic.src.recommend import data as conversations
-from multimodal import audio, audiocaps, clotho, coco_files
-from multimodal.audio import AudioError
+from multimodal.pairs import audio, audiocaps, clotho, coco
+from multimodal.pairs.audio import AudioError
 from shared import unpack
 from tests.fuzzing import Reader
 from vasevqa.filter import prompts
@@ -129,8 +129,8 @@ def _read_vases(path: Path) -> None:
 
 
 def _read_coco(directory: Path) -> None:
-    coco_files.pictures(directory, coco_files.find_year(directory))
-    coco_files.karpathy(directory)
+    coco.pictures(directory, coco.find_year(directory))
+    coco.karpathy(directory)
 
 
 READERS: dict[str, Reader] = {

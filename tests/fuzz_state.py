@@ -24,17 +24,11 @@ from lavic.src.recommend import results as recommend_results
 from lavic.src.vision import adapter_files, adapters, picture_store
 from lavic.src.vision import memory as lavic_memory
 from lavic.src.vision import model as llava
-from multimodal import (
-    audio,
-    clip_ledger,
-    report,
-    run_training,
-    settings_file,
-    trained,
-    voxceleb,
-)
 from multimodal import embed as multimodal_embed
 from multimodal import model as multimodal_model
+from multimodal import run_training
+from multimodal.pairs import audio, clips, voxceleb
+from multimodal.training import checkpoints, report, settings_file
 from shared import download, hub, lock, settings, stages
 from shared.distributed import World
 from shared.foreign_log import JsonLinesProgress
@@ -178,7 +172,7 @@ def _make_trained(path: Path) -> None:
 
 
 def _read_clip_ledger(directory: Path) -> None:
-    ledger = clip_ledger.Ledger(directory)
+    ledger = clips.Ledger(directory)
     ledger.is_gone(cast(Any, SimpleNamespace(key="abc_1")))
 
 
@@ -409,7 +403,7 @@ READERS: dict[str, Reader] = {
     ),
     "multimodal checkpoint": Reader(
         put("best_model.pt", _make_trained),
-        lambda d: trained.open_trained(d / "best_model.pt", CPU),
+        lambda d: checkpoints.open_trained(d / "best_model.pt", CPU),
         slowness=5,
     ),
     "vasevqa filter rows": Reader(put("rows/part-0000.jsonl", lines(*FOUND)), _read_rows),

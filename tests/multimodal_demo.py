@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
-from multimodal import demo
-from multimodal.checkpoint_files import BEST, CheckpointFiles
-from multimodal.demo import DemoPaths
-from multimodal.learner import Learner
+from multimodal.demo_data import demo
+from multimodal.demo_data.demo import DemoPaths
 from multimodal.model import create_model
+from multimodal.training.checkpoints import BEST, CheckpointFiles
+from multimodal.training.losses import Learner
 from shared.distributed import World
 
 

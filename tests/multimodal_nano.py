@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from multimodal.learner import Learner
 from multimodal.model import create_model
+from multimodal.training.losses import Learner
 
 IMAGE_TEXT, AUDIO_TEXT, IMAGE_AUDIO = ("image", "text"), ("audio", "text"), ("image", "audio")
 

@@ -20,9 +20,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch reads it
 
 import torch
 
-from multimodal import grad_cache
-from multimodal.learner import Learner, LossOptions, Task, loss_of
+from multimodal.datasets import Task
 from multimodal.model import create_model
+from multimodal.training import grad_cache
+from multimodal.training.losses import Learner, LossOptions, loss_of
 from shared.distributed import World
 from shared.precision import Amp
 from tests.benchmarks.measure import compare, conclude, in_turn

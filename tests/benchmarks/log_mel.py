@@ -16,7 +16,7 @@ import time
 import torch
 from transformers import WhisperFeatureExtractor
 
-from multimodal.audio import log_mel
+from multimodal.pairs.audio import log_mel
 
 ROUNDS, CLIPS = 15, 40
 

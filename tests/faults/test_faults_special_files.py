@@ -25,7 +25,7 @@ from face_distill.demo_data import demo as face_demo
 from face_distill.distill import teacher_networks
 from lavic.src import knowledge_distillation, prompt_tuning
 from multimodal import run_training
-from multimodal.coco import Coco
+from multimodal.pairs.coco import Coco
 from shared.files import read_json
 from tests import arcface_nano, lavic_nano, multimodal_data, vase_filter_nano
 from tests.face_students import write_run

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from multimodal import demo, run_training
+from multimodal import run_training
+from multimodal.demo_data import demo
 from shared.files import read_json
 from tests.harness import run_here
 

@@ -24,8 +24,8 @@ from lavic.src.recommend import memory as tuning_memory
 from lavic.src.recommend.model import Recommender
 from lavic.src.vision import caption_loss
 from lavic.src.vision import memory as distillation_memory
-from multimodal import memory as multimodal_memory
 from multimodal import run_training
+from multimodal.training import memory as multimodal_memory
 from shared.config import parse
 from shared.memory import CUDA_CONTEXT, Plan
 from tests import multimodal_data
@@ -172,7 +172,7 @@ def pairs(tmp_path_factory) -> Path:
         ["--datasets", "coco", "--no-use-amp", "--no-use-checkpoint"],
         ["--datasets", "coco", "--amp", "bf16", "--use-checkpoint"],
         ["--datasets", "clotho", "--amp", "bf16", "--no-use-checkpoint"],
-        ["--datasets", "clotho", "--no-use-amp", "--loss", "sigmoid", "--attention", "math"],
+        ["--datasets", "clotho", "--no-use-amp", "--loss", "sigmoid"],
     ],
 )
 def test_multimodal_is_estimated_within_15_percent(pairs, tmp_path, more):
@@ -183,7 +183,7 @@ def test_multimodal_is_estimated_within_15_percent(pairs, tmp_path, more):
     ]  # fmt: skip
     cfg = read(run_training.Config, flags)
     cfg = replace(cfg, use_amp=cfg.use_amp and "--no-use-amp" not in more)
-    agrees(multimodal_memory.plan(cfg, 1), run_training.main, flags)
+    agrees(multimodal_memory.plan(run_training.step_of(cfg), 1), run_training.main, flags)
 
 
 def arcface_recipe(config, options):
@@ -311,7 +311,7 @@ def test_every_script_that_estimates_explains_a_lack_of_memory_too():
     scripts = (
         *("face_distill/train_distill.py", "arcface/run_scripts/run_arcface.py"),
         *("lavic/src/knowledge_distillation.py", "lavic/src/prompt_tuning.py"),
-        *("vasevqa/filter/model.py", "multimodal/training.py"),
+        *("vasevqa/filter/model.py", "multimodal/run_training.py"),
     )
     for script in scripts:
         text = (ROOT / script).read_text()

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from multimodal import memory, run_training, trained
 from multimodal import model as models
-from multimodal.learner import Learner, Task
+from multimodal import run_training
+from multimodal.datasets import Task
 from multimodal.model import create_model
+from multimodal.training import checkpoints, memory
+from multimodal.training.losses import Learner
 from shared.files import read_json, read_json_lines
 from tests import multimodal_data
 from tests.harness import ROOT, losses, run_here, start, status_of
@@ -133,9 +135,9 @@ def test_the_best_model_is_the_last_stages_and_every_file_is_plain(whole):
 
 def test_keywords_are_told_as_training_learnt_them(whole):
     """evaluate.py's and embed.py's logits are those of the learner's own forward pass."""
-    model = trained.open_trained(whole / "checkpoints" / "final_model.pt", torch.device("cpu"))
+    model = checkpoints.open_trained(whole / "checkpoints" / "final_model.pt", torch.device("cpu"))
     sounds = torch.randn(3, 40, 80, generator=torch.Generator().manual_seed(0))
-    embedder = trained.Embedder(model, torch.device("cpu"), "off", 2, 0)
+    embedder = checkpoints.Embedder(model, torch.device("cpu"), "off", 2, 0)
     found = embedder.sounds(sounds.__getitem__, 3, logits=True)
     last = load(whole / "last.pt")
     weights = last["parts"]["learner"]
@@ -290,7 +292,7 @@ def test_a_run_that_fails_leaves_a_report_that_says_so(data, tmp_path, monkeypat
     def breaks(*_: object) -> None:
         raise RuntimeError("the step broke")
 
-    monkeypatch.setattr("multimodal.training._step", breaks)
+    monkeypatch.setattr("multimodal.run_training._backward", breaks)
     outcome = run_here(run_training.main, flags_for(data, tmp_path / "outputs"))
     assert outcome.code == 1
     report = read_json(next((tmp_path / "outputs" / "reports").glob("report_*.json")))
@@ -414,7 +416,9 @@ def test_hugging_faces_trainer_works_beside_the_recipes_datasets_file(tmp_path):
     ("size", "limit"), [("tiny", 4), ("small", 8), ("base", 12), ("large", 20)]
 )
 def test_the_estimate_stays_below_the_documented_minimum(size, limit):
-    found = memory.plan(run_training.Config(model_size=size, datasets=("coco",)), 1)
+    found = memory.plan(
+        run_training.step_of(run_training.Config(model_size=size, datasets=("coco",))), 1
+    )
     with torch.device("meta"):
         parameters = sum(p.numel() for p in create_model(size).parameters())
     rows = {what: size for what, size, _ in found.rows}
@@ -435,11 +439,13 @@ def test_the_estimate_is_printed_and_nothing_is_trained(tmp_path):
 def test_checkpointing_and_half_precision_save_what_the_estimate_says(tmp_path):
     rows = {
         (use_checkpoint, use_amp): memory.plan(
-            run_training.Config(
-                model_size="tiny",
-                use_checkpoint=use_checkpoint,
-                use_amp=use_amp,
-                datasets=("coco",),
+            run_training.step_of(
+                run_training.Config(
+                    model_size="tiny",
+                    use_checkpoint=use_checkpoint,
+                    use_amp=use_amp,
+                    datasets=("coco",),
+                )
             ),
             1,
         ).total
@@ -454,7 +460,7 @@ def test_out_of_memory_ends_with_the_plan_and_what_helps(data, tmp_path, monkeyp
     def fails(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr("multimodal.training._step", fails)
+    monkeypatch.setattr("multimodal.run_training._backward", fails)
     outcome = run_here(run_training.main, flags_for(data, tmp_path / "outputs"))
     assert outcome.code == 1
     assert "what --estimate says of this run" in outcome.text
@@ -465,6 +471,6 @@ def test_the_models_defaults_are_those_of_the_settings_file():
     shown = run_here(run_training.main, ["--print-config"])
     cfg = json.loads(shown.text)
     model = models.create_model.__kwdefaults__
-    for name in ("embed_dim", "use_checkpoint", "attention", "dropout", "activation"):
+    for name in ("embed_dim", "use_checkpoint", "dropout", "activation"):
         assert cfg[name] == model[name], name
     assert cfg["model_size"] == models.create_model.__defaults__[0] == "base"

@@ -17,10 +17,11 @@ from dataclasses import replace
 
 import pytest
 
-from multimodal import demo, download_datasets, downloading, sources
+from multimodal import download_datasets
 from multimodal.datasets import AudioCaps, Clotho, Coco, VoxCeleb
-from multimodal.sources import DOWNLOADS, Archive, DataSet, Source
-from shared.download import File
+from multimodal.demo_data import demo
+from multimodal.pairs import sources
+from multimodal.pairs.sources import DOWNLOADS, Archive, DataSet, Source
 from shared.errors import UserError
 from shared.web import Patience
 from tests import hub_server
@@ -71,8 +72,8 @@ def archive_of(files, names, holds):
     parts = []
     for name in names:
         digest = hashlib.md5(files[name], usedforsecurity=False).hexdigest()
-        file = File(name, len(files[name]), f"md5:{digest}", (f"http://nowhere.invalid/{name}",))
-        parts.append(Source(file, DOWNLOADS))
+        urls = (f"http://nowhere.invalid/{name}",)
+        parts.append(Source(name, len(files[name]), f"md5:{digest}", urls, DOWNLOADS))
     return Archive(tuple(parts), holds, 1000)
 
 
@@ -91,10 +92,7 @@ def table(files, monkeypatch):
         ),
         "clotho": DataSet(
             "clotho",
-            tuple(
-                replace(s, file=replace(s.file, size=None, checksum=""))
-                for s in sources.CLOTHO.files
-            ),
+            tuple(replace(s, size=None, checksum="") for s in sources.CLOTHO.files),
             tuple(
                 archive_of(files, [f"clotho_audio_{split}.7z"], {split: count})
                 for split, count in (("validation", 30), ("evaluation", 60), ("development", 200))
@@ -239,7 +237,7 @@ def test_second_address_is_tried_when_the_first_fails(server, tmp_path, table, f
     part = archive.parts[0]
     base = f"{server.url}/cdn"
     urls = (f"{base}/nothing.zip", f"{base}/val2017.zip")
-    part = replace(part, file=replace(part.file, urls=urls))
+    part = replace(part, urls=urls)
     only = replace(table["coco"], files=(), archives=(replace(archive, parts=(part,)),))
     monkeypatch.setitem(sources.DATA_SETS, "coco", only)
     flags = ["--datasets", "coco", "--data-root", str(tmp_path)]
@@ -282,7 +280,7 @@ def test_dry_run_says_what_it_takes_and_asks_nobody(server, tmp_path, capsys):
 
 def test_the_real_tables_need_of_the_disk(tmp_path, monkeypatch):
     """COCO: 20.4 GB of archives and about as much unpacked."""
-    need = downloading.need_of(sources.COCO, tmp_path)
+    need = sources.need_of(sources.COCO, tmp_path)
     assert need.fetch == 252_907_541 + 815_585_330 + 19_336_861_798 + 2_000_000
     assert 40e9 < need.disk < 45e9
 
@@ -310,7 +308,7 @@ def test_voxcelebs_key_goes_into_the_address_and_into_no_message(
     server, tmp_path, table, monkeypatch, capsys, caplog
 ):
     monkeypatch.setenv("VOXCELEB_KEY", "secret-key")
-    keyed = downloading.pointed_at(table["voxceleb"], f"{server.url}/cdn/x?key={{key}}&file=")
+    keyed = sources.pointed_at(table["voxceleb"], f"{server.url}/cdn/x?key={{key}}&file=")
     monkeypatch.setitem(sources.DATA_SETS, "voxceleb", keyed)
     flags = ["--datasets", "voxceleb", "--data-root", str(tmp_path)]
     assert download_datasets.main(flags) == 2  # the server knows no /cdn/x
@@ -462,11 +460,12 @@ def test_fault_33_a_killed_download_is_continued(server, tmp_path, files):
     script = f"""
         import sys, hashlib
         sys.path.insert(0, {str(ROOT)!r})
-        from multimodal import download_datasets, sources
-        from multimodal.sources import Archive, DataSet, Source
+        from multimodal import download_datasets
+        from multimodal.pairs import sources
+        from multimodal.pairs.sources import Archive, DataSet, Source
         from shared.download import File
-        file = File({name!r}, {len(files[name])}, "md5:{md5(files[name])}", ())
-        archive = Archive((Source(file, "downloads"),), {{"development": 200}}, 1)
+        source = Source({name!r}, {len(files[name])}, "md5:{md5(files[name])}", (), "downloads")
+        archive = Archive((source,), {{"development": 200}}, 1)
         sources.DATA_SETS["clotho"] = DataSet("clotho", archives=(archive,))
         sys.exit(download_datasets.main(sys.argv[1:]))
     """

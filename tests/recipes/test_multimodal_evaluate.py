@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from multimodal import embed, evaluate, pictures, tokens
+from multimodal import embed, evaluate
 from multimodal.datasets import Clotho, Coco
-from multimodal.trained import open_trained
+from multimodal.pairs import samples
+from multimodal.training.checkpoints import open_trained
 from shared.errors import UserError
 from tests import multimodal_demo
 
@@ -55,7 +56,7 @@ def test_figures_are_those_of_the_models_features_by_brute_force(evaluated, run_
     data = Coco(made.coco, "test", image_size=64)
     with torch.no_grad():
         images = model.encode_image(torch.stack([data.image(i) for i in range(len(data))]))
-        ids, mask = tokens.tokenise([text for i in range(len(data)) for text in data.captions(i)])
+        ids, mask = samples.tokenise([text for i in range(len(data)) for text in data.captions(i)])
         texts = model.encode_text(ids, mask)
     best = (texts @ images.T).topk(5).indices
     owners = torch.arange(100).repeat_interleave(5)[:, None]
@@ -79,7 +80,7 @@ def test_limit_val_and_one_data_set(run_dir, tmp_path, capsys):
 
 
 def test_report_of_the_run_gets_the_tables(made, tmp_path):
-    from multimodal.report import Report
+    from multimodal.training.report import Report
 
     multimodal_demo.untrained(tmp_path, [], data_root=str(made.data_root))
     with Report(tmp_path / "reports", {"data": []}, tmp_path / "metrics.jsonl") as report:
@@ -100,14 +101,14 @@ def test_report_of_the_run_gets_the_tables(made, tmp_path):
 def test_picture_that_breaks_is_left_out_of_the_figures(made, run_dir, tmp_path, monkeypatch):
     root = tmp_path / "data"
     shutil.copytree(made.coco, root / "coco")
-    real, spoilt = pictures.read, Coco(root / "coco", "test").path(3)
+    real, spoilt = samples.read_picture, Coco(root / "coco", "test").path(3)
 
     def read(path, size):
         if path == spoilt:
             raise ValueError("damaged in the middle")
         return real(path, size)
 
-    monkeypatch.setattr(pictures, "read", read)
+    monkeypatch.setattr(samples, "read_picture", read)
     flags = ["--checkpoint", str(run_dir), "--data-root", str(root), "--out", str(tmp_path)]
     assert evaluate.main([*flags, "--workers", "0", "--no-report"]) == 0
     counts = json.loads((tmp_path / "evaluation.json").read_text())["counts"]["coco"]
@@ -179,7 +180,7 @@ def test_files_in_rows_out(embedded, run_dir):
     model = open_trained(run_dir / "checkpoints/best_model.pt", torch.device("cpu")).model
     with torch.no_grad():
         expected = model.encode_image(
-            torch.stack([pictures.read(folder / name, 64) for name in names["images"][:2]])
+            torch.stack([samples.read_picture(folder / name, 64) for name in names["images"][:2]])
         )
     assert np.allclose(rows["images"][:2], expected.numpy(), atol=1e-5)
 

@@ -5,8 +5,8 @@ import pytest
 import soundfile
 import torch
 
-from multimodal import audio
-from multimodal.audio import AudioError, FeatureCache, log_mel, read_waveform
+from multimodal.pairs import audio
+from multimodal.pairs.audio import AudioError, FeatureCache, log_mel, read_waveform
 
 RATE = audio.SAMPLE_RATE
 

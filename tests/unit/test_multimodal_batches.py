@@ -7,12 +7,10 @@ import itertools
 import pytest
 import torch
 
-from multimodal import batches
-from multimodal.batches import BatchOptions, epoch_of, held_out, split
-from multimodal.learner import Task
-from multimodal.pair_sources import OnePerGroup, Source, collate_views
-from multimodal.samples import Counts
-from multimodal.schedule import Span, order_of, steps_of_sources
+from multimodal.datasets import OnePerGroup, Source, Task, collate_views
+from multimodal.pairs.batches import BatchOptions, epoch_of, held_out, split
+from multimodal.pairs.samples import Counts
+from multimodal.training.schedule import Span, order_of, steps_of_sources
 from shared.checkpoint import Position
 from shared.distributed import World
 
@@ -171,5 +169,5 @@ def test_pairs_of_sounds_are_of_one_group_and_never_the_same_sound():
 
 
 def test_a_source_too_small_for_a_batch_has_no_steps():
-    assert batches.steps_of(SOURCES[1], 7, ALONE) == 0
-    assert batches.steps_of(SOURCES[1], 3, World(size=2)) == 1
+    assert SOURCES[1].steps(7) == 0
+    assert SOURCES[1].steps(2 * 3) == 1

@@ -13,8 +13,10 @@ import soundfile
 import torch
 from PIL import Image
 
-from multimodal import coco_files, demo_pictures, pictures, samples, tokens
 from multimodal.datasets import AudioCaps, Clotho, Coco, VoxCeleb, collate
+from multimodal.demo_data import pictures
+from multimodal.pairs import coco as coco_files
+from multimodal.pairs import samples
 from shared.distributed import World
 from shared.errors import UserError
 from shared.images import read_rgb
@@ -129,9 +131,9 @@ def test_coco_2014_is_read_from_its_own_names(coco):
 def test_labels_number_the_categories_that_have_gaps_in_their_ids(made):
     data = Coco(made.coco, "test")
     assert len(data.label_names) == 80
-    scenes = {scene.category: scene for scene in demo_pictures.all_scenes()}
+    scenes = {scene.category: scene for scene in pictures.all_scenes()}
     assert set(data.label_names) == set(scenes)
-    ids = demo_pictures.categories()
+    ids = pictures.categories()
     assert max(ids.values()) == 90 and len(set(ids.values())) == 80 and 12 not in ids.values()
     for index in range(len(data)):
         (place,) = data.labels(index).nonzero().flatten().tolist()
@@ -152,15 +154,15 @@ def test_items_of_coco(made):
 
 def test_evaluation_takes_the_middle_square_and_the_first_caption(made):
     data = Coco(made.coco, "test", image_size=96)
-    expected = pictures.normalise(read_rgb(data.path(5)))
+    expected = samples.normalise(read_rgb(data.path(5)))
     assert torch.equal(data[5]["images"], expected)
-    ids, _ = tokens.tokenise([data.captions(5)[0]])
+    ids, _ = samples.tokenise([data.captions(5)[0]])
     assert torch.equal(data[5]["input_ids"], ids[0])
     assert torch.equal(data[5]["images"], data[5]["images"])
 
 
 def test_normalised_pixels_are_clips():
-    white = pictures.normalise(torch.full((3, 1, 1), 255, dtype=torch.uint8)).flatten()
+    white = samples.normalise(torch.full((3, 1, 1), 255, dtype=torch.uint8)).flatten()
     assert white.tolist() == pytest.approx([1.930336, 2.074884, 2.145897], abs=1e-5)
 
 
@@ -185,7 +187,7 @@ def test_every_caption_of_a_picture_is_drawn(made):
     data = Coco(made.coco, "train", limit=1)
     torch.manual_seed(0)
     drawn = {tuple(data._load(0)["input_ids"].tolist()) for _ in range(60)}
-    ids, _ = tokens.tokenise(data.captions(0))
+    ids, _ = samples.tokenise(data.captions(0))
     assert drawn == {tuple(row) for row in ids.tolist()}
 
 

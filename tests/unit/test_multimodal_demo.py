@@ -7,8 +7,8 @@ import time
 import numpy as np
 import pytest
 
-from multimodal import demo, demo_pictures, demo_sounds
 from multimodal.datasets import AudioCaps, Clotho, Coco
+from multimodal.demo_data import demo, pictures, sounds
 from shared.drawing import COLOURS
 from tests import multimodal_demo
 
@@ -74,8 +74,8 @@ def test_held_out_captions_are_those_of_no_trained_item(made):
 
 def test_captions_tell_all_scenes_and_clips_apart():
     for things, captions, count in (
-        (demo_pictures.all_scenes(), demo_pictures.captions, 1200),
-        (demo_sounds.all_clips(), demo_sounds.captions, 760),
+        (pictures.all_scenes(), pictures.captions, 1200),
+        (sounds.all_clips(), sounds.captions, 760),
     ):
         for form in range(5):
             assert len({captions(thing)[form] for thing in things}) == len(things) == count
@@ -83,36 +83,34 @@ def test_captions_tell_all_scenes_and_clips_apart():
 
 def test_a_scene_shows_what_its_caption_says():
     rng = np.random.default_rng(0)
-    for scene in demo_pictures.all_scenes()[::37]:
-        canvas, boxes = demo_pictures.draw(scene, rng)
+    for scene in pictures.all_scenes()[::37]:
+        canvas, boxes = pictures.draw(scene, rng)
         assert len(boxes) == scene.count
         colour = np.array(COLOURS[scene.colour], np.float32)
         near = np.abs(canvas - colour).max(axis=2) < 30
         ys, xs = near.nonzero()
         assert near.sum() > 50
-        y, x = demo_pictures.PLACES[scene.place]
+        y, x = pictures.PLACES[scene.place]
         assert abs(ys.mean() / 96 - y) < 0.12 and abs(xs.mean() / 96 - x) < 0.12
 
 
-@pytest.mark.parametrize("pitch", demo_sounds.PITCHES)
-@pytest.mark.parametrize("kind", demo_sounds.KINDS)
+@pytest.mark.parametrize("pitch", sounds.PITCHES)
+@pytest.mark.parametrize("kind", sounds.KINDS)
 def test_a_sound_has_the_pitch_that_its_caption_says(kind, pitch):
-    other = demo_sounds.Part("tone" if kind != "tone" else "buzz", "low")
-    clip = demo_sounds.Clip(demo_sounds.Part(kind, pitch), other, "steady")
-    wave = demo_sounds.synthesise(clip, 16_000, np.random.default_rng(0))
+    other = sounds.Part("tone" if kind != "tone" else "buzz", "low")
+    clip = sounds.Clip(sounds.Part(kind, pitch), other, "steady")
+    wave = sounds.synthesise(clip, 16_000, np.random.default_rng(0))
     assert wave.shape == (32_000,) and np.abs(wave).max() <= 1
     spectrum = np.abs(np.fft.rfft(wave[:16_000])) ** 2
     weighted = np.exp((np.log(np.arange(1, 8001)) * spectrum[1:]).sum() / spectrum[1:].sum())
-    assert 0.7 < weighted / demo_sounds.PITCHES[pitch] < 1.45
+    assert 0.7 < weighted / sounds.PITCHES[pitch] < 1.45
 
 
 def test_beats_are_silent_half_of_the_time():
-    parts = demo_sounds.Part("tone", "middle"), demo_sounds.Part("buzz", "low")
+    parts = sounds.Part("tone", "middle"), sounds.Part("buzz", "low")
     quiet = {}
-    for rhythm in demo_sounds.RHYTHMS:
-        wave = demo_sounds.synthesise(
-            demo_sounds.Clip(*parts, rhythm), 16_000, np.random.default_rng(0)
-        )
+    for rhythm in sounds.RHYTHMS:
+        wave = sounds.synthesise(sounds.Clip(*parts, rhythm), 16_000, np.random.default_rng(0))
         loud = np.abs(wave[: 100 * 320]).reshape(100, 320).max(axis=1) > 0.05
         quiet[rhythm] = 1 - loud.mean()
     assert quiet["steady"] == 0 and 0.35 < quiet["beating"] < 0.55

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from multimodal import grad_cache
-from multimodal.batches import with_hidden_parts
-from multimodal.learner import LossOptions, Task, loss_of
+from multimodal.datasets import Task
+from multimodal.pairs.batches import with_hidden_parts
+from multimodal.training import grad_cache
+from multimodal.training.losses import LossOptions, loss_of
 from shared.distributed import World
 from shared.precision import Amp
 from tests import multimodal_nano as nano

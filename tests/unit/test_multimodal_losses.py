@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch.nn import functional
 
-from multimodal import losses
-from multimodal.learner import LossOptions, Task, hidden_parts, loss_of, modality_dropout
+from multimodal.datasets import Task
+from multimodal.pairs.batches import hidden_parts, modality_dropout
+from multimodal.training import losses
+from multimodal.training.losses import LossOptions, loss_of
 from shared.distributed import World
 from tests import multimodal_nano as nano
 

@@ -67,7 +67,6 @@ def test_without_any_modality_the_call_is_refused():
     ("options", "message"),
     [
         ({"size": "huge"}, "size is 'huge', allowed: nano, tiny, small, base, large"),
-        ({"attention": "flash"}, "attention is 'flash', allowed: sdpa, chunked, math"),
         ({"activation": "relu"}, "activation is 'relu', allowed: gelu, quick_gelu"),
     ],
 )
@@ -87,24 +86,6 @@ def test_a_name_that_is_not_there_is_refused_with_those_that_are(options, messag
 def test_a_wrong_shape_is_named_with_the_right_one(inputs, message):
     with pytest.raises(ValueError, match=message):
         nano()(**inputs)
-
-
-@pytest.mark.parametrize("kind", ["chunked", "math"])
-def test_attention_gives_the_same_numbers_and_gradients_by_every_kernel(kind, monkeypatch):
-    monkeypatch.setattr(models, "_QUERIES_AT_ONCE", 5)
-    generator = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2, 3, 13, 8, generator=generator) for _ in range(3)]
-    causal = torch.ones(13, 13, dtype=torch.bool).tril()[None, None]
-    keys = (torch.arange(13) < 9)[None, None, None]
-    for allowed in (None, causal, keys, causal & keys | torch.eye(13, dtype=torch.bool)):
-        results = []
-        for how in ("sdpa", kind):
-            leaves = [x.clone().requires_grad_() for x in inputs]
-            out = models.attend(*leaves, allowed, how)
-            out.square().sum().backward()
-            results.append([out.detach(), *(leaf.grad for leaf in leaves)])
-        for one, other in zip(*results, strict=True):
-            torch.testing.assert_close(one, other, atol=5e-6, rtol=1e-5)  # other orders of sums
 
 
 def test_a_block_computes_what_torchs_own_layer_computes():

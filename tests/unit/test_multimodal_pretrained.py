@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from multimodal import pretrained
 from multimodal.model import MultimodalModel, create_model
+from multimodal.training import pretrained
 from shared.errors import UserError
 
 

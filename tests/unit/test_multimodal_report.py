@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from multimodal import report, report_text
-from multimodal.report import Report, add_section, newest
+from multimodal.training import report
+from multimodal.training.report import Report, add_section, newest
 from shared.errors import UserError
 from shared.files import read_json
 
@@ -34,9 +34,9 @@ def finished(tmp_path, metrics):
     """The JSON of a report that was closed, with one checkpoint there."""
     (tmp_path / "checkpoints").mkdir(exist_ok=True)
     (tmp_path / "checkpoints" / "best_model.pt").write_bytes(b"abc")
-    with Report(tmp_path / "reports", FACTS, metrics) as one:
+    with Report(tmp_path, FACTS) as one:
         one.update(stages=[{"stage": "unimodal", "epochs": 2, "val_loss": 1.23456}])
-        one.close("done", "3 steps", tmp_path / "checkpoints")
+        one.close("done", "3 steps")
     return newest(tmp_path)
 
 
@@ -56,7 +56,7 @@ def test_a_finished_report_has_its_files_by_their_sums(tmp_path, metrics):
 def test_the_page_is_the_json_alone(tmp_path, metrics):
     path = finished(tmp_path, metrics)
     text = path.with_suffix(".md").read_text()
-    assert text == report_text.render(read_json(path))
+    assert text == report.render(read_json(path))
     assert text.startswith("---\nlicense: mit\n")
     assert "| coco | 10 | 9 | missing: 1 |" in text
     assert "| parameters | 2,218,200 |" in text
@@ -100,7 +100,7 @@ def test_a_file_that_is_no_report_is_refused(tmp_path):
 )
 def test_what_breaks_the_run_stands_in_its_report(tmp_path, metrics, error, state):
     error.add_note("at step 3 of 9")
-    with pytest.raises(type(error)), Report(tmp_path / "reports", FACTS, metrics):
+    with pytest.raises(type(error)), Report(tmp_path, FACTS):
         raise error
     content = read_json(newest(tmp_path))
     assert content["status"] == state
@@ -113,20 +113,20 @@ def test_two_starts_in_one_second_have_two_reports(tmp_path, metrics, monkeypatc
     still = SimpleNamespace(strftime=lambda _: "report_20260101_000000")
     monkeypatch.setattr(report, "time", still)
     for _ in range(2):
-        Report(tmp_path / "reports", FACTS, metrics).__enter__()
+        Report(tmp_path, FACTS).__enter__()
     names = sorted(path.name for path in (tmp_path / "reports").glob("*.json"))
     assert names == ["report_20260101_000000.json", "report_20260101_000000b.json"]
     assert newest(tmp_path).name == names[1]
 
 
 def test_other_ranks_write_nothing(tmp_path, metrics):
-    with Report(tmp_path / "reports", FACTS, metrics, enabled=False) as one:
+    with Report(tmp_path, FACTS, enabled=False) as one:
         one.update(stages=[])
     assert not (tmp_path / "reports").exists()
 
 
 def test_text_from_outside_cannot_break_the_table():
-    text = report_text.render(
+    text = report.render(
         {"name": "r", "status": "done", "data": [{"data_set": "a|b", "left_out": "two\nlines"}]}
     )
     assert "| a\\|b | two lines |" in text

@@ -5,7 +5,14 @@ from collections import Counter
 
 import pytest
 
-from multimodal.schedule import Span, apportion, learning_rate, order_of, spans, steps_of_sources
+from multimodal.training.schedule import (
+    Span,
+    apportion,
+    learning_rate,
+    order_of,
+    spans,
+    steps_of_sources,
+)
 
 SHARES, ALL = (30, 40, 30), (True, True, True)
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from multimodal import run_training, settings_file
+from multimodal import run_training
 from multimodal.run_training import Config
+from multimodal.training import settings_file
 from shared.errors import UserError
 from shared.settings import leaves
 from tests.harness import ROOT, run_here

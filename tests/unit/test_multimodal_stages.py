@@ -5,10 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from multimodal import stages
-from multimodal.run_training import Config
-from multimodal.schedule import Span
-from multimodal.stages import Stage
+from multimodal.training import schedule
+from multimodal.training.schedule import Span, Stage
 from shared.distributed import World
 from tests import multimodal_nano as nano
 
@@ -26,7 +24,7 @@ PARTS = (
 
 def trained_parts(stage: int) -> set[str]:
     learner = nano.learner()
-    stages.enter(Stage(Span(stage, 0, 1), (), 1), learner, World())
+    schedule.enter(Stage(Span(stage, 0, 1), (), 1), learner, World())
     found = {
         name.removeprefix("model.").partition(".")[0]
         for name, parameter in learner.named_parameters()
@@ -45,13 +43,13 @@ def test_alignment_leaves_fusion_and_heads():
 
 def test_fine_tuning_trains_everything():
     learner = nano.learner()
-    stages.enter(Stage(Span(2, 0, 1), (), 1), learner, World())
+    schedule.enter(Stage(Span(2, 0, 1), (), 1), learner, World())
     assert all(parameter.requires_grad for parameter in learner.parameters())
 
 
 def test_gains_biases_and_temperatures_have_no_weight_decay():
     learner = nano.learner()
-    optimizer = stages.optimizer_for(learner, Config())
+    optimizer = schedule.optimizer_for(learner, 1e-4, 0.1)
     decayed = {id(p) for g in optimizer.param_groups if g["weight_decay"] for p in g["params"]}
     names = {name for name, p in learner.named_parameters() if id(p) in decayed}
     assert "model.image.conv1.weight" in names and "keyword_head.weight" in names
@@ -62,9 +60,9 @@ def test_gains_biases_and_temperatures_have_no_weight_decay():
 
 def rates(stage: int, epoch: int, batch: int) -> dict[bool, float]:
     """Learning rate of the rest (False) and of the towers (True)."""
-    cfg = Config(lr=1.0, warmup=0.1, tower_lr=0.25)
-    optimizer = stages.optimizer_for(nano.learner(), cfg)
-    stages.set_rate(optimizer, cfg, Stage(Span(stage, 4, 8), (), 25), epoch, batch)
+    optimizer = schedule.optimizer_for(nano.learner(), 1.0, 0.1)
+    stage_of = Stage(Span(stage, 4, 8), (), 25)
+    schedule.set_rate(optimizer, stage_of, epoch, batch, peak=1.0, warmup=0.1, towers=0.25)
     return {group["is_tower"]: group["lr"] for group in optimizer.param_groups}
 
 
@@ -76,15 +74,16 @@ def test_the_rate_starts_anew_in_each_stage_and_towers_are_slower_in_the_last():
 
 def source(name: str, total: int, tasks: tuple[int, ...]) -> SimpleNamespace:
     return SimpleNamespace(
-        name=name, training=range(total), task=lambda stage: stage in tasks or None
-    )
+        name=name, training=range(total), task=lambda stage: stage in tasks or None,
+        steps=lambda rows: total // rows,
+    )  # fmt: skip
 
 
 def test_small_sources_are_left_out_with_the_reason():
     sources = SimpleNamespace(
         found=[source("coco", 100, (0, 1, 2)), source("voxceleb", 7, (1, 2))], notes=[]
     )
-    found = stages.plan(Config(batch_size=2, gradient_accumulation_steps=4), sources, World())
+    found = schedule.plan(sources, 100, (30, 40, 30), 2, 4, World())
     assert [stage.span for stage in found] == [Span(0, 0, 30), Span(1, 30, 70), Span(2, 70, 100)]
     assert all([one.name for one in stage.sources] == ["coco"] for stage in found)
     assert [stage.steps for stage in found] == [12, 12, 12]
@@ -96,8 +95,8 @@ def test_small_sources_are_left_out_with_the_reason():
 
 def test_a_frozen_part_takes_no_step():
     learner = nano.learner()
-    optimizer = stages.optimizer_for(learner, Config())
-    stages.enter(Stage(Span(1, 0, 1), (), 1), learner, World())
+    optimizer = schedule.optimizer_for(learner, 1e-4, 0.1)
+    schedule.enter(Stage(Span(1, 0, 1), (), 1), learner, World())
     batch = nano.double(nano.inputs(3))
     before = {name: p.detach().clone() for name, p in learner.named_parameters()}
     learner.model(images=batch["images"])["logits"].square().sum().backward()

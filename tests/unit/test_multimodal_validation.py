@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
-from multimodal import validation
-from multimodal.learner import LossOptions
-from multimodal.pair_sources import OnePerGroup, Source
-from multimodal.samples import Counts
+from multimodal.datasets import OnePerGroup, Source
+from multimodal.pairs.samples import Counts
+from multimodal.training import validation
+from multimodal.training.losses import LossOptions
 from shared.distributed import World
 from shared.precision import Amp
 from tests import multimodal_nano as nano

@@ -14,8 +14,8 @@ from face_distill.distill.pairs import read_pairs
 from face_distill.distill.teacher import TeacherFeatures
 from lavic.src.catalogue import read_pictures, read_samples, read_titles
 from lavic.src.recommend.data import read_conversations
-from multimodal import demo
 from multimodal.datasets import AudioCaps, Clotho, Coco
+from multimodal.demo_data import demo
 from shared.errors import UserError
 from vasevqa.filter import prompts
 from vasevqa.model import training_files

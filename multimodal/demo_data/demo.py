@@ -5,7 +5,7 @@
     <root>/data/audiocaps/{train,val,test}.csv, audio/{train,val,test}/ID_START.flac
     <root>/data/voxceleb/{wav/id10001/VIDEO/00001.wav,faces/id10001/VIDEO/0000001.jpg,vox1_meta.csv}
 
-Pictures and sounds are procedural (demo_pictures.py, demo_sounds.py). No scene and no clip is drawn
+Pictures and sounds are procedural (pictures.py, sounds.py). No scene and no clip is drawn
 twice, so none of the held-out ones is trained on. Generator and seed stay as they are: training is
 tuned to the data, never the data to the training.
 """
@@ -17,9 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
-from multimodal import demo_files
-from multimodal.demo_pictures import all_scenes
-from multimodal.demo_sounds import all_clips
+from multimodal.demo_data import files
+from multimodal.demo_data.pictures import all_scenes
+from multimodal.demo_data.sounds import all_clips
 from shared.build_once import build_once
 
 VERSION = 1  # of what is drawn and written; another number rebuilds
@@ -78,9 +78,9 @@ def _build(paths: DemoPaths, seed: int) -> None:
 
     scenes = all_scenes()
     order = stream(_COCO).permutation(len(scenes))
-    demo_files.write_coco(paths.coco, [scenes[i] for i in order], stream(_COCO).spawn(1)[0])
+    files.write_coco(paths.coco, [scenes[i] for i in order], stream(_COCO).spawn(1)[0])
     clips = all_clips()
     chosen = [clips[i] for i in stream(_CLIPS).permutation(len(clips))]
-    rest = demo_files.write_clotho(paths.clotho, chosen, stream(_CLOTHO))
-    demo_files.write_audiocaps(paths.audiocaps, rest, stream(_AUDIOCAPS))
-    demo_files.write_voxceleb(paths.voxceleb, stream(_VOXCELEB))
+    rest = files.write_clotho(paths.clotho, chosen, stream(_CLOTHO))
+    files.write_audiocaps(paths.audiocaps, rest, stream(_AUDIOCAPS))
+    files.write_voxceleb(paths.voxceleb, stream(_VOXCELEB))

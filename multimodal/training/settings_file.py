@@ -13,7 +13,7 @@ from shared import settings
 from shared.errors import UserError, did_you_mean
 from shared.settings import Setting
 
-MODEL = ("embed_dim", "use_checkpoint", "attention", "dropout", "activation", "pretrained")
+MODEL = ("embed_dim", "use_checkpoint", "dropout", "activation", "pretrained")
 PATHS = ("data_root", "output_dir", "feature_cache")
 # The two names that differ from the flags'.
 _FIELDS = {"model": {"size": "model_size"}, "training": {"learning_rate": "lr"}}
@@ -72,5 +72,5 @@ def _rooted(setting: Setting, value: Any) -> Any:
     if setting.field.name in PATHS and isinstance(value, str):
         if value.startswith("~"):
             return value  # the home directory is looked up where every path is read
-        return str(Path(__file__).resolve().parent / value)
+        return str(Path(__file__).resolve().parents[1] / value)
     return value

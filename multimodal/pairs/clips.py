@@ -1,23 +1,98 @@
-"""AudioCaps' sounds out of a directory, a repository of the Hub, or YouTube."""
+"""AudioCaps' sounds: from a directory, a repository of the Hub, or YouTube.
+
+What became of every clip is one JSON line in clips.jsonl.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import re
 import shutil
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from multimodal import audio, clip_ledger, clip_tables
-from multimodal.clip_ledger import Ledger, Wanted
+from multimodal.pairs import audio
+from multimodal.pairs.audiocaps import Clip, listed_clips
 from shared.download import part_of
-from shared.errors import UserError, one_line
+from shared.errors import MissingToolError, UserError, one_line
+from shared.files import read_json_lines, write_atomic
+from shared.status import now
 from shared.unpack import Run, unpack
 from shared.web import DownloadError
+
+SPLITS = ("train", "val", "test")
+OK, UNAVAILABLE, BLOCKED, FAILED = "ok", "unavailable", "blocked", "failed"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """A clip that is not there yet, and where its sound goes (without suffix)."""
+
+    split: str
+    clip: Clip
+    target: Path
+
+    @property
+    def start(self) -> str:
+        """Seconds into the video."""
+        return self.clip.key.rpartition("_")[2]
+
+
+class Ledger:
+    """The record of clips; the last line of a clip counts."""
+
+    def __init__(self, root: Path) -> None:
+        self._path = root / "clips.jsonl"
+        self._status = {
+            row["key"]: str(row.get("status"))
+            for row in read_json_lines(self._path)
+            if isinstance(row.get("key"), str)
+        }
+
+    def add(self, wanted: Wanted, status: str, reason: str, source: str) -> None:
+        """Write down what became of a clip, at once."""
+        self._status[wanted.clip.key] = status
+        row = {"key": wanted.clip.key, "split": wanted.split, "status": status}
+        row |= {"reason": reason, "source": source, "at": now()}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+    def is_gone(self, clip: Clip) -> bool:
+        """Whether the video was found to be unavailable, for good."""
+        return self._status.get(clip.key) == UNAVAILABLE
+
+
+def missing(root: Path) -> list[Wanted]:
+    """The listed clips without a sound, test and validation first. Raises UserError."""
+    found = []
+    for split in reversed(SPLITS):
+        folder = root / "audio" / split
+        there = {path.stem for path in folder.glob("*") if path.suffix in audio.SUFFIXES}
+        for clip in listed_clips(root / f"{split}.csv"):
+            if clip.key not in there:
+                found.append(Wanted(split, clip, folder / clip.key))
+    return found
+
+
+def summary(root: Path) -> str:
+    """'46,231 of 49,838 train, …; not there: 12 blocked, 3,595 unavailable'."""
+    ledger, left = Ledger(root), missing(root)
+    absent = Counter(wanted.split for wanted in left)
+    totals = {split: len(listed_clips(root / f"{split}.csv")) for split in SPLITS}
+    parts = [f"{totals[split] - absent[split]:,} of {totals[split]:,} {split}" for split in SPLITS]
+    states = Counter(ledger._status.get(wanted.clip.key, "not tried") for wanted in left)
+    why = ", ".join(f"{count:,} {state}" for state, count in sorted(states.items()))
+    return ", ".join(parts) + (f"; not there: {why}" if why else "")
+
+
+# --- where sounds come from -----------------------------------------------------------------------
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +120,7 @@ def from_directory(root: Path, directory: Path, source: str) -> None:
     """
     if not directory.is_dir():
         raise UserError(f"--audiocaps-source {source}: {directory} is no directory")
-    wanted = clip_ledger.missing(root)
+    wanted = missing(root)
     found = _index(directory)
     ledger, count = Ledger(root), 0
     alone = _only_clip_of_its_video(wanted)
@@ -55,7 +130,7 @@ def from_directory(root: Path, directory: Path, source: str) -> None:
             path = found.get((item.clip.video, None))
         if path is not None:
             _put(path, item.target.with_name(item.target.name + path.suffix.lower()))
-            ledger.add(item, clip_ledger.OK, "", source)
+            ledger.add(item, OK, "", source)
             count += 1
     if wanted and not count:
         raise UserError(
@@ -108,7 +183,7 @@ def from_hub(root: Path, repo_id: str, endpoint: str, run: Run | None) -> None:
     repository = open_hub(repo_id, "main", endpoint=endpoint, kind="dataset")
     names = sorted(repository.files)
     sounds = [name for name in names if Path(name).suffix.lower() in audio.SUFFIXES]
-    wanted = {item.clip.video for item in clip_ledger.missing(root)}
+    wanted = {item.clip.video for item in missing(root)}
     sounds = [
         name
         for name in sounds
@@ -128,7 +203,7 @@ def from_hub(root: Path, repo_id: str, endpoint: str, run: Run | None) -> None:
     for name in archives if not sounds else ():
         unpack([directory / name], directory / "unpacked", run)
     if not sounds and not archives:
-        clip_tables.unpack(root, [directory / name for name in tables], directory / "unpacked")
+        unpack_tables(root, [directory / name for name in tables], directory / "unpacked")
     from_directory(root, directory, f"hf:{repo_id}")
 
 
@@ -148,14 +223,14 @@ class YouTube:
         Raises DownloadError when YouTube refuses ten in a row.
         """
         ledger = Ledger(root)
-        wanted = [item for item in clip_ledger.missing(root) if not ledger.is_gone(item.clip)]
+        wanted = [item for item in missing(root) if not ledger.is_gone(item.clip)]
         log.info("audiocaps: %d clips to fetch from YouTube", len(wanted))
         blocks = 0
         with ThreadPoolExecutor(self.workers) as threads:
             try:
                 for item, status, reason in self._results(threads, wanted):
                     ledger.add(item, status, reason, "youtube")
-                    blocks = blocks + 1 if status == clip_ledger.BLOCKED else 0
+                    blocks = blocks + 1 if status == BLOCKED else 0
                     if blocks >= MOST_BLOCKS:
                         raise DownloadError(
                             f"YouTube refused {blocks} clips in a row ({reason}): give --cookies "
@@ -196,12 +271,60 @@ class YouTube:
         if code or not part.is_file() or not part.stat().st_size:
             part.unlink(missing_ok=True)
             reason = one_line(ValueError(error))[-300:] or f"ffmpeg ended with {code}"
-            return clip_ledger.FAILED, reason
+            return FAILED, reason
         part.replace(target)
-        return clip_ledger.OK, ""
+        return OK, ""
 
 
 def _status_of(error: str) -> str:
     if _BLOCKED.search(error):
-        return clip_ledger.BLOCKED
-    return clip_ledger.UNAVAILABLE if _GONE.search(error) else clip_ledger.FAILED
+        return BLOCKED
+    return UNAVAILABLE if _GONE.search(error) else FAILED
+
+
+# --- parquet --------------------------------------------------------------------------------------
+
+_ROWS = 64  # read at once
+_SUFFIXES = {b"fLaC": ".flac", b"RIFF": ".wav", b"OggS": ".ogg", b"ID3\x03": ".mp3"}
+
+
+def unpack_tables(root: Path, tables: Sequence[Path], directory: Path) -> None:
+    """Write the sounds of the missing clips as <youtube id>_<start>.<kind> into `directory`.
+
+    A row is known by its columns youtube_id and start_time; its sound is in a column `audio` of
+    bytes, or of {bytes, path}. Raises UserError for other tables, MissingToolError without pyarrow.
+    """
+    wanted = {item.clip.key for item in missing(root)}
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in tables:
+        for row in _rows(path):
+            key = f"{row['youtube_id']}_{int(float(row['start_time']))}"
+            sound = row["audio"]
+            content = sound.get("bytes") if isinstance(sound, Mapping) else sound
+            if key in wanted and isinstance(content, bytes) and content:
+                target = directory / f"{key}{_SUFFIXES.get(content[:4], '.mp3')}"
+                write_atomic(target, lambda s, c=content: (s.write(c), None)[1], durable=False)
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingToolError(
+            f"{path.name} is a parquet file: pip install pyarrow, then type the same command"
+        ) from None
+    columns = ["youtube_id", "start_time", "audio"]
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        lacking = [name for name in columns if name not in table.schema_arrow.names]
+        if lacking:
+            raise UserError(
+                f"{path} has no column {', '.join(lacking)}, only "
+                f"{', '.join(table.schema_arrow.names)}: unpack it yourself and give "
+                "--audiocaps-source local:DIRECTORY"
+            )
+        for batch in table.iter_batches(_ROWS, columns=columns):
+            yield from batch.to_pylist()
+    except (pyarrow.ArrowException, ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read as parquet ({one_line(error)})") from None

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from multimodal import audio, pictures, samples
-from multimodal.samples import Sample, Sounds
+from multimodal.pairs import audio, samples
+from multimodal.pairs.samples import Sample, Sounds
 from shared.errors import UserError
 from shared.images import SUFFIXES
 from shared.seed import derive
@@ -101,7 +101,7 @@ class VoxCeleb(Dataset[Sample]):
         """A frame of the item's video, float32 (3, S, S). Raises ValueError with the file."""
         item = self._items[index]
         frames = self._faces[item.speaker, item.video]
-        read = pictures.read_cropped if self._is_train else pictures.read
+        read = samples.read_cropped_picture if self._is_train else samples.read_picture
         frame = frames[int(torch.randint(len(frames), ())) if self._is_train else len(frames) // 2]
         try:
             return read(frame, self._size)

@@ -1,19 +1,26 @@
-"""What the data sets have in common: counts, replacement of bad files, sounds, batches."""
+"""What the data sets have in common: counts, damaged files, pictures, captions, tables, batches."""
 
 from __future__ import annotations
 
+import csv
+import functools
+import importlib.util
+import io
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from multimodal import audio, tokens
-from shared.errors import UserError
+from multimodal.pairs import audio
+from shared import images
+from shared.errors import MissingToolError, UserError
+from shared.files import open_regular, read_bytes
 from shared.images import Skipped
 
 Sample = dict[str, Tensor]
@@ -175,7 +182,7 @@ def pick(captions: Sequence[str], train: bool) -> str:
 
 def text_of(caption: str) -> Sample:
     """`input_ids` (77) and `attention_mask` (77) of a caption."""
-    ids, mask = tokens.tokenise([caption])
+    ids, mask = tokenise([caption])
     return {"input_ids": ids[0], "attention_mask": mask[0]}
 
 
@@ -218,3 +225,139 @@ def _limited(items: list[T], limit: int | None) -> list[T]:
     if limit < 1:
         raise UserError(f"limit {limit}: at least 1 item is needed")
     return [items[place * len(items) // limit] for place in range(limit)]
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in [0, 1]
+STD = (0.26862954, 0.26130258, 0.27577711)
+_SMALLEST_CROP = 0.8  # of the area: captions tell where things are, and labels that they are there
+
+
+def read_picture(path: Path, size: int) -> Tensor:
+    """The middle square of the picture, float32 (3, size, size). Raises ValueError."""
+    from torchvision.transforms.v2 import functional as transforms
+
+    picture = images.read_rgb(path)
+    short = min(picture.shape[1:])
+    square = transforms.center_crop(picture, [short, short])
+    return normalise(_resized(square, size))
+
+
+def read_cropped_picture(path: Path, size: int) -> Tensor:
+    """A random part of the picture, float32 (3, size, size); never mirrored. Raises ValueError.
+
+    The part covers 80 to 100 % of the area; its position comes from torch's generator.
+    """
+    picture = images.read_rgb(path)
+    height, width = picture.shape[1:]
+    area, across, down = torch.rand(3).tolist()
+    scale = (_SMALLEST_CROP + (1 - _SMALLEST_CROP) * area) ** 0.5
+    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
+    top, left = round(down * (height - rows)), round(across * (width - columns))
+    return normalise(_resized(picture[:, top : top + rows, left : left + columns], size))
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """Pixels uint8 (…, 3, H, W) as float32 of mean about 0 and deviation about 1."""
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    return ((pixels.float() / 255 - mean) / std).contiguous()
+
+
+def _resized(picture: Tensor, size: int) -> Tensor:
+    from torchvision.transforms.v2 import functional as transforms
+
+    mode = transforms.InterpolationMode.BICUBIC
+    return transforms.resize(picture, [size, size], interpolation=mode, antialias=True)
+
+
+def picture_problem(path: Path) -> str | None:
+    """Why the file is no picture, or None; of a JPEG only the beginning and the end are read.
+
+    A file that is cut short, empty or something else is found, damage in the middle is not.
+    """
+    try:
+        with open_regular(path) as stream:
+            head = stream.read(2)
+            stream.seek(-2, 2)
+            tail = stream.read(2)
+    except OSError:
+        return images.problem(path)
+    return None if (head, tail) == (b"\xff\xd8", b"\xff\xd9") else images.problem(path)
+
+
+# --- captions -------------------------------------------------------------------------------------
+
+CONTEXT = 77  # token ids a caption
+VOCABULARY = 49_408
+END = VOCABULARY - 1  # ends every caption; the largest id
+
+
+def tokenise(texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Ids (N, 77) int64 and mask (N, 77) bool of English captions; longer ones are cut at the end.
+
+    The mask is true up to and with the end token. It does not ask for ids other than 0: the padding
+    is 0, and so is the token of an exclamation mark.
+    """
+    ids = _tokenizer()(list(texts), context_length=CONTEXT)
+    return ids, mask_of(ids)
+
+
+def mask_of(ids: Tensor) -> Tensor:
+    """Which of the ids (N, L) belong to the caption: bool (N, L), from the place of the end."""
+    return torch.arange(ids.shape[1]) <= (ids == END).int().argmax(1, keepdim=True)
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    """The tokenizer, from its file alone: the whole of open_clip takes four seconds to import."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None or not package.submodule_search_locations:
+        raise MissingToolError("captions need open_clip's tokenizer: pip install open_clip_torch")
+    file = Path(package.submodule_search_locations[0]) / "tokenizer.py"
+    name = "open_clip_tokenizer_alone"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec and spec.loader
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer()
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def read_table(path: Path, encoding: str, columns: list[str]) -> list[tuple[int, dict[str, str]]]:
+    """The rows of a CSV file with a header, each with its line number.
+
+    Raises UserError, with file and line, for one that is missing, in another encoding, without
+    these columns or with a row of another length.
+    """
+    try:
+        text = read_bytes(path).decode(encoding)
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): download_datasets.py fetches it"
+        ) from None
+    except UnicodeDecodeError as error:
+        line = read_bytes(path)[: error.start].count(b"\n") + 1
+        raise UserError(f"{path}, line {line}: not {encoding}; fetch the file again") from None
+    reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", restval=None)
+    lacking = [column for column in columns if column not in _header(reader, path)]
+    if lacking:
+        raise UserError(f"{path} has no column {', '.join(lacking)}: is it the right file?")
+    rows = []
+    try:
+        for row in reader:
+            if "" in row or None in row.values():
+                raise UserError(f"{path}, line {reader.line_num}: another number of columns")
+            rows.append((reader.line_num, row))
+    except csv.Error as error:
+        raise UserError(f"{path}, line {reader.line_num}: {error}; fetch the file again") from None
+    return rows
+
+
+def _header(reader: csv.DictReader[str], path: Path) -> list[str]:
+    try:
+        return list(reader.fieldnames or [])
+    except csv.Error as error:
+        raise UserError(f"{path}, line 1: {error}; fetch the file again") from None

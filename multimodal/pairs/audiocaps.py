@@ -10,9 +10,8 @@ from typing import Literal
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from multimodal import audio, samples
-from multimodal.samples import Sample, Sounds
-from multimodal.tables import read_table
+from multimodal.pairs import audio, samples
+from multimodal.pairs.samples import Sample, Sounds, read_table
 from shared.errors import UserError
 
 COLUMNS = ["audiocap_id", "youtube_id", "start_time", "caption"]

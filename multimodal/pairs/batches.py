@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from multimodal.learner import Task, hidden_parts, modality_dropout
-from multimodal.model import FRAMES_A_TOKEN
-from multimodal.pair_sources import Batch, Source, collate_views
-from multimodal.schedule import Span, order_of, steps_of_sources
+from multimodal.datasets import Batch, Source, Task, collate_views
+from multimodal.model import FRAMES_A_TOKEN, MODALITIES
+from multimodal.pairs.audio import FRAMES_PER_SECOND
+from multimodal.training.schedule import Span, order_of, steps_of_sources
 from shared.checkpoint import Position
 from shared.distributed import World
 from shared.loader import make_eval_loader, make_loader
@@ -25,6 +25,7 @@ from shared.seed import derive
 
 _PASSES = 10**6  # more than a stage makes over a source: the passes of stages never meet
 _NOT_LEARNT = ("replaced", "speaker")
+_HIDDEN = 0.8  # share of a sound
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,19 @@ class BatchOptions:
     workers: int
     balance: float
     modality_dropout: float
-    tokens: int = 0  # of the longest sound
+    clip_seconds: float = 0.0  # of the longest sound
 
-
-def steps_of(source: Source, rows: int, world: World) -> int:
-    """Whole global batches of a pass over the source."""
-    return len(source.training) // (rows * world.size)
+    @property
+    def tokens(self) -> int:
+        """Of the longest sound."""
+        return round(self.clip_seconds * FRAMES_PER_SECOND) // FRAMES_A_TOKEN + 1
 
 
 def epoch_of(
     sources: Sequence[Source], options: BatchOptions, world: World, span: Span, position: Position
 ) -> Iterator[tuple[Task, Batch]]:
     """The batches of the position's epoch, from its batch on, with the task each is for."""
-    steps = [steps_of(source, options.rows, world) for source in sources]
+    steps = [source.steps(options.rows * world.size) for source in sources]
     counts = steps_of_sources(steps, options.balance)
     order = order_of(counts, options.seed, span.stage, position.epoch)
     done = Counter(order[: position.batch])
@@ -76,7 +77,7 @@ def _stream(
     source: Source, options: BatchOptions, world: World, stage: int, first: int
 ) -> Iterator[Batch]:
     """The source's batches from number `first` of the stage on, without end."""
-    steps = steps_of(source, options.rows, world)
+    steps = source.steps(options.rows * world.size)
     number, offset = divmod(first, steps)
     while True:
         loader = make_loader(
@@ -151,3 +152,32 @@ def labels_of(batch: Batch, device: torch.device) -> Tensor | None:
     """Take the labels (B, classes) out of a batch, to the device; None where it has none."""
     labels = batch.pop("labels", None)
     return None if labels is None else labels.to(device, non_blocking=True)
+
+
+def modality_dropout(
+    task: Task, rows: int, world: World, generator: torch.Generator, share: float
+) -> Tensor:
+    """(rows, 3) bool: the modalities that each sample of this process shows to the fusion.
+
+    Of `share` of the samples one of the two is left out, either with the same chance. Drawn for all
+    processes at once, so that the global batch is the same whoever holds which part.
+    """
+    shown = torch.tensor([name in task.modalities for name in MODALITIES])
+    drawn = torch.rand(world.size * rows, 2, generator=generator)
+    own = drawn[world.rank * rows : (world.rank + 1) * rows]
+    mask = shown.repeat(rows, 1)
+    if len(task.modalities) == 2:
+        columns = torch.tensor([MODALITIES.index(name) for name in task.modalities])
+        leaves = own[:, 0] < share
+        which = columns[(own[:, 1] < 0.5).long()]
+        mask[leaves.nonzero().flatten(), which[leaves]] = False
+    return mask
+
+
+def hidden_parts(rows: int, tokens: int, world: World, generator: torch.Generator) -> Tensor:
+    """(rows, tokens) bool: the parts of each sound of this process that it does not get to hear.
+
+    4 of 5, as in AudioMAE (Huang et al. 2022, arXiv:2207.06405); drawn for all processes at once.
+    """
+    drawn = torch.rand(world.size * rows, tokens, generator=generator)
+    return drawn[world.rank * rows : (world.rank + 1) * rows] < _HIDDEN

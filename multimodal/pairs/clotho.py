@@ -10,9 +10,8 @@ from typing import Literal
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from multimodal import samples
-from multimodal.samples import Sample, Sounds
-from multimodal.tables import read_table
+from multimodal.pairs import samples
+from multimodal.pairs.samples import Sample, Sounds, read_table
 from shared.errors import UserError
 
 FOLDERS = {"train": "development", "val": "validation", "test": "evaluation"}

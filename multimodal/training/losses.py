@@ -1,9 +1,8 @@
-"""What learns: the model, a head for the keywords of sounds, and the tasks that each stage sets.
+"""What learns, and its losses: over pairs, over labels, over hidden parts of sounds.
 
-A task names the modalities that a batch brings, whether they are to find each other, and which
-labels they are to predict from the fused features; or it has sounds filled in where parts of them
-were hidden. A learner's outputs for a task are those that
-its loss uses, and no others: DDP waits for the gradient of everything it finds behind them.
+Pairs: rows i of `one` and `other` belong together, every other row of the global batch is a
+negative. The features have unit norm; `scale` is the inverse temperature, the model's own and
+learnable. Legend: b rows of this process, W processes, D width, C classes.
 """
 
 from __future__ import annotations
@@ -14,11 +13,60 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
-from multimodal import losses
-from multimodal.grad_cache import Outputs
-from multimodal.model import FRAMES_A_TOKEN, MEL_BINS, MODALITIES, MultimodalModel
-from shared.distributed import World
+from multimodal.datasets import Batch, Task
+from multimodal.model import FRAMES_A_TOKEN, MEL_BINS, MultimodalModel
+from multimodal.training.grad_cache import Outputs
+from shared.distributed import World, gather_with_grad
+
+
+def info_nce(
+    one: Tensor, other: Tensor, scale: Tensor, world: World, *, local: bool = False
+) -> Tensor:
+    """The mean cross-entropy of finding each row's partner among W·b, both ways; a scalar.
+
+    one, other: (b, D). With `local` each process scores its own rows against all (b × W·b scores
+    in place of W·b × W·b); averaged over the processes, value and gradients are the same.
+    ln(W·b) is the value at chance. Source: Radford et al. 2021 (arXiv:2103.00020), figure 3.
+    """
+    all_one, all_other = gather_with_grad(one, world), gather_with_grad(other, world)
+    if local:
+        forth, back = scale * one @ all_other.T, scale * other @ all_one.T
+        truth = world.rank * len(one) + torch.arange(len(one), device=one.device)
+    else:
+        forth = scale * all_one @ all_other.T
+        back = forth.T
+        truth = torch.arange(len(all_one), device=one.device)
+    return (functional.cross_entropy(forth, truth) + functional.cross_entropy(back, truth)) / 2
+
+
+def sigmoid(one: Tensor, other: Tensor, scale: Tensor, bias: Tensor, world: World) -> Tensor:
+    """Every pair of the global batch judged alone: partners or not; summed, over W·b; a scalar.
+
+    Each process judges its own rows of `one` with all of `other`; the mean over the processes is
+    the loss of the whole batch. Source: Zhai et al. 2023 (arXiv:2303.15343), algorithm 1.
+    """
+    scores = scale * one @ gather_with_grad(other, world).T + bias
+    partners = torch.full_like(scores, -1.0)
+    partners[:, world.rank * len(one) : (world.rank + 1) * len(one)].fill_diagonal_(1.0)
+    return -functional.logsigmoid(partners * scores).sum() / len(one)
+
+
+def multi_label(logits: Tensor, labels: Tensor) -> Tensor:
+    """Binary cross-entropy, summed over the classes and averaged over rows; a scalar.
+
+    logits: (b, C). labels: (b, C), 1 where a class is there. A mean over 80 classes, most of which
+    are absent, would leave gradients so small that Adam's epsilon stifles them.
+    """
+    exact = logits.float() if logits.dtype.itemsize < 4 else logits
+    each = functional.binary_cross_entropy_with_logits(
+        exact, labels.to(exact.dtype), reduction="none"
+    )
+    return each.sum(dim=1).mean()
+
+
+# --- what learns ----------------------------------------------------------------------------------
 
 INPUTS = {
     "image": ("images",),
@@ -26,25 +74,7 @@ INPUTS = {
     "audio": ("audio", "audio_mask"),
     "audio_2": ("audio_2", "audio_mask_2"),  # another sound of the same voice
 }
-_HIDDEN = 0.8  # share of a sound
 _RARE = -3.0  # first bias of labels: 3 of 80 are there, as in COCO
-Batch = dict[str, Tensor]
-Target = Literal["classes", "keywords", "spectrogram"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """What one kind of batch is for."""
-
-    name: str  # in charts and reports
-    modalities: tuple[str, ...]  # one, or two in the order of a name in PAIRS
-    contrasts: bool  # the two modalities of a pair find each other
-    target: Target | None = None  # labels to predict, or the hidden parts of a sound
-
-    @property
-    def pair(self) -> str:
-        """Whose temperature it uses."""
-        return "_".join(_tower(name) for name in self.modalities)
 
 
 @dataclass(frozen=True)
@@ -142,48 +172,17 @@ def loss_of(
     if task.contrasts:
         one, other = (outputs[f"{name}_features"] for name in task.modalities)
         if options.kind == "sigmoid":
-            parts["contrast"] = losses.sigmoid(one, other, outputs["scale"], outputs["bias"], world)
+            parts["contrast"] = sigmoid(one, other, outputs["scale"], outputs["bias"], world)
         else:
-            parts["contrast"] = losses.info_nce(
-                one, other, outputs["scale"], world, local=options.local
-            )
+            parts["contrast"] = info_nce(one, other, outputs["scale"], world, local=options.local)
     if task.target == "spectrogram":
         parts["spectrogram"] = outputs["errors"].mean()
     elif task.target and labels is not None:
         logits = outputs["logits" if task.target == "classes" else "keywords"]
-        parts[task.target] = losses.multi_label(logits, labels)
+        parts[task.target] = multi_label(logits, labels)
     weights = {"contrast": 1.0}
     weighted = [
         value * weights.get(name, options.label_weight if task.contrasts else 1.0)
         for name, value in parts.items()
     ]
     return torch.stack(weighted).sum(), {name: part.detach() for name, part in parts.items()}
-
-
-def modality_dropout(
-    task: Task, rows: int, world: World, generator: torch.Generator, share: float
-) -> Tensor:
-    """(rows, 3) bool: the modalities that each sample of this process shows to the fusion.
-
-    Of `share` of the samples one of the two is left out, either with the same chance. Drawn for all
-    processes at once, so that the global batch is the same whoever holds which part.
-    """
-    shown = torch.tensor([name in task.modalities for name in MODALITIES])
-    drawn = torch.rand(world.size * rows, 2, generator=generator)
-    own = drawn[world.rank * rows : (world.rank + 1) * rows]
-    mask = shown.repeat(rows, 1)
-    if len(task.modalities) == 2:
-        columns = torch.tensor([MODALITIES.index(name) for name in task.modalities])
-        leaves = own[:, 0] < share
-        which = columns[(own[:, 1] < 0.5).long()]
-        mask[leaves.nonzero().flatten(), which[leaves]] = False
-    return mask
-
-
-def hidden_parts(rows: int, tokens: int, world: World, generator: torch.Generator) -> Tensor:
-    """(rows, tokens) bool: the parts of each sound of this process that it does not get to hear.
-
-    4 of 5, as in AudioMAE (Huang et al. 2022, arXiv:2207.06405); drawn for all processes at once.
-    """
-    drawn = torch.rand(world.size * rows, tokens, generator=generator)
-    return drawn[world.rank * rows : (world.rank + 1) * rows] < _HIDDEN

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from multimodal import demo_pictures, demo_sounds
-from multimodal.demo_pictures import Scene
-from multimodal.demo_sounds import Clip
+from multimodal.demo_data import pictures, sounds
+from multimodal.demo_data.pictures import Scene
+from multimodal.demo_data.sounds import Clip
 from shared.drawing import COLOURS, SHAPES, Floats, mask, paint, to_image
 from shared.files import write_atomic
 
@@ -51,10 +51,10 @@ def write_coco(root: Path, scenes: Sequence[Scene], rng: np.random.Generator) ->
 def _write_picture(
     directory: Path, number: int, scene: Scene, rng: np.random.Generator
 ) -> dict[str, Any]:
-    canvas, boxes = demo_pictures.draw(scene, rng)
+    canvas, boxes = pictures.draw(scene, rng)
     name = f"{number:012d}.jpg"
     _write_jpeg(directory / name, canvas)
-    side = demo_pictures.SIDE
+    side = pictures.SIDE
     image = {"id": number, "file_name": name, "height": side, "width": side, "license": 1}
     return {"image": image, "scene": scene, "boxes": boxes}
 
@@ -64,7 +64,7 @@ def _captions(records: list[dict[str, Any]]) -> dict[str, Any]:
     texts = [
         (record["image"]["id"], text)
         for record in records
-        for text in demo_pictures.captions(record["scene"])
+        for text in pictures.captions(record["scene"])
     ]
     return {
         "info": {"description": "shapes in COCO's layout", "year": 2017},
@@ -79,7 +79,7 @@ def _captions(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _instances(records: list[dict[str, Any]]) -> dict[str, Any]:
     """The content of instances_*.json."""
-    ids = demo_pictures.categories()
+    ids = pictures.categories()
     found = [
         (record["image"]["id"], ids[record["scene"].category], box)
         for record in records
@@ -107,10 +107,8 @@ def write_clotho(root: Path, clips: Sequence[Clip], rng: np.random.Generator) ->
         taken, clips = clips[:total], clips[total:]
         names = [_clotho_name(split, number) for number in range(total)]
         for name, clip in zip(names, taken, strict=True):
-            _write_sound(root / split / name, demo_sounds.synthesise(clip, 44_100, rng), 44_100)
-        rows = [
-            [name, *demo_sounds.captions(clip)] for name, clip in zip(names, taken, strict=True)
-        ]
+            _write_sound(root / split / name, sounds.synthesise(clip, 44_100, rng), 44_100)
+        rows = [[name, *sounds.captions(clip)] for name, clip in zip(names, taken, strict=True)]
         header = ["file_name", *(f"caption_{number}" for number in range(1, 6))]
         _write_csv(root / f"clotho_captions_{split}.csv", [header, *rows], "utf-8")
         _write_metadata(root / f"clotho_metadata_{split}.csv", names, taken)
@@ -141,12 +139,12 @@ def write_audiocaps(root: Path, clips: Sequence[Clip], rng: np.random.Generator)
         for place in range(total):
             clip, start = next(left), str(10 * int(rng.integers(0, 30)))
             name = "".join(rng.choice(_YOUTUBE, 11))
-            texts = demo_sounds.captions(clip)
+            texts = sounds.captions(clip)
             for text in texts if split != "train" else [str(rng.choice(texts))]:
                 number += 1
                 rows.append([str(number), name, start, text])
             if place >= gone:
-                wave = demo_sounds.synthesise(clip, 32_000, rng)
+                wave = sounds.synthesise(clip, 32_000, rng)
                 _write_sound(root / "audio" / split / f"{name}_{start}.flac", wave, 32_000)
         _write_csv(root / f"{split}.csv", rows, "utf-8")
 
@@ -155,12 +153,12 @@ def write_voxceleb(root: Path, rng: np.random.Generator) -> None:
     """Voices (wav, 16 kHz) and faces of people whose colour goes with their pitch."""
     rows = [["VoxCeleb1 ID", "VGGFace1 ID", "Gender", "Nationality", "Set"]]
     for place, speaker in enumerate(SPEAKERS):
-        colour = demo_pictures.COLOUR_NAMES[place % len(demo_pictures.COLOUR_NAMES)]
-        pitch = 110.0 * 2 ** (place % len(demo_pictures.COLOUR_NAMES) / 4)
+        colour = pictures.COLOUR_NAMES[place % len(pictures.COLOUR_NAMES)]
+        pitch = 110.0 * 2 ** (place % len(pictures.COLOUR_NAMES) / 4)
         for _ in range(VIDEOS):
             video = "".join(rng.choice(_YOUTUBE[:-2], 11))
             for number in range(1, UTTERANCES + 1):
-                wave = demo_sounds.voice(pitch, 16_000, 1.5, rng)
+                wave = sounds.voice(pitch, 16_000, 1.5, rng)
                 path = root / "wav" / speaker / video / f"{number:05d}.wav"
                 _write_sound(path, wave, 16_000)
             for number in range(1, FACES + 1):
@@ -171,7 +169,7 @@ def write_voxceleb(root: Path, rng: np.random.Generator) -> None:
 
 
 def _draw_face(colour: str, mouth: str, rng: np.random.Generator) -> Floats:
-    side = demo_pictures.SIDE
+    side = pictures.SIDE
     canvas = np.full((side, side, 3), rng.uniform(95, 175), np.float32)
     y, x = rng.normal(side / 2, 2, 2)
     paint(canvas, COLOURS[colour], mask("circle", side, side, centre=(y, x), radius=36))

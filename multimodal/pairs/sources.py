@@ -1,0 +1,401 @@
+"""The one table of data sets: what each is for, every address, size and checksum.
+
+COCO's addresses are plain http (the certificate of https://images.cocodataset.org does not fit its
+name); the second address of a file is tried when the first fails, and the checksum tells in either
+case. Where nobody publishes a size or checksum, None and '' stand. Standard library alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from shared.errors import UserError, did_you_mean, shortened
+
+if TYPE_CHECKING:
+    from shared.download import File
+
+log = logging.getLogger(__name__)
+
+_COCO = "http://images.cocodataset.org"
+_COCO_S3 = "https://s3.amazonaws.com/images.cocodataset.org"
+_KARPATHY = "https://github.com/mehdidc/retrieval_annotations/releases/download/1.0.0"
+_CLOTHO = "https://zenodo.org/records/4783391/files"  # v2.1; record 3490684 is v1
+_AUDIOCAPS = "https://raw.githubusercontent.com/cdjkim/audiocaps/master/dataset"
+_AUDIOCAPS_HEADER = "audiocap_id,youtube_id,start_time,caption"
+_VOXCELEB = "https://cn01.mmai.io/download/voxceleb?key={key}&file="
+
+DOWNLOADS = "downloads"  # below a data set's directory, where archives lie
+
+
+def check_names(names: tuple[str, ...]) -> None:
+    """Raise ValueError for what is no data set, with the nearest name."""
+    for name in names:
+        if name not in NAMES:
+            near = did_you_mean(name, NAMES)
+            raise ValueError(f"datasets: {name} is none of {', '.join(NAMES)}{near}")
+
+
+def check_audiocaps(source: str) -> None:
+    """Raise UserError for what is no source of AudioCaps' sounds, or a directory not there."""
+    kind, colon, rest = source.partition(":")
+    if not ((kind, colon) == ("youtube", "") or (kind in ("hf", "local") and rest)):
+        raise UserError(
+            f"--audiocaps-source {shortened(source)}: allowed are youtube, hf:OWNER/NAME and "
+            "local:DIRECTORY"
+        )
+    if kind == "local" and not Path(rest).expanduser().is_dir():
+        raise UserError(f"--audiocaps-source {source}: no such directory")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file and where it goes: `folder`, below the data set's directory.
+
+    The other fields are shared.download.File's.
+    """
+
+    name: str
+    size: int | None
+    checksum: str
+    urls: tuple[str, ...]
+    folder: str = ""
+    header: str = ""
+
+    def path(self, root: Path) -> Path:
+        """Its place below the data set's directory."""
+        return root / self.folder / self.name
+
+    def file(self, key: str = "") -> File:
+        """What to fetch; `key` goes into addresses that ask for one."""
+        from shared.download import File
+
+        urls = tuple(url.replace("{key}", key) for url in self.urls)
+        return File(self.name, self.size, self.checksum, urls, self.header)
+
+
+@dataclass(frozen=True)
+class Archive:
+    """An archive, in one part or several.
+
+    holds: paths below the data set's directory → how many files or folders they hold at least, when
+    all was unpacked. unpacked: bytes that takes, about.
+    """
+
+    parts: tuple[Source, ...]
+    holds: dict[str, int]
+    unpacked: int
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set: plain files, archives in the order in which they are wanted.
+
+    modalities: of its pairs. labels: what its labels are called, if it has any.
+    """
+
+    name: str
+    modalities: tuple[str, str] = ("image", "text")
+    labels: Literal["classes", "keywords"] | None = None
+    files: tuple[Source, ...] = ()
+    archives: tuple[Archive, ...] = ()
+    clips: int = 0  # sounds that come one by one
+    clip_bytes: int = 0
+    needs_key: bool = False
+
+
+def _coco(name: str, where: str, size: int, md5: str, holds: dict[str, int], out: int) -> Archive:
+    urls = (f"{_COCO}/{where}/{name}", f"{_COCO_S3}/{where}/{name}")
+    return Archive((Source(name, size, f"md5:{md5}", urls, DOWNLOADS),), holds, out)
+
+
+def _notes_of(year: int) -> dict[str, int]:
+    names = (f"{kind}_{half}{year}" for kind in ("captions", "instances") for half in _HALVES)
+    return {f"annotations/{name}.json": 1 for name in names}
+
+
+_HALVES = ("train", "val")
+
+COCO = DataSet(
+    "coco",
+    ("image", "text"),
+    "classes",
+    files=tuple(
+        Source(name, None, "", (f"{_KARPATHY}/{name}",), "karpathy")
+        for name in ("coco_val_karpathy.json", "coco_test_karpathy.json")
+    ),
+    archives=(
+        _coco(
+            "annotations_trainval2017.zip", "annotations", 252_907_541,
+            "f4bbac642086de4f52a3fdda2de5fa2c", _notes_of(2017), 1_100_000_000,
+        ),
+        _coco(
+            "val2017.zip", "zips", 815_585_330,
+            "442b8da7639aecaf257c1dceb8ba8c80", {"val2017": 5_000}, 830_000_000,
+        ),
+        _coco(
+            "train2017.zip", "zips", 19_336_861_798,
+            "cced6f7f71b7629ddf16f17bbcfab6b2", {"train2017": 118_287}, 19_500_000_000,
+        ),
+    ),
+)  # fmt: skip
+
+COCO_2014 = DataSet(
+    "coco2014",
+    ("image", "text"),
+    "classes",
+    files=COCO.files,
+    archives=(
+        _coco(
+            "annotations_trainval2014.zip", "annotations", 252_872_794,
+            "0a379cfc70b0e71301e0f377548639bd", _notes_of(2014), 1_100_000_000,
+        ),
+        _coco(
+            "val2014.zip", "zips", 6_645_013_297,
+            "a3d79f5ed8d289b7a7554ce06a5782b3", {"val2014": 40_504}, 6_700_000_000,
+        ),
+        _coco(
+            "train2014.zip", "zips", 13_510_573_713,
+            "0da8c0bd3d6becc4dcb32757491aca88", {"train2014": 82_783}, 13_600_000_000,
+        ),
+    ),
+)  # fmt: skip
+
+
+def _clotho_table(kind: str, split: str, size: int | None, md5: str) -> Source:
+    name = f"clotho_{kind}_{split}.csv"
+    return Source(name, size, f"md5:{md5}", (f"{_CLOTHO}/{name}?download=1",))
+
+
+def _clotho_sounds(split: str, size: int | None, md5: str, count: int, out: int) -> Archive:
+    name = f"clotho_audio_{split}.7z"
+    source = Source(name, size, f"md5:{md5}", (f"{_CLOTHO}/{name}?download=1",), DOWNLOADS)
+    return Archive((source,), {split: count}, out)
+
+
+CLOTHO = DataSet(
+    "clotho",
+    ("audio", "text"),
+    "keywords",
+    files=(
+        _clotho_table("captions", "development", 1_336_762, "d4090b39ce9f2491908eebf4d5b09bae"),
+        _clotho_table("captions", "validation", 367_649, "5879e023032b22a2c930aaa0528bead4"),
+        _clotho_table("captions", "evaluation", None, "1b16b9e57cf7bdb7f13a13802aeb57e2"),
+        _clotho_table("metadata", "development", None, "170d20935ecfdf161ce1bb154118cda5"),
+        _clotho_table("metadata", "validation", None, "2e010427c56b1ce6008b0f03f41048ce"),
+        _clotho_table("metadata", "evaluation", None, "13946f054d4e1bf48079813aac61bf77"),
+    ),
+    archives=(
+        _clotho_sounds(
+            "validation", 1_260_701_425, "7dba730be08bada48bd15dc4e668df59", 1_045, 2_000_000_000
+        ),
+        _clotho_sounds(
+            "evaluation", None, "4569624ccadf96223f19cb59fe4f849f", 1_045, 2_000_000_000
+        ),
+        _clotho_sounds(
+            "development", 4_541_582_263, "c8b05bc7acdb13895bb3c6a29608667e", 3_839, 7_100_000_000
+        ),
+    ),
+)
+
+AUDIOCAPS = DataSet(
+    "audiocaps",
+    ("audio", "text"),
+    files=tuple(
+        Source(f"{split}.csv", None, "", (f"{_AUDIOCAPS}/{split}.csv",), "", _AUDIOCAPS_HEADER)
+        for split in ("train", "val", "test")
+    ),
+    clips=49_838 + 495 + 975,
+    clip_bytes=920_000,  # ten seconds of flac, 32 kHz
+)
+
+
+def _voxceleb(name: str, sha256: str) -> Source:
+    return Source(name, None, f"sha256:{sha256}", (_VOXCELEB + name,), DOWNLOADS)
+
+
+VOXCELEB = DataSet(
+    "voxceleb",
+    ("image", "audio"),
+    archives=(
+        Archive(
+            (
+                _voxceleb(
+                    "vox1_test_wav.zip",
+                    "8de57f347fe22b2c24526e9f444f689ecf5096fc2a92018cf420ff6b5b15eaea",
+                ),
+            ),
+            {"wav/id10270": 1, "wav/id10309": 1},
+            1_100_000_000,
+        ),
+        Archive(
+            (
+                _voxceleb(
+                    "vox1_dev_wav_partaa",
+                    "21ec6ca843659ebc2fdbe04b530baa4f191ad4b0971912672d92c158f32226a0",
+                ),
+                _voxceleb(
+                    "vox1_dev_wav_partab",
+                    "311d21e0c8cbf33573a4fce6c80e5a279d80736274b381c394319fc557159a04",
+                ),
+                _voxceleb(
+                    "vox1_dev_wav_partac",
+                    "92b64465f2b2a3dc0e4196ae8dd6828cbe9ddd1f089419a11e4cbfe2e1750df0",
+                ),
+                _voxceleb(
+                    "vox1_dev_wav_partad",
+                    "00e6190c770b27f27d2a3dd26ee15596b17066b715ac111906861a7d09a211a5",
+                ),
+            ),
+            {"wav": 1_211, "wav/id10001": 1},
+            39_000_000_000,
+        ),
+    ),
+    needs_key=True,
+)
+
+DATA_SETS = {item.name: item for item in (COCO, CLOTHO, AUDIOCAPS, VOXCELEB, COCO_2014)}
+NAMES = ("coco", "clotho", "audiocaps", "voxceleb")  # as directories and --datasets name them
+FETCHED = NAMES[:3]  # VoxCeleb needs a key, and is fetched when named
+KARPATHY_PICTURES = 5_000  # in each of the two lists
+
+VOXCELEB_BY_HAND = """VoxCeleb is given to those who ask for it. Two ways:
+  1. Ask for a key at https://cn01.mmai.io/keyreq/voxceleb and type
+     VOXCELEB_KEY=your-key python download_datasets.py --datasets voxceleb
+  2. Put the files there yourself, as VoxCeleb1's archives hold them:
+     {root}/wav/id10001/<video>/00001.wav
+     {root}/faces/id10001/<video>/*.jpg   frames, for pairs of faces and voices (optional)
+     m4a of VoxCeleb2: ffmpeg -i IN.m4a -ac 1 -vn -acodec pcm_s16le -ar 16000 OUT.wav"""
+
+
+# --- what is there, and what it takes -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Need:
+    """What getting a data set takes: bytes to fetch, and bytes on the disk in all."""
+
+    fetch: int
+    disk: int
+
+
+def need_of(data_set: DataSet, root: Path) -> Need:
+    """What is still to be fetched and written for the data set."""
+    needs = [need_of_files(data_set, root)]
+    needs += [need_of_archive(archive, root) for archive in data_set.archives]
+    return Need(sum(need.fetch for need in needs), sum(need.disk for need in needs))
+
+
+def need_of_files(data_set: DataSet, root: Path) -> Need:
+    """What its plain files and single clips take."""
+    missing = [source for source in data_set.files if not source.path(root).is_file()]
+    clips = max(0, data_set.clips - count_in(root / "audio", deep=True))
+    total = sum(_left(source, root) for source in missing) + clips * data_set.clip_bytes
+    return Need(total, total)
+
+
+def need_of_archive(archive: Archive, root: Path) -> Need:
+    """What an archive and its content take."""
+    if is_unpacked(archive, root):
+        return Need(0, 0)
+    share = archive.unpacked // len(archive.parts)  # where nobody publishes a size
+    parts = sum(_left(part, root, share) for part in archive.parts)
+    return Need(parts, parts + archive.unpacked)
+
+
+def check_space(need: Need, name: str, root: Path) -> None:
+    """Raise UserError when the disk of `root` has less than `name` takes."""
+    from shared.progress import amount
+
+    directory = next(path for path in (root, *root.parents) if path.is_dir())
+    free = shutil.disk_usage(directory).free
+    if need.disk > free:
+        raise UserError(
+            f"{name}: {amount(need.disk)} are needed in {root} for archives and what they hold "
+            f"and {amount(free)} are free: free some space, or name another disk by --data-root"
+        )
+
+
+def check_each(needs: Mapping[str, Need], root: Path) -> None:
+    """Warn of the data sets for which the disk has no room; UserError when it has for none."""
+    refused: list[UserError] = []
+    for name, need in needs.items():
+        try:
+            check_space(need, name, root)
+        except UserError as error:
+            log.warning("%s", error)
+            refused.append(error)
+    if len(refused) == len(needs):
+        raise refused[0]
+
+
+def lacking_of(name: str, data_root: Path) -> str:
+    """Why a data set cannot be trained on, '' when it can; either year of COCO will do."""
+    forms = [form for form in DATA_SETS.values() if form.name.removesuffix("2014") == name]
+    reasons = [lacking(form, data_root / name) for form in forms]
+    return reasons[0] if all(reasons) else ""
+
+
+def lacking(data_set: DataSet, root: Path) -> str:
+    """What keeps the data set from being trained on; '' when enough is there.
+
+    Of sounds that come one by one half of those listed will do: some are gone for good.
+    """
+    files = [source.name for source in data_set.files if not source.path(root).is_file()]
+    files = [name for name in files if "karpathy" not in name]  # val2017 does in their place
+    folders = [path for a in data_set.archives for path in a.holds if not is_unpacked(a, root)]
+    missing = files or folders
+    if missing:
+        return f"{', '.join(missing[:3])} missing"
+    clips = count_in(root / "audio", deep=True)
+    return f"{clips:,} of {data_set.clips:,} clips" if clips < data_set.clips / 2 else ""
+
+
+def is_unpacked(archive: Archive, root: Path) -> bool:
+    """Whether what the archive holds is there, counted."""
+    return all(count_in(root / path) >= count for path, count in archive.holds.items())
+
+
+def has_size(source: Source, root: Path) -> bool:
+    """Whether the file is there, with its size where one is published."""
+    path = source.path(root)
+    return path.is_file() and source.size in (None, path.stat().st_size)
+
+
+def _left(source: Source, root: Path, guess: int = 1_000_000) -> int:
+    """Bytes of a file that are still to be fetched; `guess` of one whose size nobody publishes."""
+    from shared.download import part_of, size_of
+
+    if has_size(source, root):
+        return 0
+    size = guess if source.size is None else source.size
+    return max(0, size - size_of(part_of(source.path(root))))
+
+
+def count_in(path: Path, *, deep: bool = False) -> int:
+    """Files and folders in a folder, 1 for a file, 0 where there is nothing."""
+    if path.is_file():
+        return 1
+    if not path.is_dir():
+        return 0
+    if deep:
+        return sum(len(files) for _, _, files in os.walk(path))
+    with os.scandir(path) as entries:
+        return sum(1 for entry in entries if not entry.name.startswith("."))
+
+
+def pointed_at(data_set: DataSet, base: str) -> DataSet:
+    """The data set with every address at `base`/<file name>: a mirror of one's own."""
+
+    def moved(source: Source) -> Source:
+        return replace(source, urls=(f"{base.rstrip('/')}/{source.name}",))
+
+    archives = tuple(
+        replace(archive, parts=tuple(map(moved, archive.parts))) for archive in data_set.archives
+    )
+    return replace(data_set, files=tuple(map(moved, data_set.files)), archives=archives)
