@@ -12,13 +12,15 @@ After an interruption the same command continues. Every file is checked against 
 there is one. One data set's failure does not stop the others; the exit code tells.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,12 +36,21 @@ from shared.settings import Connections
 if TYPE_CHECKING:
     from multimodal.pairs.clips import YouTube
     from multimodal.pairs.sources import Archive, DataSet, Source
+    from shared.download import File
     from shared.web import Client
 
 RECIPE = Path(__file__).resolve().parent
 DATA_ROOT = RECIPE / "data"
 SUMMARY = "downloads.json"  # below the data root: what became of each data set
 _LONGEST_CALL = 180.0  # seconds for a program's one clip
+
+VOXCELEB_BY_HAND = """VoxCeleb is given to those who ask for it. Two ways:
+  1. Ask for a key at https://cn01.mmai.io/keyreq/voxceleb and type
+     VOXCELEB_KEY=your-key python download_datasets.py --datasets voxceleb
+  2. Put the files there yourself, as VoxCeleb1's archives hold them:
+     {root}/wav/id10001/<video>/00001.wav
+     {root}/faces/id10001/<video>/*.jpg   frames, for pairs of faces and voices (optional)
+     m4a of VoxCeleb2: ffmpeg -i IN.m4a -ac 1 -vn -acodec pcm_s16le -ar 16000 OUT.wav"""
 
 log = logging.getLogger(__name__)
 
@@ -83,12 +94,12 @@ def main(argv: list[str] | None = None) -> int:
     _check_source(cfg)
     if cfg.demo:
         return _make_demo(cfg)
-    from multimodal.pairs import sources
+    from multimodal.pairs.sources import DATA_SETS
 
-    data_sets = [sources.DATA_SETS[name] for name in chosen]
+    data_sets = [DATA_SETS[name] for name in chosen]
     if cfg.mirror:
-        data_sets = [sources.pointed_at(item, cfg.mirror) for item in data_sets]
-    needs = [sources.need_of(item, _root(cfg, item)) for item in data_sets]
+        data_sets = [pointed_at(item, cfg.mirror) for item in data_sets]
+    needs = [need_of(item, _root(cfg, item)) for item in data_sets]
     for item, need in zip(data_sets, needs, strict=True):
         print(f"{item.name:<10} {need.fetch:>15,} bytes to fetch {need.disk:>16,} bytes of disk")
     if cfg.dry_run:
@@ -127,7 +138,7 @@ def _make_demo(cfg: Config) -> int:
     return DONE
 
 
-def _root(cfg: Config, data_set: "DataSet") -> Path:
+def _root(cfg: Config, data_set: DataSet) -> Path:
     """A data set's directory; the two years of COCO share theirs."""
     return cfg.data_root / data_set.name.removesuffix("2014")
 
@@ -136,7 +147,7 @@ def _key() -> str:
     return os.environ.get("VOXCELEB_KEY") or ""
 
 
-def _get(cfg: Config, data_set: "DataSet") -> str:
+def _get(cfg: Config, data_set: DataSet) -> str:
     """Get one data set; what there is to say of it."""
     root = _root(cfg, data_set)
     if data_set.needs_key and not _key() and not cfg.mirror:
@@ -147,27 +158,26 @@ def _get(cfg: Config, data_set: "DataSet") -> str:
     return _look_at_lists(root) if root.name == "coco" else "complete"
 
 
-def _get_files(cfg: Config, data_set: "DataSet", root: Path) -> None:
+def _get_files(cfg: Config, data_set: DataSet, root: Path) -> None:
     """Fetch the files and archives of a data set and unpack these, as far as the disk allows.
 
     Raises UserError, DownloadError, MissingToolError; what came until then is kept.
     """
-    from multimodal.pairs import sources
     from shared.web import Client
 
     by_hand = "fetch the file by hand and put it there"
     client = Client(f"leave --mirror out, or {by_hand}" if cfg.mirror else by_hand)
-    sources.check_space(sources.need_of_files(data_set, root), data_set.name, root)
+    check_space(need_of_files(data_set, root), data_set.name, root)
     _fetch(cfg, client, data_set.files, root)
     without_room: UserError | None = None
     for archive in data_set.archives:
         again = cfg.verify and all(part.path(root).is_file() for part in archive.parts)
-        if sources.is_unpacked(archive, root) and not again:
+        if is_unpacked(archive, root) and not again:
             log.info("%s: %s is there", data_set.name, ", ".join(archive.holds))
             continue
         try:
-            need = sources.need_of_archive(archive, root)
-            sources.check_space(need, archive.parts[0].name, root)
+            need = need_of_archive(archive, root)
+            check_space(need, archive.parts[0].name, root)
         except UserError as error:
             log.warning("%s; it is left out", error)
             without_room = error
@@ -180,23 +190,29 @@ def _get_files(cfg: Config, data_set: "DataSet", root: Path) -> None:
         raise without_room
 
 
-def _fetch(cfg: Config, client: "Client", files: Sequence["Source"], root: Path) -> None:
+def _fetch(cfg: Config, client: Client, files: Sequence[Source], root: Path) -> None:
     """Fetch what is missing, each file from the first of its addresses that gives it."""
-    from multimodal.pairs.sources import has_size
     from shared.download import fetch, plan_of
 
     for source in files:
-        if cfg.skip_existing and source.checksum and has_size(source, root):
+        if cfg.skip_existing and source.checksum and _has_size(source, root):
             continue
-        plan = plan_of([source.file(_key())], root / source.folder, read_again=cfg.verify)
+        plan = plan_of([_file(source)], root / source.folder, read_again=cfg.verify)
         if plan.missing:
             log.info("%s: fetching", source.path(root))
         fetch(client, plan)
 
 
-def _unpack(data_set: "DataSet", archive: "Archive", root: Path) -> None:
+def _file(source: Source) -> File:
+    """What to fetch; the key goes into addresses that ask for one."""
+    from shared.download import File
+
+    urls = tuple(url.replace("{key}", _key()) for url in source.urls)
+    return File(source.name, source.size, source.checksum, urls, source.header)
+
+
+def _unpack(data_set: DataSet, archive: Archive, root: Path) -> None:
     """Unpack an archive that is not. Raises DownloadError for one that holds something else."""
-    from multimodal.pairs.sources import count_in, is_unpacked
     from shared.unpack import unpack
     from shared.web import DownloadError
 
@@ -206,14 +222,14 @@ def _unpack(data_set: "DataSet", archive: "Archive", root: Path) -> None:
     log.info("%s: unpacking %s", data_set.name, paths[0].name)
     count = unpack(paths, root, _run)
     if not is_unpacked(archive, root):
-        found = {path: count_in(root / path) for path in archive.holds}
+        found = {path: _count(root / path) for path in archive.holds}
         raise DownloadError(
             f"{paths[0]} held {count} files, but not what it should: found {found}, expected "
             f"{archive.holds}; --verify checks the archive again"
         )
 
 
-def _delete(archive: "Archive", root: Path) -> None:
+def _delete(archive: Archive, root: Path) -> None:
     for path in (part.path(root) for part in archive.parts):
         if path.is_file():
             log.info("deleting %s (--delete-archives)", path)
@@ -232,9 +248,7 @@ def _look_at_lists(root: Path) -> str:
     return f"complete, but Karpathy's lists name {counts} pictures, not {KARPATHY_PICTURES} each"
 
 
-def _by_hand(data_set: "DataSet", root: Path) -> str:
-    from multimodal.pairs.sources import VOXCELEB_BY_HAND, is_unpacked
-
+def _by_hand(data_set: DataSet, root: Path) -> str:
     if any(is_unpacked(archive, root) for archive in data_set.archives):
         return "there, put by hand"
     print(VOXCELEB_BY_HAND.replace("{root}", str(root)))
@@ -262,7 +276,7 @@ def _get_clips(cfg: Config, root: Path) -> str:
     return clips.summary(root)
 
 
-def _youtube(cfg: Config) -> "YouTube":
+def _youtube(cfg: Config) -> YouTube:
     from multimodal.pairs import clips
 
     tools = {name: shutil.which(name) for name in ("yt-dlp", "ffmpeg")}
@@ -313,6 +327,136 @@ def _conclude(outcomes: list[Outcome], data_root: Path) -> int:
         print(f"{outcome.name:<10} {'failed: ' if outcome.code else ''}{outcome.text}")
     failed = sorted(outcome.code for outcome in outcomes if outcome.code)
     return failed[0] if failed else DONE
+
+
+# --- what is there, and what it takes -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Need:
+    """What getting a data set takes: bytes to fetch, and bytes on the disk in all."""
+
+    fetch: int
+    disk: int
+
+
+def need_of(data_set: DataSet, root: Path) -> Need:
+    """What is still to be fetched and written for the data set."""
+    needs = [need_of_files(data_set, root)]
+    needs += [need_of_archive(archive, root) for archive in data_set.archives]
+    return Need(sum(need.fetch for need in needs), sum(need.disk for need in needs))
+
+
+def need_of_files(data_set: DataSet, root: Path) -> Need:
+    """What its plain files and single clips take."""
+    missing = [source for source in data_set.files if not source.path(root).is_file()]
+    clips = max(0, data_set.clips - _count(root / "audio", deep=True))
+    total = sum(_left(source, root) for source in missing) + clips * data_set.clip_bytes
+    return Need(total, total)
+
+
+def need_of_archive(archive: Archive, root: Path) -> Need:
+    """What an archive and its content take."""
+    if is_unpacked(archive, root):
+        return Need(0, 0)
+    share = archive.unpacked // len(archive.parts)  # where nobody publishes a size
+    parts = sum(_left(part, root, share) for part in archive.parts)
+    return Need(parts, parts + archive.unpacked)
+
+
+def check_space(need: Need, name: str, root: Path) -> None:
+    """Raise UserError when the disk of `root` has less than `name` takes."""
+    from shared.progress import amount
+
+    directory = next(path for path in (root, *root.parents) if path.is_dir())
+    free = shutil.disk_usage(directory).free
+    if need.disk > free:
+        raise UserError(
+            f"{name}: {amount(need.disk)} are needed in {root} for archives and what they hold "
+            f"and {amount(free)} are free: free some space, or name another disk by --data-root"
+        )
+
+
+def check_each(needs: Mapping[str, Need], root: Path) -> None:
+    """Warn of the data sets for which the disk has no room; UserError when it has for none."""
+    refused: list[UserError] = []
+    for name, need in needs.items():
+        try:
+            check_space(need, name, root)
+        except UserError as error:
+            log.warning("%s", error)
+            refused.append(error)
+    if len(refused) == len(needs):
+        raise refused[0]
+
+
+def lacking_of(name: str, data_root: Path) -> str:
+    """Why a data set cannot be trained on, '' when it can; either year of COCO will do."""
+    from multimodal.pairs.sources import DATA_SETS
+
+    forms = [form for form in DATA_SETS.values() if form.name.removesuffix("2014") == name]
+    reasons = [lacking(form, data_root / name) for form in forms]
+    return reasons[0] if all(reasons) else ""
+
+
+def lacking(data_set: DataSet, root: Path) -> str:
+    """What keeps the data set from being trained on; '' when enough is there.
+
+    Of sounds that come one by one half of those listed will do: some are gone for good.
+    """
+    files = [source.name for source in data_set.files if not source.path(root).is_file()]
+    files = [name for name in files if "karpathy" not in name]  # val2017 does in their place
+    folders = [path for a in data_set.archives for path in a.holds if not is_unpacked(a, root)]
+    missing = files or folders
+    if missing:
+        return f"{', '.join(missing[:3])} missing"
+    clips = _count(root / "audio", deep=True)
+    return f"{clips:,} of {data_set.clips:,} clips" if clips < data_set.clips / 2 else ""
+
+
+def is_unpacked(archive: Archive, root: Path) -> bool:
+    """Whether what the archive holds is there, counted."""
+    return all(_count(root / path) >= count for path, count in archive.holds.items())
+
+
+def _has_size(source: Source, root: Path) -> bool:
+    """Whether the file is there, with its size where one is published."""
+    path = source.path(root)
+    return path.is_file() and source.size in (None, path.stat().st_size)
+
+
+def _left(source: Source, root: Path, guess: int = 1_000_000) -> int:
+    """Bytes of a file that are still to be fetched; `guess` of one whose size nobody publishes."""
+    from shared.download import part_of, size_of
+
+    if _has_size(source, root):
+        return 0
+    size = guess if source.size is None else source.size
+    return max(0, size - size_of(part_of(source.path(root))))
+
+
+def _count(path: Path, *, deep: bool = False) -> int:
+    """Files and folders in a folder, 1 for a file, 0 where there is nothing."""
+    if path.is_file():
+        return 1
+    if not path.is_dir():
+        return 0
+    if deep:
+        return sum(len(files) for _, _, files in os.walk(path))
+    with os.scandir(path) as entries:
+        return sum(1 for entry in entries if not entry.name.startswith("."))
+
+
+def pointed_at(data_set: DataSet, base: str) -> DataSet:
+    """The data set with every address at `base`/<file name>: a mirror of one's own."""
+
+    def moved(source: Source) -> Source:
+        return replace(source, urls=(f"{base.rstrip('/')}/{source.name}",))
+
+    archives = tuple(
+        replace(archive, parts=tuple(map(moved, archive.parts))) for archive in data_set.archives
+    )
+    return replace(data_set, files=tuple(map(moved, data_set.files)), archives=archives)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from shared.launch import launch_alone
 from shared.settings import Count, Range, Workers
 
 if TYPE_CHECKING:
-    from multimodal.training.checkpoints import Embedder, Features
+    from multimodal.training.evaluation import Embedder, Features
 
 RECIPE = Path(__file__).resolve().parent
 OUTPUTS = RECIPE / "outputs"
@@ -82,7 +82,7 @@ DEMO = {
 def main(argv: list[str] | None = None) -> int:
     """Check the input, then embed; the exit code."""
     cfg = parse(Config, argv, __doc__, DEMO)
-    from multimodal.training.checkpoints import checkpoint_at
+    from multimodal.training.evaluation import checkpoint_at
     from shared.images import SUFFIXES
 
     inputs = Inputs(
@@ -139,7 +139,7 @@ def _lines(path: Path | None, flag: str) -> list[str]:
 def _embed(cfg: Config, inputs: Inputs, checkpoint: Path) -> int:
     from multimodal.pairs import samples
     from multimodal.pairs.samples import Sounds
-    from multimodal.training.checkpoints import Embedder, open_trained
+    from multimodal.training.evaluation import Embedder, open_trained
     from shared.device import resolve
 
     device = resolve(cfg.tool.device, 0, os.environ)

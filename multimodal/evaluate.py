@@ -31,8 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from multimodal.datasets import AudioCaps, Clotho, Coco, VoxCeleb
-    from multimodal.training.checkpoints import Embedder, Features
-    from multimodal.training.validation import Direction
+    from multimodal.training.evaluation import Direction, Embedder, Features
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +71,7 @@ DEMO = {"checkpoint": RECIPE / "demo" / "runs" / "outputs", "workers": 0}
 def main(argv: list[str] | None = None) -> int:
     """Check the input, then evaluate; the exit code."""
     cfg = parse(Config, argv, __doc__, DEMO)
-    from multimodal.training.checkpoints import checkpoint_at
+    from multimodal.training.evaluation import checkpoint_at
 
     checkpoint = checkpoint_at(cfg.checkpoint)
     run_dir = checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
@@ -87,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(cfg: Config, checkpoint: Path, out: Path, run_dir: Path | None) -> int:
-    from multimodal.training.checkpoints import Embedder, open_trained
+    from multimodal.training.evaluation import Embedder, open_trained
     from shared.device import resolve
 
     device = resolve(cfg.tool.device, 0, os.environ)
@@ -198,7 +197,7 @@ def _captioned(result: Result, data: Coco | Clotho | AudioCaps, embed: Embedder)
     import torch
 
     from multimodal.datasets import AudioCaps, Coco
-    from multimodal.training import validation
+    from multimodal.training import evaluation
 
     if isinstance(data, Coco):
         kind, labels = "image", "categories" if data.label_names else ""
@@ -210,7 +209,7 @@ def _captioned(result: Result, data: Coco | Clotho | AudioCaps, embed: Embedder)
     captions = [(place, text) for place, i in enumerate(found.kept) for text in data.captions(i)]
     texts = embed.texts([text for _, text in captions])
     owners = [place for place, _ in captions]
-    result.directions = validation.both_ways((kind, "text"), found.rows, texts, owners)
+    result.directions = evaluation.both_ways((kind, "text"), found.rows, texts, owners)
     result.counts = {
         "items": len(found.kept),
         "captions": len(captions),
@@ -219,14 +218,14 @@ def _captioned(result: Result, data: Coco | Clotho | AudioCaps, embed: Embedder)
     }
     if found.logits is not None and not isinstance(data, AudioCaps):
         truth = torch.stack([data.labels(index) for index in found.kept])
-        value, occurring = validation.mean_average_precision(found.logits, truth)
+        value, occurring = evaluation.mean_average_precision(found.logits, truth)
         result.labels[f"mAP of {labels}"] = value
         result.counts[labels] = occurring
 
 
 def _faces_and_voices(result: Result, data: VoxCeleb, embed: Embedder) -> None:
     """Faces find voices of the same person and back; without faces there is nothing to find."""
-    from multimodal.training import validation
+    from multimodal.training import evaluation
 
     if not data.has_faces:
         log.warning("voxceleb: no frames of faces there; voices alone have no pairs to evaluate")
@@ -236,7 +235,7 @@ def _faces_and_voices(result: Result, data: VoxCeleb, embed: Embedder) -> None:
     both = sorted(set(voices.kept) & set(faces.kept))
     rows, others = (_rows_of(found, both) for found in (faces, voices))
     groups = [data.group_of(index) for index in both]
-    result.directions = validation.same_group(("face", "voice"), rows, others, groups)
+    result.directions = evaluation.same_group(("face", "voice"), rows, others, groups)
     result.counts = {"utterances": len(both), "speakers": len(set(groups))}
 
 

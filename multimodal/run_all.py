@@ -171,14 +171,13 @@ def _preflight(cfg: Config) -> int:
 
     Raises UserError when the disk has room for none of the data sets.
     """
-    from multimodal.pairs import sources
+    from multimodal.download_datasets import check_each, need_of
+    from multimodal.pairs.sources import DATA_SETS
 
     if cfg.skip_download or cfg.demo:
         return DONE
-    needs = {
-        name: sources.need_of(sources.DATA_SETS[name], cfg.data_root / name) for name in cfg.names
-    }
-    sources.check_each(needs, cfg.data_root)
+    needs = {name: need_of(DATA_SETS[name], cfg.data_root / name) for name in cfg.names}
+    check_each(needs, cfg.data_root)
     if any(need.fetch for need in needs.values()):
         for line in _will_be_skipped(cfg):
             log.warning("%s", line)
@@ -245,9 +244,9 @@ def _report(cfg: Config) -> int:
 
 def _lacking(cfg: Config, name: str) -> str:
     """Why a data set cannot be trained on, '' when it can."""
-    from multimodal.pairs import sources
+    from multimodal.download_datasets import lacking_of
 
-    return "" if cfg.demo else sources.lacking_of(name, cfg.data_root)
+    return "" if cfg.demo else lacking_of(name, cfg.data_root)
 
 
 if __name__ == "__main__":

@@ -209,7 +209,7 @@ def train(cfg: Config) -> int:
     from multimodal.datasets import DataOptions, open_all
     from multimodal.model import create_model
     from multimodal.pairs.batches import BatchOptions, epoch_of
-    from multimodal.training import checkpoints, memory, pretrained, report, schedule
+    from multimodal.training import memory, report, schedule, weights
     from multimodal.training.losses import Learner
     from shared import distributed, seed
     from shared.early_stopping import EarlyStopping
@@ -233,9 +233,7 @@ def train(cfg: Config) -> int:
         ))  # fmt: skip
         stages = schedule.plan(sources, cfg.epochs, cfg.shares, cfg.batch_size,
                                cfg.gradient_accumulation_steps, world)  # fmt: skip
-        start = pretrained.load(
-            model, pretrained.find(cfg.pretrained, cfg.data_root / "pretrained")
-        )
+        start = weights.load(model, weights.find(cfg.pretrained, cfg.data_root / "pretrained"))
         learner = Learner(model, NUM_LABELS if sources.keywords else 0, cfg.loss,
                           fills_in=sources.fills_in).to(world.device)  # fmt: skip
 
@@ -250,7 +248,7 @@ def train(cfg: Config) -> int:
         total = min(steps, cfg.max_steps or steps)
         about = {"model": cfg.model_options, "keywords": sources.keywords,
                  "settings": settings(cfg)}  # fmt: skip
-        files = checkpoints.CheckpointFiles(cfg.run_dir / "checkpoints", learner, about, world)
+        files = weights.CheckpointFiles(cfg.run_dir / "checkpoints", learner, about, world)
         _announce(cfg, world, amp, stages)
         with (
             report.Report(cfg.run_dir, _facts(cfg, world, model, sources, start),
@@ -296,7 +294,7 @@ def train(cfg: Config) -> int:
                     files.write_epoch(parts, position, stage.span, val_loss, is_best=improved,
                                       every=cfg.checkpoint_every)  # fmt: skip
                     run.save(parts)
-            files.write_weights(checkpoints.FINAL, epoch=position.epoch, stage=stages[-1].span.name)
+            files.write_weights(weights.FINAL, epoch=position.epoch, stage=stages[-1].span.name)
             after = _recalls(cfg, learner, sources, world, amp)
             code = _finish(run, told, history.before, after)
     distributed.cleanup(world)
@@ -375,7 +373,7 @@ def _finish(
     run: Run, told: Report, before: dict[str, Any], after: dict[str, dict[str, float]]
 ) -> int:
     """Close run and report with what was reached; the exit code."""
-    from multimodal.training.checkpoints import BEST, FINAL
+    from multimodal.training.weights import BEST, FINAL
 
     rows = [
         {

@@ -28,7 +28,8 @@ from multimodal import embed as multimodal_embed
 from multimodal import model as multimodal_model
 from multimodal import run_training
 from multimodal.pairs import audio, clips, voxceleb
-from multimodal.training import checkpoints, report, settings_file
+from multimodal.training import evaluation as trained_models
+from multimodal.training import report, settings_file
 from shared import download, hub, lock, settings, stages
 from shared.distributed import World
 from shared.foreign_log import JsonLinesProgress
@@ -403,7 +404,7 @@ READERS: dict[str, Reader] = {
     ),
     "multimodal checkpoint": Reader(
         put("best_model.pt", _make_trained),
-        lambda d: checkpoints.open_trained(d / "best_model.pt", CPU),
+        lambda d: trained_models.open_trained(d / "best_model.pt", CPU),
         slowness=5,
     ),
     "vasevqa filter rows": Reader(put("rows/part-0000.jsonl", lines(*FOUND)), _read_rows),

@@ -13,8 +13,8 @@ import torch
 from multimodal.demo_data import demo
 from multimodal.demo_data.demo import DemoPaths
 from multimodal.model import create_model
-from multimodal.training.checkpoints import BEST, CheckpointFiles
 from multimodal.training.losses import Learner
+from multimodal.training.weights import BEST, CheckpointFiles
 from shared.distributed import World
 
 

@@ -7,20 +7,11 @@ case. Where nobody publishes a size or checksum, None and '' stand. Standard lib
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 from shared.errors import UserError, did_you_mean, shortened
-
-if TYPE_CHECKING:
-    from shared.download import File
-
-log = logging.getLogger(__name__)
 
 _COCO = "http://images.cocodataset.org"
 _COCO_S3 = "https://s3.amazonaws.com/images.cocodataset.org"
@@ -70,13 +61,6 @@ class Source:
     def path(self, root: Path) -> Path:
         """Its place below the data set's directory."""
         return root / self.folder / self.name
-
-    def file(self, key: str = "") -> File:
-        """What to fetch; `key` goes into addresses that ask for one."""
-        from shared.download import File
-
-        urls = tuple(url.replace("{key}", key) for url in self.urls)
-        return File(self.name, self.size, self.checksum, urls, self.header)
 
 
 @dataclass(frozen=True)
@@ -263,139 +247,3 @@ DATA_SETS = {item.name: item for item in (COCO, CLOTHO, AUDIOCAPS, VOXCELEB, COC
 NAMES = ("coco", "clotho", "audiocaps", "voxceleb")  # as directories and --datasets name them
 FETCHED = NAMES[:3]  # VoxCeleb needs a key, and is fetched when named
 KARPATHY_PICTURES = 5_000  # in each of the two lists
-
-VOXCELEB_BY_HAND = """VoxCeleb is given to those who ask for it. Two ways:
-  1. Ask for a key at https://cn01.mmai.io/keyreq/voxceleb and type
-     VOXCELEB_KEY=your-key python download_datasets.py --datasets voxceleb
-  2. Put the files there yourself, as VoxCeleb1's archives hold them:
-     {root}/wav/id10001/<video>/00001.wav
-     {root}/faces/id10001/<video>/*.jpg   frames, for pairs of faces and voices (optional)
-     m4a of VoxCeleb2: ffmpeg -i IN.m4a -ac 1 -vn -acodec pcm_s16le -ar 16000 OUT.wav"""
-
-
-# --- what is there, and what it takes -------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Need:
-    """What getting a data set takes: bytes to fetch, and bytes on the disk in all."""
-
-    fetch: int
-    disk: int
-
-
-def need_of(data_set: DataSet, root: Path) -> Need:
-    """What is still to be fetched and written for the data set."""
-    needs = [need_of_files(data_set, root)]
-    needs += [need_of_archive(archive, root) for archive in data_set.archives]
-    return Need(sum(need.fetch for need in needs), sum(need.disk for need in needs))
-
-
-def need_of_files(data_set: DataSet, root: Path) -> Need:
-    """What its plain files and single clips take."""
-    missing = [source for source in data_set.files if not source.path(root).is_file()]
-    clips = max(0, data_set.clips - count_in(root / "audio", deep=True))
-    total = sum(_left(source, root) for source in missing) + clips * data_set.clip_bytes
-    return Need(total, total)
-
-
-def need_of_archive(archive: Archive, root: Path) -> Need:
-    """What an archive and its content take."""
-    if is_unpacked(archive, root):
-        return Need(0, 0)
-    share = archive.unpacked // len(archive.parts)  # where nobody publishes a size
-    parts = sum(_left(part, root, share) for part in archive.parts)
-    return Need(parts, parts + archive.unpacked)
-
-
-def check_space(need: Need, name: str, root: Path) -> None:
-    """Raise UserError when the disk of `root` has less than `name` takes."""
-    from shared.progress import amount
-
-    directory = next(path for path in (root, *root.parents) if path.is_dir())
-    free = shutil.disk_usage(directory).free
-    if need.disk > free:
-        raise UserError(
-            f"{name}: {amount(need.disk)} are needed in {root} for archives and what they hold "
-            f"and {amount(free)} are free: free some space, or name another disk by --data-root"
-        )
-
-
-def check_each(needs: Mapping[str, Need], root: Path) -> None:
-    """Warn of the data sets for which the disk has no room; UserError when it has for none."""
-    refused: list[UserError] = []
-    for name, need in needs.items():
-        try:
-            check_space(need, name, root)
-        except UserError as error:
-            log.warning("%s", error)
-            refused.append(error)
-    if len(refused) == len(needs):
-        raise refused[0]
-
-
-def lacking_of(name: str, data_root: Path) -> str:
-    """Why a data set cannot be trained on, '' when it can; either year of COCO will do."""
-    forms = [form for form in DATA_SETS.values() if form.name.removesuffix("2014") == name]
-    reasons = [lacking(form, data_root / name) for form in forms]
-    return reasons[0] if all(reasons) else ""
-
-
-def lacking(data_set: DataSet, root: Path) -> str:
-    """What keeps the data set from being trained on; '' when enough is there.
-
-    Of sounds that come one by one half of those listed will do: some are gone for good.
-    """
-    files = [source.name for source in data_set.files if not source.path(root).is_file()]
-    files = [name for name in files if "karpathy" not in name]  # val2017 does in their place
-    folders = [path for a in data_set.archives for path in a.holds if not is_unpacked(a, root)]
-    missing = files or folders
-    if missing:
-        return f"{', '.join(missing[:3])} missing"
-    clips = count_in(root / "audio", deep=True)
-    return f"{clips:,} of {data_set.clips:,} clips" if clips < data_set.clips / 2 else ""
-
-
-def is_unpacked(archive: Archive, root: Path) -> bool:
-    """Whether what the archive holds is there, counted."""
-    return all(count_in(root / path) >= count for path, count in archive.holds.items())
-
-
-def has_size(source: Source, root: Path) -> bool:
-    """Whether the file is there, with its size where one is published."""
-    path = source.path(root)
-    return path.is_file() and source.size in (None, path.stat().st_size)
-
-
-def _left(source: Source, root: Path, guess: int = 1_000_000) -> int:
-    """Bytes of a file that are still to be fetched; `guess` of one whose size nobody publishes."""
-    from shared.download import part_of, size_of
-
-    if has_size(source, root):
-        return 0
-    size = guess if source.size is None else source.size
-    return max(0, size - size_of(part_of(source.path(root))))
-
-
-def count_in(path: Path, *, deep: bool = False) -> int:
-    """Files and folders in a folder, 1 for a file, 0 where there is nothing."""
-    if path.is_file():
-        return 1
-    if not path.is_dir():
-        return 0
-    if deep:
-        return sum(len(files) for _, _, files in os.walk(path))
-    with os.scandir(path) as entries:
-        return sum(1 for entry in entries if not entry.name.startswith("."))
-
-
-def pointed_at(data_set: DataSet, base: str) -> DataSet:
-    """The data set with every address at `base`/<file name>: a mirror of one's own."""
-
-    def moved(source: Source) -> Source:
-        return replace(source, urls=(f"{base.rstrip('/')}/{source.name}",))
-
-    archives = tuple(
-        replace(archive, parts=tuple(map(moved, archive.parts))) for archive in data_set.archives
-    )
-    return replace(data_set, files=tuple(map(moved, data_set.files)), archives=archives)

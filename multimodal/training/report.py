@@ -243,12 +243,13 @@ def _peak_memory() -> int:
 
 # --- the page -------------------------------------------------------------------------------------
 
-_RETRIEVAL = "retrieval"
-_WHOLE = {  # sections in their order: key → heading
+_TEMPLATE = "report.md.jinja"
+_SECTIONS = {  # in their order: key → heading
     "summary": "Result",
     "stages": "Stages",
+    "curves": "Curves",
     "data": "Data",
-    _RETRIEVAL: "Retrieval",
+    "retrieval": "Retrieval",
     "evaluation": "Evaluation",
     "model": "Model",
     "pretrained": "Start",
@@ -256,48 +257,31 @@ _WHOLE = {  # sections in their order: key → heading
     "environment": "Environment",
     "config": "Settings",
 }
-_NO_SECTION = {
-    "schema",
-    "name",
-    "status",
-    "reason",
-    "started_at",
-    "updated_at",
-    "command",
-    "curves",
-}
+_HEAD = {"schema", "name", "status", "reason", "started_at", "updated_at", "command"}
 
 
 def render(report: Mapping[str, Any]) -> str:
-    """The whole page."""
-    parts = [_front_matter(report), f"# {report['name']}", _head(report)]
-    others = [key for key in report if key not in _WHOLE and key not in _NO_SECTION]
-    for key in [*_WHOLE, *others]:
-        if report.get(key) not in (None, [], {}):
-            parts += [
-                f"## {_WHOLE.get(key, key.replace('_', ' ').capitalize())}",
-                _body(report[key]),
-            ]
-        if key == "stages" and report.get("curves"):
-            parts += ["## Curves", *(f"![{c['title']}]({c['file']})" for c in report["curves"])]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    """The whole page, from a report's JSON; sections that nobody named come last."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-
-def _front_matter(report: Mapping[str, Any]) -> str:
-    """What Hugging Face's Hub reads of a model's page."""
+    others = [key for key in report if key not in _SECTIONS and key not in _HEAD]
+    headings = _SECTIONS | {key: key.replace("_", " ").capitalize() for key in others}
+    sections = [
+        (heading, _pictures(report[key]) if key == "curves" else _body(report[key]))
+        for key, heading in headings.items()
+        if report.get(key) not in (None, [], {})
+    ]
     data = sorted({row["data_set"] for row in report.get("data", []) if "left_out" not in row})
-    lines = ["---", "license: mit", "pipeline_tag: feature-extraction", "library_name: pytorch"]
-    lines += ["datasets:", *(f"- {name}" for name in data)] if data else []
-    return "\n".join([*lines, "---"])
+    pages = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False,
+    )  # fmt: skip
+    known = dict.fromkeys(_HEAD) | dict(report)
+    return pages.get_template(_TEMPLATE).render(report=known, sections=sections, data_sets=data)
 
 
-def _head(report: Mapping[str, Any]) -> str:
-    lines = [f"- status: **{report['status']}**"]
-    for name in ("reason", "started_at", "updated_at", "command"):
-        if report.get(name):
-            value = f"`{report[name]}`" if name == "command" else report[name]
-            lines.append(f"- {name.replace('_', ' ')}: {value}")
-    return "\n".join(lines)
+def _pictures(curves: Sequence[Mapping[str, str]]) -> str:
+    return "\n\n".join(f"![{curve['title']}]({curve['file']})" for curve in curves)
 
 
 def _body(content: Any) -> str:

@@ -14,7 +14,7 @@ from multimodal import model as models
 from multimodal import run_training
 from multimodal.datasets import Task
 from multimodal.model import create_model
-from multimodal.training import checkpoints, memory
+from multimodal.training import evaluation, memory
 from multimodal.training.losses import Learner
 from shared.files import read_json, read_json_lines
 from tests import multimodal_data
@@ -135,9 +135,9 @@ def test_the_best_model_is_the_last_stages_and_every_file_is_plain(whole):
 
 def test_keywords_are_told_as_training_learnt_them(whole):
     """evaluate.py's and embed.py's logits are those of the learner's own forward pass."""
-    model = checkpoints.open_trained(whole / "checkpoints" / "final_model.pt", torch.device("cpu"))
+    model = evaluation.open_trained(whole / "checkpoints" / "final_model.pt", torch.device("cpu"))
     sounds = torch.randn(3, 40, 80, generator=torch.Generator().manual_seed(0))
-    embedder = checkpoints.Embedder(model, torch.device("cpu"), "off", 2, 0)
+    embedder = evaluation.Embedder(model, torch.device("cpu"), "off", 2, 0)
     found = embedder.sounds(sounds.__getitem__, 3, logits=True)
     last = load(whole / "last.pt")
     weights = last["parts"]["learner"]

@@ -280,7 +280,7 @@ def test_dry_run_says_what_it_takes_and_asks_nobody(server, tmp_path, capsys):
 
 def test_the_real_tables_need_of_the_disk(tmp_path, monkeypatch):
     """COCO: 20.4 GB of archives and about as much unpacked."""
-    need = sources.need_of(sources.COCO, tmp_path)
+    need = download_datasets.need_of(sources.COCO, tmp_path)
     assert need.fetch == 252_907_541 + 815_585_330 + 19_336_861_798 + 2_000_000
     assert 40e9 < need.disk < 45e9
 
@@ -308,7 +308,7 @@ def test_voxcelebs_key_goes_into_the_address_and_into_no_message(
     server, tmp_path, table, monkeypatch, capsys, caplog
 ):
     monkeypatch.setenv("VOXCELEB_KEY", "secret-key")
-    keyed = sources.pointed_at(table["voxceleb"], f"{server.url}/cdn/x?key={{key}}&file=")
+    keyed = download_datasets.pointed_at(table["voxceleb"], f"{server.url}/cdn/x?key={{key}}&file=")
     monkeypatch.setitem(sources.DATA_SETS, "voxceleb", keyed)
     flags = ["--datasets", "voxceleb", "--data-root", str(tmp_path)]
     assert download_datasets.main(flags) == 2  # the server knows no /cdn/x

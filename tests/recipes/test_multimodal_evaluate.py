@@ -11,7 +11,7 @@ import torch
 from multimodal import embed, evaluate
 from multimodal.datasets import Clotho, Coco
 from multimodal.pairs import samples
-from multimodal.training.checkpoints import open_trained
+from multimodal.training.evaluation import open_trained
 from shared.errors import UserError
 from tests import multimodal_demo
 
@@ -83,8 +83,8 @@ def test_report_of_the_run_gets_the_tables(made, tmp_path):
     from multimodal.training.report import Report
 
     multimodal_demo.untrained(tmp_path, [], data_root=str(made.data_root))
-    with Report(tmp_path / "reports", {"data": []}, tmp_path / "metrics.jsonl") as report:
-        report.close("done", "1 step", tmp_path / "checkpoints")
+    with Report(tmp_path, {"data": []}) as report:
+        report.close("done", "1 step")
     flags = ["--checkpoint", str(tmp_path), "--datasets", "coco", "--limit", "9", "--workers", "0"]
     assert evaluate.main(flags) == 0
     (path,) = (tmp_path / "reports").glob("report_*.json")

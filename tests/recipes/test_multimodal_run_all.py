@@ -131,7 +131,7 @@ def test_what_this_machine_cannot_fetch_is_said_at_once(tmp_path, monkeypatch, c
 
 def test_named_data_sets_that_are_not_whole_are_left_to_the_report(tmp_path, monkeypatch, capsys):
     (tmp_path / "coco").mkdir()
-    monkeypatch.setattr("multimodal.pairs.sources.lacking", lambda form, root: (
+    monkeypatch.setattr("multimodal.download_datasets.lacking", lambda form, root: (
         "" if form.name == "coco" and root.is_dir() else "train2017 missing"
     ))  # fmt: skip
     flags = ["--data-root", str(tmp_path), "--datasets", "coco", "voxceleb", "--lr", "1e-3"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from multimodal.model import MultimodalModel, create_model
-from multimodal.training import pretrained
+from multimodal.training import weights
 from shared.errors import UserError
 
 
@@ -41,7 +41,7 @@ def wide_nano(monkeypatch) -> MultimodalModel:
 def test_both_towers_give_open_clips_features(tmp_path, monkeypatch):
     clip = clip_file(tmp_path / "clip.pt")
     model = wide_nano(monkeypatch)
-    report = pretrained.load(model, tmp_path / "clip.pt")
+    report = weights.load(model, tmp_path / "clip.pt")
     assert report["words"] == "copied"
     assert report["image"]["share"] == report["text"]["share"] == 1.0
     assert report["image"]["missing"] == report["text"]["unexpected"] == []
@@ -59,7 +59,7 @@ def test_both_towers_give_open_clips_features(tmp_path, monkeypatch):
 def test_a_narrower_table_is_the_nearest_of_its_rank(tmp_path):
     clip = clip_file(tmp_path / "clip.pt")
     model = create_model("nano", embed_dim=32)  # a table of 32, and a tower of 64
-    report = pretrained.load(model, tmp_path / "clip.pt")
+    report = weights.load(model, tmp_path / "clip.pt")
     assert report["words"].startswith("reduced from 64 to 32 dimensions")
     table = clip.token_embedding.weight.detach()
     ours = model.text.widen(model.text.token_embedding.weight).detach()
@@ -73,7 +73,7 @@ def test_a_tower_of_another_size_is_left_and_the_words_are_taken(tmp_path):
     clip_file(tmp_path / "clip.pt", vision={"layers": 4}, text_width=128)
     model = create_model("nano")
     before = model.image.proj.detach().clone()
-    report = pretrained.load(model, tmp_path / "clip.pt")
+    report = weights.load(model, tmp_path / "clip.pt")
     assert report["image"] == "not of this size (transformer.resblocks.3.attn.in_proj_bias)"
     assert report["text"].startswith("not of this size")
     assert report["words"].startswith("reduced from 128 to 32")
@@ -88,27 +88,27 @@ def test_a_file_without_most_of_a_tower_is_refused(tmp_path, monkeypatch):
     }
     torch.save(state, tmp_path / "cut.pt")
     with pytest.raises(UserError, match=r"only 70% of the image tower is in the file .*90%"):
-        pretrained.load(wide_nano(monkeypatch), tmp_path / "cut.pt")
+        weights.load(wide_nano(monkeypatch), tmp_path / "cut.pt")
 
 
 def test_a_file_without_words_is_refused(tmp_path):
     torch.save({"visual.proj": torch.zeros(2)}, tmp_path / "other.pt")
     with pytest.raises(UserError, match=r"token_embedding.weight is missing, expected \(49408"):
-        pretrained.load(create_model("nano"), tmp_path / "other.pt")
+        weights.load(create_model("nano"), tmp_path / "other.pt")
 
 
 def test_without_a_file_the_words_are_random_with_a_warning(caplog):
     with caplog.at_level(logging.WARNING):
-        report = pretrained.load(create_model("nano"), None)
+        report = weights.load(create_model("nano"), None)
     assert report["words"] == "random" and "random" in report["warning"]
     assert "begins with random numbers" in caplog.text
 
 
 def test_auto_takes_the_one_file_and_asks_among_several(tmp_path):
-    assert pretrained.find("auto", tmp_path) is None
+    assert weights.find("auto", tmp_path) is None
     (tmp_path / "a.pt").touch()
-    assert pretrained.find("auto", tmp_path) == tmp_path / "a.pt"
-    assert pretrained.find("none", tmp_path) is None
+    assert weights.find("auto", tmp_path) == tmp_path / "a.pt"
+    assert weights.find("none", tmp_path) is None
     (tmp_path / "b.safetensors").touch()
     with pytest.raises(UserError, match=r"holds 2 files \(a.pt, b.safetensors\)"):
-        pretrained.find("auto", tmp_path)
+        weights.find("auto", tmp_path)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from multimodal.training import validation
+from multimodal.training import evaluation
 from tests.harness import ROOT
 
 
@@ -49,7 +49,7 @@ def test_retrieval_with_several_captions_is_that_of_clip_benchmark(seed, ragged)
     rows, texts, owners = random_case(seed, ragged=ragged)
     belongs = np.arange(len(rows))[:, None] == np.array(owners)[None]
     similarity = (rows.double() @ texts.double().T).numpy()
-    there, back = validation.both_ways(("image", "text"), rows, texts, owners)
+    there, back = evaluation.both_ways(("image", "text"), rows, texts, owners)
     assert (there.name, back.name) == ("image to text", "text to image")
     for way, matrix, truth in ((there, similarity, belongs), (back, similarity.T, belongs.T)):
         for k in (1, 5, 10):
@@ -62,7 +62,7 @@ def test_figures_by_hand():
     """Two pictures; the third caption, of picture 1, lies nearer to picture 0."""
     rows = torch.eye(2)
     texts = normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [2.0, 1.0]]), dim=1)
-    there, back = validation.both_ways(("image", "text"), rows, texts, [0, 1, 1])
+    there, back = evaluation.both_ways(("image", "text"), rows, texts, [0, 1, 1])
     assert there.metrics["R@1"] == 1.0
     # picture 0: its caption first, 1/1. picture 1: its captions at 1 and 2, (1/1 + 2/2) / 2
     assert there.metrics["mAP@10"] == 1.0
@@ -76,14 +76,14 @@ def test_one_relevant_row_scores_one_over_its_rank_up_to_ten():
     rows = normalize(gallery, dim=1)
     query = torch.tensor([[1.0, 0.0]])
     for place, expected in ((0, 1.0), (3, 1 / 4), (9, 1 / 10), (10, 0.0)):
-        positives = validation.Positives.listed([[place]], 20)
-        assert validation._search(query, rows, positives)["mAP@10"] == pytest.approx(expected)
+        positives = evaluation.Positives.listed([[place]], 20)
+        assert evaluation._search(query, rows, positives)["mAP@10"] == pytest.approx(expected)
 
 
 def test_faces_find_every_voice_of_their_person():
     rows = torch.eye(4)[[0, 0, 1, 2]]
     groups = ["a", "a", "b", "c"]
-    there, back = validation.same_group(("face", "voice"), rows, rows, groups)
+    there, back = evaluation.same_group(("face", "voice"), rows, rows, groups)
     assert there.metrics["R@1"] == back.metrics["R@1"] == 1.0
     assert there.metrics["chance"] == pytest.approx((2 + 2 + 1 + 1) / 4 / 4)
 
@@ -97,7 +97,7 @@ def test_mean_average_precision_is_scikit_learns(ties):
     found = found.mul(3).round() if ties else found
     labels = (torch.rand(200, 12, generator=generator) < 0.15).float()
     labels[:, 4] = 0  # occurs nowhere: left out
-    value, occurring = validation.mean_average_precision(found, labels)
+    value, occurring = evaluation.mean_average_precision(found, labels)
     wanted = [
         average_precision_score(labels[:, c].numpy(), found[:, c].numpy())
         for c in range(12)
@@ -107,7 +107,7 @@ def test_mean_average_precision_is_scikit_learns(ties):
 
 
 def test_mean_average_precision_without_labels_is_nothing():
-    assert validation.mean_average_precision(torch.randn(3, 2), torch.zeros(3, 2)) == (0.0, 0)
+    assert evaluation.mean_average_precision(torch.randn(3, 2), torch.zeros(3, 2)) == (0.0, 0)
 
 
 @pytest.mark.full
@@ -118,12 +118,12 @@ def test_25_000_captions_and_5_000_pictures_fit_in_a_gigabyte():
         sys.path.insert(0, {str(ROOT)!r})
         import torch
         from torch.nn.functional import normalize
-        from multimodal.training import validation
+        from multimodal.training import evaluation
         torch.manual_seed(0)
         rows = normalize(torch.randn(5_000, 512), dim=1)
         owners = [place // 5 for place in range(25_000)]
         texts = normalize(rows[owners] + 0.04 * torch.randn(25_000, 512), dim=1)
-        found = validation.both_ways(("image", "text"), rows, texts, owners)
+        found = evaluation.both_ways(("image", "text"), rows, texts, owners)
         print(*(way.metrics["R@1"] for way in found))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     """

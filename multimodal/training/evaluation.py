@@ -1,12 +1,4 @@
-"""The files in outputs/checkpoints, readable by a plain `torch.load`; models out of them.
-
-    best_model.pt             the lowest validation loss of the last stage reached
-    final_model.pt            the end of training
-    checkpoint_epoch_N.pt     everything a run needs to go on from there (--resume PATH)
-
-Each holds `model_state_dict`, which fits into `create_model(**checkpoint["model"])`, as CPU tensors
-and plain values. None is ever deleted.
-"""
+"""A trained model out of outputs/checkpoints, its features of many files, and figures of these."""
 
 from __future__ import annotations
 
@@ -24,97 +16,13 @@ from torch.utils.data import Dataset
 from multimodal.model import MultimodalModel, create_model
 from multimodal.pairs import samples
 from multimodal.pairs.samples import collate
-from multimodal.training.losses import Learner
-from multimodal.training.schedule import Span
-from shared import checkpoint, distributed, seed, weights
-from shared.checkpoint import Parts, Position
+from shared import retrieval, weights
 from shared.distributed import World
 from shared.errors import UserError, one_line
 from shared.images import Skipped
 from shared.loader import make_eval_loader
 from shared.precision import Amp
-
-SCHEMA = 1
-BEST, FINAL = "best_model.pt", "final_model.pt"
-
-
-def epoch_file(epoch: int) -> str:
-    """The name of the checkpoint after `epoch` epochs."""
-    return f"checkpoint_epoch_{epoch}.pt"
-
-
-class CheckpointFiles:
-    """Writes them; rank 0 alone does. Every rank calls every method.
-
-    about: what create_model needs (`model`), the order of the keywords (`keywords`), settings.
-    """
-
-    def __init__(self, directory: Path, learner: Learner, about: dict[str, Any], world: World):
-        self._directory, self._learner = directory, learner
-        self._about, self._world = about, world
-        if world.is_main:
-            directory.mkdir(parents=True, exist_ok=True)
-
-    def write_weights(self, name: str, **values: Any) -> None:
-        """Weights alone, with `values` (epoch, stage, val_loss …) beside them."""
-        if self._world.is_main:
-            self._write(name, self._weights(to_cpu(self._learner.state_dict())) | values)
-
-    def write_state(self, name: str, parts: Parts, position: Position, **values: Any) -> None:
-        """Weights, and the whole state of the run."""
-        generators = distributed.gather_objects(seed.get_state(), self._world)
-        if self._world.is_main:
-            state = to_cpu(checkpoint.snapshot(parts, position, generators))
-            self._write(name, state | self._weights(state["parts"]["learner"]) | values)
-
-    def write_epoch(
-        self,
-        parts: Parts,
-        position: Position,
-        span: Span,
-        val_loss: float,
-        *,
-        is_best: bool,
-        every: int,
-    ) -> None:
-        """The files that are due when an epoch of the stage `span` is over."""
-        about = {"epoch": position.epoch, "stage": span.name, "val_loss": val_loss}
-        if is_best:
-            self.write_weights(BEST, **about)
-        if position.epoch % every == 0 or position.epoch == span.end:
-            self.write_state(epoch_file(position.epoch), parts, position, **about)
-
-    def _weights(self, learner: dict[str, Tensor]) -> dict[str, Any]:
-        """The model's and the keyword head's part of a learner's state; no tensor is copied."""
-        return {
-            "schema": SCHEMA,
-            **self._about,
-            "model_state_dict": _below(learner, "model."),
-            "keyword_head": _below(learner, "keyword_head."),
-        }
-
-    def _write(self, name: str, state: dict[str, Any]) -> None:
-        path = self._directory / name
-        with checkpoint.beside(path):
-            checkpoint.save(path, state, keep=1)
-
-
-def to_cpu(value: Any) -> Any:
-    """`value` with the tensors inside its dictionaries, lists and tuples on the CPU."""
-    if isinstance(value, Tensor):
-        return value.detach().cpu()
-    if isinstance(value, dict):
-        return {name: to_cpu(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(to_cpu(item) for item in value)
-    return value
-
-
-def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
-
-
-# --- reading them ---------------------------------------------------------------------------------
+from shared.retrieval import Positives
 
 log = logging.getLogger(__name__)
 
@@ -320,3 +228,89 @@ def _with_progress(batches: Any, name: str, total: int) -> Iterator[Any]:
         if time.monotonic() - shown >= _EVERY_SECONDS:
             shown = time.monotonic()
             log.info("%s: %d of %d, %.4g a second", name, done, total, done / (shown - began))
+
+
+# --- retrieval both ways, and mAP -----------------------------------------------------------------
+
+RECALL_AT = (1, 5, 10)
+MAP_AT = (10,)
+
+
+@dataclass(frozen=True)
+class Direction:
+    """One way of a retrieval. metrics: R@1, R@5, R@10, mAP@10 in [0, 1], and R@1 by chance."""
+
+    name: str
+    metrics: dict[str, float]
+    queries: int
+    gallery: int
+
+
+def both_ways(
+    names: tuple[str, str], items: Tensor, captions: Tensor, owners: Sequence[int]
+) -> list[Direction]:
+    """Items find their captions, and captions their item.
+
+    items: (N, D), captions: (M, D), rows of unit norm. owners: (M,) the item of each caption.
+    R@k counts a query as found when at least one of what belongs to it is among its k nearest, as
+    clip_benchmark does. mAP@k divides by all that belong to it.
+    """
+    item, caption = names
+    of_items = [list[int]() for _ in range(len(items))]
+    for place, owner in enumerate(owners):
+        of_items[owner].append(place)
+    there = _search(items, captions, Positives.listed(of_items, len(captions)))
+    back = _search(captions, items, Positives.listed([[o] for o in owners], len(items)))
+    share = len(captions) / len(items) / len(captions)
+    return [
+        Direction(f"{item} to {caption}", there | {"chance": share}, len(items), len(captions)),
+        Direction(f"{caption} to {item}", back | {"chance": 1 / len(items)}, len(captions),
+                  len(items)),
+    ]  # fmt: skip
+
+
+def same_group(
+    names: tuple[str, str], rows: Tensor, others: Tensor, groups: Sequence[str]
+) -> list[Direction]:
+    """Rows find others of their group and back: (N, D) each, row i of both belongs to groups[i]."""
+    positives = Positives.same_id(groups, groups)
+    chance = float(positives.counts().double().mean()) / len(rows)
+    return [
+        Direction(f"{one} to {other}", _search(a, b, positives) | {"chance": chance},
+                  len(a), len(b))
+        for (one, a), (other, b) in (
+            ((names[0], rows), (names[1], others)),
+            ((names[1], others), (names[0], rows)),
+        )
+    ]  # fmt: skip
+
+
+def _search(queries: Tensor, gallery: Tensor, positives: Positives) -> dict[str, float]:
+    found = retrieval.evaluate(
+        queries, gallery, positives, World(), recall_at=RECALL_AT, map_at=MAP_AT
+    ).metrics
+    wanted = {f"Recall@{k}": f"R@{k}" for k in RECALL_AT} | {f"mAP@{k}": f"mAP@{k}" for k in MAP_AT}
+    return {short: found[name] for name, short in wanted.items()}
+
+
+def mean_average_precision(scores: Tensor, labels: Tensor) -> tuple[float, int]:
+    """Mean over the labels that occur of the average precision, and how many labels these are.
+
+    scores: (N, C), higher is surer. labels: (N, C), 1 where the item has the label. Average
+    precision is the precision at each threshold times the gain in recall there, summed; items of
+    equal score share a threshold.
+    """
+    occurring = labels.bool().any(0)
+    columns = occurring.nonzero().flatten().tolist()
+    values = [_average_precision(scores[:, c], labels[:, c].bool()) for c in columns]
+    return (sum(values) / len(values) if values else 0.0), len(values)
+
+
+def _average_precision(scores: Tensor, positive: Tensor) -> float:
+    order = scores.argsort(descending=True)
+    ordered, hits = scores[order], positive[order].double().cumsum(0)
+    last = torch.ones_like(positive)  # of the items of equal score
+    last[:-1] = ordered[:-1] != ordered[1:]
+    hits, ranks = hits[last], last.nonzero().flatten().double() + 1
+    gains = hits.diff(prepend=hits.new_zeros(1)) / hits[-1]
+    return float((gains * hits / ranks).sum())
