@@ -195,6 +195,7 @@ def main(argv: list[str] | None = None) -> int:
 
         print(memory.text(step_of(cfg), world_size()))
         return 0
+    _check_batch(cfg, world_size())
     _check_data(cfg)
     _check_pretrained(cfg)
     if cfg.run.dry_run:
@@ -525,6 +526,16 @@ def _with_demo(cfg: Config) -> Config:
     }
     changes = {name: value for name, value in changes.items() if name not in cfg.run.typed}
     return replace(cfg, **changes)
+
+
+def _check_batch(cfg: Config, processes: int) -> None:
+    """Refuse a step of one pair where pairs are told from strangers: there is no stranger in it."""
+    if cfg.step_rows * processes == 1 and sum(cfg.shares[1:]):
+        raise UserError(
+            "--batch-size 1 with --gradient-accumulation-steps 1 on one process: a step has one "
+            "pair, and the last two stages need others to tell it from; use 2 or more of either, "
+            "or --stage-epochs 1/0/0 for the first stage alone"
+        )
 
 
 def _check_data(cfg: Config) -> None:
