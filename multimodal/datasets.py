@@ -30,7 +30,10 @@ from multimodal.pairs.coco import Coco
 from multimodal.pairs.samples import SPLITS, Counts, Sample, collate
 from multimodal.pairs.sources import DATA_SETS, NAMES
 from multimodal.pairs.voxceleb import VoxCeleb
+from shared.distributed import World
 from shared.errors import UserError, one_line
+from shared.sampling import TrainBatches
+from shared.seed import derive
 
 __all__ = [
     "NAMES",
@@ -123,7 +126,7 @@ class Source:
 
     def steps(self, rows: int) -> int:
         """Whole batches of `rows` samples, over all processes, of a pass."""
-        return len(self.training) // rows
+        return self.training.steps(rows)
 
 
 @dataclass
@@ -155,14 +158,14 @@ class Sources:
 
 
 class OnePerGroup(Dataset[Batch]):
-    """One item of each group: no batch ever holds two pictures of one scene, or two of one voice.
+    """Items of which no batch holds two of one group: two pictures of a scene, or two of a voice.
 
-    Which item of a group it is, is drawn anew each time while training; else it is the first.
+    As it is, it holds the first item of each group, for validation; `of_pass` has all of them.
     pairs: an item is two sounds of the group, `audio` and `audio_2`.
     """
 
-    def __init__(self, items: Grouped, *, draw: bool, pairs: bool = False) -> None:
-        self._items, self._draw, self._pairs = items, draw, pairs
+    def __init__(self, items: Grouped, *, pairs: bool = False) -> None:
+        self._items, self._pairs = items, pairs
         groups: dict[Hashable, list[int]] = {}
         for index in range(len(items)):
             groups.setdefault(items.group_of(index), []).append(index)
@@ -182,14 +185,66 @@ class OnePerGroup(Dataset[Batch]):
         return len(self._groups)
 
     def __getitem__(self, index: int) -> Batch:
-        members = self._groups[index]
-        first = int(torch.randint(len(members), ())) if self._draw and len(members) > 1 else 0
-        item = self._items[members[first]]
+        return self.item(index, 0, ahead=1)
+
+    def item(self, group: int, member: int, ahead: int | None = None) -> Batch:
+        """A group's item. ahead: which of the others is the second sound of a pair; None: drawn."""
+        members = self._groups[group]
+        item = self._items[members[member]]
         if not self._pairs:
             return item
-        ahead = 1 + int(torch.randint(len(members) - 1, ())) if self._draw else 1
-        other = self._items[members[(first + ahead) % len(members)]]
+        ahead = ahead or 1 + int(torch.randint(len(members) - 1, ()))
+        other = self._items[members[(member + ahead) % len(members)]]
         return {"audio": item["audio"], "audio_2": other["audio"]}
+
+    def steps(self, rows: int) -> int:
+        """The batches of `rows` items of different groups that a pass over all items gives.
+
+        As many as there can be: all items, but for an incomplete batch, unless a few groups have
+        most of the items.
+        """
+        sizes = [len(members) for members in self._groups]
+        most = sum(sizes) // rows
+        while sum(min(size, most) for size in sizes) < most * rows:
+            most -= 1
+        return most
+
+    def of_pass(self, rows: int, seed: int, number: int) -> Dataset[Batch]:
+        """The items of pass `number`, placed so that make_loader's batches have different groups.
+
+        rows: of a batch, over all processes. Which items meet is drawn anew for every pass.
+        """
+        if all(len(members) == 1 for members in self._groups):
+            return self
+        generator = torch.Generator().manual_seed(derive(seed, number))
+        waiting = [
+            torch.randperm(len(members), generator=generator).tolist() for members in self._groups
+        ]
+        left = torch.tensor([len(members) for members in waiting], dtype=torch.float64)
+        batches = []
+        for _ in range(self.steps(rows)):
+            drawn = torch.rand(len(left), generator=generator, dtype=torch.float64)
+            groups = (left + drawn).topk(rows).indices  # the fullest first, else by chance
+            left[groups] -= 1
+            batches.append([(group, waiting[group].pop()) for group in groups.tolist()])
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        wanted = [item for place in order for item in batches[place]]
+        taken = TrainBatches(len(wanted), rows, World(), seed=seed, epoch=number)
+        places = [index for batch in taken for index in batch]
+        return _Pass(self, dict(zip(places, wanted, strict=True)))
+
+
+class _Pass(Dataset[Batch]):
+    """The items of one pass by their places: (group, member)."""
+
+    def __init__(self, items: OnePerGroup, places: dict[int, tuple[int, int]]) -> None:
+        self._items, self._places = items, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self._items.item(*self._places[index])
 
 
 def collate_views(samples: Sequence[Batch]) -> Batch:
@@ -266,9 +321,7 @@ def _open(name: str, data_root: Path, options: DataOptions) -> Source:
     if "text" in modalities and "audio" in modalities:
         alone = options.alone(target)
     held_out = _held_out(lambda: opened("val"), pairs=pairs)
-    return Source(
-        name, modalities, OnePerGroup(train, draw=True, pairs=pairs), held_out, target, alone
-    )
+    return Source(name, modalities, OnePerGroup(train, pairs=pairs), held_out, target, alone)
 
 
 def open_split(
@@ -298,7 +351,7 @@ def open_split(
 def _held_out(opened: Callable[[], Grouped], *, pairs: bool = False) -> OnePerGroup | None:
     """The validation split, or None with a warning."""
     try:
-        found = OnePerGroup(opened(), draw=False, pairs=pairs)
+        found = OnePerGroup(opened(), pairs=pairs)
     except UserError as error:
         log.warning("no validation: %s", one_line(error))
         return None

@@ -77,11 +77,11 @@ def _stream(
     source: Source, options: BatchOptions, world: World, stage: int, first: int
 ) -> Iterator[Batch]:
     """The source's batches from number `first` of the stage on, without end."""
-    steps = source.steps(options.rows * world.size)
-    number, offset = divmod(first, steps)
+    rows = options.rows * world.size
+    number, offset = divmod(first, source.steps(rows))
     while True:
         loader = make_loader(
-            source.training,
+            source.training.of_pass(rows, options.seed, stage * _PASSES + number),
             options.rows,
             world,
             seed=options.seed,

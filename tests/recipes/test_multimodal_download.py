@@ -92,8 +92,8 @@ def table(files, monkeypatch):
         ),
         "clotho": DataSet(
             "clotho",
-            tuple(replace(s, size=None, checksum="") for s in sources.CLOTHO.files),
-            tuple(
+            files=tuple(replace(s, size=None, checksum="") for s in sources.CLOTHO.files),
+            archives=tuple(
                 archive_of(files, [f"clotho_audio_{split}.7z"], {split: count})
                 for split, count in (("validation", 30), ("evaluation", 60), ("development", 200))
             ),

@@ -13,6 +13,7 @@ from multimodal.pairs.samples import Counts
 from multimodal.training.schedule import Span, order_of, steps_of_sources
 from shared.checkpoint import Position
 from shared.distributed import World
+from shared.loader import make_loader
 
 ALONE = World()
 SPANS = [Span(0, 0, 2), Span(1, 2, 5), Span(2, 5, 7)]
@@ -39,8 +40,7 @@ class Items:
 
 
 def source(name: str, total: int, base: int, members: int = 1) -> Source:
-    items = OnePerGroup(Items(total, members, base), draw=True)
-    held = OnePerGroup(Items(total, members, base), draw=False)
+    items = held = OnePerGroup(Items(total, members, base))
     return Source(name, ("image", "text"), items, held, "classes")
 
 
@@ -61,10 +61,10 @@ def drawn(world: World = ALONE, rows: int = 3, start: tuple[int, int] = (2, 0), 
 
 def test_an_epoch_takes_the_sources_in_the_seeded_order():
     found = [name for name, _ in drawn()]
-    counts = steps_of_sources([13, 2], 0.5)
+    counts = steps_of_sources([13, 4], 0.5)
     order = order_of(counts, 7, 1, 2)
     assert found == [SOURCES[place].name for place in order]
-    assert sum(counts) == 15 and counts[1] > 2  # the small source comes more often than once
+    assert sum(counts) == 17 and counts[1] > 4  # the small source comes more often than once
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -77,10 +77,10 @@ def test_passes_go_on_through_epochs_and_draw_other_random_numbers():
     small = [
         rows for epoch in (2, 3, 4) for name, rows in drawn(start=(epoch, 0)) if name == "small"
     ]
-    passes = [list(itertools.chain(*small[i : i + 2])) for i in range(0, len(small) - 1, 2)]
+    passes = [list(itertools.chain(*small[i : i + 4])) for i in range(0, len(small) - 3, 4)]
     for one in passes:
-        groups = [int(number - 1000) // 2 for number, _ in one]
-        assert sorted(groups) == list(range(6))  # a pass takes every group once
+        items = [int(number - 1000) for number, _ in one]
+        assert sorted(items) == list(range(12))  # a pass takes every item once
     assert len({tuple(map(tuple, one)) for one in passes}) == len(passes)
 
 
@@ -138,12 +138,36 @@ def test_a_short_validation_set_is_one_batch():
     assert [len(batch["images"]) for batch in found] == [6]
 
 
-def test_the_item_of_a_group_is_drawn_in_training_and_the_first_in_validation():
-    drawing, fixed = (OnePerGroup(Items(12, 4), draw=draw) for draw in (True, False))
-    torch.manual_seed(0)
-    seen = {int(drawing[1]["images"][0]) for _ in range(50)}
-    assert seen == {4, 5, 6, 7}
-    assert {int(fixed[1]["images"][0]) for _ in range(5)} == {4}
+def test_validation_takes_the_first_item_of_each_group():
+    items = OnePerGroup(Items(12, 4))
+    assert [int(items[place]["images"][0]) for place in range(3)] == [0, 4, 8]
+
+
+@pytest.mark.parametrize(("speakers", "rows", "batches"), [(12, 8, 6), (12, 5, 9), (12, 12, 4)])
+def test_a_pass_takes_every_utterance_and_no_batch_has_a_speaker_twice(speakers, rows, batches):
+    items = OnePerGroup(Items(4 * speakers, 4))
+    assert items.steps(rows) == batches
+    passes = []
+    for number in (0, 1):
+        loader = make_loader(items.of_pass(rows, 7, number), rows, ALONE, seed=7, workers=0,
+                             epoch=number)  # fmt: skip
+        found = [[int(n) for n, _ in batch["images"].tolist()] for batch in loader]
+        assert len(found) == batches
+        assert all(len({n // 4 for n in batch}) == rows for batch in found)
+        every = [n for batch in found for n in batch]
+        assert len(set(every)) == rows * batches > 48 - rows
+        passes.append(every)
+    assert passes[0] != passes[1]
+
+
+def test_a_speaker_with_most_of_the_utterances_is_in_every_batch_once():
+    class Uneven(Items):
+        def group_of(self, index: int) -> int:
+            return 0 if index < 20 else index
+
+    items = OnePerGroup(Uneven(24))
+    assert items.steps(2) == 4  # four others, one for each batch
+    assert items.steps(6) == 0
 
 
 class Sounds(Items):
@@ -154,11 +178,11 @@ class Sounds(Items):
 
 
 def test_pairs_of_sounds_are_of_one_group_and_never_the_same_sound():
-    pairs = OnePerGroup(Sounds(9, 4), draw=True, pairs=True)  # the ninth is alone: no pair
+    pairs = OnePerGroup(Sounds(9, 4), pairs=True)  # the ninth is alone: no pair
     assert len(pairs) == 2
     torch.manual_seed(0)
     for _ in range(50):
-        item = pairs[1]
+        item = pairs.item(1, 2)
         first, second = (int(item[name][0, 0]) for name in ("audio", "audio_2"))
         assert first != second and {first, second} <= {4, 5, 6, 7}
     batch = collate_views([pairs[0], pairs[1]])
@@ -170,4 +194,4 @@ def test_pairs_of_sounds_are_of_one_group_and_never_the_same_sound():
 
 def test_a_source_too_small_for_a_batch_has_no_steps():
     assert SOURCES[1].steps(7) == 0
-    assert SOURCES[1].steps(2 * 3) == 1
+    assert SOURCES[1].steps(2 * 3) == 2

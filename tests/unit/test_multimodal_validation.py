@@ -36,7 +36,7 @@ class Pairs:
 
 
 def source(total: int) -> Source:
-    pairs = OnePerGroup(Pairs(total), draw=False)
+    pairs = OnePerGroup(Pairs(total))
     return Source("coco", ("image", "text"), pairs, pairs, "classes")
 
 
