@@ -245,17 +245,18 @@ def read_picture(path: Path, size: int) -> Tensor:
 
 
 def read_cropped_picture(path: Path, size: int) -> Tensor:
-    """A random part of the picture, float32 (3, size, size); never mirrored. Raises ValueError.
+    """A random square of the picture, float32 (3, size, size); never mirrored. Raises ValueError.
 
-    The part covers 80 to 100 % of the area; its position comes from torch's generator.
+    A square, as evaluation takes one: shapes keep their proportions. It covers 80 to 100 % of the
+    area of the largest square; size and position come from torch's generator.
     """
     picture = images.read_rgb(path)
     height, width = picture.shape[1:]
     area, across, down = torch.rand(3).tolist()
     scale = (_SMALLEST_CROP + (1 - _SMALLEST_CROP) * area) ** 0.5
-    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
-    top, left = round(down * (height - rows)), round(across * (width - columns))
-    return normalise(_resized(picture[:, top : top + rows, left : left + columns], size))
+    side = max(1, round(min(height, width) * scale))
+    top, left = round(down * (height - side)), round(across * (width - side))
+    return normalise(_resized(picture[:, top : top + side, left : left + side], size))
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -166,6 +166,29 @@ def test_normalised_pixels_are_clips():
     assert white.tolist() == pytest.approx([1.930336, 2.074884, 2.145897], abs=1e-5)
 
 
+@pytest.mark.parametrize("size", [(480, 640), (640, 480), (400, 400), (300, 900)])
+def test_a_circle_stays_a_circle_in_training_and_in_evaluation(tmp_path, size):
+    """A dot in the middle, small enough to be in every cut: as high as it is wide."""
+    height, width = size
+    y, x = np.mgrid[:height, :width]
+    inside = (y - height / 2) ** 2 + (x - width / 2) ** 2 < (0.1 * min(size)) ** 2
+    Image.fromarray(np.where(inside, 255, 0).astype(np.uint8)).convert("RGB").save(
+        tmp_path / "a.png"
+    )
+    torch.manual_seed(0)
+    whole = [samples.read_picture(tmp_path / "a.png", 224)]
+    cuts = [samples.read_cropped_picture(tmp_path / "a.png", 224) for _ in range(20)]
+    seen = 0
+    for picture in whole + cuts:
+        bright = picture[0] > picture[0].mean() + 1
+        high, wide = int(bright.any(1).sum()), int(bright.any(0).sum())
+        touches = bright[0].any() or bright[-1].any() or bright[:, 0].any() or bright[:, -1].any()
+        if high and not touches:
+            seen += 1
+            assert high == pytest.approx(wide, abs=3)
+    assert seen >= 5
+
+
 def test_training_draws_captions_and_parts_anew_each_epoch_and_the_same_when_repeated(made):
     data = Coco(made.coco, "train", image_size=32)
 
