@@ -28,7 +28,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root,
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
 
 from shared.config import option, parse
-from shared.errors import DONE, INTERRUPTED, MissingToolError, UserError, did_you_mean, one_line
+from shared.errors import (
+    DONE,
+    INTERRUPTED,
+    MissingToolError,
+    UserError,
+    did_you_mean,
+    one_line,
+    shortened,
+)
 from shared.files import read_object, write_json
 from shared.launch import launch_alone
 from shared.settings import Connections
@@ -124,6 +132,12 @@ def _check_source(cfg: Config) -> None:
     from multimodal.pairs.sources import check_audiocaps
 
     check_audiocaps(cfg.audiocaps_source)
+    if cfg.mirror and not cfg.mirror.startswith(("http://", "https://")):
+        raise UserError(
+            f"--mirror {shortened(cfg.mirror)}: expected an address that begins with http:// or "
+            "https://; archives that you have on a disk are used when they are in "
+            f"{cfg.data_root / '<data set>' / 'downloads'}"
+        )
     if cfg.cookies and not cfg.cookies.is_file():
         raise UserError(f"--cookies {cfg.cookies}: no such file")
 

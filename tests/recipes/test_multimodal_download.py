@@ -351,6 +351,18 @@ def test_audiocaps_directory_without_a_clip_is_said(server, tmp_path):
     assert download(server, tmp_path, *flags) == 2
 
 
+@pytest.mark.parametrize("mirror", ["/nowhere", "file:///nowhere", "nowhere.invalid/coco"])
+def test_a_mirror_that_is_no_web_address_is_refused_before_anything_is_asked(
+    tmp_path, mirror, monkeypatch, capsys
+):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 0, 1))  # no room for anything
+    flags = ["--datasets", "coco", "--data-root", str(tmp_path / "data"), "--mirror", mirror]
+    with pytest.raises(UserError, match=r"begins with http:// or https://.*downloads"):
+        download_datasets.main(flags)
+    assert not (tmp_path / "data").exists() and "bytes to fetch" not in capsys.readouterr().out
+
+
 def as_parquet(sounds, **columns):
     pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
     columns = columns or {
