@@ -11,7 +11,7 @@ from tests import multimodal_data
 from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step
 
 SCRIPT = ROOT / "multimodal" / "run_training.py"
-STEPS = 58  # 2 epochs of each stage: 18, 20 and 20 steps
+STEPS = 66  # 2 epochs of each stage: 18, 24 and 24 steps
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def reports(output: Path) -> list[dict]:
     [
         pytest.param(0, 5, marks=pytest.mark.full),
         (2, 23),
-        (0, 42),
+        (0, 50),
     ],
 )
 def test_01_19_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(
@@ -129,7 +129,7 @@ def test_kill_campaign_any_moment_leaves_a_run_that_continues_exactly(data, undi
     """One run killed again and again at seeded moments, until it is done."""
     output, kills = tmp_path / "outputs", 0
     flags = flags_for(data, output, "--save-every", 3)
-    for step in (3, 9, 18, 19, 25, 38, 39, 48, 57):
+    for step in (3, 9, 18, 19, 25, 42, 43, 54, 65):
         with start([*paced(SCRIPT, output, step), *flags]) as running:
             wait_for_step(output, step, running)
             running.signal(signal.SIGKILL)
