@@ -293,10 +293,14 @@ def _notes(source: Source) -> list[dict[str, Any]]:
     """The counts of a source's splits, and how its pairs are made."""
     pairs = " with ".join(name.replace("_2", " of the same voice") for name in source.modalities)
     return [
-        {**asdict(part.counts), "used_as": use, "pairs": pairs}
+        {**asdict(part.counts), "share": _share(part.counts), "used_as": use, "pairs": pairs}
         for part, use in ((source.training, "training"), (source.validation, "validation"))
         if part is not None
     ]
+
+
+def _share(counts: Counts) -> float:
+    return round(counts.found / max(1, counts.expected), 4)
 
 
 def _open(name: str, data_root: Path, options: DataOptions) -> Source:

@@ -416,7 +416,7 @@ def lacking_of(name: str, data_root: Path) -> str:
 def lacking(data_set: DataSet, root: Path) -> str:
     """What keeps the data set from being trained on; '' when enough is there.
 
-    Of sounds that come one by one half of those listed will do: some are gone for good.
+    Of sounds that come one by one any will do: some are gone for good.
     """
     files = [source.name for source in data_set.files if not source.path(root).is_file()]
     files = [name for name in files if "karpathy" not in name]  # val2017 does in their place
@@ -425,7 +425,7 @@ def lacking(data_set: DataSet, root: Path) -> str:
     if missing:
         return f"{', '.join(missing[:3])} missing"
     clips = _count(root / "audio", deep=True)
-    return f"{clips:,} of {data_set.clips:,} clips" if clips < data_set.clips / 2 else ""
+    return f"none of {data_set.clips:,} clips" if data_set.clips and not clips else ""
 
 
 def is_unpacked(archive: Archive, root: Path) -> bool:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import re
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -16,6 +20,12 @@ from shared.errors import UserError
 
 COLUMNS = ["audiocap_id", "youtube_id", "start_time", "caption"]
 _YOUTUBE_ID = re.compile(r"[A-Za-z0-9_-]{11}")
+# <video>, Y<video>, <video>_<start>, <video>_<start>.000_<end>.000: names that are about
+NAME = re.compile(
+    r"Y?(?P<video>[A-Za-z0-9_-]{11})(?:_(?P<start>\d+)(?:\.\d+)?(?:_\d+(?:\.\d+)?)?)?"
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -25,6 +35,11 @@ class Clip:
     video: str
     key: str
     captions: list[str] = field(default_factory=list)
+
+    @property
+    def start(self) -> str:
+        """Seconds into the video."""
+        return self.key.rpartition("_")[2]
 
 
 class AudioCaps(Dataset[Sample]):
@@ -54,11 +69,12 @@ class AudioCaps(Dataset[Sample]):
         self._sounds = Sounds(
             train=self._is_train, clip_seconds=clip_seconds, eval_seconds=eval_seconds, cache=cache
         )
-        files = _files(root, split)
         listed = listed_clips(root / f"{split}.csv")
+        files = files_of(listed, _folder(root, split))
         self._clips, self.counts = samples.usable(
             listed, lambda clip: files.get(clip.key), samples.sound_problem,
-            of=("audiocaps", split), what="clips", where=root / f"{split}.csv", limit=limit,
+            of=("audiocaps", split), what="clips", where=root / f"{split}.csv",
+            form=f"audio/{split}/<youtube_id>_<start_time>.flac (or wav, ogg, mp3)", limit=limit,
         )  # fmt: skip
         self._files = files
         self._replacing = samples.Replacing("audiocaps", "clips")
@@ -102,16 +118,44 @@ def listed_clips(path: Path) -> list[Clip]:
             )
         caption = " ".join(row["caption"].split())
         if not caption:
-            raise UserError(f"{path}, line {line}: the caption is empty")
+            log.warning("%s, line %d: the caption is empty and left out", path, line)
+            continue
         clip = clips.setdefault(f"{video}_{start}", Clip(video, f"{video}_{start}"))
         clip.captions.append(caption)
     return list(clips.values())
 
 
-def _files(root: Path, split: str) -> dict[str, Path]:
-    """Key → file of the sounds of a split that are there."""
+def _folder(root: Path, split: str) -> Path:
+    """Where the sounds of a split are."""
     folders = (root / "audio" / split, root / split, root / "audio")
-    folder = next((folder for folder in folders if folder.is_dir()), None)
-    if folder is None:
-        return {}
-    return {path.stem: path for path in sorted(folder.iterdir()) if path.suffix in audio.SUFFIXES}
+    return next((folder for folder in folders if folder.is_dir()), folders[0])
+
+
+def files_of(clips: Sequence[Clip], folder: Path) -> dict[str, Path]:
+    """Key → sound of the clips whose file is below `folder`, by any name that NAME knows.
+
+    A name without the start will do for the only clip of a video.
+    """
+    found = _named_sounds(folder)
+    clips_of = Counter(clip.video for clip in clips)
+    files = {}
+    for clip in clips:
+        path = found.get((clip.video, clip.start))
+        if path is None and clips_of[clip.video] == 1:
+            path = found.get((clip.video, None))
+        if path is not None:
+            files[clip.key] = path
+    return files
+
+
+def _named_sounds(directory: Path) -> dict[tuple[str, str | None], Path]:
+    """(video, start or None) → file of every sound whose name says what it is."""
+    found: dict[tuple[str, str | None], Path] = {}
+    for folder, _, names in os.walk(directory):
+        for name in sorted(names):
+            path = Path(folder) / name
+            match = NAME.fullmatch(path.stem)
+            if match and path.suffix.lower() in audio.SUFFIXES and path.is_file():
+                start = match["start"]
+                found[match["video"], start and str(int(start))] = path
+    return found

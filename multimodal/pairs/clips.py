@@ -10,7 +10,7 @@ import logging
 import os
 import re
 import shutil
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from multimodal.pairs import audio
-from multimodal.pairs.audiocaps import Clip, listed_clips
+from multimodal.pairs.audiocaps import NAME, Clip, files_of, listed_clips
 from shared.download import part_of
 from shared.errors import MissingToolError, UserError, one_line
 from shared.files import read_json_lines, write_atomic
@@ -37,11 +37,6 @@ class Wanted:
     split: str
     clip: Clip
     target: Path
-
-    @property
-    def start(self) -> str:
-        """Seconds into the video."""
-        return self.clip.key.rpartition("_")[2]
 
 
 class Ledger:
@@ -74,8 +69,9 @@ def missing(root: Path) -> list[Wanted]:
     found = []
     for split in reversed(SPLITS):
         folder = root / "audio" / split
-        there = {path.stem for path in folder.glob("*") if path.suffix in audio.SUFFIXES}
-        for clip in listed_clips(root / f"{split}.csv"):
+        listed = listed_clips(root / f"{split}.csv")
+        there = files_of(listed, folder)
+        for clip in listed:
             if clip.key not in there:
                 found.append(Wanted(split, clip, folder / clip.key))
     return found
@@ -98,10 +94,6 @@ log = logging.getLogger(__name__)
 
 MOST_BLOCKS = 10  # in a row, until YouTube is left alone
 _SECONDS, _RATE = "10", "32000"
-# <video>, Y<video>, <video>_<start>, <video>_<start>.000_<end>.000: names that are about
-_NAME = re.compile(
-    r"Y?(?P<video>[A-Za-z0-9_-]{11})(?:_(?P<start>\d+)(?:\.\d+)?(?:_\d+(?:\.\d+)?)?)?"
-)
 _BLOCKED = re.compile(r"not a bot|HTTP Error 429|rate.limit", re.IGNORECASE)
 _GONE = re.compile(
     r"unavailable|private video|removed|terminated|not available|copyright|members.only|"
@@ -121,13 +113,10 @@ def from_directory(root: Path, directory: Path, source: str) -> None:
     if not directory.is_dir():
         raise UserError(f"--audiocaps-source {source}: {directory} is no directory")
     wanted = missing(root)
-    found = _index(directory)
+    found = files_of([item.clip for item in wanted], directory)
     ledger, count = Ledger(root), 0
-    alone = _only_clip_of_its_video(wanted)
     for item in wanted:
-        path = found.get((item.clip.video, item.start))
-        if path is None and item.clip.key in alone:
-            path = found.get((item.clip.video, None))
+        path = found.get(item.clip.key)
         if path is not None:
             _put(path, item.target.with_name(item.target.name + path.suffix.lower()))
             ledger.add(item, OK, "", source)
@@ -138,27 +127,6 @@ def from_directory(root: Path, directory: Path, source: str) -> None:
             f"{directory}; names are <youtube id>_<start>.flac (or wav, ogg, mp3)"
         )
     log.info("audiocaps: %d clips out of %s", count, directory)
-
-
-def _index(directory: Path) -> dict[tuple[str, str | None], Path]:
-    """(video, start or None) → file of every sound whose name says what it is."""
-    found: dict[tuple[str, str | None], Path] = {}
-    for folder, _, names in os.walk(directory):
-        for name in sorted(names):
-            path = Path(folder) / name
-            match = _NAME.fullmatch(path.stem)
-            if match and path.suffix.lower() in audio.SUFFIXES and path.is_file():
-                start = match["start"]
-                found[match["video"], start and str(int(start))] = path
-    return found
-
-
-def _only_clip_of_its_video(wanted: Iterable[Wanted]) -> set[str]:
-    """Keys of the clips whose video gives no other: a name without the start will do for them."""
-    keys: dict[str, set[str]] = defaultdict(set)
-    for item in wanted:
-        keys[item.clip.video].add(item.clip.key)
-    return {next(iter(group)) for group in keys.values() if len(group) == 1}
 
 
 def _put(source: Path, target: Path) -> None:
@@ -187,7 +155,7 @@ def from_hub(root: Path, repo_id: str, endpoint: str, run: Run | None) -> None:
     sounds = [
         name
         for name in sounds
-        if (match := _NAME.fullmatch(Path(name).stem)) and match["video"] in wanted
+        if (match := NAME.fullmatch(Path(name).stem)) and match["video"] in wanted
     ]
     archives = [name for name in names if name.endswith((".zip", ".tar", ".tar.gz", ".tgz", ".7z"))]
     tables = [name for name in names if name.endswith(".parquet")]
@@ -265,7 +233,7 @@ class YouTube:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = part_of(target)
         # -ss before -i: ffmpeg asks the server for the place, in place of decoding up to it
-        place = ["-ss", item.start, "-t", _SECONDS, "-i", out.split()[0]]
+        place = ["-ss", item.clip.start, "-t", _SECONDS, "-i", out.split()[0]]
         sound = ["-vn", "-ac", "1", "-ar", _RATE, "-f", "flac", "-y", str(part)]
         code, _, error = self.ask([self.ffmpeg, "-nostdin", "-loglevel", "error", *place, *sound])
         if code or not part.is_file() or not part.stat().st_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch.utils.data import Dataset
 from multimodal.pairs import samples
 from multimodal.pairs.samples import Sample, Sounds, read_table
 from shared.errors import UserError
+
+log = logging.getLogger(__name__)
 
 FOLDERS = {"train": "development", "val": "validation", "test": "evaluation"}
 
@@ -53,12 +56,14 @@ class Clotho(Dataset[Sample]):
         self._sounds = Sounds(
             train=self._is_train, clip_seconds=clip_seconds, eval_seconds=eval_seconds, cache=cache
         )
-        self._folder = root / folder
+        files = (root / folder).iterdir() if (root / folder).is_dir() else ()
+        self._files = {path.name.lower(): path for path in files}  # .WAV is .wav
         self.label_names = _frequent_keywords(root / "clotho_metadata_development.csv")
         listed = _clips(root, folder, self.label_names)
         self._clips, self.counts = samples.usable(
-            listed, lambda clip: self._folder / clip.name, samples.sound_problem,
-            of=("clotho", folder), what="clips", where=_captions_file(root, folder), limit=limit,
+            listed, lambda clip: self._files.get(clip.name.lower()), samples.sound_problem,
+            of=("clotho", folder), what="clips", where=_captions_file(root, folder),
+            form=f"{folder}/<file_name of the list>", limit=limit,
         )  # fmt: skip
         self._replacing = samples.Replacing("clotho", "clips")
 
@@ -87,7 +92,7 @@ class Clotho(Dataset[Sample]):
 
     def path(self, index: int) -> Path:
         """The item's file."""
-        return self._folder / self._clips[index].name
+        return self._files[self._clips[index].name.lower()]
 
     def group_of(self, index: int) -> str:
         """The clip's file name: a batch must not hold two items of one group."""
@@ -116,7 +121,8 @@ def _clips(root: Path, folder: str, keywords: tuple[str, ...]) -> list[_Clip]:
         name = _checked_name(row["file_name"], path, line)
         captions = [text for column in columns if (text := row[column].strip())]
         if not captions:
-            raise UserError(f"{path}, line {line}: {name} has no caption")
+            log.warning("%s, line %d: %s has no caption and is left out", path, line, name)
+            continue
         labels = [number_of[word] for word in metadata.get(name, ()) if word in number_of]
         clips.append(_Clip(name, captions, labels))
     return clips

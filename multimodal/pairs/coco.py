@@ -52,7 +52,8 @@ class Coco(Dataset[Sample]):
         listed, name = _of_split(root, split, year, everything)
         self._pictures, self.counts = samples.usable(
             listed, lambda item: item.file, samples.picture_problem,
-            of=("coco", name), what="pictures", where=root, limit=limit,
+            of=("coco", name), what="pictures", where=root,
+            form="train2017/000000000009.jpg", limit=limit,
         )  # fmt: skip
         self._replacing = samples.Replacing("coco", "pictures")
 
@@ -145,7 +146,7 @@ class _Image(msgspec.Struct):
 
 class _Caption(msgspec.Struct):
     image_id: int
-    caption: str
+    caption: str | None
 
 
 class _Captions(msgspec.Struct):
@@ -236,7 +237,7 @@ def _captioned(path: Path, root: Path, half: str) -> dict[int, Picture]:
             raise UserError(f"{path}: file_name {image.file_name!r} leads out of {half}")
         found[image.id] = Picture(image.id, directory / image.file_name, half)
     for note in content.annotations:
-        if note.image_id in found and note.caption.strip():
+        if note.image_id in found and note.caption and note.caption.strip():
             found[note.image_id].captions.append(" ".join(note.caption.split()))
     captioned = {number: picture for number, picture in found.items() if picture.captions}
     if not captioned:

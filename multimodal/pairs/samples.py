@@ -6,6 +6,7 @@ import csv
 import functools
 import importlib.util
 import io
+import logging
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,12 +24,13 @@ from shared.errors import MissingToolError, UserError
 from shared.files import open_regular, read_bytes
 from shared.images import Skipped
 
+log = logging.getLogger(__name__)
+
 Sample = dict[str, Tensor]
 T = TypeVar("T")
 
 NUM_LABELS = 80  # width of `labels`
 SPLITS = ("train", "val", "test")
-MOST_MISSING = 0.5  # share of a split that may be missing: clips vanish from YouTube
 MOST_BAD = 0.05  # share of the files that are there which may be damaged
 _READERS = 8  # threads that look into files; they wait for the disk
 
@@ -63,14 +65,15 @@ def usable(
     of: tuple[str, str],
     what: str,
     where: Path,
+    form: str,
     limit: int | None = None,
 ) -> tuple[list[T], Counts]:
     """The items whose files are there and readable, `limit` of them spread, and all in numbers.
 
     path_of: the item's file, None where there is none. problem: why a file cannot be used.
-    of: data set and split, for people. what, where: the items, and what lists them.
-    Raises UserError when none is there, more than half are missing, or more than a twentieth of the
-    rest is damaged.
+    of: data set and split, for people. what, where: the items, and what lists them. form: how
+    their files are named. Files may be missing: those that are there are used, and the log says
+    how many these are. Raises UserError when none is there, or more than a twentieth is damaged.
     """
     paths = [path_of(item) for item in listed]
     with ThreadPoolExecutor(_READERS) as threads:
@@ -83,7 +86,18 @@ def usable(
         raise UserError(
             f"{where} lists no {what} of {' '.join(of)}: check that it is the right one"
         )
-    _refuse_missing(missing, len(listed), what, where)
+    if missing == len(listed):
+        raise UserError(
+            f"none of the {missing} {what} listed in {where} is there: expected {form}; "
+            "download_datasets.py fetches them, or give the directory that holds them by "
+            "--data-root"
+        )
+    if missing:
+        log.warning(
+            "%s: %d of %d %s of %s are there (%.0f %%), and these are used; the others are missing",
+            where, len(listed) - missing, len(listed), what, " ".join(of),
+            100 * (1 - missing / len(listed)),
+        )  # fmt: skip
     bad = Skipped(what)
     for path, why in zip(paths, problems, strict=True):
         if why not in (None, "missing"):
@@ -92,14 +106,6 @@ def usable(
     captions = sum(len(getattr(item, "captions", ())) for item in good)
     skipped = ({"missing": missing} if missing else {}) | bad.reasons
     return _limited(good, limit), Counts(*of, len(listed), len(good), captions, skipped)
-
-
-def _refuse_missing(missing: int, total: int, what: str, where: Path) -> None:
-    if missing > MOST_MISSING * total:
-        raise UserError(
-            f"{missing} of {total} {what} listed in {where} are missing: download_datasets.py "
-            "fetches them, or give the directory that holds them by --data-root"
-        )
 
 
 class Replacing:

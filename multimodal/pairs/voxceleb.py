@@ -67,7 +67,8 @@ class VoxCeleb(Dataset[Sample]):
         listed = [item for item in listed if item.speaker in chosen]
         self._items, self.counts = samples.usable(
             listed, lambda item: item.file, samples.sound_problem,
-            of=("voxceleb", split), what="utterances", where=root, limit=limit,
+            of=("voxceleb", split), what="utterances", where=root,
+            form="wav/<speaker>/<video>/<number>.wav", limit=limit,
         )  # fmt: skip
         self._numbers = {speaker: number for number, speaker in enumerate(sorted(chosen))}
         self._replacing = samples.Replacing("voxceleb", "utterances")
@@ -124,7 +125,7 @@ def _utterances(root: Path) -> list[_Utterance]:
     found = [
         _Utterance(path.parts[-3], path.parts[-2], path)
         for path in sorted((root / "wav").glob("id*/*/*"))
-        if path.suffix in audio.SUFFIXES and _SPEAKER.fullmatch(path.parts[-3])
+        if path.suffix.lower() in audio.SUFFIXES and _SPEAKER.fullmatch(path.parts[-3])
     ]
     if not found:
         raise UserError(

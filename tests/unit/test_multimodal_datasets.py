@@ -15,8 +15,8 @@ from PIL import Image
 
 from multimodal.datasets import AudioCaps, Clotho, Coco, VoxCeleb, collate
 from multimodal.demo_data import pictures
+from multimodal.pairs import audiocaps, samples
 from multimodal.pairs import coco as coco_files
-from multimodal.pairs import samples
 from shared.distributed import World
 from shared.errors import UserError
 from shared.images import read_rgb
@@ -253,10 +253,22 @@ def test_fault_27_picture_that_breaks_later_is_replaced_and_said(coco):
     assert data._replacing.skipped.count == 1
 
 
-def test_pictures_that_are_missing_altogether_are_said(coco):
+def test_pictures_that_are_there_are_used_and_none_is_refused_with_the_expected_name(coco, caplog):
     shutil.rmtree(coco / "train2017")
-    with pytest.raises(UserError, match=r"600 of 640 pictures .* missing: download_datasets\.py"):
+    assert Coco(coco, "train").counts.found == 40
+    assert "40 of 640 pictures of coco Karpathy train are there (6 %)" in caplog.text
+    shutil.rmtree(coco / "val2017")
+    with pytest.raises(UserError, match=r"none of the 640 pictures .* expected train2017/0000000"):
         Coco(coco, "train")
+
+
+def test_a_null_caption_of_coco_leaves_out_one_caption(coco):
+    path = coco / "annotations/captions_train2017.json"
+    content = json.loads(path.read_text())
+    number = content["annotations"][0]["image_id"]
+    content["annotations"][0]["caption"] = None
+    path.write_text(json.dumps(content))
+    assert len(coco_files.pictures(coco, 2017)[0][number].captions) == 4
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "LA", "P", "I;16", "1", "RGBA"])
@@ -399,7 +411,6 @@ def test_batches_fill_up_sounds_and_say_where_they_are(clotho):
             lambda text: text + b"../a.wav,b,c,d,e,f\n",
             r"line 62: file_name '\.\./a\.wav' is no name",
         ),
-        (lambda text: text + b"a.wav,,,,,\n", r"line 62: a\.wav has no caption"),
         (lambda text: text + b"\xff.wav,b,c,d,e,f\n", "line 62: not utf-8-sig"),
     ],
 )
@@ -436,11 +447,52 @@ def test_training_clips_of_audiocaps_have_one_caption(made):
     assert data.counts.text() == "audiocaps train: 144 of 150 (6 missing)"
 
 
-def test_audiocaps_with_most_clips_missing_is_refused(caps):
-    for path in sorted((caps / "audio/val").iterdir())[:12]:
+def test_clotho_without_a_caption_leaves_out_one_clip(clotho):
+    path = clotho / "clotho_captions_evaluation.csv"
+    rows = path.read_text().splitlines()
+    rows[2] = rows[2].split(",")[0] + ",,,,,"
+    path.write_text("\n".join(rows) + "\n")
+    assert Clotho(clotho, "test").counts.found == 59
+
+
+def test_clotho_in_capital_letters_is_found(clotho):
+    path = clotho / "evaluation" / "evaluation_001.wav"
+    path.rename(path.with_suffix(".WAV"))
+    data = Clotho(clotho, "test")
+    assert data.counts.found == 60
+    assert data.sound([data.path(i).suffix for i in range(60)].index(".WAV")).shape[1] == 80
+
+
+def test_the_clips_of_audiocaps_that_are_there_are_used(caps, caplog):
+    paths = sorted((caps / "audio/val").iterdir())
+    for path in paths[:12]:
         path.unlink()
-    with pytest.raises(UserError, match="13 of 20 clips"):
+    data = AudioCaps(caps, "val")
+    assert (data.counts.found, data.counts.expected) == (7, 20)
+    assert "7 of 20 clips of audiocaps val are there (35 %)" in caplog.text
+    for path in paths[12:]:
+        path.unlink()
+    expected = r"none of the 20 clips .* expected audio/val/<youtube_id>_<start_time>\.flac"
+    with pytest.raises(UserError, match=expected):
         AudioCaps(caps, "val")
+
+
+@pytest.mark.parametrize("form", ["Y{video}.flac", "{video}_{start}.FLAC", "Y{video}_{start}.flac",
+                                  "{video}_{start}.000_{end}.000.flac"])  # fmt: skip
+def test_clips_of_audiocaps_have_the_names_that_people_give_them(caps, form):
+    for path in (caps / "audio/val").iterdir():
+        video, start = path.stem[:11], path.stem[12:]
+        path.rename(path.with_name(form.format(video=video, start=start, end=int(start) + 10)))
+    data = AudioCaps(caps, "val")
+    assert data.counts.found == 19 and data.sound(0).shape[1] == 80
+
+
+def test_an_empty_caption_of_audiocaps_leaves_out_one_caption(caps):
+    rows = (caps / "val.csv").read_text().splitlines()
+    rows[1] = ",".join([*rows[1].split(",")[:3], ""])
+    (caps / "val.csv").write_text("\n".join(rows) + "\n")
+    clips = audiocaps.listed_clips(caps / "val.csv")
+    assert len(clips) == 20 and sorted(len(clip.captions) for clip in clips) == [4, *([5] * 19)]
 
 
 @pytest.mark.parametrize("row", ["1,short,10,a", "1,ABCDEFGHIJK,ten,a", "1,../../../etc,1,a"])
