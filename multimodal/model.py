@@ -255,11 +255,15 @@ class TextTower(nn.Module):
         """input_ids: (B, L) int64, L up to 77. attention_mask: (B, L), non-zero at real tokens.
 
         Without a mask the text ends at its largest id, the end token: 0 pads and is "!" too.
-        Raises ValueError for more tokens.
+        Raises ValueError for more tokens, and for ids outside the vocabulary (on a GPU only while
+        evaluating: looking there waits for the device).
         """
         length = input_ids.shape[1]
         if length > CONTEXT:
             raise ValueError(f"input_ids have {length} tokens, at most {CONTEXT} are possible")
+        if input_ids.is_cuda and not self.training:
+            _check_ids(input_ids)
+        _check_mask("attention_mask", attention_mask, input_ids.shape)
         place = torch.arange(length, device=input_ids.device)
         present = (
             place <= input_ids.argmax(dim=1, keepdim=True)
@@ -268,7 +272,12 @@ class TextTower(nn.Module):
         )
         # each token sees itself at least, so that no row is without a key
         seen = (place <= place[:, None]) & present[:, None, :] | (place == place[:, None])
-        x = self.widen(self.token_embedding(input_ids)) + self.positional_embedding[:length]
+        try:
+            words = self.token_embedding(input_ids)
+        except IndexError:
+            _check_ids(input_ids)
+            raise
+        x = self.widen(words) + self.positional_embedding[:length]
         x = self.ln_final(self.transformer(x, seen[:, None]))
         last = x[torch.arange(len(x), device=x.device), (present * place).argmax(dim=1)]
         return Encoded(x, present, _unit(last @ self.text_projection))
@@ -295,6 +304,7 @@ class AudioTower(nn.Module):
             raise ValueError(f"audio is {tuple(audio.shape)}, expected (B, T, {MEL_BINS})")
         if audio_mask is None:
             audio_mask = torch.ones(audio.shape[:2], dtype=torch.bool, device=audio.device)
+        _check_mask("audio_mask", audio_mask, audio.shape[:2])
         spare = -audio.shape[1] % FRAMES_A_TOKEN
         present = functional.pad(audio_mask.bool(), (0, spare))
         x = functional.pad(audio, (0, 0, 0, spare)).transpose(1, 2) * present[:, None]
@@ -374,8 +384,15 @@ class MultimodalModel(nn.Module):
         images: (B, 3, side, side). input_ids, attention_mask: (B, L). audio: (B, T, 80) log-mel,
         audio_mask: (B, T). modality_mask: (B, 3), which of image, text, audio each sample has for
         the fusion (default: all that are given).
-        Raises ValueError without any modality.
+        Raises ValueError without any modality, and for inputs of different numbers of samples.
         """
+        given = {"images": images, "input_ids": input_ids, "audio": audio}
+        sizes = {name: len(value) for name, value in given.items() if value is not None}
+        if len(set(sizes.values())) > 1:
+            counts = ", ".join(f"{name} {count}" for name, count in sizes.items())
+            raise ValueError(f"all inputs need the same number of samples, got {counts}")
+        if sizes:
+            _check_mask("modality_mask", modality_mask, (next(iter(sizes.values())), 3))
         encoded: dict[str, Encoded] = {}
         if images is not None:
             encoded["image"] = self.image(images)
@@ -406,6 +423,22 @@ class MultimodalModel(nn.Module):
         """Keep every logit scale at 100 or less; after each optimizer step."""
         for scale in self.logit_scale.values():
             scale.clamp_(max=LARGEST_LOG_SCALE)
+
+
+def _check_ids(input_ids: Tensor) -> None:
+    """Raise ValueError for token ids that are not in the vocabulary."""
+    least, most = int(input_ids.min()), int(input_ids.max())
+    if least < 0 or most >= VOCABULARY:
+        raise ValueError(
+            f"input_ids run from {least} to {most}, the vocabulary from 0 to {VOCABULARY - 1}: "
+            "use open_clip's SimpleTokenizer"
+        )
+
+
+def _check_mask(name: str, mask: Tensor | None, shape: tuple[int, ...]) -> None:
+    """Raise ValueError for a mask of another shape."""
+    if mask is not None and tuple(mask.shape) != tuple(shape):
+        raise ValueError(f"{name} is {tuple(mask.shape)}, expected {tuple(shape)}")
 
 
 def _normal(*shape: int, std: float) -> nn.Parameter:

@@ -88,6 +88,37 @@ def test_a_wrong_shape_is_named_with_the_right_one(inputs, message):
         nano()(**inputs)
 
 
+IDS = torch.tensor([[49406, 320, 49407]])
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            {"images": torch.zeros(2, 3, 64, 64), "audio": torch.zeros(3, 40, 80)},
+            "same number of samples, got images 2, audio 3",
+        ),
+        ({"input_ids": IDS + 1}, "run from 321 to 49408, the vocabulary from 0 to 49407"),
+        ({"input_ids": IDS - 400}, "run from -80 to 49007, the vocabulary"),
+        (
+            {"input_ids": IDS, "attention_mask": torch.ones(1, 4)},
+            r"attention_mask is \(1, 4\), expected \(1, 3\)",
+        ),
+        (
+            {"audio": torch.zeros(1, 40, 80), "audio_mask": torch.ones(2, 40)},
+            r"audio_mask is \(2, 40\), expected \(1, 40\)",
+        ),
+        (
+            {"input_ids": IDS, "modality_mask": torch.ones(1, 2)},
+            r"modality_mask is \(1, 2\), expected \(1, 3\)",
+        ),
+    ],
+)
+def test_inputs_that_do_not_fit_together_are_named(inputs, message):
+    with pytest.raises(ValueError, match=message):
+        nano()(**inputs)
+
+
 def test_a_block_computes_what_torchs_own_layer_computes():
     options = models.BlockOptions()
     torch.manual_seed(0)
