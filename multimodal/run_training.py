@@ -387,7 +387,12 @@ def _finish(
         for name, found in after.items()
     ]
     for row in rows:
-        log.info("%s", ", ".join(f"{name} {value}" for name, value in row.items()))
+        before_it = "" if row["R@1 before"] is None else f"{100 * row['R@1 before']:.1f} % before, "
+        log.info(
+            "%s R@1: %s%.1f %% after; by chance %.1f %%, among %d held-out pairs",
+            row["pairs"], before_it, 100 * row["R@1 after"], 100 * row["chance"],
+            row["held-out pairs"],
+        )  # fmt: skip
     result = None
     if rows:
         first = rows[0]

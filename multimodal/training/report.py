@@ -249,7 +249,7 @@ _SECTIONS = {  # in their order: key → heading
     "stages": "Stages",
     "curves": "Curves",
     "data": "Data",
-    "retrieval": "Retrieval",
+    "retrieval": "Retrieval, in %",  # evaluate.py's table, whose rows are percent
     "evaluation": "Evaluation",
     "model": "Model",
     "pretrained": "Start",
@@ -257,6 +257,7 @@ _SECTIONS = {  # in their order: key → heading
     "environment": "Environment",
     "config": "Settings",
 }
+_SHARES = ("R@", "mAP", "chance", "share")  # values in [0, 1] of the JSON, percent on the page
 _HEAD = {"schema", "name", "status", "reason", "started_at", "updated_at", "command"}
 
 
@@ -267,7 +268,7 @@ def render(report: Mapping[str, Any]) -> str:
     others = [key for key in report if key not in _SECTIONS and key not in _HEAD]
     headings = _SECTIONS | {key: key.replace("_", " ").capitalize() for key in others}
     sections = [
-        (heading, _pictures(report[key]) if key == "curves" else _body(report[key]))
+        (heading, _pictures(report[key]) if key == "curves" else _body(_shown(key, report[key])))
         for key, heading in headings.items()
         if report.get(key) not in (None, [], {})
     ]
@@ -278,6 +279,18 @@ def render(report: Mapping[str, Any]) -> str:
     )  # fmt: skip
     known = dict.fromkeys(_HEAD) | dict(report)
     return pages.get_template(_TEMPLATE).render(report=known, sections=sections, data_sets=data)
+
+
+def _shown(name: str, value: Any) -> Any:
+    """`value` with the shares in it as percent; the table of the retrieval has them so already."""
+    if name == "retrieval":
+        return value
+    if isinstance(value, Mapping):
+        return {key: _shown(str(key), item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_shown(name, item) for item in value]
+    is_share = isinstance(value, float) and name.rpartition("/")[2].startswith(_SHARES)
+    return f"{100 * value:.3g} %" if is_share else value
 
 
 def _pictures(curves: Sequence[Mapping[str, str]]) -> str:

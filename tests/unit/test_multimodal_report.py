@@ -77,9 +77,20 @@ def test_evaluation_adds_its_table_later(tmp_path, metrics):
     add_section(path, "retrieval", rows)
     assert read_json(path)["retrieval"] == rows
     text = path.with_suffix(".md").read_text()
-    assert "## Retrieval\n\n| task | split | N | R@1 | mAP |" in text
+    assert "## Retrieval, in %\n\n| task | split | N | R@1 | mAP |" in text
     assert "| image-text | Karpathy test | 5000 | 0.25 | – |" in text
-    assert text.index("## Retrieval") > text.index("## Stages")
+    assert text.index("## Retrieval, in %") > text.index("## Stages")
+
+
+def test_shares_are_percent_on_the_page_and_stay_shares_in_the_json(tmp_path, metrics):
+    path = finished(tmp_path, metrics)
+    row = {"pairs": "coco", "R@1 before": 0.025, "R@1 after": 0.5375, "chance": 0.025}
+    add_section(path, "summary", [row])
+    add_section(path, "evaluation", {"coco/mAP of categories": 0.4033, "lr": 0.4033})
+    text = path.with_suffix(".md").read_text()
+    assert "| coco | 2.5 % | 53.8 % | 2.5 % |" in text
+    assert "| coco/mAP of categories | 40.3 % |" in text and "| lr | 0.4033 |" in text
+    assert read_json(path)["summary"] == [row]
 
 
 def test_sections_that_nobody_named_come_too(tmp_path, metrics):
