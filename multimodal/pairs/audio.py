@@ -33,6 +33,7 @@ FRAMES_PER_SECOND = SAMPLE_RATE // HOP
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 _WINDOW = 400  # samples, 25 ms
 _BLOCK = 1 << 22  # samples that are read at a time
+_CANCELLED = 1e-3  # of a channel's power: less than this in the mean is no sound any more
 
 
 class AudioError(ValueError):
@@ -46,9 +47,10 @@ def length_of(path: Path) -> float:
 
 
 def read_waveform(path: Path, start: float = 0.0, seconds: float | None = None) -> Tensor:
-    """The sound as float32 (N,), 16 kHz, channels averaged.
+    """The sound as float32 (N,), 16 kHz, channels averaged (of opposite ones the loudest).
 
-    start, seconds: the part that is read; default: all of it. A part beyond the end is shorter.
+    start, seconds: the part that is read; default: all of it. A part beyond the end is shorter,
+    also of a file that was cut and whose header promises more.
     Raises AudioError, which names the file, for one that cannot be read or holds no sound.
     """
     with _opened(path) as sound:
@@ -64,7 +66,18 @@ def read_waveform(path: Path, start: float = 0.0, seconds: float | None = None) 
         raise AudioError(f"{path}: the file holds no sound")
     if not np.isfinite(samples).all():
         raise AudioError(f"{path}: the sound holds values that are no numbers")
-    return torch.from_numpy(_resampled(samples.mean(axis=1), rate))
+    return torch.from_numpy(_resampled(_mixed(samples), rate))
+
+
+def _mixed(samples: NDArray[np.float32]) -> NDArray[np.float32]:
+    """(N, channels) as (N,): the mean, or the loudest where the mean cancels what they hold."""
+    mean = samples.mean(axis=1)
+    if samples.shape[1] == 1 or not len(samples):
+        return mean
+    powers = np.square(samples, dtype=np.float64).mean(axis=0)
+    if np.square(mean, dtype=np.float64).mean() < _CANCELLED * powers.max():
+        return np.ascontiguousarray(samples[:, powers.argmax()])
+    return mean
 
 
 def _samples(sound: Any, wanted: int) -> NDArray[np.float32]:

@@ -32,6 +32,7 @@ T = TypeVar("T")
 NUM_LABELS = 80  # width of `labels`
 SPLITS = ("train", "val", "test")
 MOST_BAD = 0.05  # share of the files that are there which may be damaged
+_LATE = 0.2  # seconds that a header may promise too many: padding of MP3's frames
 _READERS = 8  # threads that look into files; they wait for the disk
 
 
@@ -157,6 +158,7 @@ class Sounds:
             raise UserError(f"clips of {min(clip_seconds, eval_seconds)} seconds: give more than 0")
         self._is_random, self._seconds = train, clip_seconds if train else eval_seconds
         self._cache = audio.FeatureCache(cache) if cache else None
+        self._cut = set[Path]()  # files shorter than their headers say
 
     def features(self, path: Path) -> Tensor:
         """Features of the clip, float32 (T, 80). Raises audio.AudioError."""
@@ -165,8 +167,25 @@ class Sounds:
             wanted = round(self._seconds * audio.FRAMES_PER_SECOND)
             start = int(self._start(len(whole) - wanted))
             return whole[start : start + wanted]
-        start = self._start(audio.length_of(path) - self._seconds) if self._is_random else 0.0
-        return audio.log_mel(audio.read_waveform(path, start, self._seconds))
+        if not self._is_random:
+            return audio.log_mel(audio.read_waveform(path, 0.0, self._seconds))
+        length = audio.length_of(path)
+        start = self._start(length - self._seconds)
+        waveform = audio.read_waveform(path, start, self._seconds)
+        wanted = min(self._seconds, length - start)
+        if start and len(waveform) < (wanted - _LATE) * audio.SAMPLE_RATE:
+            if path not in self._cut:
+                self._cut.add(path)
+                log.warning(
+                    "%s: the sound ends before its header says; used as far as it goes (%d such)",
+                    path, len(self._cut),
+                )  # fmt: skip
+            whole = audio.read_waveform(path)
+            first = int(
+                self._start(len(whole) / audio.SAMPLE_RATE - self._seconds) * audio.SAMPLE_RATE
+            )
+            waveform = whole[first : first + round(self._seconds * audio.SAMPLE_RATE)]
+        return audio.log_mel(waveform)
 
     def _start(self, room: float) -> float:
         return float(torch.rand(())) * room if self._is_random and room > 0 else 0.0

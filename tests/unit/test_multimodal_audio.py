@@ -5,7 +5,7 @@ import pytest
 import soundfile
 import torch
 
-from multimodal.pairs import audio
+from multimodal.pairs import audio, samples
 from multimodal.pairs.audio import AudioError, FeatureCache, log_mel, read_waveform
 
 RATE = audio.SAMPLE_RATE
@@ -78,9 +78,10 @@ def test_every_format_and_rate_gives_the_same_tone(tmp_path, suffix, rate):
 
 
 def test_channels_are_averaged(tmp_path):
-    left, right = tone(), -tone()
+    left, right = tone(), -0.5 * tone()
     soundfile.write(tmp_path / "a.wav", np.stack([left, right], 1), RATE, subtype="FLOAT")
-    assert read_waveform(tmp_path / "a.wav").abs().max() < 1e-6
+    found = read_waveform(tmp_path / "a.wav").numpy()
+    np.testing.assert_allclose(found, 0.25 * tone(), atol=1e-6)
 
 
 def test_part_of_a_file_is_that_part(tmp_path):
@@ -163,3 +164,28 @@ def test_cache_passes_over_a_torn_file(tmp_path):
     (stored,) = (tmp_path / "cache").rglob("*.npy")
     stored.write_bytes(stored.read_bytes()[:50])
     assert torch.equal(cache.features(tmp_path / "a.wav"), before)
+
+
+def test_channels_of_opposite_phase_are_not_silence(tmp_path):
+    tone = np.sin(np.arange(RATE) * 0.2).astype(np.float32) * 0.3
+    soundfile.write(tmp_path / "opposite.wav", np.stack([tone, -tone], 1), RATE)
+    soundfile.write(tmp_path / "alike.wav", np.stack([tone, tone], 1), RATE)
+    opposite, alike = (read_waveform(tmp_path / f"{n}.wav") for n in ("opposite", "alike"))
+    torch.testing.assert_close(opposite.abs(), alike.abs(), atol=1e-3, rtol=0)
+
+
+def test_a_cut_file_is_heard_as_far_as_it_goes_and_never_as_silence(tmp_path, caplog):
+    noise = np.random.default_rng(0).normal(0, 0.2, 20 * RATE).astype(np.float32)
+    path = tmp_path / "cut.mp3"
+    soundfile.write(path, noise, RATE, format="MP3")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) * 2 // 5])
+    sounds = samples.Sounds(train=True, clip_seconds=2.0)
+    torch.manual_seed(0)
+    lengths = set()
+    for _ in range(20):
+        features = sounds.features(path)
+        assert features.std() > 0.02 and features.max() > 0.5
+        lengths.add(len(features))
+    assert lengths == {200}
+    assert caplog.text.count("the sound ends before its header says") == 1
