@@ -203,38 +203,27 @@ def _voxceleb(name: str, sha256: str) -> Source:
     return Source(name, None, f"sha256:{sha256}", (_VOXCELEB + name,), DOWNLOADS)
 
 
+_VOXCELEB_DEV = (  # of parts aa to ad
+    "21ec6ca843659ebc2fdbe04b530baa4f191ad4b0971912672d92c158f32226a0",
+    "311d21e0c8cbf33573a4fce6c80e5a279d80736274b381c394319fc557159a04",
+    "92b64465f2b2a3dc0e4196ae8dd6828cbe9ddd1f089419a11e4cbfe2e1750df0",
+    "00e6190c770b27f27d2a3dd26ee15596b17066b715ac111906861a7d09a211a5",
+)
+_VOXCELEB_TEST = "8de57f347fe22b2c24526e9f444f689ecf5096fc2a92018cf420ff6b5b15eaea"
+
 VOXCELEB = DataSet(
     "voxceleb",
     ("image", "audio"),
     archives=(
         Archive(
-            (
-                _voxceleb(
-                    "vox1_test_wav.zip",
-                    "8de57f347fe22b2c24526e9f444f689ecf5096fc2a92018cf420ff6b5b15eaea",
-                ),
-            ),
+            (_voxceleb("vox1_test_wav.zip", _VOXCELEB_TEST),),
             {"wav/id10270": 1, "wav/id10309": 1},
             1_100_000_000,
         ),
         Archive(
-            (
-                _voxceleb(
-                    "vox1_dev_wav_partaa",
-                    "21ec6ca843659ebc2fdbe04b530baa4f191ad4b0971912672d92c158f32226a0",
-                ),
-                _voxceleb(
-                    "vox1_dev_wav_partab",
-                    "311d21e0c8cbf33573a4fce6c80e5a279d80736274b381c394319fc557159a04",
-                ),
-                _voxceleb(
-                    "vox1_dev_wav_partac",
-                    "92b64465f2b2a3dc0e4196ae8dd6828cbe9ddd1f089419a11e4cbfe2e1750df0",
-                ),
-                _voxceleb(
-                    "vox1_dev_wav_partad",
-                    "00e6190c770b27f27d2a3dd26ee15596b17066b715ac111906861a7d09a211a5",
-                ),
+            tuple(
+                _voxceleb(f"vox1_dev_wav_parta{letter}", sha256)
+                for letter, sha256 in zip("abcd", _VOXCELEB_DEV, strict=True)
             ),
             {"wav": 1_211, "wav/id10001": 1},
             39_000_000_000,
