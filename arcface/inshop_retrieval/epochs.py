@@ -113,8 +113,8 @@ class Record:
         """Let the next figures be the best."""
         self.best, self.best_epoch = {}, 0
 
-    def result(self) -> dict[str, Any] | None:
-        """Recall@1 before and after, in percent, for the run's result."""
+    def result(self, beside: dict[str, float]) -> dict[str, Any] | None:
+        """Recall@1 before and after, in percent, for the run's result; beside: chance and n."""
         if not self.last:
             return None
         before = self.before.get("Recall@1")
@@ -123,6 +123,8 @@ class Record:
             "before": None if before is None else 100 * before,
             "after": 100 * self.last["Recall@1"],
             "higher_is_better": True,
+            "unit": "%",
+            **beside,
         }
 
     def state_dict(self) -> dict[str, Any]:

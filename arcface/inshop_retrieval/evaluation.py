@@ -63,6 +63,19 @@ class Split:
         return torch.arange(len(self.dataset)) if self.numbers is None else self.numbers
 
 
+def by_chance(*test: Split) -> dict[str, float]:
+    """Recall@1 of a gallery in random order, in percent, and the number of queries.
+
+    test: queries and gallery; nothing of them gives nothing.
+    """
+    if not test:
+        return {}
+    queries, gallery = (split.dataset.labels[split.chosen] for split in test)
+    pictures = torch.bincount(gallery, minlength=int(queries.max()) + 1)  # of each item
+    chance = 100 * pictures[queries].double().mean().item() / len(gallery)
+    return {"chance": round(chance, 4), "n": len(queries)}
+
+
 def open_split(loader: Loader, seed: int) -> Split:
     """The pictures that a configuration's loader describes. seed: see InShop.
 

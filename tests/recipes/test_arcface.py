@@ -92,6 +92,9 @@ def test_a_run_leaves_the_documented_files_and_lines(flags, tmp_path):
         "before": pytest.approx(shown[0], abs=1e-4),
         "after": pytest.approx(shown[-1], abs=1e-4),
         "higher_is_better": True,
+        "unit": "%",
+        "chance": 50.0,
+        "n": 6,
     }
     rows = list(read_json_lines(run_dir / "metrics.jsonl"))
     assert {"retrieval/Recall@1", "retrieval/Recall@40", "retrieval/mAP@10_min"} <= set(rows[0])
