@@ -151,7 +151,7 @@ def _set_files(data_root: Path) -> list[Path]:
 
 
 def _evaluate(cfg: Config, files: list[Path]) -> int:
-    from face_distill.distill import model, pairs
+    from face_distill.distill import pairs, student_files
     from shared import report
     from shared.device import resolve
     from shared.images import printable
@@ -160,7 +160,7 @@ def _evaluate(cfg: Config, files: list[Path]) -> int:
     # What can be refused comes first, the long work of the student's tower last.
     is_demos = cfg.tool.demo and "data_root" not in cfg.tool.typed
     sets = [pairs.read_set(f, cfg.limit, "drawn pairs" if is_demos else "") for f in files]
-    model.adapter_shape(model.read_trained(cfg.checkpoint), cfg.checkpoint)
+    student_files.adapter_shape(student_files.read_trained(cfg.checkpoint), cfg.checkpoint)
     device = resolve(cfg.tool.device, 0, os.environ)
     results = _compare(cfg, sets, device)
     about = {
@@ -203,10 +203,10 @@ def _distances(
     cfg: Config, name: str, sets: Sequence[PairSet], device: torch.device
 ) -> dict[str, NDArray[Any]]:
     """Squared distances (N,) of each set's pairs in a model's eyes, by the set's name."""
-    if name == TEACHER and cfg.teacher and (cfg.teacher.is_dir() or cfg.teacher.suffix == ".npy"):
-        return stored_distances(cfg.teacher, sets)
     from face_distill.distill import verification
 
+    if name == TEACHER and cfg.teacher and (cfg.teacher.is_dir() or cfg.teacher.suffix == ".npy"):
+        return verification.stored_distances(cfg.teacher, sets)
     embed = _opened(cfg, name, device)
     found = {}
     for pair_set in sets:
@@ -235,48 +235,6 @@ def _opened(cfg: Config, name: str, device: torch.device) -> Callable[[Tensor], 
     size = model.stored_image_size(cfg.checkpoint)
     student = model.open_student(cfg.blip_path, checkpoint, image_size=size)
     return model.FaceEmbedder(student, device, cfg.tool.amp)
-
-
-def stored_distances(path: Path, sets: Sequence[PairSet]) -> dict[str, NDArray[Any]]:
-    """A teacher known by its embeddings alone, read now.
-
-    path: a directory with <set>.npy, for example lfw.npy, or the .npy file of the only set. Row i,
-    (2 N, D), is the embedding of image i of the set's file.
-    Raises UserError for rows that do not fit their set, and when no set has a file.
-    """
-    if not path.is_dir() and len(sets) > 1:
-        raise UserError(
-            f"--teacher {path} is one file for {len(sets)} sets: give the directory of "
-            f"{', '.join(f'{pair_set.name}.npy' for pair_set in sets)}"
-        )
-    files = {s.name: path / f"{s.name}.npy" if path.is_dir() else path for s in sets}
-    known = [s for s in sets if files[s.name].exists()]
-    if not known:
-        raise UserError(f"--teacher {path} holds none of {', '.join(f'{n}.npy' for n in files)}")
-    return {s.name: _distances_of_rows(files[s.name], s) for s in known}
-
-
-def _distances_of_rows(path: Path, pair_set: PairSet) -> NDArray[Any]:
-    import numpy as np
-
-    from face_distill.distill import verification
-    from shared.files import check_regular
-
-    try:
-        check_regular(path)
-        rows = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
-    except Exception as error:  # a damaged array fails in any of a dozen ways, none of them a bug
-        raise UserError(f"{path} is cut off or no array: {one_line(error)}") from error
-    wanted = f"({pair_set.num_images}, D) floating-point numbers"
-    if rows.ndim != 2 or rows.dtype.kind != "f" or len(rows) != pair_set.num_images:
-        raise UserError(
-            f"{path} holds {rows.dtype} {rows.shape}: expected {wanted}, one row for each image "
-            f"of {pair_set.path}"
-        )
-    finite = np.isfinite(rows).all(1)
-    if not (rows.shape[1] and finite.all()):
-        raise UserError(f"{path}: row {int(finite.argmin())} is empty, NaN or infinity")
-    return verification.pair_distances(rows[pair_set.image_numbers])
 
 
 # --- the results ----------------------------------------------------------------------------------

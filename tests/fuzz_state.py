@@ -16,8 +16,7 @@ import numpy as np
 import torch
 
 from face_distill import download_weight, embed
-from face_distill import evaluate as face_evaluate
-from face_distill.distill import model, student_files, teacher
+from face_distill.distill import model, student_files, teacher, verification
 from lavic.src import catalogue
 from lavic.src.recommend import item_vectors
 from lavic.src.recommend import results as recommend_results
@@ -99,7 +98,7 @@ def _read_tower(directory: Path) -> None:
 
 def _read_teacher_rows(directory: Path) -> None:
     pair_set: Any = SimpleNamespace(num_images=4, path="a.bin", image_numbers=np.arange(4))
-    face_evaluate._distances_of_rows(directory / "a.npy", pair_set)
+    verification._distances_of_rows(directory / "a.npy", pair_set)
 
 
 # --- lavic ----------------------------------------------------------------------------------------

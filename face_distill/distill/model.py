@@ -5,9 +5,7 @@ B batch, S image side in pixels, L tokens, D width of the tower.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +17,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 
 from face_distill.distill.images import Preprocess
 from face_distill.distill.losses import ArcFaceHead
-from face_distill.distill.student_files import BEST, settings_of
-from shared import checkpoint as checkpoints
+from face_distill.distill.student_files import adapter_shape, read_trained, settings_of
 from shared import weights
 from shared.errors import UserError, one_line
 from shared.files import read_json
@@ -32,7 +29,6 @@ if TYPE_CHECKING:  # importing transformers' models takes seconds; only load_tow
 TOWER_PREFIX = "vision_model."  # the tower's name inside a whole BLIP-2 checkpoint
 BOTTLENECK_DIVISOR = 4  # width of the tower over width of an adapter
 INITIAL_SCALE = 0.1
-_ADAPTER = re.compile(r"vit\.encoder\.layers\.(\d+)\.mlp\.adapter\.down_proj\.weight")
 
 
 def load_tower(path: Path) -> Blip2VisionModel:
@@ -328,52 +324,6 @@ class Trainable:
 
 
 # --- a trained student out of its files -----------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class AdapterShape:
-    """Which layers have an adapter, ascending, and the adapters' inner width."""
-
-    layers: list[int]
-    bottleneck: int
-
-
-def adapter_shape(state: dict[str, Tensor], source: Path) -> AdapterShape:
-    """The adapters that `state` holds. Raises UserError, naming `source`, when there are none."""
-    widths = {
-        int(found[1]): tensor.shape[0]
-        for name, tensor in state.items()
-        if (found := _ADAPTER.fullmatch(name)) and tensor.dim() == 2
-    }
-    if not widths or len(set(widths.values())) > 1:
-        raise UserError(
-            f"{source} holds no face adapters (vit.encoder.layers.N.mlp.adapter.…): give "
-            "best_student_adapter_face.pth, student_adapter_face_epoch_N.pth or an exported adapter"
-        )
-    return AdapterShape(sorted(widths), next(iter(widths.values())))
-
-
-def read_trained(path: Path) -> dict[str, Tensor]:
-    """The tensors of a trained student under their plain names, on the CPU, as the file has them.
-
-    Raises UserError for what `weights.read` refuses, and for the checkpoint a run resumes from.
-    """
-    try:
-        return weights.strip_wrappers(weights.read(path))
-    except UserError:
-        if _is_of_a_run(path):
-            raise UserError(
-                f"{path} is what a run resumes from (optimizer and all), not a student: give "
-                f"{path.with_name(BEST)}, or a student_adapter_face_epoch_N.pth beside it"
-            ) from None
-        raise
-
-
-def _is_of_a_run(path: Path) -> bool:
-    try:
-        return path.is_file() and "parts" in checkpoints.load(path)
-    except (checkpoints.DamagedError, UserError, TypeError):
-        return False
 
 
 def open_student(

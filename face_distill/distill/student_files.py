@@ -5,7 +5,9 @@ Entry scripts look here before anything slow is imported.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +15,15 @@ from shared.errors import UserError, did_you_mean
 from shared.files import read_json
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from face_distill.distill.model import FaceStudent
 
 SETTINGS = "config.json"  # of a run directory, or of an adapter that an earlier version exported
 BEST = "best_student_adapter_face.pth"
 EVERY_EPOCHS = 5  # student_adapter_face_epoch_*.pth
 _EXPORTED = "model.safetensors"
+_ADAPTER = re.compile(r"vit\.encoder\.layers\.(\d+)\.mlp\.adapter\.down_proj\.weight")
 
 
 def save_epoch(
@@ -98,3 +103,56 @@ def tower_of(checkpoint: Path, typed: Path | None, default: Path) -> Path:
         f"no BLIP-2 tower: {looked} missing; fetch it with "
         "python download_weight.py, or type --blip-path PATH"
     )
+
+
+# --- what is in them ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class AdapterShape:
+    """Which layers have an adapter, ascending, and the adapters' inner width."""
+
+    layers: list[int]
+    bottleneck: int
+
+
+def adapter_shape(state: dict[str, Tensor], source: Path) -> AdapterShape:
+    """The adapters that `state` holds. Raises UserError, naming `source`, when there are none."""
+    widths = {
+        int(found[1]): tensor.shape[0]
+        for name, tensor in state.items()
+        if (found := _ADAPTER.fullmatch(name)) and tensor.dim() == 2
+    }
+    if not widths or len(set(widths.values())) > 1:
+        raise UserError(
+            f"{source} holds no face adapters (vit.encoder.layers.N.mlp.adapter.…): give "
+            "best_student_adapter_face.pth, student_adapter_face_epoch_N.pth or an exported adapter"
+        )
+    return AdapterShape(sorted(widths), next(iter(widths.values())))
+
+
+def read_trained(path: Path) -> dict[str, Tensor]:
+    """The tensors of a trained student under their plain names, on the CPU, as the file has them.
+
+    Raises UserError for what `weights.read` refuses, and for the checkpoint a run resumes from.
+    """
+    from shared import weights
+
+    try:
+        return weights.strip_wrappers(weights.read(path))
+    except UserError:
+        if _is_of_a_run(path):
+            raise UserError(
+                f"{path} is what a run resumes from (optimizer and all), not a student: give "
+                f"{path.with_name(BEST)}, or a student_adapter_face_epoch_N.pth beside it"
+            ) from None
+        raise
+
+
+def _is_of_a_run(path: Path) -> bool:
+    from shared import checkpoint as checkpoints
+
+    try:
+        return path.is_file() and "parts" in checkpoints.load(path)
+    except (checkpoints.DamagedError, UserError, TypeError):
+        return False

@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from face_distill.distill.pairs import FOLDS, Pairs, check_kinds, decode, fold_numbers
-from shared.errors import UserError
+from face_distill.distill.pairs import FOLDS, Pairs, PairSet, check_kinds, decode, fold_numbers
+from shared.errors import UserError, one_line
+from shared.files import check_regular
 
 # Squared distances of unit vectors lie in 0 … 4.
 THRESHOLDS = np.arange(0, 4, 0.01)
@@ -131,6 +133,43 @@ def squared_distances(embeddings_a: NDArray[Any], embeddings_b: NDArray[Any]) ->
 def pair_distances(embeddings: NDArray[Any]) -> NDArray[Any]:
     """`squared_distances` (N,) of the first and second of N pairs in turn, (2 N, D)."""
     return squared_distances(embeddings[0::2], embeddings[1::2])
+
+
+def stored_distances(path: Path, sets: Sequence[PairSet]) -> dict[str, NDArray[Any]]:
+    """A teacher known by its embeddings alone, read now.
+
+    path: a directory with <set>.npy, for example lfw.npy, or the .npy file of the only set. Row i,
+    (2 N, D), is the embedding of image i of the set's file.
+    Raises UserError for rows that do not fit their set, and when no set has a file.
+    """
+    if not path.is_dir() and len(sets) > 1:
+        raise UserError(
+            f"--teacher {path} is one file for {len(sets)} sets: give the directory of "
+            f"{', '.join(f'{pair_set.name}.npy' for pair_set in sets)}"
+        )
+    files = {s.name: path / f"{s.name}.npy" if path.is_dir() else path for s in sets}
+    known = [s for s in sets if files[s.name].exists()]
+    if not known:
+        raise UserError(f"--teacher {path} holds none of {', '.join(f'{n}.npy' for n in files)}")
+    return {s.name: _distances_of_rows(files[s.name], s) for s in known}
+
+
+def _distances_of_rows(path: Path, pair_set: PairSet) -> NDArray[Any]:
+    try:
+        check_regular(path)
+        rows = np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
+    except Exception as error:  # a damaged array fails in any of a dozen ways, none of them a bug
+        raise UserError(f"{path} is cut off or no array: {one_line(error)}") from error
+    wanted = f"({pair_set.num_images}, D) floating-point numbers"
+    if rows.ndim != 2 or rows.dtype.kind != "f" or len(rows) != pair_set.num_images:
+        raise UserError(
+            f"{path} holds {rows.dtype} {rows.shape}: expected {wanted}, one row for each image "
+            f"of {pair_set.path}"
+        )
+    finite = np.isfinite(rows).all(1)
+    if not (rows.shape[1] and finite.all()):
+        raise UserError(f"{path}: row {int(finite.argmin())} is empty, NaN or infinity")
+    return pair_distances(rows[pair_set.image_numbers])
 
 
 def _unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -238,7 +238,7 @@ def test_a_limit_takes_pairs_of_both_kinds_over_the_whole_file_with_their_teache
     rows[0::2, 0] = 1
     rows[np.arange(1, 120, 2), np.where(same, 0, 1)] = 1
     np.save(tmp_path / "lfw.npy", rows)
-    distances = evaluate.stored_distances(tmp_path / "lfw.npy", [few])["lfw"]
+    distances = verification.stored_distances(tmp_path / "lfw.npy", [few])["lfw"]
     assert distances.tolist() == np.where(few.pairs.same, 0.0, 2.0).tolist()
     assert verification.judge(distances, few.pairs.same).accuracy.mean == 1.0
     assert pairs.read_set(faces.pairs, 1000).pairs.images == jpegs

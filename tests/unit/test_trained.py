@@ -8,7 +8,7 @@ import torch
 from transformers import Blip2VisionModel
 
 from face_distill.demo_data import demo
-from face_distill.distill import model, student_files
+from face_distill.distill import student_files
 from face_distill.distill.images import CLIP_MEAN, CLIP_STD
 from face_distill.distill.model import (
     FaceEmbedder,
@@ -165,7 +165,8 @@ def test_the_checkpoint_a_run_resumes_from_is_refused_with_the_file_to_give(towe
 def test_wrapped_names_are_read_as_plain_ones(tower, tmp_path):
     state = {f"module._orig_mod.{n}": t for n, t in trainable_state(student_of(tower)).items()}
     torch.save(state, tmp_path / "wrapped.pth")
-    assert adapter_shape(model.read_trained(tmp_path / "wrapped.pth"), tmp_path).layers == LAYERS
+    tensors = student_files.read_trained(tmp_path / "wrapped.pth")
+    assert adapter_shape(tensors, tmp_path).layers == LAYERS
     assert isinstance(open_student(tower, tmp_path / "wrapped.pth"), FaceStudent)
 
 
