@@ -341,13 +341,19 @@ def _close_epoch(
     )
     # without held-out samples the training's own loss decides
     value = sum(found.values()) / len(found) if found else train_loss
-    improved = best.update(value)
+    relative = history.relative(stage.span, found or {"training": train_loss})
+    improved = best.update(relative)
     tags = {f"val/{name}": loss for name, loss in found.items()}
-    run.log({"epoch/loss": train_loss, "val/loss": value, **tags}, split="epoch")
-    run.log({"val/loss": best.best}, split="best")
+    run.log(
+        {"epoch/loss": train_loss, "val/loss": value, "val/relative": relative, **tags},
+        split="epoch",
+    )
     rows = cfg.step_rows * world.size
     chance = math.log(rows) if stage.span.stage else math.nan
-    history.add_epoch(stage.span, run.position.batch, rows, train_loss, value, chance)
+    history.add_epoch(
+        stage.span, run.position.batch, rows, train_loss, value, chance, is_best=improved
+    )
+    run.log({"val/loss": history.best_loss, "val/relative": best.best}, split="best")
     log.info(
         "epoch %d/%d | %s | training loss %.4f | %s loss %.4f%s",
         run.position.epoch + 1, cfg.epochs, stage.span.name, train_loss,

@@ -193,6 +193,7 @@ class History:
     def __init__(self) -> None:
         self.before: dict[str, dict[str, float]] = {}
         self._stages: dict[str, dict[str, Any]] = {}
+        self._first: dict[str, dict[str, float]] = {}  # losses after a stage's first epoch
         self._since = time.monotonic()
 
     @property
@@ -200,8 +201,32 @@ class History:
         """One row a stage."""
         return list(self._stages.values())
 
+    @property
+    def best_loss(self) -> float:
+        """The validation loss at the best epoch of the latest stage; NaN before there is one."""
+        latest = next(reversed(self._stages.values()), {})
+        return latest.get("best_val_loss", math.nan)
+
+    def relative(self, span: Span, losses: dict[str, float]) -> float:
+        """The mean of the losses, each divided by its value after the stage's first epoch.
+
+        Losses of classes, pairs and spectrograms have other units: undivided, the mean would be
+        about those with the largest numbers alone.
+        """
+        first = self._first.setdefault(span.name, losses)
+        shares = [loss / first[name] for name, loss in losses.items() if first.get(name)]
+        return sum(shares) / len(shares) if shares else math.nan
+
     def add_epoch(
-        self, span: Span, steps: int, rows: int, train_loss: float, val_loss: float, chance: float
+        self,
+        span: Span,
+        steps: int,
+        rows: int,
+        train_loss: float,
+        val_loss: float,
+        chance: float,
+        *,
+        is_best: bool,
     ) -> None:
         """Add an epoch of `steps` steps of `rows` samples each, the seconds since the last one."""
         seconds = time.monotonic() - self._since
@@ -216,17 +241,17 @@ class History:
         row["peak_memory_gb"] = round(_peak_memory() / 1e9, 3)
         row["train_loss"], row["val_loss"] = _finite(train_loss), _finite(val_loss)
         row["contrast_at_chance"] = _finite(chance)
-        best = row.get("best_val_loss")
-        if row["val_loss"] is not None and (best is None or row["val_loss"] < best):
+        if is_best:
             row |= {"best_val_loss": row["val_loss"], "best_epoch": span.first + row["epochs"]}
 
     def state_dict(self) -> dict[str, Any]:
         """All of it."""
-        return {"before": self.before, "stages": self._stages}
+        return {"before": self.before, "stages": self._stages, "first": self._first}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave; the time in between does not count."""
         self.before, self._stages = state["before"], state["stages"]
+        self._first = state.get("first", {})
         self._since = time.monotonic()
 
 

@@ -1,6 +1,6 @@
 """Weights in and out: a start from an open_clip file, and the files in outputs/checkpoints.
 
-    best_model.pt             the lowest validation loss of the last stage reached
+    best_model.pt             the lowest validation loss (val/relative) of the last stage reached
     final_model.pt            the end of training
     checkpoint_epoch_N.pt     everything a run needs to go on from there (--resume PATH)
 

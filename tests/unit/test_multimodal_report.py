@@ -7,6 +7,7 @@ import pytest
 
 from multimodal.training import report
 from multimodal.training.report import Report, add_section, newest
+from multimodal.training.schedule import Span
 from shared.errors import UserError
 from shared.files import read_json
 
@@ -91,6 +92,18 @@ def test_shares_are_percent_on_the_page_and_stay_shares_in_the_json(tmp_path, me
     assert "| coco | 2.5 % | 53.8 % | 2.5 % |" in text
     assert "| coco/mAP of categories | 40.3 % |" in text and "| lr | 0.4033 |" in text
     assert read_json(path)["summary"] == [row]
+
+
+def test_the_best_epoch_does_not_depend_on_the_units_of_the_losses():
+    """Pairs get better by half, a loss with large numbers worse by 1 %: the mean would rise."""
+    span, history = Span(1, 0, 3), report.History()
+    assert history.relative(span, {"pairs": 2.0, "classes": 500.0}) == 1.0
+    found = history.relative(span, {"pairs": 1.0, "classes": 505.0})
+    assert found == pytest.approx((0.5 + 1.01) / 2)
+    resumed = report.History()
+    resumed.load_state_dict(history.state_dict())
+    assert resumed.relative(span, {"pairs": 1.0, "classes": 505.0}) == found
+    assert resumed.relative(Span(2, 3, 4), {"pairs": 7.0}) == 1.0  # another stage begins anew
 
 
 def test_sections_that_nobody_named_come_too(tmp_path, metrics):
