@@ -288,11 +288,11 @@ def train(cfg: Config) -> int:
                             return _stopped(run, told, total)
                         if position.step == total:
                             break
-                    val_loss, improved = _close_epoch(cfg, run, stage, parts, amp, world)
+                    val_loss, best_files = _close_epoch(cfg, run, stage, parts, amp, world)
                     told.update(stages=history.stages)
                     mean_loss.reset()
                     position.next_epoch()
-                    files.write_epoch(parts, position, stage.span, val_loss, is_best=improved,
+                    files.write_epoch(parts, position, stage.span, val_loss, best=best_files,
                                       every=cfg.checkpoint_every)  # fmt: skip
                     run.save(parts)
             files.write_weights(weights.FINAL, epoch=position.epoch, stage=stages[-1].span.name)
@@ -329,9 +329,10 @@ def _backward(
 
 def _close_epoch(
     cfg: Config, run: Run, stage: Stage, parts: dict[str, Any], amp: Amp, world: World
-) -> tuple[float, bool]:
-    """Validate and log the epoch just trained: its loss, and whether it is the stage's lowest."""
+) -> tuple[float, list[str]]:
+    """Validate and log the epoch just trained: its loss, and the files of which it is the best."""
     from multimodal.training import validation
+    from multimodal.training.weights import BEST, RETRIEVAL
     from shared import distributed
 
     mean, best, history = parts["mean_loss"], parts["best"], parts["history"]
@@ -343,7 +344,14 @@ def _close_epoch(
     value = sum(found.values()) / len(found) if found else train_loss
     relative = history.relative(stage.span, found or {"training": train_loss})
     improved = best.update(relative)
+    best_files = [BEST] if improved else []
     tags = {f"val/{name}": loss for name, loss in found.items()}
+    # pairs are told from strangers from the second stage on
+    sources = stage.sources if stage.span.stage else ()
+    pairs = validation.recall_at_1(parts["learner"], sources, cfg.eval_batch_size, world, amp)
+    if pairs:
+        tags["val/R@1"] = sum(one["R@1"] for one in pairs.values()) / len(pairs)
+        best_files += [RETRIEVAL] if history.is_best_recall(tags["val/R@1"]) else []
     run.log(
         {"epoch/loss": train_loss, "val/loss": value, "val/relative": relative, **tags},
         split="epoch",
@@ -359,7 +367,7 @@ def _close_epoch(
         run.position.epoch + 1, cfg.epochs, stage.span.name, train_loss,
         "validation" if found else "(no validation) training", value, " | best" if improved else "",
     )  # fmt: skip
-    return value, improved
+    return value, best_files
 
 
 def _recalls(

@@ -193,6 +193,7 @@ class History:
     def __init__(self) -> None:
         self.before: dict[str, dict[str, float]] = {}
         self._stages: dict[str, dict[str, Any]] = {}
+        self._best_recall = -1.0
         self._first: dict[str, dict[str, float]] = {}  # losses after a stage's first epoch
         self._since = time.monotonic()
 
@@ -206,6 +207,12 @@ class History:
         """The validation loss at the best epoch of the latest stage; NaN before there is one."""
         latest = next(reversed(self._stages.values()), {})
         return latest.get("best_val_loss", math.nan)
+
+    def is_best_recall(self, recall: float) -> bool:
+        """Whether it is the highest so far."""
+        improved = recall > self._best_recall
+        self._best_recall = max(recall, self._best_recall)
+        return improved
 
     def relative(self, span: Span, losses: dict[str, float]) -> float:
         """The mean of the losses, each divided by its value after the stage's first epoch.
@@ -246,12 +253,18 @@ class History:
 
     def state_dict(self) -> dict[str, Any]:
         """All of it."""
-        return {"before": self.before, "stages": self._stages, "first": self._first}
+        return {
+            "before": self.before,
+            "stages": self._stages,
+            "first": self._first,
+            "best_recall": self._best_recall,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave; the time in between does not count."""
         self.before, self._stages = state["before"], state["stages"]
         self._first = state.get("first", {})
+        self._best_recall = state.get("best_recall", -1.0)
         self._since = time.monotonic()
 
 

@@ -1,6 +1,7 @@
 """Weights in and out: a start from an open_clip file, and the files in outputs/checkpoints.
 
     best_model.pt             the lowest validation loss (val/relative) of the last stage reached
+    best_retrieval.pt         the highest mean R@1 of the held-out pairs, stages 2 and 3
     final_model.pt            the end of training
     checkpoint_epoch_N.pt     everything a run needs to go on from there (--resume PATH)
 
@@ -15,6 +16,7 @@ its width, depth and patch are the model's. Nothing is downloaded.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from shared.distributed import World
 from shared.errors import UserError
 
 SCHEMA = 1
-BEST, FINAL = "best_model.pt", "final_model.pt"
+BEST, RETRIEVAL, FINAL = "best_model.pt", "best_retrieval.pt", "final_model.pt"
 
 
 def epoch_file(epoch: int) -> str:
@@ -69,13 +71,13 @@ class CheckpointFiles:
         span: Span,
         val_loss: float,
         *,
-        is_best: bool,
+        best: Sequence[str],
         every: int,
     ) -> None:
-        """The files that are due when an epoch of the stage `span` is over."""
+        """The files that are due when an epoch of the stage `span` is over, and those of `best`."""
         about = {"epoch": position.epoch, "stage": span.name, "val_loss": val_loss}
-        if is_best:
-            self.write_weights(BEST, **about)
+        for name in best:
+            self.write_weights(name, **about)
         if position.epoch % every == 0 or position.epoch == span.end:
             self.write_state(epoch_file(position.epoch), parts, position, **about)
 

@@ -92,8 +92,8 @@ def load(path: Path) -> dict:
 def test_a_run_leaves_the_documented_files(whole):
     names = {path.name for path in (whole / "checkpoints").iterdir()}
     assert names == {
-        "best_model.pt", "final_model.pt", "checkpoint_epoch_2.pt", "checkpoint_epoch_4.pt",
-        "checkpoint_epoch_6.pt",
+        "best_model.pt", "best_retrieval.pt", "final_model.pt", "checkpoint_epoch_2.pt",
+        "checkpoint_epoch_4.pt", "checkpoint_epoch_6.pt",
     }  # fmt: skip
     assert list((whole / "logs" / "tensorboard").glob("events.out.tfevents*"))
     assert list((whole / "logs").glob("training_*.log"))
@@ -135,6 +135,14 @@ def test_the_best_model_is_the_last_stages_and_every_file_is_plain(whole):
         assert "tone" in state["keywords"]
 
 
+def test_the_best_retrieval_is_the_epoch_that_finds_most_pairs(whole):
+    rows = [r for r in read_json_lines(whole / "metrics.jsonl") if r["split"] == "epoch"]
+    assert ["val/R@1" in row for row in rows] == [False, False, True, True, True, True]
+    recalls = [row["val/R@1"] for row in rows[2:]]
+    best = load(whole / "checkpoints" / "best_retrieval.pt")
+    assert best["epoch"] == 3 + recalls.index(max(recalls))
+
+
 def test_keywords_are_told_as_training_learnt_them(whole):
     """evaluate.py's and embed.py's logits are those of the learner's own forward pass."""
     model = evaluation.open_trained(whole / "checkpoints" / "final_model.pt", torch.device("cpu"))
@@ -157,7 +165,7 @@ def test_keywords_are_told_as_training_learnt_them(whole):
 def test_validation_loss_is_the_mean_of_the_sources(whole):
     for row in read_json_lines(whole / "metrics.jsonl"):
         if row["split"] == "epoch":
-            mixed = ("val/loss", "val/relative")
+            mixed = ("val/loss", "val/relative", "val/R@1")
             parts = [v for tag, v in row.items() if tag.startswith("val/") and tag not in mixed]
             assert row["val/loss"] == pytest.approx(sum(parts) / len(parts), rel=1e-6)
 
