@@ -39,21 +39,12 @@ __all__ = [
     "NAMES",
     "SPLITS",
     "AudioCaps",
-    "Batch",
     "Clotho",
     "Coco",
     "Counts",
-    "DataOptions",
-    "OnePerGroup",
     "Sample",
-    "Source",
-    "Sources",
-    "Task",
     "VoxCeleb",
     "collate",
-    "collate_views",
-    "open_all",
-    "open_split",
 ]
 
 log = logging.getLogger(__name__)

@@ -260,7 +260,7 @@ def train(cfg: Config) -> int:
             position = run.restore(parts, plan)
             if position.step == 0:
                 history.before = _recalls(cfg, learner, sources, world, amp)
-            for stage in schedule.left(stages, position.epoch):
+            for stage in [one for one in stages if one.span.end > position.epoch]:
                 net = schedule.enter(stage, learner, world)
                 if (position.epoch, position.batch) == (stage.span.first, 0):
                     optimizer.state.clear()

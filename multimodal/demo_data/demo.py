@@ -12,7 +12,6 @@ tuned to the data, never the data to the training.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +19,7 @@ import numpy as np
 from multimodal.demo_data import files
 from multimodal.demo_data.pictures import all_scenes
 from multimodal.demo_data.sounds import all_clips
+from multimodal.pairs.sources import NAMES
 from shared.build_once import build_once
 
 VERSION = 1  # of what is drawn and written; another number rebuilds
@@ -27,41 +27,13 @@ VERSION = 1  # of what is drawn and written; another number rebuilds
 _COCO, _CLOTHO, _AUDIOCAPS, _VOXCELEB, _CLIPS = range(5)
 
 
-@dataclass(frozen=True)
 class DemoPaths:
-    """Where a finished demo lies."""
+    """Where a finished demo is. data_root: the directory of the data sets; parts: these."""
 
-    root: Path
-
-    @property
-    def data_root(self) -> Path:
-        """What --data-root names: the directory of the data sets."""
-        return self.root / "data"
-
-    @property
-    def coco(self) -> Path:
-        """The COCO directory."""
-        return self.data_root / "coco"
-
-    @property
-    def clotho(self) -> Path:
-        """The Clotho directory."""
-        return self.data_root / "clotho"
-
-    @property
-    def audiocaps(self) -> Path:
-        """The AudioCaps directory."""
-        return self.data_root / "audiocaps"
-
-    @property
-    def voxceleb(self) -> Path:
-        """The VoxCeleb directory."""
-        return self.data_root / "voxceleb"
-
-    @property
-    def parts(self) -> list[Path]:
-        """The directories that all of it lies in."""
-        return [self.coco, self.clotho, self.audiocaps, self.voxceleb]
+    def __init__(self, root: Path) -> None:
+        self.root, self.data_root = root, root / "data"
+        self.parts = [self.data_root / name for name in NAMES]
+        self.coco, self.clotho, self.audiocaps, self.voxceleb = self.parts
 
 
 def build(root: Path, seed: int = 0) -> DemoPaths:

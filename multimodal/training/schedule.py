@@ -228,8 +228,3 @@ def set_rate(
         slowed = group["is_tower"] and stage.span.stage == FINE_TUNING
         group["lr"] = rate * towers if slowed else rate
     return rate
-
-
-def left(stages: Sequence[Stage], epoch: int) -> list[Stage]:
-    """The stages that are not over at `epoch`."""
-    return [stage for stage in stages if stage.span.end > epoch]
