@@ -414,6 +414,7 @@ def _ending(
 ) -> dict[str, Any]:
     """What the run ends with: why, which files, and the best student's accuracy against before."""
     from face_distill.distill import model
+    from face_distill.distill.pairs import read_pairs
     from face_distill.distill.student_files import BEST
     from shared.checkpoint import beside
 
@@ -435,6 +436,8 @@ def _ending(
         "before": before,
         "after": after,
         "higher_is_better": True,
+        "chance": 0.5,
+        "n": len(read_pairs(cfg.verify).same),
     }
     return ending | {"result": result}
 

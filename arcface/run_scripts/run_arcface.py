@@ -231,10 +231,8 @@ def train(cfg: Config, settings: Settings) -> int:
                 files.write_epoch(position, checkpoint.snapshot(parts, position, generators))
             if world.is_main and record.best_epoch == position.epoch:
                 files.write_best(record, weights)
-        code = run.finish(
-            result=record.result(evaluation.by_chance(*test)),
-            outputs=[str(path) for path in files.all()],
-        )
+        result = record.result(evaluation.by_chance(*test))
+        code = run.finish(result=result, outputs=[str(path) for path in files.all()])
     distributed.cleanup(world)
     return code
 

@@ -368,6 +368,7 @@ def _ending(
         results.write_summary(cfg.run_dir, [*results.read_summary(cfg.run_dir), row])
     outputs = [cfg.run_dir / RECOMMENDER, answers, cfg.run_dir / results.SUMMARY]
     result = {"name": "Recall@1", "before": best.before, "after": after.metrics["recall@1"]}
+    result |= {"unit": "of the true items", "n": after.counts["gt_items"]}
     return {
         "result": result | {"higher_is_better": True},
         "outputs": [str(path) for path in outputs],

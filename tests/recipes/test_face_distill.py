@@ -63,7 +63,9 @@ def test_a_run_leaves_the_documented_files_and_says_what_it_reached(flags, faces
     assert list((tmp_path / "logs" / "adapter_face_distill").glob("events.out.tfevents*"))
     status = status_of(run_dir)
     assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, 30)
-    assert set(status["result"]) == {"name", "before", "after", "higher_is_better"}
+    assert set(status["result"]) == {
+        *("name", "before", "after", "higher_is_better", "chance", "n")
+    }
     assert "attention transfer kl_energy on probability maps" in outcome.text
     assert "training loss" in outcome.text
     first = next(read_json_lines(run_dir / "metrics.jsonl"))
