@@ -1,5 +1,6 @@
-"""Features of your own pictures, sounds and texts by a trained model, and zero-shot labels.
+"""Search your own pictures and sounds by words, with a trained model; features and labels of them.
 
+python embed.py --images photos/ --query "a dog on a beach"             prints the best ten
 python embed.py --images photos/ --texts captions.txt --audio sounds/   images.npy, texts.npy …
 python embed.py --images photos/ --labels labels.txt                    and zero_shot.json
 python embed.py --images a.jpg b.png --checkpoint FILE.pt --out DIRECTORY
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 RECIPE = Path(__file__).resolve().parent
 OUTPUTS = RECIPE / "outputs"
 OUT = RECIPE / "embeddings"
+_BEST = 10  # files that a query prints
 SOUNDS = frozenset({".wav", ".flac", ".ogg", ".mp3"})
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Config:
     images: tuple[str, ...] = option((), "picture files, or folders of them")
     audio: tuple[str, ...] = option((), "sound files (wav, flac, ogg, mp3), or folders of them")
     texts: Path | None = option(None, "text file, a caption on each line")
+    query: str | None = option(None, "a text: print the ten pictures and sounds that fit it best")
     labels: Path | None = option(None, "text file, a label on each line: tell which fits best")
     template: str = option("a picture of {}", "what a label is put into, for pictures")
     audio_template: str = option("the sound of {}", "the same for sounds")
@@ -91,6 +94,10 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     if not (inputs.images or inputs.audio or inputs.texts):
         raise UserError("nothing to embed: give --images, --audio or --texts")
+    if cfg.query is not None and not (cfg.query.strip() and (inputs.images or inputs.audio)):
+        raise UserError(
+            f"--query {shown(cfg.query)}: give a text, and --images or --audio to search"
+        )
     checkpoint = checkpoint_at(cfg.checkpoint)
     log.info(
         "%d pictures, %d sounds, %d texts by %s",
@@ -148,6 +155,7 @@ def _embed(cfg: Config, inputs: Inputs, checkpoint: Path) -> int:
     size, hear = trained.model.image_size, Sounds(train=False, eval_seconds=cfg.max_seconds)
     names: dict[str, Any] = {"checkpoint": str(checkpoint), "skipped": {}}
     zero_shot: dict[str, Any] = {}
+    asked = embed.texts([cfg.query])[0] if cfg.query else None
     for kind, files, ask, load, template in (
         (
             "images",
@@ -164,6 +172,8 @@ def _embed(cfg: Config, inputs: Inputs, checkpoint: Path) -> int:
         names[kind] = [str(files[index]) for index in found.kept]
         names["skipped"] |= {str(files[int(i)]): why for i, why in found.skipped.names.items()}
         _save(cfg.out / f"{kind}.npy", found.rows)
+        if asked is not None:
+            _show_best(names[kind], (found.rows @ asked).tolist(), f"{kind} for {cfg.query}")
         if inputs.labels:
             fits = _fits(embed, found, inputs.labels, template, kind)
             zero_shot |= dict(zip(names[kind], fits, strict=True))
@@ -190,6 +200,12 @@ def _fits(
         {labels[i]: round(float(row[i]), 6) for i in row.argsort(descending=True).tolist()}
         for row in shares
     ]
+
+
+def _show_best(names: list[str], scores: list[float], title: str) -> None:
+    """Print the names with the highest scores, cosines from -1 to 1."""
+    best = sorted(zip(scores, names, strict=True), key=lambda pair: -pair[0])[:_BEST]
+    sys.stdout.write(f"{title}\n" + "".join(f"  {score:6.3f}  {name}\n" for score, name in best))
 
 
 def _show(zero_shot: dict[str, dict[str, float]]) -> None:

@@ -40,6 +40,7 @@ EVALUATIONS = {
     "python evaluate.py --demo": "test",
 }
 EMBEDDINGS = (
+    'python embed.py --images photos/ --audio sounds/ --query "a dog barks"',
     "python embed.py --images photos/ --texts captions.txt --audio sounds/",
     "python embed.py --images photos/ --labels labels.txt",
 )

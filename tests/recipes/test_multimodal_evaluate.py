@@ -185,6 +185,24 @@ def test_files_in_rows_out(embedded, run_dir):
     assert np.allclose(rows["images"][:2], expected.numpy(), atol=1e-5)
 
 
+def test_a_query_prints_the_ten_files_nearest_to_it(embedded, run_dir, tmp_path, capsys):
+    out, folder, sounds = embedded
+    flags = ["--checkpoint", run_dir, "--out", tmp_path / "found", "--images", folder]
+    flags += ["--audio", *sounds, "--workers", 0, "--query", "two blue stars"]
+    assert embed.main([*map(str, flags)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    names = json.loads((out / "embeddings.json").read_text())
+    asked = np.load(out / "texts.npy")[1]  # the same text
+    for kind, count in (("images", 10), ("audio", 3)):
+        scores = np.load(out / f"{kind}.npy") @ asked
+        at = lines.index(f"{kind} for two blue stars") + 1
+        shown = [line.split(maxsplit=1) for line in lines[at : at + count]]
+        order = np.argsort(-scores)[:count]
+        assert [name for _, name in shown] == [names[kind][index] for index in order]
+        assert np.allclose([float(score) for score, _ in shown], scores[order], atol=1e-3)
+    assert len(lines) == 2 + 10 + 3
+
+
 def test_labels_are_told_with_shares_that_add_up(embedded):
     out, _, sounds = embedded
     found = json.loads((out / "zero_shot.json").read_text())
@@ -199,6 +217,7 @@ def test_labels_are_told_with_shares_that_add_up(embedded):
     ("flags", "message"),
     [
         ([], "nothing to embed: give --images, --audio or --texts"),
+        (["--texts", __file__, "--query", "a dog"], "--images or --audio to search"),
         (["--images", "nowhere"], "--images nowhere: no such file or folder"),
         (["--texts", "nowhere.txt"], "cannot be read as UTF-8 text"),
         (["--labels", "x", "--template", "label"], "needs {} for the label"),
