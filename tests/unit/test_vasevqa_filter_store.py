@@ -16,7 +16,7 @@ from vasevqa.filter.rows import Item, Parts, line_of
 
 PATTERN_NAMES = {
     vase_name(1, 12): (vase_name(1, 0).partition("_")[0], 12),
-    "a/b/" + vase_name(2, 3).lower(): (vase_name(2, 0).partition("_")[0], 3),
+    "a/b/" + vase_name(2, 3).lower(): (vase_name(2, 0).partition("_")[0].lower(), 3),
     vase_name(1, 2).replace(".jpg", ".png"): None,
     "photo.jpg": None,
 }
@@ -289,7 +289,8 @@ def test_names_are_read_by_the_archives_pattern_in_any_case(name, expected):
 
 
 def view_row(vase, view, score, **more):
-    return {"vase": vase, "view": view, "filename": f"{vase}{view}", "high": score} | more
+    named = {"vase": vase.upper(), "written": vase, "view": view, "filename": f"{vase}{view}"}
+    return named | {"high": score} | more
 
 
 def test_the_best_view_wins_ties_go_to_the_first_and_unreadable_ones_never_win():
@@ -305,6 +306,12 @@ def test_the_best_view_wins_ties_go_to_the_first_and_unreadable_ones_never_win()
     assert second["reason"] == "only_one_view" and "all_view_scores" not in second
     assert second["unreadable_views"] == ["B1"]
     json.dumps(first)
+
+
+def test_a_vase_is_called_as_its_first_file_is_and_case_alone_makes_no_other():
+    given = [view_row("ab", 1, 0.5), view_row("AB", 2, 0.7), view_row("C", 1, 0.1)]
+    found = [vase.result() for vase in views.vases(given)]
+    assert [(one["vase_id"], one["total_views"]) for one in found] == [("ab", 2), ("C", 1)]
 
 
 def test_a_table_of_a_model_is_made_once_and_again_when_it_is_damaged(tmp_path):

@@ -126,7 +126,8 @@ def _matched(cfg: Config, parts: Parts, tally: Tally) -> Iterator[Row]:
     pattern = re.compile(cfg.pattern, re.IGNORECASE)
     for row in parts:
         found = views.parse_name(pattern, row["filename"])
-        yield row | ({"vase": found[0], "view": found[1]} if found else {"vase": "", "view": 0})
+        name, view = found or ("", 0)
+        yield row | {"vase": name.upper(), "written": name, "view": view}
 
 
 def _vases(ledger: Ledger) -> Iterator[Vase]:

@@ -59,21 +59,24 @@ class Vase:
 
 
 def parse_name(pattern: re.Pattern[str], filename: str) -> tuple[str, int] | None:
-    """(vase, view) of a file, from the last part of its path; None when it does not match.
-
-    Vases whose names differ in case alone are the same.
-    """
+    """(vase, view) of a file, from the last part of its path; None when it does not match."""
     found = pattern.search(filename.rpartition("/")[2])
     if found is None or found[1] is None or not (found[2] or "").isdigit():
         return None
-    return found[1].upper(), int(found[2])
+    return found[1], int(found[2])
 
 
 def vases(rows: Iterable[dict[str, Any]]) -> Iterator[Vase]:
-    """The vases of rows sorted by `vase`: {vase, view, filename, high} or {…, problem}."""
-    for name, group in groupby(rows, key=lambda row: row["vase"]):
+    """The vases of rows sorted by `vase`: {vase, written, view, filename, high} or {…, problem}.
+
+    Vases whose names differ in case alone are the same: `vase` is in capitals, `written` as the
+    file has it. A vase is called as its first file is.
+    """
+    for _, group in groupby(rows, key=lambda row: row["vase"]):
+        found = list(group)
+        name = found[0]["written"]
         vase = Vase(name)
-        for row in group:
+        for row in found:
             if "problem" in row:
                 vase.unreadable.append(row["filename"])
             else:
