@@ -226,18 +226,20 @@ class Plan:
         self.rows.append((what, num_bytes, how))
 
     def advice(self, others: Mapping[str, Plan]) -> list[str]:
-        """The three settings that save most, with what they save.
+        """The three settings that save most, with what they save, in the order of `others`.
 
-        others: the plan under each setting, as the user would type it.
+        others: the plan under each setting, as the user would type it; first what changes no
+        number of the training.
         """
         saved = {setting: self.total - other.total for setting, other in others.items()}
         best = sorted(saved, key=lambda setting: -saved[setting])[:3]
-        return [f"{s} (saves {_size(saved[s])})" for s in best if saved[s] >= _WORTH]
+        worth = [setting for setting in others if setting in best and saved[setting] >= _WORTH]
+        return [f"{setting} (saves {_size(saved[setting])})" for setting in worth]
 
     def text(self, devices: Sequence[tuple[str, int]] = (), advice: Sequence[str] = ()) -> str:
         """The table, then whether it fits on each of `devices` (name and bytes).
 
-        advice: settings that save most, the best first.
+        advice: the settings that save most.
         """
         rows = [(what, _size(size), how) for what, size, how in self.rows]
         rows.append(("in all", _size(self.total), "of each device"))

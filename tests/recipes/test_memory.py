@@ -241,7 +241,7 @@ def test_face_distill_needs_no_file_for_an_estimate(tmp_path):
         4e-9 * (985.95e6 + head + adapters), abs=0.01
     )
     assert row(ended.text, "optimizer") == pytest.approx(8e-9 * (head + adapters), abs=0.01)
-    assert "what helps most: --gradient-checkpointing (saves " in ended.text
+    assert "what helps most: --micro-batch 1 (saves " in ended.text
     assert ended.text.count("(saves ") == 3
 
 

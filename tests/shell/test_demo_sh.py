@@ -36,6 +36,7 @@ SHARED = (
         "config",
         "device",
         "gone",
+        "launched",
         "lock",
         "logs",
         "outcome",

@@ -49,9 +49,9 @@ def train(cfg: Config, device: str) -> int:
 
 def _train(cfg: Config, world: World, run: Run) -> int:
     """The pictures, the network, and the loop; the exit code."""
-    start = quality_net.starting_weights(cfg.pretrained, cfg.arch, _PLACES)
     seed.seed_all(cfg.run.seed)
     found = quality_data.find_labelled(cfg.data_dir)
+    start = quality_net.starting_weights(cfg.pretrained, cfg.arch, _PLACES)
     good, skipped = quality_data.leave_out_unreadable(
         cfg.data_dir, found, world, workers=cfg.workers, allowed=cfg.max_unreadable
     )
