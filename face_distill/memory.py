@@ -25,7 +25,8 @@ _IMAGES = 12_000  # of teacher_features_12k: no more identities than images
 def text(cfg: Config, processes: int) -> str:
     """The table for one of `processes`, whether it fits on the GPUs here, and what saves most."""
     others = {name: plan(other, processes) for name, other in _smaller(cfg, processes).items()}
-    return memory.report(plan(cfg, processes), others)
+    exact = next((name for name in others if name.startswith("--micro-batch")), "")
+    return memory.report(plan(cfg, processes), others, exact)
 
 
 def plan(cfg: Config, processes: int) -> memory.Plan:

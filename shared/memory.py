@@ -225,21 +225,20 @@ class Plan:
         """Add a row: what takes the memory, its bytes, and what they are of."""
         self.rows.append((what, num_bytes, how))
 
-    def advice(self, others: Mapping[str, Plan]) -> list[str]:
-        """The three settings that save most, with what they save, in the order of `others`.
+    def advice(self, others: Mapping[str, Plan], exact: str = "") -> list[str]:
+        """The three settings that save most, with what they save, the best first.
 
-        others: the plan under each setting, as the user would type it; first what changes no
-        number of the training.
+        others: the plan under each setting, as the user would type it. exact: the one of them that
+        changes no number of the training; it comes before the others.
         """
         saved = {setting: self.total - other.total for setting, other in others.items()}
-        best = sorted(saved, key=lambda setting: -saved[setting])[:3]
-        worth = [setting for setting in others if setting in best and saved[setting] >= _WORTH]
-        return [f"{setting} (saves {_size(saved[setting])})" for setting in worth]
+        best = sorted(saved, key=lambda setting: (setting != exact, -saved[setting]))[:3]
+        return [f"{s} (saves {_size(saved[s])})" for s in best if saved[s] >= _WORTH]
 
     def text(self, devices: Sequence[tuple[str, int]] = (), advice: Sequence[str] = ()) -> str:
         """The table, then whether it fits on each of `devices` (name and bytes).
 
-        advice: the settings that save most.
+        advice: settings that save most, the best first.
         """
         rows = [(what, _size(size), how) for what, size, how in self.rows]
         rows.append(("in all", _size(self.total), "of each device"))
@@ -260,9 +259,12 @@ class Plan:
         return f"{name}, {_size(size)}: {said} {_size(abs(left))}{rest}"
 
 
-def report(plan: Plan, others: Mapping[str, Plan]) -> str:
-    """The table of `plan`, whether it fits on the GPUs here, and what helps most of `others`."""
-    return plan.text(devices(), plan.advice(others))
+def report(plan: Plan, others: Mapping[str, Plan], exact: str = "") -> str:
+    """The table of `plan`, whether it fits on the GPUs here, and what helps most of `others`.
+
+    exact: as of `Plan.advice`.
+    """
+    return plan.text(devices(), plan.advice(others, exact))
 
 
 def devices() -> list[tuple[str, int]]:

@@ -187,10 +187,11 @@ def test_the_three_best_settings_are_advised_and_none_that_saves_nothing():
     sizes = {"--a": 16.9e9, "--b": 10e9, "--c": 17.13e9, "--d": 17.0e9, "--e": 16e9}
     alternatives = {name: other(int(size)) for name, size in sizes.items()}
     assert plan().advice(alternatives) == [
-        "--a (saves 0.23 GB)",
         "--b (saves 7.13 GB)",
         "--e (saves 1.13 GB)",
+        "--a (saves 0.23 GB)",
     ]
+    assert plan().advice(alternatives, "--a")[:2] == ["--a (saves 0.23 GB)", "--b (saves 7.13 GB)"]
     assert plan().advice({"--c": other(17_130_000_000)}) == []
 
 
