@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from face_distill.distill.losses import ArcFaceHead, attention_transfer, rkd_angle, rkd_distance
+from face_distill.distill.losses import ArcFaceHead, Distillation
 from face_distill.distill.model import FaceStudent, adapter_layers
 from shared.distributed import World, gather_with_grad
 
@@ -121,17 +121,15 @@ def whole_loss(
     """ArcFace + attention transfer + both relations, each of a size that the others do not hide."""
     kind = "features" if mode == "zagoruyko" else "probability"
     embeddings, tokens = model(batch["images"])
-    labels, maps, teacher = batch["labels"], batch[kind], batch["embeddings"]
-    everyone = gather_with_grad(embeddings, world) if gather_relations else embeddings
+    labels, maps, judged = batch["labels"], batch[kind], embeddings
     if gather_tokens:
         tokens, labels, maps = (gather_with_grad(t, world) for t in (tokens, labels, maps))
-    teacher = gather_with_grad(teacher, world) if gather_relations else teacher
-    return (
-        student.get_submodule("head")(everyone if gather_tokens else embeddings, labels) / 10
-        + attention_transfer(tokens, maps, mode, kind)
-        + 10 * rkd_distance(everyone, teacher)
-        + 20 * rkd_angle(everyone, teacher, max_elements=1000)
-    )
+        judged = gather_with_grad(embeddings, world)
+    arc = student.get_submodule("head")(judged, labels)
+    objective = Distillation({"ArcFace": 0.1, "AT": 1, "RKD": 10}, mode, "offdiag", 2.0)
+    wanted = (batch["embeddings"], maps, kind)
+    whole = world if gather_relations else None
+    return objective.total(objective.terms((embeddings, tokens, arc), wanted, whole))
 
 
 def gradient(model: nn.Module, loss: Tensor) -> Tensor:
