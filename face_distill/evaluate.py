@@ -25,6 +25,11 @@ if not Path(sys.path[0], "shared").is_dir():  # the directory was copied alone
     sys.stderr.write("error: shared/ is missing beside face_distill/: copy the whole repository\n")
     sys.exit(3)
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError, one_line
 from shared.files import make_output, write_json

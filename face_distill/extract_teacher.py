@@ -31,6 +31,11 @@ if not Path(sys.path[0], "shared").is_dir():  # the directory was copied alone
     sys.stderr.write("error: shared/ is missing beside face_distill/: copy the whole repository\n")
     sys.exit(3)
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.config import ProcessOptions, ToolOptions, option, parse
 from shared.errors import UserError
 from shared.launch import launch, world_size
@@ -109,7 +114,6 @@ def extract(cfg: Config) -> int:
     from face_distill.distill.teacher_networks import open_teacher
     from face_distill.FaceDataset import FaceDataset
     from shared import distributed, lock
-    from shared.signals import StopRequest
 
     world = distributed.setup(cfg.tool.device)
     faces = FaceDataset(cfg.data_root, cfg.selection, cfg.limit or None, cfg.per_id, cache=False)
@@ -118,12 +122,11 @@ def extract(cfg: Config) -> int:
     handle = lock.take(cfg.out, "--out") if world.is_main else None
     store = UnfinishedFeatures(cfg.out, describe(cfg, world, teacher, faces))
     first = distributed.broadcast_object(store.begin() if world.is_main else None, world)
-    stop = StopRequest()
-    stop.install()
+    stop.hold()
+    stop.all_hold()
     try:
-        code = _extract(cfg, world, teacher, faces, store, first, stop)
+        code = _extract(cfg, world, teacher, faces, store, first)
     finally:
-        stop.remove()
         if handle is not None:
             os.close(handle)
     distributed.cleanup(world)
@@ -132,17 +135,16 @@ def extract(cfg: Config) -> int:
 
 def _extract(
     cfg: Config, world: World, teacher: Teacher, faces: FaceDataset, store: UnfinishedFeatures,
-    first: int | None, stop: Any,
+    first: int | None,
 ) -> int:  # fmt: skip
     """From row `first` on; None: all is there."""
     from shared import distributed
-    from shared.signals import exit_code_for, name_of
 
     report = Report(cfg, world, store, first)
     if first is None:
         return report.conclude("extracted before; nothing to do")
     batches = -(-(len(faces) - first) // cfg.batch_size)
-    mine = _features(cfg, world, teacher, faces, first, stop)
+    mine = _features(cfg, world, teacher, faces, first)
     # One batch a rank and round: rank 0 writes them, then all learn whether one was asked to stop.
     for begun in range(0, batches, world.size):
         found = next(mine, None)
@@ -151,10 +153,10 @@ def _extract(
             if other and world.is_main and other[0] == report.rows:
                 store.write(other[0], *other[1])
                 report.show(other[0] + len(other[1][0]))
-        number = distributed.largest(stop.number, world)
+        number = distributed.largest(stop.number(), world)
         if number:
-            reason = f"{name_of(number)}: {report.rows} of {len(faces)} rows are kept"
-            code = exit_code_for(number)
+            reason = f"{stop.name_of(number)}: {report.rows} of {len(faces)} rows are kept"
+            code = stop.exit_code_for(number)
             return report.conclude(f"{reason}; the same command continues", code)
     if world.is_main:
         store.finish(faces.labels)
@@ -163,7 +165,7 @@ def _extract(
 
 
 def _features(
-    cfg: Config, world: World, teacher: Teacher, faces: FaceDataset, first: int, stop: Any
+    cfg: Config, world: World, teacher: Teacher, faces: FaceDataset, first: int
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Embeddings and maps of this rank's batches; ends after a batch when asked to stop.
 
@@ -192,7 +194,7 @@ def _features(
                 f"{faces.root}): try --amp off, or look at the weights"
             )
         yield found
-        if stop.number:
+        if stop.number():
             return
 
 

@@ -22,6 +22,11 @@ if not Path(sys.path[0], "shared").is_dir():  # the directory was copied alone
     sys.stderr.write("error: shared/ is missing beside face_distill/: copy the whole repository\n")
     sys.exit(3)
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.config import RunOptions, free, option, parse
 from shared.errors import UserError
 from shared.files import open_lock, read_object, write_json
@@ -184,7 +189,7 @@ def train(cfg: Config) -> int:
     from face_distill.FaceDataset import FaceDataset, split
     from shared import distributed, seed
     from shared.early_stopping import EarlyStopping
-    from shared.loader import make_eval_loader, make_loader
+    from shared.loader import make_eval_loader
     from shared.metrics import Mean
     from shared.precision import Amp
     from shared.reporter import Plan
@@ -219,7 +224,7 @@ def train(cfg: Config) -> int:
         optimizer = torch.optim.AdamW(trainable, lr=cfg.lr, weight_decay=cfg.weight_decay)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=cfg.epochs)
         amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
-        stopping, mean_loss = EarlyStopping(cfg.patience), Mean(world.device)
+        stopping, mean_loss = EarlyStopping(cfg.patience), Mean(world)
         balance = losses.Balance(weights, model.adapters(student), cfg.epochs * steps)
         parts = {"optimizer": optimizer, "schedule": schedule, "amp": amp, "stopping": stopping,
                  "student": model.Trainable(student), "mean_loss": mean_loss}  # fmt: skip
@@ -227,13 +232,14 @@ def train(cfg: Config) -> int:
                   "held-out images": len(val_set), "damaged": len(faces.damaged)}  # fmt: skip
         _announce(counts, student, criterion, teacher.kind)
         position = run.restore(parts, Plan(cfg.epochs * steps, cfg.batch_size, data=counts))
-        before = _verified_before(cfg, world, student, position.step)
+        with run.for_all():
+            before = _verified_before(cfg, world, student, position.step)
 
-        while position.epoch < cfg.epochs and not stopping.should_stop:
-            arc_only = position.epoch < cfg.warmup_epochs
-            loader = make_loader(train_set, per_process, world, seed=cfg.run.seed,
-                                 workers=cfg.workers, epoch=position.epoch,
-                                 offset=position.batch)  # fmt: skip
+        for epoch in run.epochs(cfg.epochs):
+            if stopping.should_stop:
+                break
+            arc_only = epoch < cfg.warmup_epochs
+            loader = run.batches(train_set, per_process, workers=cfg.workers)
             for images, labels, wanted in _on_device(loader, teacher, preprocess, world):
                 with amp.autocast():
                     terms = criterion.terms(net(images, labels), wanted, world)
@@ -242,52 +248,46 @@ def train(cfg: Config) -> int:
                 amp.backward(loss)
                 amp.step(optimizer, trainable, clip_norm=cfg.largest_norm)
                 mean_loss.add(loss)
-                position.advance()
                 shown = {f"Loss/{name}": term for name, term in terms.items()}
-                run.log({"Loss/Total": loss, **shown, "LR": schedule.get_last_lr()[0]})
-                _say_balance(run, balance, terms, pulls)
-                stop = run.should_stop()
-                if stop or position.step % cfg.run.save_every == 0:
-                    # rank 0's state is saved for all: let each hold an equal share of the sums
-                    mean_loss.sums = distributed.mean(mean_loss.sums, world)
-                    run.save(parts)
-                if stop:
-                    return run.finish()
+                measured = _say_balance(position.step + 1, balance, terms, pulls)
+                run.step({"Loss/Total": loss, **shown, "LR": schedule.get_last_lr()[0]},
+                         terms=measured)  # fmt: skip
 
             monitored = mean_loss
             if len(val_set):
+                run.save()  # a stop in the validation loses nothing
                 rest = make_eval_loader(val_set, per_process, world, workers=cfg.workers, least=2)
-                held_out = _on_device(rest, teacher, preprocess, world)
-                monitored = _validation(criterion, student, held_out, arc_only=arc_only)
-            epoch_loss = monitored.of(distributed.total(monitored.sums, world))
-            if position.epoch <= cfg.warmup_epochs:
+                held_out = _on_device(run.watched(rest, "validation"), teacher, preprocess, world)
+                monitored = _validation(criterion, student, held_out, world, arc_only=arc_only)
+            epoch_loss = monitored.value()
+            if epoch <= cfg.warmup_epochs:
                 stopping.reset()  # until here the loss had another composition
             improved = stopping.update(epoch_loss)
             _report(cfg, run, epoch_loss, stopping)
             if world.is_main:
-                student_files.save_epoch(cfg.run_dir, student, position.epoch + 1,
+                student_files.save_epoch(cfg.run_dir, student, epoch + 1,
                                          is_best=improved, full=cfg.full_checkpoint)  # fmt: skip
             schedule.step()
             mean_loss.reset()
-            position.next_epoch()
-            run.save(parts)
-        code = run.finish(**_ending(cfg, world, student, before, stopping))
-    distributed.cleanup(world)
-    return code
+        with run.for_all():
+            ending = _ending(cfg, world, student, before, stopping)
+        run.finish(**ending)
+    return run.exit_code
 
 
 # --- the loss -------------------------------------------------------------------------------------
 
 
 def _validation(
-    criterion: Distillation, student: FaceStudent, batches: Iterator[Any], *, arc_only: bool
-) -> Mean:
+    criterion: Distillation, student: FaceStudent, batches: Iterator[Any], world: World, *,
+    arc_only: bool,
+) -> Mean:  # fmt: skip
     """The mean total over this process's share of the held-out images, relations in each batch."""
     import torch
 
     from shared.metrics import Mean
 
-    mean = Mean(next(student.parameters()).device)
+    mean = Mean(world)
     student.eval()
     with torch.no_grad():
         for images, labels, wanted in batches:
@@ -298,16 +298,13 @@ def _validation(
 
 
 def _say_balance(
-    run: Run, balance: Balance, terms: dict[str, Tensor], pulls: dict[str, float]
-) -> None:
-    """Report what each term pulls, where it was measured; after a hundred steps, one that drowns.
+    step: int, balance: Balance, terms: dict[str, Tensor], pulls: dict[str, float]
+) -> dict[str, float]:
+    """Log what each term pulls at step 1, and after a hundred steps one that drowns the others.
 
-    At the first step its size, weight and share of all pulls too.
+    pulls: where they were measured at this step. Returns them under their tags.
     """
-    if not pulls:
-        return
-    run.log({f"Pull/{name}": pull for name, pull in pulls.items()}, split="terms")
-    if run.position.step == 1:
+    if pulls and step == 1:
         everything = sum(pulls.values()) or 1.0
         shown = [
             f"{name} {float(term.detach()):.4g} x {balance.factors[name]:g}, "
@@ -315,12 +312,13 @@ def _say_balance(
             for name, term in terms.items()
         ]
         log.info(" | ".join(shown))
-    found = balance.dominant() if run.position.step == balance.steps[-1] + 1 else None
+    found = balance.dominant() if pulls and step == balance.steps[-1] + 1 else None
     if found:
         log.warning(
             "%s has %.3g times ArcFace's gradient on the adapters in the first steps: it decides "
             "alone what they learn; lower --lambda-%s", found[0], found[1], found[0].lower(),
         )  # fmt: skip
+    return {f"Pull/{name}": pull for name, pull in pulls.items()}
 
 
 def _announce(
@@ -381,14 +379,18 @@ def _accuracy(cfg: Config, world: World, student: FaceStudent) -> float:
     """The student's ten-fold accuracy on --verify's pairs."""
     from face_distill.distill import pairs, verification
     from face_distill.distill.images import Preprocess
+    from shared.run import Stopped
 
     assert cfg.verify is not None
     preprocess = Preprocess(student.image_size).to(world.device)
+
+    def embed(images: Tensor) -> Tensor:
+        if stop.number():
+            raise Stopped
+        return student(preprocess(images.to(world.device)))[0]
+
     student.eval()
-    accuracy = verification.verify(
-        lambda images: student(preprocess(images.to(world.device)))[0],
-        pairs.read_pairs(cfg.verify),
-    )
+    accuracy = verification.verify(embed, pairs.read_pairs(cfg.verify))
     student.train()
     return accuracy.mean
 

@@ -20,6 +20,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError, shown
 from shared.files import make_output, read_text, write_atomic, write_json

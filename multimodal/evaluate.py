@@ -21,6 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
 from shared.files import make_output, write_json, write_text

@@ -27,6 +27,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.config import RunOptions, free, option, parse, parse_known
 from shared.errors import UserError, shown
 from shared.files import open_lock
@@ -240,7 +245,7 @@ def train(cfg: Config) -> int:
 
         optimizer = schedule.optimizer_for(learner, cfg.lr, cfg.weight_decay)
         amp = Amp(cfg.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
-        best, mean_loss, history = EarlyStopping(sys.maxsize), Mean(world.device), report.History()
+        best, mean_loss, history = EarlyStopping(sys.maxsize), Mean(world), report.History()
         parts = {"learner": learner, "optimizer": optimizer, "amp": amp, "best": best,
                  "history": history, "mean_loss": mean_loss}  # fmt: skip
         batches = BatchOptions(cfg.step_rows, cfg.run.seed, cfg.workers, cfg.balance,
@@ -265,41 +270,35 @@ def train(cfg: Config) -> int:
                 if (position.epoch, position.batch) == (stage.span.first, 0):
                     optimizer.state.clear()
                     best.reset()  # the loss is another one from here on
-                while position.epoch < stage.span.end and position.step < total:
+                for epoch in run.epochs(stage.span.end):
+                    if position.step == total:
+                        break
                     for task, batch in epoch_of(
                         stage.sources, batches, world, stage.span, position
                     ):
                         rate = schedule.set_rate(
-                            optimizer, stage, position.epoch, position.batch,
+                            optimizer, stage, epoch, position.batch,
                             peak=cfg.lr, warmup=cfg.warmup, towers=cfg.tower_lr,
                         )  # fmt: skip
                         loss, tags = _backward(cfg, net, task, batch, amp, world)
                         amp.step(optimizer, learner.parameters(), clip_norm=cfg.clip_norm)
                         model.clamp_temperatures()
                         mean_loss.add(loss)
-                        position.advance()
-                        run.log({"loss": loss, **tags, "lr": rate, "stage": stage.span.stage + 1})
-                        stop = run.should_stop()
-                        if stop or position.step % cfg.run.save_every == 0:
-                            # rank 0's state is saved for all: each holds an equal share of the sums
-                            mean_loss.sums = distributed.mean(mean_loss.sums, world)
-                            run.save(parts)
-                        if stop:
-                            return _stopped(run, told, total)
+                        run.step({"loss": loss, **tags, "lr": rate, "stage": stage.span.stage + 1})
                         if position.step == total:
                             break
+                    run.save()  # a stop in the validation loses nothing
                     val_loss, best_files = _close_epoch(cfg, run, stage, parts, amp, world)
                     told.update(stages=history.stages)
                     mean_loss.reset()
                     position.next_epoch()
                     files.write_epoch(parts, position, stage.span, val_loss, best=best_files,
                                       every=cfg.checkpoint_every)  # fmt: skip
-                    run.save(parts)
+                    run.save()
             files.write_weights(weights.FINAL, epoch=position.epoch, stage=stages[-1].span.name)
             after = _recalls(cfg, learner, sources, world, amp)
-            code = _finish(run, told, history.before, after)
-    distributed.cleanup(world)
-    return code
+            _finish(run, told, history.before, after)
+    return run.exit_code
 
 
 # --- a step, an epoch, the end --------------------------------------------------------------------
@@ -333,10 +332,9 @@ def _close_epoch(
     """Validate and log the epoch just trained: its loss, and the files of which it is the best."""
     from multimodal.training import validation
     from multimodal.training.weights import BEST, RETRIEVAL
-    from shared import distributed
 
     mean, best, history = parts["mean_loss"], parts["best"], parts["history"]
-    train_loss = mean.of(distributed.total(mean.sums, world))
+    train_loss = mean.value()
     found = validation.losses(
         parts["learner"], stage.work, cfg.eval_batch_size, cfg.losses, world, amp
     )
@@ -378,16 +376,10 @@ def _recalls(
     return validation.recall_at_1(learner, sources.found, cfg.eval_batch_size, world, amp)
 
 
-def _stopped(run: Run, told: Report, total: int) -> int:
-    code = run.finish()
-    told.close("interrupted", f"stopped at step {run.position.step} of {total}, and saved")
-    return code
-
-
 def _finish(
     run: Run, told: Report, before: dict[str, Any], after: dict[str, dict[str, float]]
-) -> int:
-    """Close run and report with what was reached; the exit code."""
+) -> None:
+    """Close run and report with what was reached."""
     from multimodal.training.weights import BEST, FINAL
 
     rows = [
@@ -416,9 +408,8 @@ def _finish(
                   "n": first["held-out pairs"]}  # fmt: skip
     told.update(summary=rows)
     outputs = [str(told.checkpoints / name) for name in (BEST, FINAL)]
-    code = run.finish(result=result, outputs=outputs)
+    run.finish(result=result, outputs=outputs)
     told.close("done", f"{run.position.step} steps in {run.position.epoch} epochs")
-    return code
 
 
 # --- what is said of a run ------------------------------------------------------------------------

@@ -38,10 +38,10 @@ class Stateful(Protocol):
 
 @runtime_checkable
 class Spread(Protocol):
-    """A part of which every rank holds its own piece (sharded class centres)."""
+    """A part of which every rank holds its own piece: sums, sharded class centres."""
 
     def collect(self) -> None:
-        """Bring the pieces to rank 0."""
+        """Bring to rank 0, whose state is saved for all, what belongs into it; a collective."""
         ...
 
 

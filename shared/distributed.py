@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.nn  # pyright: ignore[reportUnusedImport] later, it would keep the group
 from torch import Tensor, nn
-from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed import PrefixStore, Store  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from shared import device as devices
@@ -31,6 +32,8 @@ class World:
     local_rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    timeout: float = 1800.0  # seconds that a rank waits for the others, or for a loader worker
+    store: Store | None = None  # where the ranks leave word for each other; None for one process
 
     @property
     def is_main(self) -> bool:
@@ -49,22 +52,25 @@ def setup(
     rank, size = int(environ.get("RANK", 0)), int(environ.get("WORLD_SIZE", 1))
     local_rank = int(environ.get("LOCAL_RANK", rank))
     chosen = devices.resolve(device, local_rank, environ)
-    if size > 1:
-        on_cuda = chosen.type == "cuda"
-        wait = datetime.timedelta(seconds=timeout)
-        dist.init_process_group(
-            "nccl" if on_cuda else "gloo",
-            timeout=wait,
-            device_id=chosen if on_cuda else None,
-            **_store_of_this_start(environ, rank, size, wait),
-        )
-    return World(rank, local_rank, size, chosen)
+    if size == 1:
+        return World(rank, local_rank, size, chosen, timeout)
+    on_cuda, wait = chosen.type == "cuda", datetime.timedelta(seconds=timeout)
+    store = _meeting_place(environ, rank, size, wait)
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo",
+        store=PrefixStore("group", store),
+        rank=rank,
+        world_size=size,
+        timeout=wait,
+        device_id=chosen if on_cuda else None,
+    )
+    return World(rank, local_rank, size, chosen, timeout, store)
 
 
-def _store_of_this_start(
+def _meeting_place(
     environ: Mapping[str, str], rank: int, size: int, wait: datetime.timedelta
-) -> dict[str, Any]:
-    """Where the processes of a restarted group meet; {} leaves that to torch.
+) -> Store:
+    """The store by which the processes of this start find each other.
 
     The agent of a `torchrun --standalone --max-restarts N` keeps one store for all its starts. In
     it the processes of the second start would find the addresses of the dead ones, and wait for
@@ -72,13 +78,12 @@ def _store_of_this_start(
     hosts each agent counts its own restarts, and no such name is common to all: there, torchrun
     needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, which the launcher sets.
     """
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=wait))
+    store.set_timeout(wait)
     shares_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if not shares_store or environ.get("GROUP_WORLD_SIZE") != "1":
-        return {}
-    address, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
-    store = TCPStore(address, port, size, is_master=False, timeout=wait)
-    start = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return {"store": PrefixStore(f"start {start}", store), "rank": rank, "world_size": size}
+    if shares_store and environ.get("GROUP_WORLD_SIZE") == "1":
+        return PrefixStore(f"start {environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return store
 
 
 def cleanup(world: World) -> None:
@@ -146,6 +151,18 @@ def largest(number: int, world: World) -> int:
 def any_rank(flag: bool, world: World) -> bool:
     """Whether `flag` is true on at least one rank."""
     return bool(largest(int(flag), world))
+
+
+def tell_all(flag: bool, world: World) -> bool:
+    """Whether `flag` is, or was, true on a rank; nobody waits, so each may hear at another moment.
+
+    No collective: for loops that the ranks go through in their own time. Once true, always true.
+    """
+    if world.store is None:
+        return flag
+    if flag:
+        world.store.set("told", "")
+    return flag or world.store.check(["told"])
 
 
 def barrier(world: World) -> None:

@@ -17,14 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from shared import guard, lock, outcome, processes
+from shared import guard, lock, outcome, processes, stop
 from shared.child import Child
 from shared.config import free
 from shared.errors import DONE, FAILED, MISSING_TOOL, USER_ERROR, MissingToolError
 from shared.foreign_log import JsonLinesProgress
 from shared.prctl import adopt_orphans
 from shared.settings import Range
-from shared.signals import exit_code_for, name_of
 from shared.status import Status
 
 log = logging.getLogger(__name__)
@@ -119,10 +118,11 @@ class _Foreign:
         code, state, reason = DONE, "done", f"{step} steps" if step else "the program has ended"
         if stopped_by and left_with == guard.KILLED:
             code, state = FAILED, "failed"
-            reason = f"killed after {name_of(stopped_by)}, before it had ended by itself, at {at}"
+            name = stop.name_of(stopped_by)
+            reason = f"killed after {name}, before it had ended by itself, at {at}"
         elif stopped_by and not (left_with == DONE and step and step == total):
-            code, state = exit_code_for(stopped_by), "stopped"
-            reason = f"{name_of(stopped_by)}: the program has ended, at {at}"
+            code, state = stop.exit_code_for(stopped_by), "stopped"
+            reason = f"{stop.name_of(stopped_by)}: the program has ended, at {at}"
         elif left_with != DONE:
             code, state = left_with if left_with in (USER_ERROR, MISSING_TOOL) else FAILED, "failed"
             reason = f"{Path(self._command[0]).name} {_ending(left_with)}, at {at}"

@@ -24,7 +24,7 @@ from typing import NoReturn
 if __name__ == "__main__":  # imported, it leaves the importer's path as it is
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
-from shared import launched, logs, outcome, processes
+from shared import launched, logs, outcome, processes, stop
 from shared.config import ProcessOptions, dashed, option, parse, parse_known
 from shared.device import check_mask, present_gpus, visible_gpus
 from shared.errors import (
@@ -64,6 +64,8 @@ def launch(main: Main, fit: Fit | None = None) -> int:
     fit: given argv and the number of visible GPUs, how many of them can be used (asked only when
     the user typed no number).
     """
+    stop.listen()
+    stop.launched()
     logs.open_streams()
     argv = dashed(sys.argv[1:])
     if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
@@ -97,6 +99,8 @@ def launch_alone(main: Main) -> int:
 
     Of torchrun's processes the first one runs it; the others have nothing to do.
     """
+    stop.listen()
+    stop.launched()
     logs.open_streams()
     if os.environ.get("RANK", "0") != "0":
         return DONE
@@ -192,7 +196,7 @@ def _work(main: Main, argv: list[str]) -> NoReturn:
             outcome.close_with_status(result)
         _leave(result)
     outcome.leave_word(result)
-    if not ours and (rank == 0 or result.kind not in ("user", "stopped")):
+    if not ours and (rank == 0 or result.kind != "user"):
         outcome.report(result, outcome.run_dir())
     _leave(result.code)
 

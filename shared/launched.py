@@ -21,6 +21,7 @@ from shared.status import now
 
 ROOT = Path(__file__).resolve().parents[1]
 PLACE = ".runs"
+NOTES = "TOOLKIT_LAUNCH_NOTES"  # the variable with the directory of a launcher's own notes
 _KEPT = 20  # words of starts that have ended
 
 Word = dict[str, Any]

@@ -56,6 +56,7 @@ def make_loader(
         _Seeded(dataset, seed, epoch),
         batch_sampler=batches,
         num_workers=workers,
+        timeout=world.timeout if workers else 0,
         collate_fn=collate,
         pin_memory=world.device.type == "cuda",
         generator=torch.Generator().manual_seed(derive(seed, epoch, world.rank)),
@@ -87,6 +88,7 @@ def make_eval_loader(
         dataset,
         batch_sampler=batches,
         num_workers=workers,
+        timeout=world.timeout if workers else 0,
         collate_fn=collate,
         pin_memory=world.device.type == "cuda",
         generator=torch.Generator().manual_seed(0),  # or the iterator draws from the global state

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from shared import distributed
 from shared.checkpoint import Position
+from shared.distributed import World
 from shared.files import cut_json_lines
 
 log = logging.getLogger(__name__)
@@ -70,34 +72,41 @@ class Metrics:
 
 
 class Mean:
-    """A running weighted mean that stays on the device until it is read; fits into checkpoints."""
+    """A running weighted mean over all ranks, of sums that stay on the device until they are read.
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    Fits into checkpoints: before a save every rank takes an equal share of the sums.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
         self.reset()
 
     def reset(self) -> None:
         """Forget what was added."""
-        self.sums = torch.zeros(
-            2, dtype=torch.float64, device=self._device
-        )  # weighted values, weights
+        # weighted values, weights
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self._world.device)
 
     def add(self, value: Tensor, weight: int = 1) -> None:
         """Add a scalar tensor that stands for `weight` samples."""
-        self.sums[0] += value.detach().double() * weight
-        self.sums[1] += weight
+        self._sums[0] += value.detach().double() * weight
+        self._sums[1] += weight
 
-    def of(self, sums: Tensor) -> float:
-        """The mean from `sums`, of this rank or (`distributed.total`) of all; NaN of nothing."""
+    def value(self) -> float:
+        """The mean over all ranks; NaN of nothing. A collective."""
+        sums = distributed.total(self._sums, self._world)
         return float(sums[0] / sums[1])
+
+    def collect(self) -> None:
+        """Take an equal share of all ranks' sums: rank 0's state is saved for all. A collective."""
+        self._sums = distributed.mean(self._sums, self._world)
 
     def state_dict(self) -> dict[str, Any]:
         """The sums."""
-        return {"sums": self.sums.cpu().clone()}
+        return {"sums": self._sums.cpu().clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Put back what `state_dict` gave."""
-        self.sums = state["sums"].to(self._device)
+        self._sums = state["sums"].to(self._world.device)
 
 
 def _is_before(row: dict[str, Any], start: Position) -> bool:

@@ -30,10 +30,10 @@ from shared.errors import (
     one_line,
 )
 from shared.files import read_json, write_json
+from shared.launched import NOTES
 
 log = logging.getLogger(__name__)
 
-NOTES = "TOOLKIT_LAUNCH_NOTES"  # the variable with the directory's name
 LAUNCHER_PID = "TOOLKIT_LAUNCHER_PID"
 WORD = "TOOLKIT_LAUNCH_WORD"  # the variable with the file that shared/launched.py keeps of us
 LOG = "TOOLKIT_LOG"  # the file that a recipe's script sends all output to
@@ -45,26 +45,13 @@ _TIMED_OUT = re.compile(
 )
 
 
-class StopNow(BaseException):
-    """A stop signal that saves nothing: the second one, or one before the first step.
-
-    code: of the process that leaves by it.
-    """
-
-    def __init__(self, text: str, code: int = FAILED) -> None:
-        super().__init__(text)
-        self.code = code
-
-
 class NotSavedError(OSError):
     """The disk refused the last checkpoint: what was trained since the one before it is lost."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """How a process ended badly. kind: user, error, timeout, peer_lost (a consequence) or stopped
-    (by a signal, before there was anything to save).
-    """
+    """How a process ended badly. kind: user, error, timeout or peer_lost (a consequence)."""
 
     rank: int
     code: int
@@ -123,6 +110,18 @@ def closing_line(code: int, reason: str) -> None:
     log.info("%s: %s (exit %d)", words.get(code, "failed"), reason, code)
 
 
+def end_now(code: int, reason: str) -> None:
+    """The last words of a process that a signal ends before it could save; it leaves after them."""
+    if os.environ.get("RANK", "0") != "0":
+        return
+    if _run_dir and code != FAILED:
+        reason += " before the first step"
+    status.close(_run_dir, code, reason, "failed" if code == FAILED else "stopped")
+    closing_line(code, reason)
+    if WORD in os.environ:
+        launched.end(Path(os.environ[WORD]), code, reason)
+
+
 def leave_page(run_dir: Path | None) -> None:
     """Renew the run's report.html; called before the last line is said."""
     if run_dir:
@@ -136,11 +135,6 @@ def report(failure: Failure, run_dir: Path | None) -> int:
     """Print a failure once, at the end of the output, close the run's status; its exit code."""
     global last_words
     last_words = failure.message
-    if failure.kind == "stopped":
-        status.close(run_dir, failure.code, failure.message, "stopped")
-        leave_page(run_dir)
-        closing_line(failure.code, failure.message)
-        return failure.code
     if failure.kind == "user":
         status.close(run_dir, failure.code, failure.message)
         leave_page(run_dir)
@@ -174,9 +168,6 @@ def failure_of(error: BaseException, rank: int = 0) -> Failure:
     if isinstance(error, KeyboardInterrupt):
         text = "interrupted before training began"
         return Failure(rank, INTERRUPTED, "user", text, at=time.time())
-    if isinstance(error, StopNow):
-        kind = "error" if error.code == FAILED else "stopped"
-        return Failure(rank, error.code, kind, str(error), at=time.time())
     if isinstance(error, NotSavedError):
         return Failure(rank, FAILED, "error", str(error), at=time.time())
     text = _essence(error)

@@ -5,11 +5,22 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, Protocol, TypeVar
 
 log = logging.getLogger(__name__)
 
 _EVERY_SECONDS = 10.0
+
+T = TypeVar("T", covariant=True)
+
+
+class Counted(Protocol[T]):
+    """What a loader is: batches, and how many."""
+
+    def __iter__(self) -> Iterator[T]: ...
+
+    def __len__(self) -> int: ...
 
 
 class Progress:
@@ -87,6 +98,14 @@ class Share:
             self._line_at = now
             log.info(said)
         return said
+
+
+def shown(batches: Counted[T], what: str) -> Iterator[T]:
+    """`batches`, while the log says every ten seconds how far they are."""
+    share = Share()
+    for number, batch in enumerate(batches):
+        share.text(what, number, len(batches))
+        yield batch
 
 
 def span(seconds: float) -> str:

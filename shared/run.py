@@ -1,64 +1,81 @@
-"""One run: its directory, lock, settings, status, metrics and checkpoints.
+"""One run: its directory, lock, settings, status, metrics and checkpoints, and the loop's chores.
 
     with Run(cfg, world, run_dir, "probe") as run:
-        …                                             # load models and data
-        position = run.restore(parts, Plan(total_steps))
-        while position.epoch < cfg.epochs:
-            for batch in make_loader(..., epoch=position.epoch, offset=position.batch):
+        ...                                           # load models and data
+        run.restore(parts, Plan(total_steps))
+        for epoch in run.epochs(cfg.epochs):          # from where the last run was interrupted
+            for batch in run.batches(dataset, cfg.batch_size, workers=cfg.workers):
                 ...
-                position.advance()
-                run.log({"loss": loss})
-                if run.should_stop():
-                    run.save(parts)
-                    return run.finish()
-            position.next_epoch()
-            run.save(parts)
-        return run.finish(result=...)
+                run.step({"loss": loss})              # logs, saves when due, leaves on a stop
+            for batch in run.watched(held_out, "validation"):
+                ...                                   # a stop leaves here, on every rank
+        run.finish(result=...)
+    return run.exit_code
 
-Every rank calls every verb; only rank 0 writes.
+Every rank calls every verb; only rank 0 writes. A stop leaves the block by an exception that the
+block itself takes: the run is then saved and closed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
-from shared import checkpoint, distributed, lock, outcome, resume, run_directory, seed, status
+from shared import (
+    checkpoint,
+    distributed,
+    lock,
+    outcome,
+    resume,
+    run_directory,
+    seed,
+    status,
+    stop,
+)
 from shared.checkpoint import Parts, Position
 from shared.config import HasRunOptions
 from shared.distributed import World
 from shared.errors import DONE, UserError, hint_for, one_line
 from shared.files import read_object
+from shared.loader import make_loader
 from shared.progress import Share
 from shared.reporter import Plan, Reporter
 from shared.resume import Decision
-from shared.signals import StopRequest, exit_code_for, name_of
 from shared.status import Status
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+
+class Stopped(BaseException):
+    """The way out of a training that was asked to stop, and is saved; Run's block takes it."""
+
 
 class Run:
-    """See the module's docstring. Verbs: restore, log, beat, should_stop, save, finish.
+    """See the module's docstring.
 
+    Verbs: restore, epochs, batches, step, end_epoch, watched, log, beat, save, finish.
     recipe: whose run it is. last: name of the checkpoint that a resume continues from.
     tensorboard: where events go; default: tensorboard/ in the run directory.
     """
 
     def __init__(self, config: HasRunOptions, world: World, run_dir: Path, recipe: str, *,
                  last: str = "last.pt", tensorboard: Path | None = None) -> None:  # fmt: skip
-        self.position = Position()
+        self.position, self.exit_code = Position(), DONE
         self._config, self._world, self._dir, self._recipe = config, world, run_dir, recipe
         self._options, self._plan = config.run, Plan(0)
         self._last, self._board = run_dir / last, tensorboard
-        self._stop_every = 1 if world.device.type == "cpu" else 20  # the exchange waits for the GPU
-        self._stop, self._stopped_by, self._decision = StopRequest(), 0, Decision()
+        self._stopped_by, self._decision, self._parts = 0, Decision(), Parts()
+        self._is_begun = self._listens = False
         self._unsaved = ""  # why the newest checkpoint is not on the disk
         self._before: dict[str, str] = {}  # files of the run that is to be continued
         self._share = Share()
@@ -68,8 +85,7 @@ class Run:
 
     def __enter__(self) -> Run:
         try:
-            self._stop.has_loop = False
-            self._stop.install()
+            self._listens = stop.listen()
             if self._world.is_main:
                 self._begin()
             self._decision = distributed.broadcast_object(self._decision, self._world)
@@ -84,7 +100,7 @@ class Run:
 
         Raises UserError when it does not fit or, named explicitly, cannot be read.
         """
-        self._plan = plan
+        self._plan, self._parts = plan, parts
         self.position = resume.continue_from(
             self._decision, parts, self._world,
             total_steps=plan.total_steps, allow_reshard=self._options.allow_reshard,
@@ -94,8 +110,91 @@ class Run:
             checkpoint.check_space(self._dir, size, self._options.keep)
             board = self._board or self._dir / "tensorboard"
             self._reporter = Reporter(self._dir, board, self._status, plan, self.position)
-        self._stop.has_loop = True
+        stop.hold()
+        distributed.barrier(self._world)
+        stop.all_hold()
+        self._is_begun = True
         return self.position
+
+    def epochs(self, count: int) -> Iterator[int]:
+        """The epochs that are left, from 0; each ends with `end_epoch`, where the loop did not."""
+        while self.position.epoch < count:
+            epoch = self.position.epoch
+            yield epoch
+            if self.position.epoch == epoch:
+                self.end_epoch()
+
+    def end_epoch(self) -> None:
+        """The epoch is over, its validation and decisions too: save."""
+        self.position.next_epoch()
+        self.save()
+
+    def batches(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        *,
+        workers: int,
+        collate: Callable[[list[Any]], Any] | None = None,
+        with_rest: bool = False,
+    ) -> DataLoader[Any]:
+        """This rank's batches of the epoch that are left; the arguments are make_loader's."""
+        return make_loader(
+            dataset, batch_size, self._world, seed=self._options.seed, workers=workers,
+            epoch=self.position.epoch, offset=self.position.batch, collate=collate,
+            with_rest=with_rest,
+        )  # fmt: skip
+
+    def step(
+        self, values: Mapping[str, float | Tensor], **splits: Mapping[str, float | Tensor]
+    ) -> None:
+        """An optimizer step is done: report it, save when that is due, leave when asked to.
+
+        splits: what else was measured at this step, under the names of the records; may be empty.
+        """
+        self.position.advance()
+        self.log(values)
+        for split, others in splits.items():
+            if others:
+                self.log(others, split)
+        is_asked = self._is_asked()
+        if is_asked or self.position.step % self._options.save_every == 0:
+            self.save()
+        if is_asked:
+            self._leave()
+
+    def watched(self, batches: DataLoader[T], what: str) -> Iterator[T]:
+        """`batches` of a part without steps, while the status says how far it is.
+
+        A stop, of which the ranks may hear between different batches, ends the loop early on each,
+        and is taken where all have ended theirs. No collective belongs into the loop. The state is
+        that of the last save: save before, where something was trained since.
+        """
+        for number, batch in enumerate(batches):
+            if distributed.tell_all(stop.number() != 0, self._world):
+                break
+            self.beat(what, number, len(batches))
+            yield batch
+        self.leave_if_asked()
+
+    @contextlib.contextmanager
+    def for_all(self) -> Iterator[None]:
+        """A part that rank 0 does for all ranks, which come here too.
+
+        Raised within it on rank 0, Stopped leaves it, and then the run's block on every rank.
+        """
+        with contextlib.suppress(Stopped):
+            yield
+        self.leave_if_asked()
+
+    def leave_if_asked(self) -> None:
+        """Leave the block when a rank was asked to stop; a collective."""
+        if self._is_asked():
+            self._leave()
+
+    def _leave(self) -> NoReturn:
+        step, total = self.position.step, self._plan.total_steps
+        raise Stopped(f"stopped at step {step} of {total}, and saved")
 
     def log(self, values: Mapping[str, float | Tensor], split: str = "train") -> None:
         """Report the step just done; recorded, averaged over the ranks, every `log_every` steps.
@@ -125,26 +224,20 @@ class Run:
             if self._status.is_due:
                 self._status.write(doing=said)
 
-    def should_stop(self, *, at_once: bool = False) -> bool:
-        """Whether any rank was asked to stop; the same answer on every rank, between steps.
-
-        at_once: ask at every call; else several GPUs are asked every 20 steps.
-        """
-        if self._world.size == 1:
-            self._stopped_by = self._stop.number
-        elif self._stopped_by == 0 and (at_once or self.position.step % self._stop_every == 0):
-            self._stopped_by = distributed.largest(self._stop.number, self._world)
+    def _is_asked(self) -> bool:
+        """Whether any rank was asked to stop; the same answer on every rank."""
+        self._stopped_by = self._stopped_by or distributed.largest(stop.number(), self._world)
         return self._stopped_by != 0
 
-    def save(self, parts: Parts) -> bool:
+    def save(self) -> bool:
         """Write a checkpoint of this position; whether it is on the disk, the same on every rank.
 
         A disk that refuses it is a warning, and NotSavedError when the run is stopping or
         --on-full-disk says stop.
         """
-        checkpoint.collect(parts)
-        generators = distributed.gather_objects(seed.get_state(), self._world)
-        problem = self._write(parts, generators) if self._world.is_main else None
+        checkpoint.collect(self._parts)
+        state = self.state()
+        problem = self._write(state) if self._world.is_main else None
         problem = distributed.broadcast_object(problem, self._world)
         self._unsaved = problem or ""
         if problem and (self._stopped_by or self._options.on_full_disk == "stop"):
@@ -155,14 +248,24 @@ class Run:
             )
         return not problem
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of this position, on rank 0; {} on the others. A collective.
+
+        Parts of which every rank holds its own piece are as they were at the last save.
+        """
+        generators = distributed.gather_objects(seed.get_state(), self._world)
+        if not self._world.is_main:
+            return {}
+        return checkpoint.snapshot(self._parts, self.position, generators)
+
     def finish(
         self,
         *,
         result: dict[str, Any] | None = None,
         outputs: list[str] | None = None,
         reason: str = "",
-    ) -> int:
-        """Close the run as done, or as stopped and saved; its exit code. The last verb.
+    ) -> None:
+        """Close the run as done, or as stopped and saved: `exit_code`. The last verb.
 
         result: {name, before, after, higher_is_better}; if known {unit, n, chance, majority}.
         reason: why it is done, for people.
@@ -170,11 +273,12 @@ class Run:
         """
         if self._unsaved:
             raise outcome.NotSavedError(self._unsaved)
+        self._is_asked()  # also of a stop in the last evaluation all shall hear
         step, total = self.position.step, self._plan.total_steps
         code, state, reason = DONE, "done", reason or f"{step} steps"
         if self._stopped_by:
-            code, state = exit_code_for(self._stopped_by), "stopped"
-            name = name_of(self._stopped_by)
+            code, state = stop.exit_code_for(self._stopped_by), "stopped"
+            name = stop.name_of(self._stopped_by)
             how = run_directory.how_to_continue(self._options)
             reason = f"{name}: saved at step {step} of {total}; {how}"
         if self._reporter:
@@ -183,21 +287,29 @@ class Run:
                 self.position, **ending, result=result, outputs=outputs or []
             )
         distributed.barrier(self._world)  # nobody leaves before the files are whole
-        return code
+        self.exit_code = code
 
     def __exit__(
         self,
         kind: type[BaseException] | None,
         error: BaseException | None,
         _trace: TracebackType | None,
-    ) -> None:
+    ) -> bool:
         try:
+            if isinstance(error, Stopped):
+                self.finish()
             if self._reporter:
                 self._reporter.close()
-            if error is not None:
-                self._close_after(error)
+            if error is None or isinstance(error, Stopped):
+                distributed.cleanup(self._world)
+                return True
+            self._close_after(error)
+        except BaseException as late:
+            self._close_after(late)
+            raise
         finally:
             self._let_go()
+        return False
 
     def _begin(self) -> None:
         """Take the directory, move aside an older run that is not continued, say what begins."""
@@ -220,26 +332,24 @@ class Run:
         self._status.write(reason="models and data are being loaded")
 
     def _let_go(self) -> None:
-        self._stop.remove()
+        if self._listens:
+            stop.release()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def _close_after(self, error: BaseException) -> None:
         """Say in the status how the run broke; of several processes only the launcher knows."""
-        if isinstance(error, UserError) and not self._stop.has_loop:
+        if isinstance(error, UserError) and not self._is_begun:
             run_directory.put_back(self._dir, self._before)  # refused: the run there is as it was
         if self._plan.total_steps:
             error.add_note(f"at step {self.position.step + 1} of {self._plan.total_steps}")
         failure = outcome.failure_of(error)
-        is_stopped = failure.kind == "stopped"
-        if self._status and (self._world.size == 1 or is_stopped):
-            state = "stopped" if is_stopped else "failed"
-            status.close(self._dir, failure.code, failure.message, state)
+        if self._status and self._world.size == 1:
+            status.close(self._dir, failure.code, failure.message)
 
-    def _write(self, parts: Parts, generators: list[dict[str, Any]]) -> str | None:
+    def _write(self, state: dict[str, Any]) -> str | None:
         """Write the checkpoint; what went wrong, if the disk refused it."""
-        state = checkpoint.snapshot(parts, self.position, generators)
         try:
             checkpoint.save(self._last, state, self._options.keep)
         except OSError as error:

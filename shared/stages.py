@@ -23,13 +23,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from shared import lock, outcome, terminal
+from shared import lock, outcome, stop, terminal
 from shared.child import Child
 from shared.config import option
 from shared.errors import DONE, FAILED, MissingToolError, UserError, did_you_mean, one_line
 from shared.files import read_object, write_json
 from shared.progress import clock
-from shared.signals import exit_code_for, name_of
 from shared.status import Status, now
 
 log = logging.getLogger(__name__)
@@ -174,7 +173,7 @@ def _run(stage: Stage, child: Child) -> int:
 def _call(stage: Stage, child: Child) -> int:
     command = stage.command() if callable(stage.command) else stage.command
     if isinstance(command, int):  # of a function: Ctrl-C ends the programs that it asks
-        return exit_code_for(child.stopped_by) if command and child.stopped_by else command
+        return stop.exit_code_for(child.stopped_by) if command and child.stopped_by else command
     log.info("%s", shlex.join(map(str, command)))
     try:
         return child.run(command)
@@ -185,7 +184,9 @@ def _call(stage: Stage, child: Child) -> int:
 def _state(code: int, child: Child) -> str:
     if code == DONE:
         return "done"
-    return "stopped" if child.stopped_by and code == exit_code_for(child.stopped_by) else "failed"
+    return (
+        "stopped" if child.stopped_by and code == stop.exit_code_for(child.stopped_by) else "failed"
+    )
 
 
 def _conclude(
@@ -197,8 +198,8 @@ def _conclude(
     failed = [stage for stage in stages if rows[stage.name][0] == "failed"]
     code, reason = DONE, f"{len(stages)} stages"
     if stopped_by and all(stage.optional for stage in failed):
-        code = exit_code_for(stopped_by)
-        reason = f"{name_of(stopped_by)}; the same command continues"
+        code = stop.exit_code_for(stopped_by)
+        reason = f"{stop.name_of(stopped_by)}; the same command continues"
     elif failed:  # one that ended the chain is the last
         code = int(rows[failed[-1].name][2])
         names = ", ".join(stage.name for stage in failed)

@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
-from shared import outcome, processes
+from shared import outcome, processes, stop
 from shared.config import ProcessOptions
 from shared.errors import DONE, FAILED, INTERRUPTED, STOPPED, UserError, one_line
 from shared.files import read_json, read_object
@@ -32,13 +35,16 @@ _SAME_REQUEST = 0.5  # seconds in which a repeated signal is the same one (SLURM
 
 def supervise(argv: list[str], options: ProcessOptions, count: int) -> int:
     """Run this script in `count` processes on this host; the exit code of the whole run."""
+    # slow to import; a signal that comes meanwhile ends this process, as before it
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
     with tempfile.TemporaryDirectory(prefix="launch-") as notes:
         os.environ[outcome.NOTES] = notes
         os.environ[outcome.LAUNCHER_PID] = str(os.getpid())
         # without it, restarted processes meet the addresses of the dead ones (pytorch#135712)
         os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         os.environ.setdefault("OMP_NUM_THREADS", "1")
-        stops = Stops(Path(notes))
+        stops = Stops(Path(notes), SignalException)
         try:
             agent_options = _agent_options(options, count, notes)
             stops.install()
@@ -50,29 +56,43 @@ def supervise(argv: list[str], options: ProcessOptions, count: int) -> int:
 
 
 class Stops:
-    """The launcher's signals: the first lets the workers save and leave, the second kills them."""
+    """The launcher's signals: the first lets the workers save and leave, the second kills them.
 
-    def __init__(self, notes: Path) -> None:
+    Where no worker has anything to save, the first one ends all of them at once.
+    """
+
+    def __init__(self, notes: Path, leave: Callable[[str, signal.Signals], BaseException]) -> None:
+        """leave: makes the exception by which the elastic agent stops its workers."""
         self.first: signal.Signals | None = None
         self._at = 0.0
-        self._notes = notes
+        self._notes, self._leave = notes, leave
 
     def install(self) -> None:
         """Take these signals from now on; one that is ignored stays so."""
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in stop.SIGNALS:
             if signal.getsignal(number) is not signal.SIG_IGN:  # under nohup SIGHUP stays ignored
                 signal.signal(number, self._receive)
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
-        from torch.distributed.elastic.multiprocessing.api import SignalException
-
         if self.first is None:
             self.first, self._at = signal.Signals(number), time.monotonic()
+            if not (self._notes / stop.HELD).exists():
+                self._end_now()
             log.info("%s: saving and stopping; once more to end at once", self.first.name)
-            raise SignalException(f"received {self.first.name}", self.first)
+            raise self._leave(f"received {self.first.name}", self.first)
         if time.monotonic() - self._at > _SAME_REQUEST:
             log.warning("second signal: ending at once")
             self.kill_workers()
+
+    def _end_now(self) -> NoReturn:
+        """No worker has anything to save."""
+        assert self.first is not None
+        self.kill_workers()
+        run_dir = read_json(self._notes / "run_dir.json")
+        if isinstance(run_dir, str):
+            outcome.announce(Path(run_dir))
+        shutil.rmtree(self._notes, ignore_errors=True)
+        stop.end_now(stop.exit_code_for(self.first), self.first.name)
 
     def kill_workers(self) -> None:
         """SIGKILL to every worker's process group that still lives."""

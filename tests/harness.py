@@ -35,7 +35,7 @@ from unittest import mock
 
 import torch
 
-from shared import checkpoint
+from shared import checkpoint, stop
 from shared.launch import launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -192,6 +192,7 @@ def run_here(main: Callable[[list[str]], int], args: Sequence[object]) -> Outcom
             code = launch(main)
         finally:
             root.handlers[:], root.level = handlers, level
+            stop.release()  # a process of its own ends here
     stream.flush()
     return Outcome(code, cast(io.BytesIO, stream.buffer).getvalue().decode())
 

@@ -18,6 +18,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared import page, report
 from shared.config import option, parse
 from shared.errors import DONE, INTERRUPTED, STOPPED

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from shared import checkpoint, distributed
+from shared import checkpoint
 from shared.checkpoint import Position
 from shared.distributed import World
 from shared.files import write_atomic
@@ -51,7 +51,7 @@ class TrainLines:
 
     def __init__(self, interval: int, steps_per_epoch: int, epochs: int, world: World) -> None:
         self._interval, self._steps, self._epochs = interval, steps_per_epoch, epochs
-        self._world, self._loss = world, Mean(world.device)
+        self._world, self._loss = world, Mean(world)
         self._total_time, self._total_steps = 0.0, 0
         self.restart()
 
@@ -66,24 +66,25 @@ class TrainLines:
         self._waited += time.monotonic() - self._mark
 
     def step_done(self, position: Position, loss: Tensor, lr: float) -> None:
-        """Count the step that `position` has just advanced over."""
+        """Count the step that was just done, of which `position` does not know yet."""
         self._loss.add(loss)
         self._count += 1
         self._mark = time.monotonic()
-        if position.batch % self._interval == 0 or position.batch == self._steps:
+        batch = position.batch + 1
+        if batch % self._interval == 0 or batch == self._steps:
             self._write(position, lr)
             self.restart()
 
     def _write(self, position: Position, lr: float) -> None:
-        loss = self._loss.of(distributed.total(self._loss.sums, self._world))
+        loss = self._loss.value()
         seconds = time.monotonic() - self._began
         self._total_time += seconds
         self._total_steps += self._count
-        left = self._epochs * self._steps - position.step
+        left = self._epochs * self._steps - position.step - 1
         eta = timedelta(seconds=int(left * self._total_time / self._total_steps))
         width = len(str(self._steps))
         line = (
-            f"Epoch(train) [{position.epoch + 1}][{position.batch:{width}d}/{self._steps}]  "
+            f"Epoch(train) [{position.epoch + 1}][{position.batch + 1:{width}d}/{self._steps}]  "
             f"lr: {lr:.4e}  eta: {eta}  time: {seconds / self._count:.4f}  "
             f"data_time: {self._waited / self._count:.4f}  "
         )

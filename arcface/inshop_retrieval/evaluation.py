@@ -34,6 +34,8 @@ from shared.sampling import eval_indices
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from shared.run import Run
+
 Context = Callable[[], AbstractContextManager[Any]]
 PROTOCOL = {
     "unit": "percent",
@@ -121,18 +123,19 @@ class Row:
 def evaluate(
     encoder: Encoder, preprocess: Preprocess, query: Split, gallery: Split, world: World, *,
     autocast: Context = nullcontext, recall_at: tuple[int, ...] = (), map_at: tuple[int, ...] = (),
+    run: Run | None = None,
 ) -> Outcome:  # fmt: skip
     """Recall@k and mAP@k of the query pictures in the gallery, the same on every rank.
 
     Both splits number their items alike (InShop). Pictures that cannot be read are left out.
     recall_at, map_at: depths beside those that are always reported, and before them in the order of
-    the metrics. The encoder is left in the mode it came in. Raises UserError when no query has an
-    item of the gallery.
+    the metrics. run: may be stopped meanwhile. The encoder is left in the mode it came in. Raises
+    UserError when no query has an item of the gallery.
     """
     began = time.monotonic()
     was_training = encoder.training
     encoder.eval()
-    embed = Embedder(encoder, preprocess, world, autocast)
+    embed = Embedder(encoder, preprocess, world, autocast, run)
     gallery_rows, gallery_places = embed.all(gallery)
     query_rows, query_places = embed.all(query)
     encoder.train(was_training)
@@ -153,10 +156,11 @@ class Embedder:
     """Embeds splits with all ranks; waited, batches: of the split that came last."""
 
     def __init__(
-        self, encoder: Encoder, preprocess: Preprocess, world: World, autocast: Context
-    ) -> None:
+        self, encoder: Encoder, preprocess: Preprocess, world: World, autocast: Context,
+        run: Run | None = None,
+    ) -> None:  # fmt: skip
         self._encoder, self._preprocess = encoder, preprocess
-        self._world, self._autocast = world, autocast
+        self._world, self._autocast, self._run = world, autocast, run
         self.waited, self.batches = 0.0, 0
 
     def all(self, split: Split) -> tuple[Tensor, Tensor]:
@@ -180,7 +184,8 @@ class Embedder:
         rows = [torch.empty(0, self._encoder.dim, device=device)]
         readable = [torch.empty(0, dtype=torch.uint8)]
         self.waited, self.batches, mark = 0.0, len(loader), time.monotonic()
-        for batch in loader:
+        what = "validation: batch"
+        for batch in self._run.watched(loader, what) if self._run else loader:
             self.waited += time.monotonic() - mark
             rows.append(self._embed(batch.images.to(device, non_blocking=True)))
             readable.append((batch.indices != LEFT_OUT).to(torch.uint8))

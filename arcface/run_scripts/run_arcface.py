@@ -141,8 +141,7 @@ def train(cfg: Config, settings: Settings) -> int:
     from arcface.inshop_retrieval import encoders, epochs, evaluation, schedule
     from arcface.inshop_retrieval.inshop import collate
     from arcface.inshop_retrieval.partial_fc import CentreRows
-    from shared import checkpoint, distributed, seed
-    from shared.loader import make_loader
+    from shared import checkpoint, distributed
     from shared.reporter import Plan
     from shared.run import Run
     from shared.sampling import steps_per_epoch
@@ -179,7 +178,8 @@ def train(cfg: Config, settings: Settings) -> int:
                  "head": rows or head, "amp": amp, "record": record}  # fmt: skip
         score = partial(evaluation.evaluate, encoder, preprocess, *test, world,
                         autocast=amp.autocast if recipe.val_amp else amp.full_precision,
-                        recall_at=recipe.depths("Recall"), map_at=recipe.depths("mAP"))  # fmt: skip
+                        recall_at=recipe.depths("Recall"), map_at=recipe.depths("mAP"),
+                        run=run)  # fmt: skip
         plan = Plan(recipe.epochs * steps, batch_size, lines=False, data=_counts(pictures, test))
         position = run.restore(parts, plan)
         checkpoint.collect(parts)
@@ -191,14 +191,12 @@ def train(cfg: Config, settings: Settings) -> int:
         if test and recipe.val_before_train and position.step == 0:
             record.before = _validated(run, score())
 
-        while position.epoch < recipe.epochs:
+        for epoch in run.epochs(recipe.epochs):
             embed.train()
             arcface.train()
             lines.restart()
-            loader = make_loader(pictures, recipe.train.batch_size, world, seed=cfg.run.seed,
-                                 workers=recipe.train.workers, epoch=position.epoch,
-                                 offset=position.batch, collate=collate)  # fmt: skip
-            for batch in loader:
+            for batch in run.batches(pictures, recipe.train.batch_size, collate=collate,
+                                     workers=recipe.train.workers):  # fmt: skip
                 lines.batch_arrived()
                 images, labels, flipped = batch.on(world.device)
                 lr = rate.set(position.step)
@@ -210,31 +208,26 @@ def train(cfg: Config, settings: Settings) -> int:
                 loss = loss.detach()  # its graph must not outlive the sampled centres
                 amp.step(optimizer, schedule.parameters(optimizer), clip_norm=recipe.largest_norm,
                          sharded=(head_optimizer, world) if head_optimizer else None)  # fmt: skip
-                position.advance()
                 lines.step_done(position, loss, lr)
-                run.log({"loss": loss, "lr": lr})
-                stop = run.should_stop()
-                if stop or position.step % cfg.run.save_every == 0:
-                    run.save(parts)
-                if stop:
-                    return run.finish()
+                run.step({"loss": loss, "lr": lr})
 
+            is_validated = bool(test) and recipe.is_validated(epoch + 1)
+            if is_validated:
+                run.save()  # a stop in the validation loses nothing
             statistics.average()
-            if test and recipe.is_validated(position.epoch + 1):
+            if is_validated:
                 metrics = _validated(run, score())
-                if record.update(metrics, position.epoch + 1, recipe.best):
+                if record.update(metrics, epoch + 1, recipe.best):
                     run.log(epochs.in_percent(metrics), split="best")
-            position.next_epoch()
-            run.save(parts)
-            generators = distributed.gather_objects(seed.get_state(), world)
+            run.end_epoch()
+            state = run.state()
             if world.is_main and recipe.is_saved(position.epoch):
-                files.write_epoch(position, checkpoint.snapshot(parts, position, generators))
+                files.write_epoch(position, state)
             if world.is_main and record.best_epoch == position.epoch:
                 files.write_best(record, weights)
         result = record.result(evaluation.by_chance(*test))
-        code = run.finish(result=result, outputs=[str(path) for path in files.all()])
-    distributed.cleanup(world)
-    return code
+        run.finish(result=result, outputs=[str(path) for path in files.all()])
+    return run.exit_code
 
 
 # --- what the training is built from --------------------------------------------------------------

@@ -27,6 +27,11 @@ from urllib.parse import urlsplit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.config import option, parse
 from shared.errors import DONE, FAILED, UserError
 from shared.launch import launch_alone
@@ -37,7 +42,6 @@ if TYPE_CHECKING:  # httpx and the reader of pictures come after the input is ch
     from lavic.src.catalogue import Picture
     from lavic.src.vision.fetch import Fetcher
     from lavic.src.vision.picture_store import Failures, Folder
-    from shared.signals import StopRequest
     from shared.web import TransientError
 
 log = logging.getLogger(__name__)
@@ -99,21 +103,19 @@ def main(argv: list[str] | None = None) -> int:
 def crawl(cfg: Config, pictures: list[Picture]) -> int:
     """Fetch what is not there whole; the exit code."""
     from lavic.src.vision.picture_store import FAILURES, FOLDERS, Failures, Folder, take_lock
-    from shared.signals import StopRequest
 
-    release, stop = take_lock(cfg.data_root), StopRequest()
-    stop.install()
+    release = take_lock(cfg.data_root)
+    stop.hold()
     try:
         folders = {split: Folder(cfg.data_root / FOLDERS[split]) for split in cfg.item_files()}
         failures = Failures(cfg.data_root / FAILURES, set(folders))
-        missing = _missing(pictures, folders, cfg.workers, stop)
-        crawler = Crawler(cfg, folders, failures, stop)
+        missing = _missing(pictures, folders, cfg.workers)
+        crawler = Crawler(cfg, folders, failures)
         crawler.run(missing)
         for sink in (*folders.values(), failures):
             sink.close()
-        return _conclude(cfg, crawler, len(pictures), len(missing), stop)
+        return _conclude(cfg, crawler, len(pictures), len(missing))
     finally:
-        stop.remove()
         release()
 
 
@@ -146,10 +148,8 @@ class Tally:
 class Crawler:
     """Fetches pictures by a pool of threads for each host, `workers` requests at a time in all."""
 
-    def __init__(
-        self, cfg: Config, folders: dict[str, Folder], failures: Failures, stop: StopRequest
-    ) -> None:
-        self._cfg, self._folders, self._failures, self._stop = cfg, folders, failures, stop
+    def __init__(self, cfg: Config, folders: dict[str, Folder], failures: Failures) -> None:
+        self._cfg, self._folders, self._failures = cfg, folders, failures
         self._slots, self._lock = threading.Semaphore(cfg.workers), threading.Lock()
         self._ending = threading.Event()
         self.tally, self.seconds = Tally(), 0.0
@@ -176,7 +176,7 @@ class Crawler:
             for thread in threads:
                 thread.start()
             self._watch(threads, len(missing))
-        if self.error and not self._stop.number:
+        if self.error and not stop.number():
             raise self.error
 
     def _watch(self, threads: list[threading.Thread], total: int) -> None:
@@ -185,7 +185,7 @@ class Crawler:
         while any(thread.is_alive() for thread in threads):
             time.sleep(0.05)
             now = time.monotonic()
-            if self._stop.number or self.error:
+            if stop.number() or self.error:
                 self._ending.set()
                 stopped_at = min(stopped_at, now)
             if now - stopped_at > LAST_BYTES:
@@ -296,14 +296,12 @@ class Crawler:
 # --- what is there, and what came of it -----------------------------------------------------------
 
 
-def _missing(
-    pictures: list[Picture], folders: dict[str, Folder], workers: int, stop: StopRequest
-) -> list[Picture]:
+def _missing(pictures: list[Picture], folders: dict[str, Folder], workers: int) -> list[Picture]:
     """Those that are not there whole; files not known yet are decoded, by several threads."""
     began = line_at = time.monotonic()
 
     def is_there(picture: Picture) -> bool:
-        if stop.number or picture.problem:
+        if stop.number() or picture.problem:
             return False
         return folders[picture.split].holds(picture.name)
 
@@ -333,11 +331,10 @@ def _rate(tally: Tally, seconds: float) -> str:
     return f"{tally.fetched / seconds:.1f} pictures/s | {tally.num_bytes / seconds / 1e6:.2f} MB/s"
 
 
-def _conclude(cfg: Config, crawler: Crawler, total: int, missing: int, stop: StopRequest) -> int:
+def _conclude(cfg: Config, crawler: Crawler, total: int, missing: int) -> int:
     """Say what came of it; the exit code."""
     from lavic.src.vision.picture_store import FAILURES
     from shared.images import printable
-    from shared.signals import exit_code_for, name_of
 
     tally = crawler.tally
     log.info(
@@ -349,9 +346,9 @@ def _conclude(cfg: Config, crawler: Crawler, total: int, missing: int, stop: Sto
         log.info("  %6d x %s", count, printable(reason))
     if tally.failed:
         log.info("each with its reason in %s", cfg.data_root / FAILURES)
-    if stop.number:
-        log.info("%s: stopped; the same command continues", name_of(stop.number))
-        return exit_code_for(stop.number)
+    if stop.number():
+        log.info("%s: stopped; the same command continues", stop.name_of(stop.number()))
+        return stop.exit_code_for(stop.number())
     if tally.may_come:
         log.warning("%d of them may come yet: type the same command again", tally.may_come)
     return FAILED if tally.may_come or tally.failed == total else DONE

@@ -22,6 +22,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.config import ToolOptions, option, parse
 from shared.errors import UserError
 from shared.files import make_output, read_object, write_json
@@ -186,7 +191,7 @@ def _of_vision(cfg: Config, adapter: Path, world: Any) -> Results:
     from shared.images import Skipped
     from shared.loader import make_eval_loader
     from shared.precision import Amp
-    from shared.progress import Share
+    from shared.progress import shown
 
     file = cfg.data_root / "item2meta_valid.jsonl"
     samples = read_samples(file, cfg.data_root / "valid_images").usable[: cfg.limit]
@@ -211,9 +216,7 @@ def _of_vision(cfg: Config, adapter: Path, world: Any) -> Results:
             return caption_nll(llava, batch.to(world.device), item_ids, None)
 
     skipped = Skipped("samples")
-    found = mean_nll(loader, nll_of, world, skipped, Share().text)
-    assert found
-    loss, tokens = found
+    loss, tokens = mean_nll(shown(loader, "validation: batch"), nll_of, world, skipped)
     metrics = {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700.0))}
     counts = {"samples": len(samples) - skipped.count, "tokens": tokens, "left_out": skipped.count}
     return metrics, counts, {"model_name": base_name, "slots": slots}
@@ -228,6 +231,7 @@ def _of_recommender(cfg: Config, adapter: Path, world: Any, out: Path) -> Result
     from lavic.src.vision.adapters import load_adapter
     from lavic.src.vision.model import pad_id, precision
     from shared.loader import make_eval_loader
+    from shared.progress import shown
 
     about = read_object(adapter / ABOUT)
     if not {"candidate_type", "category", "max_length", "slots"} <= about.keys():
@@ -247,8 +251,8 @@ def _of_recommender(cfg: Config, adapter: Path, world: Any, out: Path) -> Result
     collate = partial(prompts.collate_generation, pad_id=pad_id(processor.tokenizer))
     asked = prompts.Prompts(talks.asked, encoder)
     batches = make_eval_loader(asked, cfg.batch_size, world, collate=collate)
-    outcome = evaluation.answer(recommender, test, batches, processor.tokenizer, world)
-    assert outcome
+    shown_batches = shown(batches, "test: batch")
+    outcome = evaluation.answer(recommender, test, shown_batches, processor.tokenizer, world)
     log.info(outcome.line())
     results.write_answers(out / f"test_results_{kind}.jsonl", kind, outcome)
     counts = outcome.counts | {"without_picture": len(vectors.without)}

@@ -14,11 +14,15 @@ import logging
 import os
 import sys
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
+
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
 
 from shared.config import RunOptions, free, option, parse
 from shared.errors import UserError
@@ -154,7 +158,7 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
     from shared import distributed
     from shared.early_stopping import has_stalled
     from shared.images import Skipped
-    from shared.loader import make_eval_loader, make_loader
+    from shared.loader import make_eval_loader
     from shared.precision import Amp
     from shared.reporter import Plan
     from shared.run import Run
@@ -182,16 +186,16 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
             with amp.autocast():
                 return caption_loss.caption_nll(llava, batch.to(world.device), item_ids, start)
 
-        def validate() -> float | None:
+        def validate() -> float:
             llava.eval()
             rest = make_eval_loader(val_set, cfg.batch_size, world, workers=cfg.num_workers,
                                     collate=collate)  # fmt: skip
-            stop_now = partial(run.should_stop, at_once=True)
-            return _reported(run, mean_nll(rest, nll_of, world, skipped, run.beat, stop_now))
+            held_out = run.watched(rest, "validation: batch")
+            return _reported(run, mean_nll(held_out, nll_of, world, skipped)[0])
 
         trained = list(adapters.adapter_parameters(llava).values())
         optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
-        sums, best, skipped = Sums(world.device), Best(), Skipped("samples")
+        sums, best, skipped = Sums(world), Best(), Skipped("samples")
         parts = {"adapter": adapters.AdapterState(llava), "optimizer": optimizer, "amp": amp,
                  "samples": SameData("samples", (one.text for one in samples)),
                  "tally": sums, "best": best}  # fmt: skip
@@ -199,18 +203,15 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
         a_step = cfg.samples_per_step * world.size
         position = run.restore(parts, Plan(cfg.num_epochs * steps, a_step, data=counts))
         if cfg.validate_before_training and position.step == 0:
+            run.save()  # a stop in the validation finds a checkpoint
             best.before = validate()
-            if best.before is None:  # a stop signal
-                run.save(parts)
-                return run.finish()
 
-        while position.epoch < cfg.num_epochs and not has_stalled(
-            best.epoch, position.epoch, cfg.patience
-        ):
+        for epoch in run.epochs(cfg.num_epochs):
+            if has_stalled(best.epoch, epoch, cfg.patience):
+                break
             model.train_vision(llava)
-            for step in make_loader(train_set, cfg.samples_per_step, world, seed=cfg.run.seed,
-                                    workers=cfg.num_workers, epoch=position.epoch, with_rest=True,
-                                    offset=position.batch, collate=collate):  # fmt: skip
+            for step in run.batches(train_set, cfg.samples_per_step, workers=cfg.num_workers,
+                                    collate=collate, with_rest=True):  # fmt: skip
                 labels = int(distributed.total(torch.tensor(step.num_labels), world))
                 loss, norm = torch.zeros((), device=world.device), 0.0
                 for batch in step.batches:
@@ -221,30 +222,17 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
                     sum_gradients(trained, world)
                     norm = amp.step(optimizer, trained, clip_norm=CLIP_NORM)
                 _count(step, loss * labels, sums, skipped)
-                position.advance()
-                # run.log takes the mean over the processes, of which these are sums
+                # the log takes the mean over the processes, of which these are sums
                 shown = {"train_loss": loss * world.size, "skipped": sums.left_out * world.size}
-                run.log(shown | {"lr": cfg.lr, "grad_norm": norm})
-                stop = run.should_stop()
-                if stop or position.step % cfg.run.save_every == 0:
-                    sums.share(world)
-                    run.save(parts)
-                if stop:
-                    return run.finish()
-            sums.share(world)
-            run.save(parts)  # a stop in the validation loses nothing
-            _conclude(cfg, run, *sums.conclude(world))
+                run.step(shown | {"lr": cfg.lr, "grad_norm": norm})
+            run.save()  # a stop in the validation loses nothing
+            _conclude(cfg, run, *sums.conclude())
             loss = validate()
-            if loss is None:
-                return run.finish()
-            _write_figures(cfg, world, loss, position.epoch + 1)
-            if best.update(loss, position.epoch + 1):
+            _write_figures(cfg, world, loss, epoch + 1)
+            if best.update(loss, epoch + 1):
                 _keep(cfg, run, world, best, llava, processor)
-            position.next_epoch()
-            run.save(parts)
-        code = run.finish(result=_result(best), outputs=[str(cfg.adapter_dir)])
-    distributed.cleanup(world)
-    return code
+        run.finish(result=_result(best), outputs=[str(cfg.adapter_dir)])
+    return run.exit_code
 
 
 def _read_samples(cfg: Config) -> tuple[list[Sample], list[Sample]]:
@@ -284,13 +272,10 @@ def _build(cfg: Config, world: World) -> tuple[Any, Any, list[int], str]:
     return llava, processor, item_ids, amp_mode
 
 
-def _reported(run: Run, found: tuple[float, int] | None) -> float | None:
-    """The loss of a validation, logged; None of one that was stopped."""
+def _reported(run: Run, loss: float) -> float:
+    """The loss of a validation, logged."""
     from lavic.src.vision.training import perplexity
 
-    if found is None:
-        return None
-    loss, _ = found
     run.log({"val_loss": loss, "val_perplexity": perplexity(loss)}, split="val")
     log.info("val_loss %.4f | val_perplexity %.4f", loss, perplexity(loss))
     return loss

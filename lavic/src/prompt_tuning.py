@@ -21,6 +21,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.config import RunOptions, free, option, parse
 from shared.errors import UserError
 from shared.files import open_lock, write_json
@@ -157,7 +162,7 @@ def train(cfg: Config) -> int:
     from lavic.src.vision.training import Best, SameData, perplexity, sum_gradients
     from shared import distributed
     from shared.early_stopping import has_stalled
-    from shared.loader import make_eval_loader, make_loader
+    from shared.loader import make_eval_loader
     from shared.precision import Amp
     from shared.reporter import Plan
     from shared.run import Run
@@ -182,33 +187,29 @@ def train(cfg: Config) -> int:
         parts = {"adapter": adapter, "optimizer": optimizer, "amp": amp, "record": best,
                  "requests": SameData("requests", map(repr, talks.train))}  # fmt: skip
         plan = Plan(cfg.num_epochs * steps, cfg.samples_a_step * world.size, data=talks.counts)
-        position, stop_now = run.restore(parts, plan), partial(run.should_stop, at_once=True)
+        position = run.restore(parts, plan)
         if world.is_main:
             results.keep_summary(cfg.run_dir, earlier)
 
-        def test(when: str) -> Outcome | None:
+        def test(when: str) -> Outcome:
             collate = partial(prompts.collate_generation, pad_id=pad)
             batches = make_eval_loader(test_set, cfg.eval_batch_size, world, collate=collate)
-            found = evaluation.answer(recommender, talks.test, batches, processor.tokenizer,
-                                      world, run.beat, stop_now)  # fmt: skip
+            found = evaluation.answer(recommender, talks.test, run.watched(batches, "test: batch"),
+                                      processor.tokenizer, world)  # fmt: skip
             _report_test(run, found, when)
             return found
 
         if cfg.evaluate_before and position.step == 0:
-            before = test("before training")
-            if before is None:
-                run.save(parts)
-                return run.finish()
-            best.before = before.metrics["recall@1"]
+            run.save()  # a stop in the test finds a checkpoint
+            best.before = test("before training").metrics["recall@1"]
 
-        while position.epoch < cfg.num_epochs and not has_stalled(
-            best.epoch, position.epoch, cfg.patience
-        ):
+        for epoch in run.epochs(cfg.num_epochs):
+            if has_stalled(best.epoch, epoch, cfg.patience):
+                break
             recommender.train()
             collate = partial(prompts.collate_step, size=cfg.batch_size, pad_id=pad)
-            for step in make_loader(train_set, cfg.samples_a_step, world, seed=cfg.run.seed,
-                                    workers=cfg.num_workers, epoch=position.epoch, with_rest=True,
-                                    offset=position.batch, collate=collate):  # fmt: skip
+            for step in run.batches(train_set, cfg.samples_a_step, workers=cfg.num_workers,
+                                    collate=collate, with_rest=True):  # fmt: skip
                 labels = int(distributed.total(torch.tensor(prompts.label_tokens(*step)), world))
                 loss = torch.zeros((), device=world.device)
                 for batch in step:
@@ -218,34 +219,22 @@ def train(cfg: Config) -> int:
                     loss += part.detach()
                 sum_gradients(trained, world)
                 norm = amp.step(optimizer, trained, clip_norm=cfg.clip_norm)
-                position.advance()
-                # run.log takes the mean over the processes, of which the loss is a sum
-                run.log({"train_loss": loss * world.size, "grad_norm": norm, "lr": cfg.lr})
-                stop = run.should_stop()
-                if stop or position.step % cfg.run.save_every == 0:
-                    run.save(parts)
-                if stop:
-                    return run.finish()
+                # the log takes the mean over the processes, of which the loss is a sum
+                run.step({"train_loss": loss * world.size, "grad_norm": norm, "lr": cfg.lr})
 
-            run.save(parts)  # a stop in the validation loses nothing
+            run.save()  # a stop in the validation loses nothing
             collate = partial(prompts.collate_training, pad_id=pad)
             batches = make_eval_loader(val_set, cfg.eval_batch_size, world, collate=collate)
-            loss = evaluation.validation_loss(recommender, batches, world, run.beat, stop_now)
-            if loss is None:
-                return run.finish()
+            held_out = run.watched(batches, "validation: batch")
+            loss = evaluation.validation_loss(recommender, held_out, world)
             _report_epoch(cfg, run, loss, perplexity(loss))
-            if best.update(loss, position.epoch + 1):
+            if best.update(loss, epoch + 1):
                 _keep(cfg, run, world, loss, recommender.model, processor)
-            position.next_epoch()
-            run.save(parts)
 
         _take_best(cfg, adapter, best)
         after = test(f"after epoch {best.epoch}")
-        if after is None:
-            return run.finish()
-        code = run.finish(**_ending(cfg, world, best, after, len(vectors.without)))
-    distributed.cleanup(world)
-    return code
+        run.finish(**_ending(cfg, world, best, after, len(vectors.without)))
+    return run.exit_code
 
 
 # --- data and model -------------------------------------------------------------------------------
@@ -297,11 +286,10 @@ def _build(cfg: Config, run: Run, talks: Talks, world: World) -> tuple[Built, st
 # --- what is written ------------------------------------------------------------------------------
 
 
-def _report_test(run: Run, found: Outcome | None, when: str) -> None:
+def _report_test(run: Run, found: Outcome, when: str) -> None:
     """Log the figures of a test."""
-    if found is not None:
-        run.log({f"test/{n}": value for n, value in found.metrics.items()}, split="test")
-        log.info("%s: %s", when, found.line())
+    run.log({f"test/{n}": value for n, value in found.metrics.items()}, split="test")
+    log.info("%s: %s", when, found.line())
 
 
 def _report_epoch(cfg: Config, run: Run, loss: float, perplexity: float) -> None:

@@ -34,6 +34,7 @@ from shared import status
 from shared.errors import UserError, one_line
 from shared.files import read_json, read_json_lines, write_json, write_text
 from shared.page import write_chart
+from shared.run import Stopped
 
 log = logging.getLogger(__name__)
 
@@ -83,10 +84,12 @@ class Report:
     ) -> None:
         if error is None:
             return
+        if isinstance(error, Stopped):
+            self.close("interrupted", str(error))
+            return
         notes = "".join(f", {note}" for note in getattr(error, "__notes__", []))
-        failed = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
         text = f"{type(error).__name__}: {one_line(error)}{notes}"
-        self._content |= {"status": failed, "reason": text}
+        self._content |= {"status": "failed", "reason": text}
         with contextlib.suppress(OSError):  # a full disk may be what ended the run
             self._finish()
 

@@ -16,12 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
-from shared import logs, run_text, terminal
+from shared import logs, run_text, stop, terminal
 from shared.child import Child
 from shared.errors import DONE, FAILED, INTERRUPTED, STOPPED, USER_ERROR, did_you_mean
 from shared.progress import clock
 from shared.run_status import STALE, View, log_lines, view
-from shared.signals import exit_code_for
 from shared.tools import about
 from shared.tools.about import ROOT, Recipe
 
@@ -94,7 +93,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
                 outcomes.append(run_demo(recipes[name], root, child))
     print("\n".join(summary(outcomes, root)), flush=True)
     if child.stopped_by:
-        return exit_code_for(child.stopped_by)
+        return stop.exit_code_for(child.stopped_by)
     return DONE if all(outcome.ended_well for outcome in outcomes) else FAILED
 
 

@@ -9,6 +9,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.config import RunOptions, option, parse
 from shared.launch import launch
 
@@ -31,6 +36,7 @@ class Config:
         "", "what goes wrong: name@step[@rank],… (see probe_training.py)", scope="free"
     )
     step_ms: float = option(0.0, "milliseconds to sleep a step", scope="free")
+    judge_batches: int = option(0, "batches of an evaluation at the end", scope="free")
     run: RunOptions = field(default_factory=lambda: RunOptions(log_every=1, save_every=5))
 
 

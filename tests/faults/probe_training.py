@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from shared import distributed, seed
 from shared.checkpoint import Parts
 from shared.distributed import World
 from shared.early_stopping import EarlyStopping
-from shared.loader import make_loader
 from shared.precision import Amp
 from shared.reporter import Plan
 from shared.run import Run
@@ -39,78 +39,64 @@ class Points(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
         return self.points[index] + 0.01 * noise * self.augment, self.labels[index]
 
 
+class Repeated(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
+    """`count` times the first point."""
+
+    def __init__(self, points: Points, count: int) -> None:
+        self._points, self._count = points, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self._points[0]
+
+
 def train(cfg: Any, run_dir: Path) -> int:
     """Train the net; the exit code."""
     world = distributed.setup(cfg.run.device, cfg.run.timeout)
     with Run(cfg, world, run_dir, "probe") as run:
-        code = build_and_fit(cfg, world, run)
-    distributed.cleanup(world)
-    return code
+        seed.seed_all(cfg.run.seed)
+        data = Points(cfg.num_points, cfg.augment)
+        net = nn.Sequential(
+            nn.Linear(4, cfg.width), nn.ReLU(), nn.Dropout(cfg.dropout), nn.Linear(cfg.width, 2)
+        ).to(world.device)
+        seed.seed_all(cfg.run.seed, world.rank)
+        optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.epochs)
+        amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
+        stopping = EarlyStopping(cfg.patience or cfg.epochs)
+        parts: Parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "amp": amp,
+                        "stopping": stopping}  # fmt: skip
+        inject(cfg.fault, 0, world, torch.zeros(()))
+        steps = steps_per_epoch(len(data), cfg.batch_size, world.size)
+        run.restore(parts, Plan(cfg.epochs * steps))
+        model, loss = distributed.wrap(net, world), torch.zeros(())
+        for epoch in run.epochs(cfg.epochs):
+            if stopping.should_stop:
+                break
+            for points, labels in run.batches(data, cfg.batch_size, workers=cfg.workers):
+                logits = model(points.to(world.device))
+                loss = nn.functional.cross_entropy(logits, labels.to(world.device))
+                loss = inject(cfg.fault, run.position.step + 1, world, loss)
+                amp.backward(loss)
+                norm = amp.step(optimizer, model.parameters(), clip_norm=1.0)
+                time.sleep(cfg.step_ms / 1000)
+                run.step({"loss": loss, "grad_norm": norm})
+            schedule.step()
+            stopping.update(monitored(cfg.fault, epoch, world, loss))
+        judge(cfg, world, run, data)
+        early = f"stopped early after epoch {run.position.epoch}" if stopping.should_stop else ""
+        result = {"name": "loss", "before": 0.7, "after": 0.1, "higher_is_better": False}
+        run.finish(result=None if early else result, reason=early)
+    return run.exit_code
 
 
-def build_and_fit(cfg: Any, world: World, run: Run) -> int:
-    """Build what is trained, then train it; the exit code."""
-    seed.seed_all(cfg.run.seed)
-    data = Points(cfg.num_points, cfg.augment)
-    net = nn.Sequential(
-        nn.Linear(4, cfg.width), nn.ReLU(), nn.Dropout(cfg.dropout), nn.Linear(cfg.width, 2)
-    ).to(world.device)
-    seed.seed_all(cfg.run.seed, world.rank)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=0.01)
-    parts: Parts = {
-        "model": net,
-        "optimizer": optimizer,
-        "schedule": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, cfg.epochs),
-        "amp": Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps),
-        "stopping": EarlyStopping(cfg.patience or cfg.epochs),
-    }
-    inject(cfg.fault, 0, world, torch.zeros(()))
-    steps = steps_per_epoch(len(data), cfg.batch_size, world.size)
-    return fit(cfg, world, data, parts, (run, Plan(cfg.epochs * steps)))
-
-
-def fit(cfg: Any, world: World, data: Points, parts: Parts, begun: tuple[Run, Plan]) -> int:
-    """The loop; the exit code."""
-    model: Any = distributed.wrap(parts["model"], world)  # type: ignore[arg-type]
-    optimizer: Any = parts["optimizer"]
-    schedule: Any = parts["schedule"]
-    amp: Any = parts["amp"]
-    stopping: Any = parts["stopping"]
-    run, plan = begun
-    position, loss = run.restore(parts, plan), torch.zeros(())
-    while position.epoch < cfg.epochs:
-        loader = make_loader(
-            data,
-            cfg.batch_size,
-            world,
-            seed=cfg.run.seed,
-            workers=cfg.workers,
-            epoch=position.epoch,
-            offset=position.batch,
-        )
-        for points, labels in loader:
-            logits = model(points.to(world.device))
-            loss = nn.functional.cross_entropy(logits, labels.to(world.device))
-            loss = inject(cfg.fault, position.step + 1, world, loss)
-            amp.backward(loss)
-            norm = amp.step(optimizer, model.parameters(), clip_norm=1.0)
-            time.sleep(cfg.step_ms / 1000)
-            position.advance()
-            run.log({"loss": loss, "grad_norm": norm})
-            if run.should_stop():
-                run.save(parts)
-                return run.finish()
-            if position.step % cfg.run.save_every == 0:
-                run.save(parts)
-        schedule.step()
-        stopping.update(monitored(cfg.fault, position.epoch, world, loss))
-        position.next_epoch()
-        run.save(parts)
-        if stopping.should_stop:
-            return run.finish(reason=f"stopped early after epoch {position.epoch}")
-    return run.finish(
-        result={"name": "loss", "before": 0.7, "after": 0.1, "higher_is_better": False}
-    )
+def judge(cfg: Any, world: World, run: Run, data: Points) -> None:
+    """An evaluation of `judge_batches` batches on rank 0, half of them on the others."""
+    count = cfg.judge_batches // (world.rank + 1)
+    for _ in run.watched(DataLoader(Repeated(data, count)), "evaluation"):  # type: ignore[arg-type]
+        time.sleep(0.05)
 
 
 def monitored(fault: str, epoch: int, world: World, loss: Tensor) -> float:

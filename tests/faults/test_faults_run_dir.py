@@ -129,28 +129,6 @@ def test_a_stop_while_models_are_loaded_ends_at_once(tmp_path, ranks, number, co
     assert status_of(run_dir)["state"] == "stopped"
 
 
-LATE = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-from shared.outcome import StopNow
-from shared.signals import StopRequest
-request = StopRequest()
-request.has_loop = False
-request.install()
-try:
-    signal.raise_signal(signal.SIGTERM)
-except StopNow as stop:
-    sys.exit(stop.code)
-"""
-
-
-@pytest.mark.parametrize(("kind", "code"), [("stopped", 143), ("error", 1)])
-def test_a_peer_that_was_stopped_first_is_no_peer_that_failed(tmp_path, kind, code):
-    (tmp_path / "failure.0.1.json").write_text(json.dumps({"kind": kind}))
-    with start(["-c", LATE, ROOT], TOOLKIT_LAUNCH_NOTES=str(tmp_path)) as running:
-        assert running.finish(60).code == code
-
-
 def test_what_a_stopped_run_says_continues_it(tmp_path):
     for flags, says in (([], "the same command continues it"),
                         (["--resume", "never"], "the same command with --resume auto continues it"),

@@ -22,17 +22,17 @@ from tests.harness import ROOT, Outcome, environment, free_port, start
 
 SERIES = ROOT / "shared" / "ddp_series"
 sys.path.append(str(SERIES))  # where a script that is started finds datautils
-from shared.ddp_series import (  # noqa: E402
+from shared.ddp_series import (
     multigpu,
     multigpu_profile,
     multigpu_torchrun,
     multinode_torchrun,
     single_gpu,
 )
-from shared.ddp_series.datautils import MyTrainDataset  # noqa: E402
-from shared.ddp_series.mingpt import char_dataset  # noqa: E402
-from shared.ddp_series.mingpt import model as gpt_model  # noqa: E402
-from shared.ddp_series.mingpt.make_text import make_text  # noqa: E402
+from shared.ddp_series.datautils import MyTrainDataset
+from shared.ddp_series.mingpt import char_dataset
+from shared.ddp_series.mingpt import model as gpt_model
+from shared.ddp_series.mingpt.make_text import make_text
 
 sys.path.remove(str(SERIES))
 

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from lavic.src import prompt_tuning
+from lavic.src.recommend import evaluation
 from shared.files import read_json, read_json_lines
 from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step
 from tests.lavic_talks import nano
@@ -178,13 +179,17 @@ def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, tmp_pat
 
 def test_a_stop_in_the_test_at_the_end_keeps_the_training(flags, tmp_path, monkeypatch):
     options = [*flags, "--no-evaluate-before"]
-    monkeypatch.setattr("lavic.src.recommend.evaluation.answer", lambda *_: None)
-    run_here(prompt_tuning.main, options)  # as when the signal comes during the test
+    say = evaluation._say
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return say(*args)
+
+    monkeypatch.setattr(evaluation, "_say", signalled)
+    assert run_here(prompt_tuning.main, options).code == 143
+    assert status_of(tmp_path / "out")["state"] == "stopped"
     steps = train_losses(tmp_path / "out")
     monkeypatch.undo()
-    (tmp_path / "out" / "status.json").write_text(
-        json.dumps(status_of(tmp_path / "out") | {"state": "stopped", "exit_code": 143})
-    )
     resumed = run_here(prompt_tuning.main, options)
     assert resumed.code == 0 and "continuing from" in resumed.text
     assert train_losses(tmp_path / "out") == steps
@@ -195,8 +200,6 @@ def test_a_stop_in_a_validation_or_a_test_is_answered_before_the_next_batch(
     flags, tmp_path, monkeypatch
 ):
     """The signal comes while the second batch is worked on, of the first test or a validation."""
-    from lavic.src.recommend import evaluation
-
     for name, what in (("test", "_say"), ("validation", "label_tokens")):
         calls = []
         original = getattr(evaluation, what)

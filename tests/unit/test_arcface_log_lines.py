@@ -26,8 +26,8 @@ def test_a_line_has_the_means_since_the_one_before(monkeypatch, caplog):
     lines, position = TrainLines(2, 3, 2, World()), Position()
     for loss in (4.0, 2.0, 7.0):
         lines.batch_arrived()
-        position.advance()
         lines.step_done(position, torch.tensor(loss), 0.5)
+        position.advance()
     # batches came after 1 and 1 seconds, steps ended at 3 and 8: 4 s each, 1 of them waiting
     assert caplog.messages == [
         "Epoch(train) [1][2/3]  lr: 5.0000e-01  eta: 0:00:16  time: 4.0000  data_time: 1.0000  "

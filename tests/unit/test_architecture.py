@@ -37,7 +37,7 @@ OWNERS = {
     "argparse": set[str](),
     "tyro": {"shared.config"},
     "environment": {
-        *("shared.launch", "shared.outcome", "shared.supervisor", "shared.signals"),
+        *("shared.launch", "shared.outcome", "shared.supervisor", "shared.stop"),
         *("shared.distributed", "shared.run_directory", "shared.hub"),
         "shared.terminal",  # NO_COLOR
     },

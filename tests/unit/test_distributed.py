@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from shared import distributed
 from shared.distributed import World
+from shared.metrics import Mean
 
 WORLD, ROWS = 2, 3
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,6 +56,11 @@ def test_sums_and_means_are_those_of_all_ranks(report: list[dict[str, Any]]) -> 
         assert seen["total"] == [3.0, 10.0]
         assert seen["total of integers"] == [3, 10]
         assert seen["mean"] == [1.5, 5.0]
+
+
+def test_the_mean_of_two_ranks_is_that_of_all_samples(report: list[dict[str, Any]]) -> None:
+    for seen in report:  # 2, and not 2.5, the mean of the means; a share is half of the sums
+        assert seen["means"] == [2.0, 2.0, 9.0, 4.5]
 
 
 def test_the_argument_of_a_sum_stays_as_it_was(report: list[dict[str, Any]]) -> None:
@@ -149,6 +155,15 @@ def relation_loss(features: Tensor) -> Tensor:
     return torch.pdist(features).log().square().mean() + features.std(dim=0).sum()
 
 
+def means(world: World) -> list[float]:
+    """The mean of six ones and three fours, before and after each rank has taken its share."""
+    mean = Mean(world)
+    mean.add(torch.tensor((1.0, 4.0)[world.rank]), weight=(6, 3)[world.rank])
+    before = mean.value()
+    mean.collect()
+    return [before, mean.value(), *mean.state_dict()["sums"].tolist()]
+
+
 def reductions(world: World) -> dict[str, Any]:
     values = torch.tensor([world.rank + 1.0, 10.0 * world.rank], requires_grad=True)
     return {
@@ -157,6 +172,7 @@ def reductions(world: World) -> dict[str, Any]:
         "total of integers": distributed.total(values.long(), world).tolist(),
         "mean": distributed.mean(values, world).tolist(),
         "argument": values.tolist(),
+        "means": means(world),
         "largest": distributed.largest(15 * world.rank, world),
         "any": [distributed.any_rank(flag, world) for flag in (world.rank == 1, False)],
         "broadcast": distributed.broadcast_object(

@@ -12,6 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared.checkpoint import Position
+from shared.distributed import World
 from shared.metrics import Mean, Metrics
 
 CPU = torch.device("cpu")
@@ -150,40 +151,33 @@ def test_a_board_that_cannot_be_written_any_more_costs_charts_and_no_rows(
 
 
 def test_a_mean_weighs_its_values() -> None:
-    mean = Mean(CPU)
+    mean = Mean(World())
     mean.add(torch.tensor(1.0), weight=3)
     mean.add(torch.tensor(5.0), weight=1)
-    assert mean.of(mean.sums) == 2.0
-
-
-def test_the_mean_of_two_ranks_is_that_of_all_samples() -> None:
-    one, two = Mean(CPU), Mean(CPU)
-    one.add(torch.tensor(1.0), weight=6)
-    two.add(torch.tensor(4.0), weight=3)
-    assert one.of(one.sums + two.sums) == 2.0  # and not 2.5, the mean of the means
+    assert mean.value() == 2.0
 
 
 def test_the_mean_of_nothing_is_nan_and_reset_forgets() -> None:
-    mean = Mean(CPU)
+    mean = Mean(World())
     mean.add(torch.tensor(1.0))
     mean.reset()
-    assert math.isnan(mean.of(mean.sums))
+    assert math.isnan(mean.value())
 
 
 def test_a_mean_keeps_no_graph_and_continues_from_its_state() -> None:
     value = torch.tensor(2.0, requires_grad=True)
-    mean, other = Mean(CPU), Mean(CPU)
+    mean, other = Mean(World()), Mean(World())
     mean.add(value * 2)
-    assert not mean.sums.requires_grad
+    assert not mean.state_dict()["sums"].requires_grad
     other.load_state_dict(mean.state_dict())
     mean.add(torch.tensor(100.0))  # the state is a copy
     other.add(torch.tensor(8.0))
-    assert other.of(other.sums) == 6.0
+    assert other.value() == 6.0
 
 
 def test_a_long_mean_of_small_numbers_stays_exact() -> None:
-    mean = Mean(CPU)
+    mean = Mean(World())
     mean.add(torch.tensor(1.0), weight=2**25)
     for _ in range(100):
         mean.add(torch.tensor(1.0))  # in float32 2**25 + 1 is 2**25
-    assert float(mean.sums[1]) == 2**25 + 100
+    assert float(mean.state_dict()["sums"][1]) == 2**25 + 100

@@ -18,13 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
 
-from multimodal.datasets import Task  # noqa: E402
-from multimodal.pairs.batches import with_hidden_parts  # noqa: E402
-from multimodal.training import grad_cache  # noqa: E402
-from multimodal.training.losses import LossOptions, loss_of  # noqa: E402
-from shared.distributed import World  # noqa: E402
-from shared.precision import Amp  # noqa: E402
-from tests import multimodal_nano as nano  # noqa: E402
+from multimodal.datasets import Task
+from multimodal.pairs.batches import with_hidden_parts
+from multimodal.training import grad_cache
+from multimodal.training.losses import LossOptions, loss_of
+from shared.distributed import World
+from shared.precision import Amp
+from tests import multimodal_nano as nano
 
 pytestmark = pytest.mark.slow
 

@@ -10,6 +10,7 @@ from multimodal.training.report import Report, add_section, newest
 from multimodal.training.schedule import Span
 from shared.errors import UserError
 from shared.files import read_json
+from shared.run import Stopped
 
 FACTS = {
     "command": "run_training.py --epochs 2",
@@ -120,15 +121,16 @@ def test_a_file_that_is_no_report_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     ("error", "state"),
-    [(RuntimeError("it broke"), "failed"), (KeyboardInterrupt(), "interrupted")],
+    [
+        (RuntimeError("it broke at step 3 of 9"), "failed"),
+        (Stopped("stopped at step 3 of 9"), "interrupted"),
+    ],
 )
-def test_what_breaks_the_run_stands_in_its_report(tmp_path, metrics, error, state):
-    error.add_note("at step 3 of 9")
+def test_what_ends_the_run_early_stands_in_its_report(tmp_path, metrics, error, state):
     with pytest.raises(type(error)), Report(tmp_path, FACTS):
         raise error
     content = read_json(newest(tmp_path))
     assert content["status"] == state
-    assert content["reason"].startswith(type(error).__name__)
     assert content["reason"].endswith("at step 3 of 9")
     assert content["curves"]
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from shared import outcome, run_status
+from shared import outcome, run_status, stop
 from shared.config import RunOptions, option
 from shared.distributed import World
 from shared.errors import UserError
@@ -63,17 +63,16 @@ def status(run_dir: Path) -> dict[str, Any]:
 def train(run: Run, states: dict[str, Any], until: int) -> None:
     position = run.restore(states)
     while position.step < until:
-        position.advance()
-        run.log({"loss": 1.0 / position.step, "seen": torch.tensor(2)})
-    run.save(states)
+        run.step({"loss": 1.0 / (position.step + 1), "seen": torch.tensor(2)})
+    run.save()
 
 
 def test_a_run_that_is_done_says_so_everywhere(tmp_path: Path) -> None:
     result = {"name": "loss", "before": 1.0, "after": 0.5, "higher_is_better": False}
     with open_run(tmp_path) as run:
         train(run, parts(), until=6)
-        assert not run.should_stop()
-        assert run.finish(result=result, outputs=["best.pth"]) == 0
+        run.finish(result=result, outputs=["best.pth"])
+    assert run.exit_code == 0
     fields = status(tmp_path)
     assert (fields["state"], fields["exit_code"], fields["step"]) == ("done", 0, 6)
     assert (fields["result"], fields["outputs"]) == (result, ["best.pth"])
@@ -119,9 +118,7 @@ def test_metrics_are_recorded_every_log_every_steps_at_the_last_and_for_other_sp
     with open_run(tmp_path, total_steps=6, config=config) as run:
         train(run, parts(), until=5)
         run.log({"loss": 0.1}, split="val")
-        train_again = run.position
-        train_again.advance()
-        run.log({"loss": 0.1})
+        run.step({"loss": 0.1})
     assert rows(tmp_path) == [(4, "train"), (5, "val"), (6, "train")]
 
 
@@ -151,6 +148,7 @@ def handlers() -> Iterator[list[Any]]:
     """The handlers before the test, and again after it."""
     before = [signal.getsignal(number) for number in SIGNALS]
     yield before
+    stop.release()
     for number, handler in zip(SIGNALS, before, strict=True):
         signal.signal(number, handler)
 
@@ -218,16 +216,16 @@ def test_a_checkpoint_that_cannot_be_written_warns_or_stops_as_asked(
     monkeypatch.setattr(torch, "save", refuse)
     with open_run(tmp_path / "a") as run:
         run.restore(parts())
-        run.save(parts())
+        run.save()
     assert "training continues" in caplog.text
     assert "the disk is full" in caplog.text
-    stop = Config(run=RunOptions(on_full_disk="stop"))
+    stopping = Config(run=RunOptions(on_full_disk="stop"))
     with (
         pytest.raises(OSError, match="No space left"),
-        open_run(tmp_path / "b", config=stop) as run,
+        open_run(tmp_path / "b", config=stopping) as run,
     ):
         run.restore(parts())
-        run.save(parts())
+        run.save()
 
 
 def test_a_run_of_more_processes_is_not_continued_unless_it_is_allowed(

@@ -23,6 +23,11 @@ from typing import Annotated, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.config import ProcessOptions, ToolOptions, option, parse
 from shared.device import present_gpus, visible_gpus
 from shared.errors import UserError

@@ -21,6 +21,11 @@ from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.config import ProcessOptions, ToolOptions, option, parse
 from shared.errors import UserError, shown
 from shared.files import open_lock

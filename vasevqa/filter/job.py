@@ -21,12 +21,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from shared import distributed, lock, outcome, run_directory
+from shared import distributed, lock, outcome, run_directory, stop
 from shared import status as statuses
 from shared.distributed import World
 from shared.errors import DONE
 from shared.progress import Progress
-from shared.signals import StopRequest, exit_code_for, name_of
 from shared.status import Status
 
 log = logging.getLogger(__name__)
@@ -40,14 +39,16 @@ class Job:
 
     def __init__(self, directory: Path, config: Any, world: World) -> None:
         self._dir, self._config, self._world = directory, config, world
-        self._stop, self._stopped_by = StopRequest(), 0
+        self._stopped_by, self._listens = 0, False
         self._lock: int | None = None
         self._status: Status | None = None
         self._progress: Progress | None = None
         self._what, self._done, self._total, self._said = "", 0, 0, 0.0
 
     def __enter__(self) -> Job:
-        self._stop.install()
+        self._listens = stop.listen()
+        stop.hold()
+        stop.all_hold()
         problem: Exception | None = None
         if self._world.is_main:
             try:
@@ -97,11 +98,11 @@ class Job:
     @property
     def asked_to_stop(self) -> bool:
         """Whether this process heard a stop signal; every rank leaves its own loop for it."""
-        return self._stop.number != 0
+        return stop.number() != 0
 
     def meet(self) -> bool:
         """Wait for every rank; whether one of them was asked to stop."""
-        self._stopped_by = distributed.largest(self._stop.number, self._world)
+        self._stopped_by = distributed.largest(stop.number(), self._world)
         return self._stopped_by != 0
 
     def finish(
@@ -116,9 +117,9 @@ class Job:
         """Close the run as done, or as stopped; its exit code. data: counts, for its report."""
         code, state = DONE, "done"
         if self._stopped_by:
-            code, state = exit_code_for(self._stopped_by), "stopped"
+            code, state = stop.exit_code_for(self._stopped_by), "stopped"
             flag = "" if self._config.resume == "auto" else " with --resume auto"
-            reason = f"{name_of(self._stopped_by)}: {self._what} stopped at {self._done} of " \
+            reason = f"{stop.name_of(self._stopped_by)}: {self._what} stopped at {self._done} of " \
                      f"{self._total}; the same command{flag} continues it"  # fmt: skip
         self._close_progress()
         if self._status:
@@ -148,7 +149,8 @@ class Job:
             self._progress = None
 
     def _let_go(self) -> None:
-        self._stop.remove()
+        if self._listens:
+            stop.release()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None

@@ -20,6 +20,11 @@ from typing import Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.config import RunOptions, free, option, parse
 from shared.errors import UserError
 from shared.files import open_lock

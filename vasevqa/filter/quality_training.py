@@ -17,7 +17,7 @@ from shared import checkpoint, distributed, seed
 from shared.distributed import World
 from shared.early_stopping import EarlyStopping
 from shared.images import Skipped
-from shared.loader import make_eval_loader, make_loader
+from shared.loader import make_eval_loader
 from shared.metrics import Mean
 from shared.precision import Amp
 from shared.reporter import Plan
@@ -42,13 +42,12 @@ def train(cfg: Config, device: str) -> int:
     """Train; the exit code."""
     world = distributed.setup(device, cfg.run.timeout)
     with Run(cfg, world, cfg.run_dir, "vasevqa/filter") as run:
-        code = _train(cfg, world, run)
-    distributed.cleanup(world)
-    return code
+        _train(cfg, world, run)
+    return run.exit_code
 
 
-def _train(cfg: Config, world: World, run: Run) -> int:
-    """The pictures, the network, and the loop; the exit code."""
+def _train(cfg: Config, world: World, run: Run) -> None:
+    """The pictures, the network, and the loop."""
     seed.seed_all(cfg.run.seed)
     found = quality_data.find_labelled(cfg.data_dir)
     start = quality_net.starting_weights(cfg.pretrained, cfg.arch, _PLACES)
@@ -71,7 +70,7 @@ def _train(cfg: Config, world: World, run: Run) -> int:
         net = synced
     started_from = str(start or "random weights")
     found = (splits, batch, skipped, started_from)
-    return _loop(cfg, world, run, plan, net.to(world.device), found)
+    _loop(cfg, world, run, plan, net.to(world.device), found)
 
 
 class Learner:
@@ -126,62 +125,53 @@ def _loop(
     plan: Plan,
     net: ImageQualityNet,
     data: tuple[Splits, int, Skipped, str],
-) -> int:
+) -> None:
     splits, batch, skipped, started_from = data
     pictures = quality_data.training_pictures(cfg.data_dir, splits, cfg.image_size)
     learner, stopping = (
         Learner(cfg, net, splits.class_weights, world),
         EarlyStopping(cfg.patience or sys.maxsize),
     )
-    mean_loss, history = Mean(world.device), History()
+    mean_loss, history = Mean(world), History()
     parts = learner.parts | {"stopping": stopping, "mean_loss": mean_loss, "history": history}
     position = run.restore(parts, plan)
     if position.step == 0:
         history.before = measure(net, _fixed(cfg, splits.test, world), world).accuracy
         _move_best_aside(cfg, world)
-    while position.epoch < cfg.num_epochs and not stopping.should_stop:
+    for epoch in run.epochs(cfg.num_epochs):
+        if stopping.should_stop:
+            break
         net.train()
-        for images, labels in make_loader(
-            pictures, batch, world, seed=cfg.run.seed, workers=cfg.workers,
-            epoch=position.epoch, offset=position.batch,
-        ):  # fmt: skip
+        for images, labels in run.batches(pictures, batch, workers=cfg.workers):
             loss = learner.step(images, labels)
             mean_loss.add(loss, len(labels))
-            position.advance()
-            run.log({"loss": loss, "lr": learner.lr})
-            stop = run.should_stop()
-            if stop or position.step % cfg.run.save_every == 0:
-                # rank 0's state is saved for all: let each hold an equal share of the sums
-                mean_loss.sums = distributed.mean(mean_loss.sums, world)
-                run.save(parts)
-            if stop:
-                return run.finish()
+            run.step({"loss": loss, "lr": learner.lr})
+        run.save()  # a stop in the validation loses nothing
         _share_statistics(net, world)
-        measured = measure(net, _fixed(cfg, splits.val, world), world, learner.class_weights)
+        held_out = run.watched(_fixed(cfg, splits.val, world), "validation: batch")
+        measured = measure(net, held_out, world, learner.class_weights)
         improved = stopping.update(1 - measured.accuracy)
-        _report(cfg, run, history, measured, mean_loss, world, learner.lr)
+        _report(cfg, run, history, measured, mean_loss, learner.lr)
         if improved:
-            _save_best(cfg, world, net, learner.optimizer, position.epoch, measured.accuracy)
+            _save_best(cfg, world, net, learner.optimizer, epoch, measured.accuracy)
         learner.schedule.step()
         mean_loss.reset()
-        position.next_epoch()
-        run.save(parts)
-    tested = _test_best(cfg, splits, world, net)
+    tested = _test_best(cfg, run, splits, world, net)
     data_of_run = (splits, skipped, started_from)
-    return run.finish(**conclude(cfg, world, history, tested, data_of_run))
+    run.finish(**conclude(cfg, world, history, tested, data_of_run))
 
 
-def _test_best(cfg: Config, splits: Splits, world: World, last: nn.Module) -> Measured:
+def _test_best(cfg: Config, run: Run, splits: Splits, world: World, last: nn.Module) -> Measured:
     """The saved model on pictures that nothing was chosen by; `last` where none was written."""
     best = last
     if cfg.best.exists():
         best, _ = quality_net.load_trained(cfg.best, world.device)
-    return measure(best, _fixed(cfg, splits.test, world), world)
+    return measure(best, run.watched(_fixed(cfg, splits.test, world), "test: batch"), world)
 
 
 def _fixed(
     cfg: Config, items: list[quality_data.Labelled], world: World
-) -> DataLoader[tuple[torch.Tensor, int]]:
+) -> DataLoader[tuple[Tensor, Tensor]]:
     """This rank's share of a split to measure on."""
     size = max(1, cfg.batch_size // world.size)
     pictures = quality_data.fixed_pictures(cfg.data_dir, items, cfg.image_size)
@@ -237,11 +227,10 @@ def _save_best(
 
 
 def _report(
-    cfg: Config, run: Run, history: History, measured: Measured, mean_loss: Mean, world: World,
-    lr: float,
+    cfg: Config, run: Run, history: History, measured: Measured, mean_loss: Mean, lr: float,
 ) -> None:  # fmt: skip
     """Note the epoch in the history, the metrics and the log."""
-    train_loss = mean_loss.of(distributed.total(mean_loss.sums, world))
+    train_loss = mean_loss.value()
     history.add(train_loss, measured, lr)
     run.log({"val/loss": measured.loss, "val/accuracy": measured.accuracy}, split="val")
     run.log({"val/accuracy": max(history.columns["val_acc"])}, split="best")

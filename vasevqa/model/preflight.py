@@ -20,6 +20,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.config import ToolOptions, option, parse
 from shared.errors import USER_ERROR, UserError, one_line
 from shared.launch import launch_alone

@@ -11,6 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared.errors import DONE, USER_ERROR, MissingToolError, UserError, one_line
 from shared.launch import launch_alone
 

@@ -22,6 +22,11 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
+from shared import stop
+
+if __name__ == "__main__":
+    stop.listen()
+
 from shared import logs
 from shared.errors import DONE, USER_ERROR
 from shared.launch import launch_alone

@@ -2,48 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
 
 from lavic.src.recommend.data import Conversation
-from lavic.src.recommend.item_vectors import Beat
 from lavic.src.recommend.model import Recommender
 from lavic.src.recommend.prompts import ANSWER_ROOM, label_tokens
 from lavic.src.recommend.results import Outcome, outcome_of
-from lavic.src.vision.training import in_step
 from shared import distributed
 from shared.distributed import World
-from shared.progress import Share
 
 Batch = dict[str, Any]
-ShouldStop = Callable[[], bool]
 
 
 @torch.no_grad()
-def validation_loss(
-    recommender: Recommender,
-    batches: Sequence[Batch] | DataLoader[Batch],
-    world: World,
-    beat: Beat | None = None,
-    should_stop: ShouldStop = lambda: False,
-) -> float | None:
+def validation_loss(recommender: Recommender, batches: Iterable[Batch], world: World) -> float:
     """Mean negative log likelihood of a token of the answers, over all ranks, in nats.
 
-    batches: this rank's share. beat: is told how far it is. None when the user wants to stop.
+    batches: this rank's share.
     """
     recommender.eval()
-    beat = beat or Share().text
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-    for number, batch in enumerate(in_step(batches, world)):
-        beat("validation: batch", number, len(batches))
-        if should_stop():
-            return None
-        if batch:
-            sums[0] += recommender(batch).double()
-            sums[1] += label_tokens(batch)
+    for batch in batches:
+        sums[0] += recommender(batch).double()
+        sums[1] += label_tokens(batch)
     sums = distributed.total(sums, world)
     return float(sums[0] / sums[1])
 
@@ -54,22 +38,15 @@ def answer(
     batches: Iterable[Batch],
     tokenizer: Any,
     world: World,
-    beat: Beat | None = None,
-    should_stop: ShouldStop = lambda: False,
-) -> Outcome | None:
+) -> Outcome:
     """What the recommender says to every conversation, in order, on every rank alike.
 
-    batches: this rank's share, padded on the left. beat: is told how far it is. None when the user
-    wants to stop.
+    batches: this rank's share, padded on the left.
     """
     recommender.eval()
-    beat = beat or Share().text
     said: list[str] = []
-    for batch in in_step(batches, world):  # shares may differ by one batch
-        beat("test: conversation", len(said), -(-len(conversations) // world.size))
-        if should_stop():
-            return None
-        said += _say(recommender, batch, tokenizer) if batch else []
+    for batch in batches:
+        said += _say(recommender, batch, tokenizer)
     responses = _in_order(distributed.gather_objects(said, world), len(conversations))
     return outcome_of(conversations, responses)
 

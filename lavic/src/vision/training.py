@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,8 @@ from shared.distributed import World
 from shared.errors import UserError
 from shared.images import Skipped
 
-T = TypeVar("T")
+if TYPE_CHECKING:
+    from lavic.src.vision.captions import Step
 
 
 def sum_gradients(parameters: list[nn.Parameter], world: World) -> None:
@@ -33,37 +34,20 @@ def sum_gradients(parameters: list[nn.Parameter], world: World) -> None:
         parameter.grad = part.view_as(parameter)
 
 
-def in_step(batches: Iterable[T], world: World) -> Iterator[T | None]:
-    """This rank's batches, then None while another rank has some: all ranks loop as often."""
-    own = iter(batches)
-    batch = next(own, None)
-    while distributed.any_rank(batch is not None, world):
-        yield batch
-        batch = next(own, None)
-
-
 @torch.no_grad()
 def mean_nll(
-    loader: Any,
-    nll_of: Callable[[Any], Tensor],
-    world: World,
-    skipped: Skipped,
-    beat: Callable[[str, int, int], object],
-    should_stop: Callable[[], bool] = lambda: False,
-) -> tuple[float, int] | None:
+    steps: Iterable[Step], nll_of: Callable[[Any], Tensor], world: World, skipped: Skipped
+) -> tuple[float, int]:
     """(mean loss of a label, labels) over the steps of all ranks; the same on each.
 
-    loader: of this rank. nll_of: a batch's loss, summed over its labels. beat: is told how far it
-    is. None when the user wants to stop. Raises UserError when not one sample could be used.
+    steps: of this rank. nll_of: a batch's loss, summed over its labels. Raises UserError when not
+    one sample could be used.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=world.device)  # of losses, of labels
-    for number, step in enumerate(in_step(loader, world)):
-        beat("validation: batch", number, len(loader))
-        if should_stop():
-            return None
-        for name, reason in step.left_out if step else ():
+    for step in steps:
+        for name, reason in step.left_out:
             skipped.add(name, reason)
-        for batch in step.batches if step else ():
+        for batch in step.batches:
             totals[0] += nll_of(batch)
             totals[1] += batch.num_labels
     loss, labels = distributed.total(totals, world).tolist()
@@ -80,8 +64,8 @@ def perplexity(loss: float) -> float:
 class Sums:
     """Of an epoch's samples that this process has seen: losses, labels, samples, those left out."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, world: World) -> None:
+        self._world, self._device = world, world.device
         self.reset()
 
     def reset(self) -> None:
@@ -96,13 +80,13 @@ class Sums:
         self.left_out += left_out
         self.seen += used + left_out
 
-    def share(self, world: World) -> None:
-        """Let every process hold an equal share: rank 0's is saved for all."""
-        self._set(distributed.mean(self._all(), world))
+    def collect(self) -> None:
+        """Let every process hold an equal share: rank 0's state is saved for all."""
+        self._set(distributed.mean(self._all(), self._world))
 
-    def conclude(self, world: World) -> tuple[float, int, int]:
+    def conclude(self) -> tuple[float, int, int]:
         """(mean loss of a label, samples seen, samples left out) over all processes; resets."""
-        nll, labels, seen, left_out = distributed.total(self._all(), world).tolist()
+        nll, labels, seen, left_out = distributed.total(self._all(), self._world).tolist()
         self.reset()
         return nll / labels if labels else math.nan, round(seen), round(left_out)
 
