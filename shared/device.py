@@ -7,6 +7,8 @@ launcher can count GPUs before it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import functools
 import logging
 import os
 import re
@@ -26,8 +28,23 @@ log = logging.getLogger(__name__)
 
 
 def present_gpus() -> int:
-    """NVIDIA devices on this machine, whatever torch or CUDA_VISIBLE_DEVICES say of them."""
-    return len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()])
+    """NVIDIA devices on this machine, whatever torch or CUDA_VISIBLE_DEVICES say of them.
+
+    By their device files or, where there are none (WSL2), as the driver's own library counts them.
+    """
+    files = [path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdigit()]
+    return len(files) or _counted_by_driver()
+
+
+@functools.cache
+def _counted_by_driver() -> int:
+    try:
+        library = ctypes.CDLL("libnvidia-ml.so.1")
+    except OSError:
+        return 0  # no driver
+    count = ctypes.c_uint(0)
+    is_told = library.nvmlInit_v2() == 0 and library.nvmlDeviceGetCount_v2(ctypes.byref(count)) == 0
+    return count.value if is_told else 0
 
 
 def visible_gpus(environ: Mapping[str, str], present: int) -> int:

@@ -1,4 +1,9 @@
 import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -32,6 +37,26 @@ from shared.errors import UserError
 def test_gpus_that_the_mask_leaves_visible(mask: str | None, present: int, expected: int) -> None:
     environ = {} if mask is None else {"CUDA_VISIBLE_DEVICES": mask}
     assert visible_gpus(environ, present) == expected
+
+
+DRIVER = """
+int nvmlInit_v2(void) { return STATE; }
+int nvmlDeviceGetCount_v2(unsigned *count) { *count = 2; return 0; }
+"""
+
+
+@pytest.mark.skipif(not shutil.which("cc"), reason="needs a C compiler")
+@pytest.mark.skipif(Path("/dev/nvidia0").exists(), reason="this machine's GPUs are counted first")
+@pytest.mark.parametrize(("state", "expected"), [(0, 2), (9, 0)])  # 9: the driver is not loaded
+def test_gpus_without_device_files_are_counted_by_the_drivers_library(tmp_path, state, expected):
+    (tmp_path / "driver.c").write_text(DRIVER)
+    build = ["cc", "-shared", "-fPIC", f"-DSTATE={state}", "-o", tmp_path / "libnvidia-ml.so.1"]
+    subprocess.run([*build, tmp_path / "driver.c"], check=True)
+    code = "import sys, shared.device as d; print(d.present_gpus(), 'torch' in sys.modules)"
+    env = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    root = Path(device.__file__).parents[1]
+    said = subprocess.check_output([sys.executable, "-c", code], env=env, cwd=root, text=True)
+    assert said.split() == [str(expected), "False"]
 
 
 @pytest.mark.parametrize(("mask", "present"), [("7", 2), ("gpu0", 1), ("1,0", 1)])
