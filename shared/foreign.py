@@ -1,5 +1,7 @@
 """The care that our own runs get, for a program that is not ours: lock, status, signals, exit code.
 
+    python shared/foreign.py --run-dir DIR [--recipe NAME] [--total-steps N] -- PROGRAM [ARGUMENT…]
+
 A guard process (shared/guard.py) owns the program's processes, so that nothing of them is left
 however we end. Standard library only.
 """
@@ -17,10 +19,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from shared import guard, lock, outcome, processes, stop
+if __name__ == "__main__":  # imported, it leaves the importer's path as it is
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
+
+from shared import guard, lock, logs, outcome, processes, stop
 from shared.child import Child
-from shared.config import free
-from shared.errors import DONE, FAILED, MISSING_TOOL, USER_ERROR, MissingToolError
+from shared.config import free, parse
+from shared.errors import (
+    DONE,
+    FAILED,
+    MISSING_TOOL,
+    USER_ERROR,
+    MissingToolError,
+    UserError,
+    one_line,
+)
 from shared.foreign_log import JsonLinesProgress
 from shared.prctl import adopt_orphans
 from shared.settings import Range
@@ -104,7 +117,7 @@ class _Foreign:
             self._status.write()
             # the guard shares the lock: no new run begins while it ends what a killed one has left
             code = child.run_attached([*keeper, *self._command], env, self._tick, keep=[handle])
-            guard.end_children(spare=older)  # none, but where the guard itself was killed
+            processes.end_children(spare=older)  # none, but where the guard itself was killed
             return self._conclude(code, child.stopped_by)
 
     def _tick(self) -> None:
@@ -141,3 +154,25 @@ def _ending(code: int) -> str:
         return f"left with exit code {code}"
     why = " (by the kernel when RAM ran out, or by someone)" if code == guard.KILLED else ""
     return f"was ended by {names[code]}{why}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the program after the `--`; the exit code of its run."""
+    logs.open_streams()
+    logs.setup()
+    words = sys.argv[1:] if argv is None else argv
+    at = words.index("--") if "--" in words else len(words)
+    command = words[at + 1 :]
+    try:
+        options = parse(ForeignOptions, words[:at], __doc__)
+        if options.run_dir is None or not command:
+            missing = "a program after --" if options.run_dir else "--run-dir"
+            raise UserError(f"{missing} is missing: foreign.py --run-dir DIR -- PROGRAM …")
+        return run(command, options.run_dir, options)
+    except UserError as error:
+        failure = outcome.Failure(0, error.exit_code, "user", one_line(error))
+        return outcome.report(failure, None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

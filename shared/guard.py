@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 if __name__ == "__main__":  # imported, it leaves the importer's path as it is
@@ -25,7 +25,7 @@ if __name__ == "__main__":  # imported, it leaves the importer's path as it is
 
 from shared.errors import FAILED
 from shared.prctl import adopt_orphans, die_with_parent
-from shared.processes import children
+from shared.processes import children, kill_children, send
 
 KILLED = 128 + signal.SIGKILL
 PARENT_DIED = signal.SIGUSR1
@@ -103,7 +103,7 @@ class Family:
             self._kill_at = self._asked_at + self._seconds
             # also after Ctrl-C: Python's subprocess.run, which launchers use, kills its child then
             if self._code is not None:  # it is collected, and its number may be another's
-                _send(children(), signal.SIGTERM)
+                send(children(), signal.SIGTERM)
                 return
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._pid, signal.SIGTERM)
@@ -125,32 +125,7 @@ class Family:
         """The program has ended: those it has left behind have no reason to go on."""
         if not self._asked_at:
             self._kill_at = time.monotonic() + _LEFT_BEHIND
-            _send(children(), signal.SIGTERM)
-
-
-def kill_children() -> None:
-    """SIGKILL to every child of this process, adopted ones too."""
-    _send(children(), signal.SIGKILL)
-
-
-def end_children(patience: float = _UNKILLABLE, spare: Collection[int] = ()) -> None:
-    """Kill every descendant of this process, which adopts orphans, and wait for their ends.
-
-    spare: children that stay, such as the tee that a shell script has left us.
-    """
-    deadline = time.monotonic() + patience
-    while time.monotonic() < deadline and (left := set(children()) - set(spare)):
-        _send(sorted(left), signal.SIGKILL)
-        for pid in left:
-            with contextlib.suppress(ChildProcessError):
-                os.waitpid(pid, os.WNOHANG)
-        time.sleep(0.02)
-
-
-def _send(pids: list[int], number: signal.Signals) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
+            send(children(), signal.SIGTERM)
 
 
 def _settle(parent: int) -> None:

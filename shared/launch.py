@@ -4,10 +4,6 @@
 elastic agent (shared/supervisor.py), which runs inside this process. It never execs, and `main`
 never launches. Exit codes: 0 done, 1 failed, 2 the user's input, 3 a tool or manual step is
 missing, 130 interrupted and saved, 143 stopped and saved. Standard library only.
-
-As a script it gives the same care to a program that is not ours:
-
-    python shared/launch.py --run-dir DIR [--recipe NAME] [--total-steps N] -- PROGRAM [ARGUMENT…]
 """
 
 from __future__ import annotations
@@ -21,11 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
-if __name__ == "__main__":  # imported, it leaves the importer's path as it is
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
-
 from shared import launched, logs, outcome, processes, stop
-from shared.config import ProcessOptions, dashed, option, parse, parse_known
+from shared.config import ProcessOptions, dashed, option, parse_known
 from shared.device import check_mask, present_gpus, visible_gpus
 from shared.errors import (
     DONE,
@@ -223,26 +216,3 @@ def _guard(main: Main, argv: list[str], rank: int) -> int | Failure:
         return Failure(rank, FAILED, "error", str(left.code), at=time.time())
     except BaseException as error:
         return outcome.failure_of(error, rank)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Run the foreign program after the `--`; the exit code of its run."""
-    logs.open_streams()
-    logs.setup()
-    words = sys.argv[1:] if argv is None else argv
-    at = words.index("--") if "--" in words else len(words)
-    command = words[at + 1 :]
-    try:
-        from shared import foreign
-
-        options = parse(foreign.ForeignOptions, words[:at], __doc__)
-        if options.run_dir is None or not command:
-            missing = "a program after --" if options.run_dir else "--run-dir"
-            raise UserError(f"{missing} is missing: launch.py --run-dir DIR -- PROGRAM …")
-        return foreign.run(command, options.run_dir, options)
-    except UserError as error:
-        return outcome.report(Failure(0, error.exit_code, "user", one_line(error)), None)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

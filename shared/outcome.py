@@ -6,11 +6,12 @@ library only.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import re
+import subprocess
+import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
@@ -37,6 +38,7 @@ log = logging.getLogger(__name__)
 LAUNCHER_PID = "TOOLKIT_LAUNCHER_PID"
 WORD = "TOOLKIT_LAUNCH_WORD"  # the variable with the file that shared/launched.py keeps of us
 LOG = "TOOLKIT_LOG"  # the file that a recipe's script sends all output to
+_REPORT = Path(__file__).parent / "tools" / "report.py"
 _PEER_LOST = re.compile(
     r"closed by peer|connection reset|broken pipe|read error|remote process exited", re.I
 )
@@ -123,12 +125,20 @@ def end_now(code: int, reason: str) -> None:
 
 
 def leave_page(run_dir: Path | None) -> None:
-    """Renew the run's report.html; called before the last line is said."""
-    if run_dir:
-        from shared.report import refresh  # only where a run has been
+    """Renew the run's report.html; called before the last line is said.
 
-        with contextlib.suppress(KeyboardInterrupt):  # the run has ended: nothing is interrupted
-            refresh(run_dir)
+    By a process of its own: a page that fails, or takes a minute, is not worth the run.
+    """
+    if run_dir is None or not (run_dir / "status.json").is_file():
+        return
+    command = [sys.executable, _REPORT, run_dir]
+    try:
+        subprocess.run(command, timeout=60, check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        reason = one_line(error.stderr.removeprefix("error: "))
+        log.warning("no report.html in %s: %s", run_dir, reason)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        log.warning("no report.html in %s: %s", run_dir, one_line(error))
 
 
 def report(failure: Failure, run_dir: Path | None) -> int:

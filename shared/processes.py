@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import signal
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,32 @@ def has_open(pid: int, path: Path) -> bool:
 def children() -> list[int]:
     """This process's children."""
     return [pid for pid, parent in _parents().items() if parent == os.getpid()]
+
+
+def kill_children() -> None:
+    """SIGKILL to every child of this process, adopted ones too."""
+    send(children(), signal.SIGKILL)
+
+
+def end_children(patience: float = 30.0, spare: Collection[int] = ()) -> None:
+    """Kill every descendant of this process, which adopts orphans, and wait for their ends.
+
+    spare: children that stay, such as the tee that a shell script has left us.
+    """
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline and (left := set(children()) - set(spare)):
+        send(sorted(left), signal.SIGKILL)
+        for pid in left:
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, os.WNOHANG)
+        time.sleep(0.02)
+
+
+def send(pids: Iterable[int], number: signal.Signals) -> None:
+    """The signal to each of these processes that is still there."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def descendants(pid: int) -> list[int]:

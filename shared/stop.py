@@ -22,9 +22,8 @@ from types import FrameType, SimpleNamespace
 from typing import NoReturn
 
 from shared.errors import FAILED, INTERRUPTED, STOPPED
-from shared.guard import end_children
 from shared.launched import NOTES
-from shared.processes import children
+from shared.processes import children, end_children
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 HELD = "held"  # the note of a host's first rank: there is something to save

@@ -44,6 +44,7 @@ OWNERS = {
     "processes": {
         "shared.child",
         "shared.device",  # nvidia-smi
+        "shared.outcome",  # the report is written by a process of its own
         "shared.loader",  # its workers look at the process that forked them
         "shared.tools.doctor_checks",  # whether torchaudio imports, whether torch sees the GPU
     },
