@@ -114,6 +114,11 @@ _HINTS: tuple[tuple[tuple[str, ...], str, tuple[dict[str, str], ...]], ...] = (
         "a loader worker was killed from outside, most often because RAM or /dev/shm ran out",
         (_FEWER_WORKERS, _SMALLER_BATCH, _MORE_SHARED_MEMORY),
     ),
+    (
+        ("dataloader timed out",),
+        "a loader worker gave no batch within --timeout, most often because a disk hangs",
+        (_FEWER_WORKERS, {"--timeout": "raise --timeout"}),
+    ),
     (("unable to write to file </torch_",), *_SHARED_MEMORY_FULL),
     (("bus error",), *_SHARED_MEMORY_FULL),
     (("shared memory", "shm"), *_SHARED_MEMORY_FULL),

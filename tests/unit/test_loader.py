@@ -1,5 +1,6 @@
 import os
 import random
+import time
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset
 
 from shared import seed
 from shared.distributed import World
-from shared.errors import UserError
+from shared.errors import UserError, hint_for
 from shared.loader import make_eval_loader, make_loader
 
 
@@ -23,6 +24,15 @@ class Draws(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         drawn = [float(torch.rand(())), float(np.random.random()), random.random()]
         return torch.tensor([float(index), *drawn], dtype=torch.float64)
+
+
+class Hangs(Draws):
+    """The fifth sample never comes."""
+
+    def __getitem__(self, index: int) -> Tensor:
+        if index == 5:
+            time.sleep(3600)
+        return super().__getitem__(index)
 
 
 class DrawsByBatch(Draws):
@@ -159,3 +169,16 @@ class Indices(Dataset[int]):
 
     def __getitem__(self, index: int) -> int:
         return index
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_worker_that_gives_no_batch_ends_the_run_after_the_timeout(training: bool) -> None:
+    world = World(timeout=1.5)
+    loader = (
+        make_loader(Hangs(), 3, world, seed=5, workers=1)
+        if training
+        else make_eval_loader(Hangs(), 3, world, workers=1)
+    )
+    with pytest.raises(RuntimeError, match="timed out") as failed:
+        list(loader)
+    assert "no batch within --timeout" in (hint_for(str(failed.value), ["--timeout"]) or "")
