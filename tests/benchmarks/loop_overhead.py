@@ -2,11 +2,10 @@
 
     python tests/benchmarks/loop_overhead.py --block 20 --repeats 100
 
-All sides train the same net on the same points. `run` adds Amp, log, should_stop and the rule when
-to save; `run, log every step` is the same with --log-every 1; `run and make_loader` takes its
-batches from the loader that is exact under resume; the hooks alone train nothing. The sides take
-turns every `--block` steps. Times are of the processor (all threads), so that other programs on the
-machine count less. Opening and closing a run are left out; saves are in checkpoint_bytes.py.
+All sides train the same net on the same points. `run` adds Amp and run.step; `run, log every step`
+is the same with --log-every 1; `run and make_loader` takes its batches from the loader that is
+exact under resume; the hooks alone train nothing. The sides take turns every `--block` steps. Times
+are of the processor (all threads), so that other programs on the machine count less. Opening and closing a run are left out; saves are in checkpoint_bytes.py.
 """
 
 import argparse
@@ -96,12 +95,7 @@ def ours(batches: Callable[[], Batches], log_every: int, directory: Path) -> Gen
                     loss = nn.functional.cross_entropy(net(points), labels)
                 amp.backward(loss)
                 norm = amp.step(optimizer, net.parameters(), clip_norm=1.0)
-                position.advance()
-                run.log({"loss": loss, "grad_norm": norm})
-                if run.should_stop():
-                    raise KeyboardInterrupt
-                if position.step % config.run.save_every == 0:
-                    run.save(parts)
+                run.step({"loss": loss, "grad_norm": norm})
                 yield position.step
 
 
@@ -114,10 +108,7 @@ def hooks_alone(directory: Path) -> Generator[int]:
         while True:
             with amp.autocast():
                 pass
-            position.advance()
-            run.log({"loss": loss, "grad_norm": 0.5})
-            if run.should_stop():
-                raise KeyboardInterrupt
+            run.step({"loss": loss, "grad_norm": 0.5})
             yield position.step
 
 
