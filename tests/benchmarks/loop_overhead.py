@@ -5,7 +5,8 @@
 All sides train the same net on the same points. `run` adds Amp and run.step; `run, log every step`
 is the same with --log-every 1; `run and make_loader` takes its batches from the loader that is
 exact under resume; the hooks alone train nothing. The sides take turns every `--block` steps. Times
-are of the processor (all threads), so that other programs on the machine count less. Opening and closing a run are left out; saves are in checkpoint_bytes.py.
+are of the processor (all threads), so that other programs on the machine count less. Opening and
+closing a run are left out; saves are in checkpoint_bytes.py.
 """
 
 import argparse
