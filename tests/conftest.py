@@ -1,4 +1,4 @@
-"""What every test gets: a time limit, a clean environment; and the guard on the number of tests.
+"""What every test gets: a time limit, a clean environment.
 
 Tests run in two workers. The files that use the mark `serial` share one of them, one test after
 another; the other worker goes on beside them, so a serial test must not need an idle machine.
@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-MINIMUM_COUNT = Path(__file__).with_name("minimum_count.txt")
 LIMIT = 120  # seconds a test may take
 GRACE = 30  # seconds more until a test stuck in C, which hears no signal, ends its process
 # a user's or a scheduler's settings must not decide what a test sees
@@ -29,16 +28,7 @@ FOREIGN = (
     *("MODELSCOPE_DOMAIN", "MODELSCOPE_ENDPOINT", "USE_MODELSCOPE_HUB"),
 )
 
-_ran: set[str] = set()
 _stderr = pytest.StashKey[int]()
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--whole-tier",
-        metavar="TIER",
-        help="all tests of fast, default or full are asked for: fail when fewer than recorded ran",
-    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -96,36 +86,3 @@ def _time_limit(request: pytest.FixtureRequest) -> Iterator[None]:
 def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in FOREIGN:
         monkeypatch.delenv(name, raising=False)
-
-
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.when == "call" and not report.skipped:
-        _ran.add(report.nodeid)
-
-
-def shortage(config: pytest.Config) -> str | None:
-    """Why a whole tier counts as incomplete, or None."""
-    tier = config.getoption("whole_tier")
-    if not tier or hasattr(config, "workerinput"):
-        return None
-    recorded = dict(
-        line.split() for line in MINIMUM_COUNT.read_text().splitlines() if line[:1] != "#"
-    )
-    if len(_ran) >= int(recorded[tier]):
-        return None
-    return (
-        f"{len(_ran)} tests ran, but {MINIMUM_COUNT.parent.name}/{MINIMUM_COUNT.name} records "
-        f"{recorded[tier]} for the {tier} tier: find those that are gone, or record the new number"
-    )
-
-
-def pytest_terminal_summary(
-    terminalreporter: pytest.TerminalReporter, config: pytest.Config
-) -> None:
-    if reason := shortage(config):
-        terminalreporter.write_line(f"FAILED: {reason}", red=True, bold=True)
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    if session.exitstatus == pytest.ExitCode.OK and shortage(session.config):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED

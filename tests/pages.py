@@ -12,7 +12,7 @@ RECIPES = ("face_distill", "lavic", "vasevqa", "multimodal", "arcface")
 DOCS = ("shared/docs/everyday.md", "shared/docs/scaling.md", "shared/docs/faults.md")
 IN_BOTH_LANGUAGES = (
     "README.md",
-    *(f"{room}/README.md" for room in (*RECIPES, "shared/tools", "shared/ddp_series")),
+    *(f"{room}/README.md" for room in (*RECIPES, "shared", "shared/tools", "shared/ddp_series")),
     *DOCS,
 )
 

@@ -11,7 +11,6 @@ import pytest
 from tests import pages
 from tests.pages import DOCS, IN_BOTH_LANGUAGES, RECIPES, ROOT, chinese, links, spans, text_of
 
-EVERYDAY = "shared/docs/everyday.md"
 ORIGINAL = ["In the original", "Here"]
 OF_A_RUN = ("status.json", "metrics.jsonl", "report.html", "log")
 
@@ -136,14 +135,3 @@ def test_a_recipe_has_one_table_from_the_original_to_here(recipe: str):
 def test_a_recipes_page_names_what_a_run_leaves(recipe: str):
     text = text_of(f"{recipe}/README.md")
     assert [name for name in OF_A_RUN if name not in text] == []
-
-
-def test_what_can_be_counted_on_is_shown_by_tests_that_are_there():
-    (table,) = [t for t in pages.tables(text_of(EVERYDAY)) if t.head[0] == "Feature"]
-    assert len(table.rows) == 19
-    for row in table.records:
-        named = spans(row["Shown by"])
-        assert named, row["Feature"]
-        for one in named:
-            path, _, name = one.partition("::")
-            assert re.search(rf"^def {name}\(", text_of(path), re.M), one
