@@ -1,4 +1,4 @@
-"""Kills by the dozen at seeded random moments: what rows 3, 5, 6, 10 and 19 promise, in numbers."""
+"""Kills at seeded random moments: what rows 3, 5, 6, 10 and 19 promise, in numbers."""
 
 import os
 import pty
