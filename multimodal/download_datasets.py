@@ -1,4 +1,4 @@
-"""Fetch the data sets: COCO, Clotho, AudioCaps, VoxCeleb.
+"""Fetch the data sets COCO, Clotho, AudioCaps, VoxCeleb, and the word embeddings of texts.
 
 python download_datasets.py --datasets coco                     one of them
 python download_datasets.py --datasets coco clotho audiocaps    several
@@ -79,6 +79,7 @@ class Config:
     skip_existing: bool = option(False, "pass over files of the right size, checksum or not")
     verify: bool = option(False, "compute the checksums of all archives that are there again")
     delete_archives: bool = option(False, "delete an archive when it is unpacked")
+    words: bool = option(True, "fetch open_clip's word embeddings too, for sets with captions")
     audiocaps_source: str = option(
         "youtube", "AudioCaps' sounds: youtube, hf:OWNER/NAME or local:DIRECTORY"
     )
@@ -112,12 +113,15 @@ def main(argv: list[str] | None = None) -> int:
     data_sets = [DATA_SETS[name] for name in chosen]
     if cfg.mirror:
         data_sets = [pointed_at(item, cfg.mirror) for item in data_sets]
-    needs = [need_of(item, _root(cfg, item)) for item in data_sets]
-    for item, need in zip(data_sets, needs, strict=True):
-        print(f"{item.name:<10} {need.fetch:>15,} bytes to fetch {need.disk:>16,} bytes of disk")
+    needs = {item.name: need_of(item, _root(cfg, item)) for item in data_sets}
+    if cfg.words and any("text" in item.modalities for item in data_sets):
+        needs = {"words": need_of_words(cfg.data_root)} | needs
+    for name, need in needs.items():
+        print(f"{name:<10} {need.fetch:>15,} bytes to fetch {need.disk:>16,} bytes of disk")
     if cfg.dry_run:
         return DONE
-    outcomes = [_try(lambda item=item: _get(cfg, item), item.name) for item in data_sets]
+    outcomes = [_try(lambda: _get_words(cfg), "words")] if "words" in needs else []
+    outcomes += [_try(lambda item=item: _get(cfg, item), item.name) for item in data_sets]
     return _conclude(outcomes, cfg.data_root)
 
 
@@ -164,6 +168,14 @@ def _root(cfg: Config, data_set: DataSet) -> Path:
 
 def _key() -> str:
     return os.environ.get("VOXCELEB_KEY") or ""
+
+
+def _get_words(cfg: Config) -> str:
+    """Get the file that training's word embeddings start from; where it is."""
+    from multimodal.pairs.sources import fetched_words, own_weights
+
+    own = own_weights("auto", cfg.data_root)
+    return str(own or fetched_words(cfg.data_root, cfg.mirror))
 
 
 def _get(cfg: Config, data_set: DataSet) -> str:
@@ -364,6 +376,14 @@ def need_of(data_set: DataSet, root: Path) -> Need:
     needs = [need_of_files(data_set, root)]
     needs += [need_of_archive(archive, root) for archive in data_set.archives]
     return Need(sum(need.fetch for need in needs), sum(need.disk for need in needs))
+
+
+def need_of_words(data_root: Path) -> Need:
+    """What open_clip's file of word embeddings takes."""
+    from multimodal.pairs.sources import WORDS_BYTES, are_words_there
+
+    left = 0 if are_words_there(data_root) else WORDS_BYTES
+    return Need(left, left)
 
 
 def need_of_files(data_set: DataSet, root: Path) -> Need:

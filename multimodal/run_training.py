@@ -88,7 +88,10 @@ class Config:
     dropout: ShareBelowOne = option(0.0, "share of each block's outputs that is dropped")
     activation: Literal["gelu", "quick_gelu"] = option("gelu", "quick_gelu for OpenAI's weights")
     pretrained: str = option(
-        "auto", "an open_clip file, none, or auto: the one in <data root>/pretrained"
+        "auto",
+        "word embeddings to start from: auto (the open_clip file in <data root>/pretrained, else "
+        "one that is fetched), random, or a FILE, whose towers are taken too where they fit",
+        aliases=("--init",),
     )
 
     gradient_accumulation_steps: Count = option(
@@ -187,11 +190,14 @@ DEMO = {  # what suits 640 pictures, 344 sounds and a model of 2 million paramet
     "use_checkpoint": False,
     "checkpoint_every": 10,
     "workers": 0,
+    "pretrained": "random",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
     """Check the input, then train; the exit code."""
+    from multimodal.pairs.sources import own_weights, start_of_words
+
     cfg = _read_settings(sys.argv[1:] if argv is None else argv)
     if cfg.run.demo:
         cfg = _with_demo(cfg)
@@ -202,10 +208,12 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     _check_batch(cfg, world_size())
     _check_data(cfg)
-    _check_pretrained(cfg)
+    own = own_weights(cfg.pretrained, cfg.data_root)
     if cfg.run.dry_run:
-        print(_plan(cfg))
+        print(_plan(cfg, own))
         return 0
+    if not cfg.run.is_explicit_resume:
+        start_of_words(cfg.pretrained, cfg.data_root)  # fetched now, or refused
     os.close(open_lock(cfg.run_dir))  # better refused now than after the data sets were read
     return train(cfg)
 
@@ -239,7 +247,7 @@ def train(cfg: Config) -> int:
         ))  # fmt: skip
         stages = schedule.plan(sources, cfg.epochs, cfg.shares, cfg.batch_size,
                                cfg.gradient_accumulation_steps, world)  # fmt: skip
-        start = weights.load(model, weights.find(cfg.pretrained, cfg.data_root / "pretrained"))
+        start = _start(cfg, model)
         learner = Learner(model, NUM_LABELS if sources.keywords else 0, cfg.loss,
                           fills_in=sources.fills_in).to(world.device)  # fmt: skip
 
@@ -261,7 +269,9 @@ def train(cfg: Config) -> int:
                           enabled=world.is_main) as told,
             explained_out_of_memory(lambda: memory.text(step_of(cfg), world.size)),
         ):  # fmt: skip
-            plan = Plan(total, cfg.step_rows * world.size, data=sources.sizes)
+            words = f"{start['words']} ({start['file'] or 'as asked'})"
+            plan = Plan(total, cfg.step_rows * world.size,
+                        data=sources.sizes | {"word embeddings": words})  # fmt: skip
             position = run.restore(parts, plan)
             if position.step == 0:
                 history.before = _recalls(cfg, learner, sources, world, amp)
@@ -435,6 +445,17 @@ def _announce(cfg: Config, world: World, amp: Amp, stages: list[Stage]) -> None:
         )  # fmt: skip
 
 
+def _start(cfg: Config, model: MultimodalModel) -> dict[str, Any]:
+    """Fill in what the model starts from; what that is, for log, report and status."""
+    from multimodal.pairs.sources import start_of_words
+    from multimodal.training import weights
+
+    if cfg.run.is_explicit_resume:
+        return {"file": str(cfg.run.resume), "words": "those of the checkpoint"}
+    path = start_of_words(cfg.pretrained, cfg.data_root)
+    return weights.load(model, path, towers=cfg.pretrained != "auto")
+
+
 def _facts(
     cfg: Config, world: World, model: MultimodalModel, sources: Sources, start: dict[str, Any]
 ) -> dict[str, Any]:
@@ -561,25 +582,17 @@ def _check_data(cfg: Config) -> None:
         )
 
 
-def _check_pretrained(cfg: Config) -> None:
-    path = Path(cfg.pretrained).expanduser().absolute()
-    if cfg.pretrained not in ("auto", "none") and not path.exists():
-        raise UserError(
-            f"--pretrained {cfg.pretrained}: no such file; give an open_clip checkpoint, auto or "
-            "none"
-        )
-
-
-def _plan(cfg: Config) -> str:
-    from multimodal.pairs.sources import NAMES
+def _plan(cfg: Config, own: Path | None) -> str:
+    from multimodal.pairs.sources import NAMES, RANDOM, WORDS
 
     there = [name for name in NAMES if (cfg.data_root / name).is_dir()]
     rows, count = cfg.step_rows, world_size()
+    words = "random" if cfg.pretrained in RANDOM else own or WORDS
     return (
         f"{cfg.epochs} epochs, shared {cfg.stage_epochs}, of {', '.join(there)} in "
         f"{cfg.data_root}; {rows * count} samples a step = {count} process(es) x batch "
         f"{cfg.batch_size} x accumulation {cfg.gradient_accumulation_steps}; model {cfg.model_size}"
-        f"; checkpoints, logs and reports in {cfg.run_dir}"
+        f", word embeddings {words}; checkpoints, logs and reports in {cfg.run_dir}"
     )
 
 

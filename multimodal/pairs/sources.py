@@ -21,6 +21,10 @@ _AUDIOCAPS = "https://raw.githubusercontent.com/cdjkim/audiocaps/master/dataset"
 _AUDIOCAPS_HEADER = "audiocap_id,youtube_id,start_time,caption"
 _VOXCELEB = "https://cn01.mmai.io/download/voxceleb?key={key}&file="
 
+WORDS = "laion/CLIP-ViT-B-16-laion2B-s34B-b88K"  # open_clip's ViT-B-16, on the Hub
+WORDS_FILE, WORDS_BYTES = "open_clip_model.safetensors", 600_000_000  # about
+RANDOM = ("random", "none")  # values of --pretrained
+
 DOWNLOADS = "downloads"  # below a data set's directory, where archives lie
 
 
@@ -236,3 +240,68 @@ DATA_SETS = {item.name: item for item in (COCO, CLOTHO, AUDIOCAPS, VOXCELEB, COC
 NAMES = ("coco", "clotho", "audiocaps", "voxceleb")  # as directories and --datasets name them
 FETCHED = NAMES[:3]  # VoxCeleb needs a key, and is fetched when named
 KARPATHY_PICTURES = 5_000  # in each of the two lists
+
+
+# --- the word embeddings that texts start from ----------------------------------------------------
+
+
+def own_weights(choice: str, data_root: Path) -> Path | None:
+    """The file that `--pretrained choice` names, or (auto) the one in <data root>/pretrained.
+
+    None for random words, and for auto without a file there.
+    Raises UserError for a file that is not there, and for auto with several.
+    """
+    if choice in RANDOM:
+        return None
+    if choice != "auto":
+        path = Path(choice).expanduser().absolute()
+        if not path.exists():
+            raise UserError(
+                f"--pretrained {shortened(choice)}: no such file; give an open_clip checkpoint, "
+                "auto or random"
+            )
+        return path
+    kinds = (".pt", ".safetensors", ".bin", ".pth")
+    found = sorted(p for p in (data_root / "pretrained").glob("*") if p.suffix in kinds)
+    if len(found) > 1:
+        raise UserError(
+            f"--pretrained auto: {data_root / 'pretrained'} holds {len(found)} files "
+            f"({', '.join(path.name for path in found[:3])}); name one, or type --init random"
+        )
+    return found[0] if found else None
+
+
+def start_of_words(choice: str, data_root: Path) -> Path | None:
+    """The file that the word embeddings start from, fetched when it is not there; None: random.
+
+    Raises UserError, which names the address, the place and what else to type.
+    """
+    own = own_weights(choice, data_root)
+    return own if own or choice in RANDOM else fetched_words(data_root)
+
+
+def fetched_words(data_root: Path, mirror: str | None = None) -> Path:
+    """open_clip's file in the Hub's cache; of a mirror in <data root>/pretrained.
+
+    Raises UserError.
+    """
+    from shared import hub
+
+    try:
+        if mirror:
+            place = data_root / "pretrained"
+            return hub.fetched_weights(f"{mirror.rstrip('/')}/{WORDS_FILE}", place)
+        return hub.clip_weights({"hf_hub": f"{WORDS}/"})
+    except hub.NoWeightsError as error:
+        raise UserError(
+            f"word embeddings: {error}; put an open_clip file into {data_root / 'pretrained'}, "
+            "name one by --pretrained FILE, or begin with random ones by --init random"
+        ) from None
+
+
+def are_words_there(data_root: Path) -> bool:
+    """Whether training finds word embeddings without a network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    own = own_weights("auto", data_root)
+    return own is not None or isinstance(try_to_load_from_cache(WORDS, WORDS_FILE), str)

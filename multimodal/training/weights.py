@@ -10,7 +10,7 @@ A plain `torch.load` reads each. They hold `model_state_dict`, which fits into
 
 Of an open_clip file the word table goes row by row, since the vocabulary is the same; for a
 narrower table its best approximation of that width is taken (truncated SVD). A tower is taken when
-its width, depth and patch are the model's. Nothing is downloaded.
+its width, depth and patch are the model's.
 """
 
 from __future__ import annotations
@@ -116,54 +116,28 @@ def _below(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 log = logging.getLogger(__name__)
 
 LEAST_SHARE = 0.9  # of a tower's values that a file must fill
-PLACES = ("*.pt", "*.safetensors", "*.bin", "*.pth")  # of `auto`, in <data root>/pretrained
 _WORDS = "token_embedding.weight"
 
 
-def find(choice: str, directory: Path) -> Path | None:
-    """The file that `choice` means: none, a path, or (auto) the one in `directory`, if any.
+def load(model: MultimodalModel, path: Path | None, *, towers: bool = False) -> dict[str, Any]:
+    """Fill the word table from the file, and with `towers` the towers that fit; what was filled.
 
-    Raises UserError when auto finds several.
-    """
-    if choice == "none":
-        return None
-    if choice != "auto":
-        return Path(choice).expanduser().absolute()
-    found = sorted(path for pattern in PLACES for path in directory.glob(pattern))
-    if len(found) > 1:
-        raise UserError(
-            f"--pretrained auto: {directory} holds {len(found)} files "
-            f"({', '.join(path.name for path in found[:3])}); name one, or type none"
-        )
-    return found[0] if found else None
-
-
-def load(model: MultimodalModel, path: Path | None) -> dict[str, Any]:
-    """Fill what fits from the file; what was filled, for the report.
-
-    Without a file the word table stays random, with a warning.
-    Raises UserError for a file without open_clip's word table, and for a tower that fits in shape
-    and of which less than 90 % is there.
+    Without a file all stays random. Raises UserError for a file without open_clip's word table, and
+    for a tower that fits in shape and of which less than 90 % is there.
     """
     if path is None:
-        log.warning(
-            "the word table begins with random numbers: no open_clip file was given "
-            "(--pretrained PATH)"
-        )
-        return {"file": None, "words": "random", "warning": "the word table began as random"}
+        log.info("starting from random word embeddings, as asked")
+        return {"file": None, "words": "random"}
     state = weights.strip_wrappers(weights.read(path))
     report: dict[str, Any] = {"file": str(path), "words": _load_words(model, state, path)}
-    text = {
-        n: t for n, t in state.items() if not n.startswith(("visual.", "logit_")) and n != _WORDS
-    }
-    image = {n[7:]: t for n, t in state.items() if n.startswith("visual.")}
-    report["image"] = _load_tower("image", model.image, image, path)
-    report["text"] = _load_tower("text", model.text, text, path)
-    log.info(
-        "pretrained %s: words %s; image %s; text %s",
-        path.name,
-        *(_phrase(report[name]) for name in ("words", "image", "text")),
-    )
+    if towers:
+        text = {n: t for n, t in state.items() if not n.startswith(("visual.", "logit_"))}
+        text.pop(_WORDS)
+        image = {n[7:]: t for n, t in state.items() if n.startswith("visual.")}
+        report["image"] = _load_tower("image", model.image, image, path)
+        report["text"] = _load_tower("text", model.text, text, path)
+    found = "; ".join(f"{name} {_phrase(said)}" for name, said in report.items() if name != "file")
+    log.info("starting from %s: %s", path, found)
     return report
 
 
@@ -188,7 +162,7 @@ def _load_words(model: MultimodalModel, state: dict[str, Tensor], path: Path) ->
     if given.shape[1] < own.shape[1]:
         raise UserError(
             f"{path}: {_WORDS} is {given.shape[1]} wide, the model's is {own.shape[1]}: give a "
-            "larger checkpoint, choose a smaller --model-size, or type --pretrained none"
+            "larger checkpoint, choose a smaller --model-size, or type --init random"
         )
     reduced, directions, kept = truncated(given, own.shape[1])
     _copy(own, reduced)

@@ -23,6 +23,7 @@ def flags_for(data: Path, output: Path, *more: object) -> list[object]:
     return [
         "--data-root", data, "--output-dir", output, "--model-size", "nano", "--batch-size", 4,
         "--gradient-accumulation-steps", 2, "--epochs", 6, "--workers", 0, "--clip-seconds", 1,
+        "--init", "random",
         "--log-every", 1, "--eval-batch-size", 8, "--no-use-checkpoint", "--dropout", 0.1, *more,
     ]  # fmt: skip
 

@@ -41,6 +41,7 @@ def multimodal(root: Path) -> tuple[Any, list[object], Path]:
     data = multimodal_data.build(root / "data").data_root
     flags = ["--data-root", data, "--output-dir", root / "run", "--model-size", "nano"]
     flags += ["--batch-size", 4, "--epochs", 3, "--workers", 0, "--clip-seconds", 1]
+    flags += ["--init", "random"]
     return run_training.main, [*flags, "--save-every", 1, "--no-use-checkpoint"], root / "run"
 
 

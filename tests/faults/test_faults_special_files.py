@@ -131,6 +131,7 @@ def multimodal(root: Path) -> tuple[Main, list[object], Path]:
     data = multimodal_data.build(root / "data").data_root
     flags = ["--data-root", data, "--output-dir", root / "run", "--model-size", "nano"]
     flags += ["--batch-size", 4, "--epochs", 3, "--workers", 0, "--clip-seconds", 1]
+    flags += ["--init", "random"]
     picture = Coco(data / "coco", "train").path(0)
     return run_training.main, [*flags, "--no-use-checkpoint"], picture
 

@@ -61,7 +61,7 @@ ELSEWHERE = {
 }
 NEEDS = {"source venv/bin/activate": "what setup_environment.sh makes out of the network"}
 SETTINGS = {  # config.yaml, edited
-    "  size: base": "  size: nano",
+    "  size: base": "  size: nano\n  pretrained: random",
     "  epochs: 100": "  epochs: 3\n  checkpoint_every: 2\n  workers: 0\n  clip_seconds: 1.0",
     "  batch_size: 8": "  batch_size: 2",
     "  gradient_accumulation_steps: 4": "  gradient_accumulation_steps: 2",

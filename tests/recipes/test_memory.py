@@ -178,6 +178,7 @@ def pairs(tmp_path_factory) -> Path:
 def test_multimodal_is_estimated_within_15_percent(pairs, tmp_path, more):
     flags = [
         "--data-root", pairs, "--output-dir", tmp_path / "out", "--model-size", "nano",
+        "--init", "random",
         "--batch-size", 8, "--gradient-accumulation-steps", 2, "--clip-seconds", 1,
         "--stage-epochs", "0/0/1", "--workers", 0, *more,
     ]  # fmt: skip

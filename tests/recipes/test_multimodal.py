@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from multimodal import model as models
 from multimodal import run_training
@@ -71,6 +72,7 @@ def flags_for(data: Path, output: Path, *more: object) -> list[object]:
     return [
         "--data-root", data, "--output-dir", output, "--model-size", "nano", "--batch-size", 4,
         "--gradient-accumulation-steps", 2, "--epochs", 3, "--workers", 0, "--clip-seconds", 1,
+        "--init", "random",
         "--log-every", 1, "--eval-batch-size", 8, "--no-use-checkpoint", *more,
     ]  # fmt: skip
 
@@ -180,7 +182,8 @@ def test_the_report_tells_of_data_stages_and_files(whole):
     assert [(r["stage"], r["epochs"], r["steps"]) for r in report["stages"]] == [
         ("unimodal", 2, 18), ("alignment", 2, 24), ("fine-tuning", 2, 24),
     ]  # fmt: skip
-    assert "random" in report["pretrained"]["warning"]
+    assert report["pretrained"] == {"file": None, "words": "random"}
+    assert status_of(whole)["data"]["word embeddings"] == "random (as asked)"
     assert {row["file"] for row in report["checkpoints"]} == {
         p.name for p in (whole / "checkpoints").iterdir()
     }
@@ -188,7 +191,7 @@ def test_the_report_tells_of_data_stages_and_files(whole):
     for picture in report["curves"]:
         assert f"]({picture['file']})" in text
         assert (path.parent / picture["file"]).stat().st_size > 1000
-    assert "the word table began as random" in text
+    assert "| words | random |" in text
     assert report["config"]["batch_size"] == 4
 
 
@@ -348,7 +351,10 @@ MISTAKES = {
     ),
     "a batch larger than the data": (["--batch-size", 400], "no data set has 800 samples"),
     "no such checkpoint": (["--resume", "/nowhere.pt"], "/nowhere.pt: no such checkpoint"),
-    "no such weights": (["--pretrained", "/nowhere.pt"], "give an open_clip checkpoint, auto"),
+    "no such weights": (
+        ["--pretrained", "/nowhere.pt"],
+        "give an open_clip checkpoint, auto or random",
+    ),
     "fp16 on the CPU": (["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs a GPU"),
     "no such settings": (["--config", "/nowhere.yaml"], "/nowhere.yaml cannot be read"),
 }
@@ -376,6 +382,37 @@ def test_another_number_of_epochs_is_refused_for_the_same_run(whole, tmp_path):
     outcome = run_here(run_training.main, ["--resume", place, "--epochs", 9])
     assert outcome.code == 2
     assert "cannot continue with epochs: 6 → 9" in outcome.last_line
+
+
+def test_words_start_from_the_open_clip_file_in_the_data_root(data, tmp_path):
+    root = tmp_path / "data"
+    (root / "pretrained").mkdir(parents=True)
+    (root / "audiocaps").symlink_to(data / "audiocaps")
+    words = root / "pretrained" / "words.safetensors"
+    table = torch.randn(49408, 32, generator=torch.Generator().manual_seed(0))
+    save_file({"token_embedding.weight": table}, words)
+    output = tmp_path / "outputs"
+    more = ("--pretrained", "auto", "--max-steps", 1, "--stage-epochs", "1/0/0", "--epochs", 1)
+    outcome = run_here(run_training.main, flags_for(root, output, *more))
+    assert outcome.code == 0, outcome.text
+    assert f"starting from {words}: words copied" in outcome.text
+    (report,) = (output / "reports").glob("report_*.json")
+    assert read_json(report)["pretrained"] == {"file": str(words), "words": "copied"}
+    assert status_of(output)["data"]["word embeddings"] == f"copied ({words})"
+    state = load(output / "checkpoints" / "final_model.pt")["model_state_dict"]
+    assert torch.equal(state["text.token_embedding.weight"], table)  # stage 1 leaves texts alone
+
+
+def test_words_that_cannot_be_had_are_named_with_address_and_place(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    flags = flags_for(data, tmp_path / "outputs", "--pretrained", "auto")
+    outcome = run_here(run_training.main, flags)
+    assert outcome.code == 2, outcome.text
+    for part in ("https://huggingface.co/laion/CLIP-ViT-B-16", str(tmp_path / "hub"),
+                 f"into {data / 'pretrained'}", "by --init random"):  # fmt: skip
+        assert part in outcome.last_line
+    assert not (tmp_path / "outputs").exists()
 
 
 @pytest.mark.parametrize("place", ["root", "directory", "elsewhere", "link"])

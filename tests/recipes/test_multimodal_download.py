@@ -101,6 +101,7 @@ def table(files, monkeypatch):
         "audiocaps": replace(sources.AUDIOCAPS, clips=0 + 220, clip_bytes=1),
         "voxceleb": DataSet(
             "voxceleb",
+            ("image", "audio"),
             archives=(archive_of(files, ["vox_partaa", "vox_partab"], {"wav": 22}),),
             needs_key=True,
         ),
@@ -123,7 +124,9 @@ def server(files, table):
 
 
 def download(server, root, *flags):
-    flags = ["--mirror", f"{server.url}/cdn", "--data-root", str(root), *map(str, flags)]
+    """Everything from the server; the word embeddings where they are asked for."""
+    words = [] if "--words" in flags else ["--no-words"]
+    flags = ["--mirror", f"{server.url}/cdn", "--data-root", str(root), *words, *map(str, flags)]
     return download_datasets.main(flags)
 
 
@@ -240,7 +243,7 @@ def test_second_address_is_tried_when_the_first_fails(server, tmp_path, table, f
     part = replace(part, urls=urls)
     only = replace(table["coco"], files=(), archives=(replace(archive, parts=(part,)),))
     monkeypatch.setitem(sources.DATA_SETS, "coco", only)
-    flags = ["--datasets", "coco", "--data-root", str(tmp_path)]
+    flags = ["--datasets", "coco", "--data-root", str(tmp_path), "--no-words"]
     assert download_datasets.main(flags) == 0
     assert len(list((tmp_path / "coco/val2017").iterdir())) == 54
 
@@ -283,6 +286,43 @@ def test_the_real_tables_need_of_the_disk(tmp_path, monkeypatch):
     need = download_datasets.need_of(sources.COCO, tmp_path)
     assert need.fetch == 252_907_541 + 815_585_330 + 19_336_861_798 + 2_000_000
     assert 40e9 < need.disk < 45e9
+
+
+def words_only(monkeypatch, cache):
+    """COCO without a file of its own; the Hub's cache in `cache`, its repository the server's."""
+    monkeypatch.setitem(sources.DATA_SETS, "coco", DataSet("coco"))
+    monkeypatch.setattr(sources, "WORDS", REPO_ID)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+
+def test_word_embeddings_are_fetched_once_into_the_hubs_cache(server, tmp_path, monkeypatch):
+    words_only(monkeypatch, tmp_path / "hub")
+    server.files = {sources.WORDS_FILE: bytes(8) + b"{}"}
+    hub_server.move_hub(monkeypatch, server.url)
+    flags = ["--datasets", "coco", "--data-root", str(tmp_path / "data")]
+    assert download_datasets.main(flags) == 0
+    found = sources.start_of_words("auto", tmp_path / "data")
+    assert found.read_bytes() == bytes(8) + b"{}" and tmp_path / "hub" in found.parents
+    server.heal()
+    assert download_datasets.main(flags) == 0 and server.requests == []
+
+
+def test_word_embeddings_of_a_mirror_are_put_where_training_looks(server, tmp_path, monkeypatch):
+    words_only(monkeypatch, tmp_path / "hub")
+    server.files[sources.WORDS_FILE] = bytes(8) + b"{}"
+    assert download(server, tmp_path, "--datasets", "coco", "--words") == 0
+    place = tmp_path / "pretrained" / sources.WORDS_FILE
+    assert sources.start_of_words("auto", tmp_path) == place
+
+
+def test_without_a_network_the_words_address_and_place_are_named(tmp_path, monkeypatch, capsys):
+    words_only(monkeypatch, tmp_path / "hub")
+    monkeypatch.setattr("shared.web.PATIENCE", QUICK)
+    hub_server.move_hub(monkeypatch, "http://127.0.0.1:9")
+    assert download_datasets.main(["--datasets", "coco", "--data-root", str(tmp_path)]) == 2
+    (line,) = [row for row in capsys.readouterr().out.splitlines() if "failed" in row]
+    for part in (f"http://127.0.0.1:9/{REPO_ID}", str(tmp_path / "hub"), "--init random"):
+        assert part in line
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
 """Starting from an open_clip file: the same numbers as open_clip where shapes agree."""
 
-import logging
 from pathlib import Path
 
 import pytest
 import torch
 
 from multimodal.model import MultimodalModel, create_model
+from multimodal.pairs import sources
 from multimodal.training import weights
 from shared.errors import UserError
 
@@ -41,7 +41,7 @@ def wide_nano(monkeypatch) -> MultimodalModel:
 def test_both_towers_give_open_clips_features(tmp_path, monkeypatch):
     clip = clip_file(tmp_path / "clip.pt")
     model = wide_nano(monkeypatch)
-    report = weights.load(model, tmp_path / "clip.pt")
+    report = weights.load(model, tmp_path / "clip.pt", towers=True)
     assert report["words"] == "copied"
     assert report["image"]["share"] == report["text"]["share"] == 1.0
     assert report["image"]["missing"] == report["text"]["unexpected"] == []
@@ -73,7 +73,7 @@ def test_a_tower_of_another_size_is_left_and_the_words_are_taken(tmp_path):
     clip_file(tmp_path / "clip.pt", vision={"layers": 4}, text_width=128)
     model = create_model("nano")
     before = model.image.proj.detach().clone()
-    report = weights.load(model, tmp_path / "clip.pt")
+    report = weights.load(model, tmp_path / "clip.pt", towers=True)
     assert report["image"] == "not of this size (transformer.resblocks.3.attn.in_proj_bias)"
     assert report["text"].startswith("not of this size")
     assert report["words"].startswith("reduced from 128 to 32")
@@ -88,7 +88,7 @@ def test_a_file_without_most_of_a_tower_is_refused(tmp_path, monkeypatch):
     }
     torch.save(state, tmp_path / "cut.pt")
     with pytest.raises(UserError, match=r"only 70% of the image tower is in the file .*90%"):
-        weights.load(wide_nano(monkeypatch), tmp_path / "cut.pt")
+        weights.load(wide_nano(monkeypatch), tmp_path / "cut.pt", towers=True)
 
 
 def test_a_file_without_words_is_refused(tmp_path):
@@ -97,18 +97,12 @@ def test_a_file_without_words_is_refused(tmp_path):
         weights.load(create_model("nano"), tmp_path / "other.pt")
 
 
-def test_without_a_file_the_words_are_random_with_a_warning(caplog):
-    with caplog.at_level(logging.WARNING):
-        report = weights.load(create_model("nano"), None)
-    assert report["words"] == "random" and "random" in report["warning"]
-    assert "begins with random numbers" in caplog.text
-
-
 def test_auto_takes_the_one_file_and_asks_among_several(tmp_path):
-    assert weights.find("auto", tmp_path) is None
-    (tmp_path / "a.pt").touch()
-    assert weights.find("auto", tmp_path) == tmp_path / "a.pt"
-    assert weights.find("none", tmp_path) is None
-    (tmp_path / "b.safetensors").touch()
+    assert sources.own_weights("auto", tmp_path) is None
+    (tmp_path / "pretrained").mkdir()
+    (tmp_path / "pretrained" / "a.pt").touch()
+    assert sources.own_weights("auto", tmp_path) == tmp_path / "pretrained" / "a.pt"
+    assert sources.own_weights("none", tmp_path) is None
+    (tmp_path / "pretrained" / "b.safetensors").touch()
     with pytest.raises(UserError, match=r"holds 2 files \(a.pt, b.safetensors\)"):
-        weights.find("auto", tmp_path)
+        sources.own_weights("auto", tmp_path)
