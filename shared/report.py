@@ -25,6 +25,7 @@ from shared.files import is_file, read_bytes
 from shared.page import Page, Picture
 from shared.progress import clock
 from shared.run_status import Run, Series, flat, number
+from shared.run_text import percent
 
 log = logging.getLogger(__name__)
 
@@ -145,6 +146,9 @@ def _add_result(page: Page, run: Run) -> None:
     result = _mapping(run.status.get("result"))
     higher = result.pop("higher_is_better", None)
     better = {True: " (higher is better)", False: " (lower is better)"}.get(higher, "")
+    if result.get("unit") == "share":
+        del result["unit"]
+        result = {name: percent(v) if isinstance(v, float) else v for name, v in result.items()}
     if result:
         name = as_text(result.pop("name", "result")) + better
         columns = [*_RESULT, *(column for column in result if column not in _RESULT)]

@@ -77,15 +77,16 @@ def table(views: Sequence[View], root: Path, columns: int = 80) -> str:
 def result_text(result: dict[str, Any] | None) -> str:
     """'accuracy 0.512 -> 0.874 (chance 0.5, N 600)', and '(no gain)' where it got no better.
 
-    '' without a result.
+    In percent where the result's unit is "share"; '' without a result.
     """
     if not result:
         return ""
     before, after = result.get("before"), result.get("after")
-    text = f"{result.get('name')} {number(before)} -> {number(after)}"
+    shown = percent if result.get("unit") == "share" else number
+    text = f"{result.get('name')} {shown(before)} -> {shown(after)}"
     names = {"chance": "chance", "majority": "majority", "n": "N"}
     known = {label: result.get(name) for name, label in names.items()}
-    said = [f"{name} {number(value)}" for name, value in known.items() if value is not None]
+    said = [f"{name} {shown(value)}" for name, value in known.items() if value is not None]
     text += f" ({', '.join(said)})" if said else ""
     if not (isinstance(before, (int, float)) and isinstance(after, (int, float))):
         return text
@@ -116,6 +117,11 @@ def sparkline(values: Sequence[float], width: int) -> str:
 def number(value: object) -> str:
     """A number in four digits; anything else as it is, None as a dash."""
     return f"{value:.4g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+def percent(value: object) -> str:
+    """A share in [0, 1] as percent; anything but a fraction as `number` has it."""
+    return f"{100 * value:.1f} %" if isinstance(value, float) else number(value)
 
 
 def size(num_bytes: float | None) -> str:

@@ -216,6 +216,15 @@ def test_a_result_that_got_no_better_is_marked(two, capfd, after, higher, gained
     assert ("0.5123 -> 0.5 (no gain)" in capfd.readouterr().out) != gained
 
 
+def test_shares_are_told_in_percent(two, capfd):
+    result = {"name": "R@1", "before": 0.01, "after": 0.184, "unit": "share", "n": 100}
+    pretend(two, "one", {**DONE, "result": {**result, "chance": 0.01}})
+    assert run_demos.main(["one"], two) == 0
+    assert "R@1 1.0 % -> 18.4 % (chance 1.0 %, N 100)" in on_one_line(capfd.readouterr().out)
+    page = report.write(two / "one" / "demo" / "runs" / "checkpoints").read_text()
+    assert "18.4 %" in page and "0.184" not in page
+
+
 def test_a_recipe_named_twice_runs_once(two, capfd):
     assert run_demos.main(["two", "two"], two) == 0
     assert capfd.readouterr().out.count("two: something") == 1
