@@ -18,6 +18,7 @@ def build(root: Path) -> demo.DemoPaths:
         patch.setattr(files, "CLOTHO_SPLITS", clotho)
         caps = {"train": (18, 2), "val": (8, 1), "test": (6, 1)}
         patch.setattr(files, "AUDIOCAPS_SPLITS", caps)
+        patch.setattr(files, "SPEAKERS", [*files.SPEAKERS[:16], *files.SPEAKERS[48:54]])
         patch.setattr(files, "VIDEOS", 1)
         patch.setattr(files, "UTTERANCES", 2)
         return demo.build(root)

@@ -23,7 +23,7 @@ CLOTHO_SPLITS = {"development": 200, "validation": 30, "evaluation": 60}
 # Clips of the lists; the second number are those whose sound is gone, as happens on YouTube.
 AUDIOCAPS_SPLITS = {"train": (150, 6), "val": (20, 1), "test": (50, 2)}
 # VoxCeleb1's test speakers are id10270 to id10309.
-SPEAKERS = [f"id{number}" for number in (*range(10001, 10017), *range(10270, 10276))]
+SPEAKERS = [f"id{number}" for number in (*range(10001, 10049), *range(10270, 10282))]
 VIDEOS, UTTERANCES, FACES = 2, 2, 2  # of a speaker, of a video, of a video
 _ODD_NAMES = ("Rain, far away ({}).wav", "Glockengeläut {}.wav", "it's {} o'clock.wav")
 _YOUTUBE = list("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_")
@@ -150,21 +150,27 @@ def write_audiocaps(root: Path, clips: Sequence[Clip], rng: np.random.Generator)
 
 
 def write_voxceleb(root: Path, rng: np.random.Generator) -> None:
-    """Voices (wav, 16 kHz) and faces of people whose colour goes with their pitch."""
+    """Voices (wav, 16 kHz) and faces of people: colour goes with pitch, the mouth with the vowel.
+
+    No two of 60 people have the same of both.
+    """
     rows = [["VoxCeleb1 ID", "VGGFace1 ID", "Gender", "Nationality", "Set"]]
     for place, speaker in enumerate(SPEAKERS):
-        colour = pictures.COLOUR_NAMES[place % len(pictures.COLOUR_NAMES)]
-        pitch = 110.0 * 2 ** (place % len(pictures.COLOUR_NAMES) / 4)
+        number_of_colours = len(pictures.COLOUR_NAMES)
+        tone = place % number_of_colours
+        vowel = (place + place // number_of_colours) % len(sounds.VOWELS)
+        colour, pitch = pictures.COLOUR_NAMES[tone], 110.0 * 2 ** (tone / 4)
         for _ in range(VIDEOS):
             video = "".join(rng.choice(_YOUTUBE[:-2], 11))
             for number in range(1, UTTERANCES + 1):
-                wave = sounds.voice(pitch, 16_000, 1.5, rng)
+                wave = sounds.voice(pitch, sounds.VOWELS[vowel], 16_000, 1.5, rng)
                 path = root / "wav" / speaker / video / f"{number:05d}.wav"
                 _write_sound(path, wave, 16_000)
             for number in range(1, FACES + 1):
-                face = _draw_face(colour, SHAPES[place % len(SHAPES)], rng)
+                face = _draw_face(colour, SHAPES[vowel], rng)
                 _write_jpeg(root / "faces" / speaker / video / f"{25 * number:07d}.jpg", face)
-        rows.append([speaker, f"Person_{place}", "m", "-", "test" if place >= 16 else "dev"])
+        split = "dev" if speaker < "id10270" else "test"
+        rows.append([speaker, f"Person_{place}", "m", "-", split])
     _write_csv(root / "vox1_meta.csv", rows, "utf-8", delimiter="\t")
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 KINDS = ("tone", "buzz", "noise", "rising chirp", "falling chirp")
 PITCHES = {"low": 220.0, "middle": 600.0, "high": 1500.0, "shrill": 3500.0}  # Hz
 RHYTHMS = ("steady", "beating")
+VOWELS = (400.0, 600.0, 900.0, 1350.0, 2000.0, 3000.0)  # Hz, where a voice is loudest
 SECONDS = 2.0
 _BEATS = 6.0  # a second
 
@@ -86,12 +87,19 @@ def _band_of_noise(
     return wave / max(1e-9, np.abs(wave).max())
 
 
-def voice(pitch: float, rate: int, seconds: float, rng: np.random.Generator) -> Wave:
-    """Something like a vowel at `pitch` Hz: harmonics that fall off, with a slow tremble."""
+def voice(pitch: float, vowel: float, rate: int, seconds: float, rng: np.random.Generator) -> Wave:
+    """Something like a vowel: harmonics of `pitch` Hz, loudest near `vowel` Hz, with a tremble."""
     time = np.arange(int(seconds * rate)) / rate
     phase = 2 * np.pi * pitch * rng.uniform(0.97, 1.03) * time + 0.3 * np.sin(2 * np.pi * 5 * time)
-    wave = sum(np.sin(number * phase) / number for number in range(1, 9))
-    return (0.2 * wave + rng.normal(0, 0.003, len(time))).astype(np.float32)
+    harmonics = range(1, int(4000 / pitch) + 1)
+    octaves = [np.log2(number * pitch / vowel) for number in harmonics]
+    parts = [
+        (1 / number + 2 * np.exp(-((octave / 0.4) ** 2))) * np.sin(number * phase)
+        for number, octave in zip(harmonics, octaves, strict=True)
+    ]
+    wave = np.sum(parts, axis=0)
+    wave = 0.1 * wave / wave.std() + rng.normal(0, 0.003, len(time))
+    return wave.astype(np.float32)
 
 
 def captions(clip: Clip) -> list[str]:
