@@ -33,10 +33,7 @@ from shared.launch import launch_alone
 from shared.settings import Count, Workers
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from multimodal.datasets import AudioCaps, Clotho, Coco, VoxCeleb
-    from multimodal.training.evaluation import Direction, Embedder, Features
+    from multimodal.training.evaluation import Result
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(cfg: Config, checkpoint: Path, out: Path, run_dir: Path | None) -> int:
-    from multimodal.training.evaluation import Embedder, open_trained
+    from multimodal.datasets import open_split
+    from multimodal.training.evaluation import Embedder, figures_of, open_trained
     from shared.device import resolve
 
     device = resolve(cfg.tool.device, 0, os.environ)
@@ -99,7 +97,11 @@ def _evaluate(cfg: Config, checkpoint: Path, out: Path, run_dir: Path | None) ->
     data_root = cfg.data_root or _root_of(trained.settings)
     names = _there(cfg.datasets, data_root)
     embed = Embedder(trained, device, cfg.tool.amp, cfg.batch_size, cfg.workers)
-    results = [_result(cfg, name, data_root, embed) for name in names]
+    size, results = trained.model.image_size, []
+    for name in names:
+        data = open_split(name, data_root, cfg.split, size, train=False, limit=cfg.limit)
+        log.info("%s", data.counts.text())
+        results.append(figures_of(name, data, embed))
     record = record_of(results, checkpoint, data_root)
     write_json(out / "evaluation.json", record)
     write_text(out / "evaluation.txt", text_table(results) + "\n")
@@ -146,109 +148,6 @@ def _add_to_report(run_dir: Path, record: dict[str, object]) -> None:
         sys.stdout.write(f"{path.with_suffix('.md')}\n")
 
 
-# --- data set by data set -------------------------------------------------------------------------
-
-
-@dataclass
-class Result:
-    """Figures of a data set: retrieval both ways, mAP of its labels, what was evaluated."""
-
-    data_set: str
-    split: str
-    directions: list[Direction] = field(default_factory=list)
-    labels: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        """Rows of the retrieval table, metrics in percent."""
-        return [
-            {
-                **{"data set": self.data_set, "split": self.split, "direction": way.name},
-                **{name: round(100 * value, 2) for name, value in way.metrics.items()},
-                **{"queries": way.queries, "gallery": way.gallery},
-            }
-            for way in self.directions
-        ]
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """Every figure in [0, 1] by a name like `coco/image_to_text/R@1`."""
-        found = {
-            f"{self.data_set}/{way.name.replace(' ', '_')}/{name}": value
-            for way in self.directions
-            for name, value in way.metrics.items()
-        }
-        return found | {f"{self.data_set}/{name}": value for name, value in self.labels.items()}
-
-
-def _result(cfg: Config, name: str, data_root: Path, embed: Embedder) -> Result:
-    """The figures of one data set. Raises UserError for one that is not there."""
-    from multimodal.datasets import VoxCeleb, open_split
-
-    size = embed.trained.model.image_size
-    data = open_split(name, data_root, cfg.split, size, train=False, limit=cfg.limit)
-    log.info("%s", data.counts.text())
-    result = Result(name, data.counts.split)
-    if isinstance(data, VoxCeleb):
-        _faces_and_voices(result, data, embed)
-    else:
-        _captioned(result, data, embed)
-    return result
-
-
-def _captioned(result: Result, data: Coco | Clotho | AudioCaps, embed: Embedder) -> None:
-    """Fill in the retrieval of items and their captions, both ways, and the mAP of labels."""
-    import torch
-
-    from multimodal.datasets import AudioCaps, Coco
-    from multimodal.training import evaluation
-
-    if isinstance(data, Coco):
-        kind, labels = "image", "categories" if data.label_names else ""
-        found = embed.images(data.image, len(data), logits=bool(labels))
-    else:
-        known = list(getattr(data, "label_names", ()))
-        kind, labels = "audio", "keywords" if known and known == embed.trained.keywords else ""
-        found = embed.sounds(data.sound, len(data), logits=bool(labels))
-    captions = [(place, text) for place, i in enumerate(found.kept) for text in data.captions(i)]
-    texts = embed.texts([text for _, text in captions])
-    owners = [place for place, _ in captions]
-    result.directions = evaluation.both_ways((kind, "text"), found.rows, texts, owners)
-    result.counts = {
-        "items": len(found.kept),
-        "captions": len(captions),
-        "listed": data.counts.expected,
-        "skipped": data.counts.skipped | found.skipped.reasons,
-    }
-    if found.logits is not None and not isinstance(data, AudioCaps):
-        truth = torch.stack([data.labels(index) for index in found.kept])
-        value, occurring = evaluation.mean_average_precision(found.logits, truth)
-        result.labels[f"mAP of {labels}"] = value
-        result.counts[labels] = occurring
-
-
-def _faces_and_voices(result: Result, data: VoxCeleb, embed: Embedder) -> None:
-    """Faces find voices of the same person and back; without faces there is nothing to find."""
-    from multimodal.training import evaluation
-
-    if not data.has_faces:
-        log.warning("voxceleb: no frames of faces there; voices alone have no pairs to evaluate")
-        return
-    voices = embed.sounds(data.sound, len(data), logits=False)
-    faces = embed.images(data.image, len(data), logits=False)
-    both = sorted(set(voices.kept) & set(faces.kept))
-    rows, others = (_rows_of(found, both) for found in (faces, voices))
-    groups = [data.group_of(index) for index in both]
-    result.directions = evaluation.same_group(("face", "voice"), rows, others, groups)
-    result.counts = {"utterances": len(both), "speakers": len(set(groups))}
-
-
-def _rows_of(found: Features, indices: list[int]) -> Tensor:
-    place = {index: row for row, index in enumerate(found.kept)}
-    return found.rows[[place[index] for index in indices]]
-
-
 def record_of(results: list[Result], checkpoint: Path, data: Path) -> dict[str, Any]:
     """Plain values for evaluation.json; metrics in [0, 1]."""
     return {
@@ -266,13 +165,17 @@ def text_table(results: list[Result]) -> str:
     rows = [row for result in results for row in result.rows]
     lines = []
     if rows:
-        columns = list(rows[0])
-        cells = [columns, *([str(row[name]) for name in columns] for row in rows)]
-        widths = [max(len(line[place]) for line in cells) for place in range(len(columns))]
+        cells = [list(rows[0]), *([_cell(value) for value in row.values()] for row in rows)]
+        widths = [max(len(line[place]) for line in cells) for place in range(len(cells[0]))]
         lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in cells]
     for result in results:
-        lines += [f"{result.data_set}: {n} {100 * v:.2f}" for n, v in result.labels.items()]
+        lines += [f"{result.data_set}: {name} {_cell(v)}" for name, v in result.labels.items()]
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _cell(value: object) -> str:
+    """Shares in percent."""
+    return f"{100 * value:.1f} %" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

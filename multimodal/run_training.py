@@ -33,7 +33,7 @@ if __name__ == "__main__":
     stop.listen()
 
 from shared.config import RunOptions, free, option, parse, parse_known
-from shared.errors import UserError, shown
+from shared.errors import UserError, one_line, shown
 from shared.files import open_lock
 from shared.launch import launch, world_size
 from shared.settings import (
@@ -55,7 +55,7 @@ if TYPE_CHECKING:  # torch comes after the input is checked
 
     from multimodal.datasets import Batch, Sources, Task
     from multimodal.model import MultimodalModel
-    from multimodal.training.losses import Learner, LossOptions
+    from multimodal.training.losses import LossOptions
     from multimodal.training.memory import Step
     from multimodal.training.report import Report
     from multimodal.training.schedule import Stage
@@ -67,6 +67,7 @@ log = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
 NUM_LABELS = 80  # COCO's categories; keywords of sounds at most
+MOST_TESTED = 1000  # items of a test split for the run's result; evaluate.py takes all
 
 
 @dataclass(frozen=True)
@@ -274,7 +275,7 @@ def train(cfg: Config) -> int:
                         data=sources.sizes | {"word embeddings": words})  # fmt: skip
             position = run.restore(parts, plan)
             if position.step == 0:
-                history.before = _recalls(cfg, learner, sources, world, amp)
+                history.before = _tested(cfg, sources, world, model)
             for stage in [one for one in stages if one.span.end > position.epoch]:
                 net = schedule.enter(stage, learner, world)
                 if (position.epoch, position.batch) == (stage.span.first, 0):
@@ -306,7 +307,8 @@ def train(cfg: Config) -> int:
                                       every=cfg.checkpoint_every)  # fmt: skip
                     run.save()
             files.write_weights(weights.FINAL, epoch=position.epoch, stage=stages[-1].span.name)
-            after = _recalls(cfg, learner, sources, world, amp)
+            with run.for_all():
+                after = _tested(cfg, sources, world)
             _finish(run, told, history.before, after)
     return run.exit_code
 
@@ -353,12 +355,14 @@ def _close_epoch(
     relative = history.relative(stage.span, found or {"training": train_loss})
     improved = best.update(relative)
     best_files = [BEST] if improved else []
-    tags = {f"val/{name}": loss for name, loss in found.items()}
+    tags, shown_1 = {f"val/{name}": loss for name, loss in found.items()}, ""
     # pairs are told from strangers from the second stage on
     sources = stage.sources if stage.span.stage else ()
     pairs = validation.recall_at_1(parts["learner"], sources, cfg.eval_batch_size, world, amp)
     if pairs:
         tags["val/R@1"] = sum(one["R@1"] for one in pairs.values()) / len(pairs)
+        chance_1 = sum(one["chance"] for one in pairs.values()) / len(pairs)
+        shown_1 = f" | R@1 {100 * tags['val/R@1']:.1f} % (chance {100 * chance_1:.1f} %)"
         best_files += [RETRIEVAL] if history.is_best_recall(tags["val/R@1"]) else []
     run.log(
         {"epoch/loss": train_loss, "val/loss": value, "val/relative": relative, **tags},
@@ -371,51 +375,73 @@ def _close_epoch(
     )
     run.log({"val/loss": history.best_loss, "val/relative": best.best}, split="best")
     log.info(
-        "epoch %d/%d | %s | training loss %.4f | %s loss %.4f%s",
+        "epoch %d/%d | %s | training loss %.4f | %s loss %.4f%s%s",
         run.position.epoch + 1, cfg.epochs, stage.span.name, train_loss,
-        "validation" if found else "(no validation) training", value, " | best" if improved else "",
+        "validation" if found else "(no validation) training", value, shown_1,
+        " | best" if improved else "",
     )  # fmt: skip
     return value, best_files
 
 
-def _recalls(
-    cfg: Config, learner: Learner, sources: Sources, world: World, amp: Amp
-) -> dict[str, dict[str, float]]:
-    from multimodal.training import validation
+def _tested(
+    cfg: Config, sources: Sources, world: World, model: MultimodalModel | None = None
+) -> dict[str, dict[str, Any]]:
+    """R@1 of the test splits as evaluate.py finds it, by `model` or the run's best_model.pt.
 
-    return validation.recall_at_1(learner, sources.found, cfg.eval_batch_size, world, amp)
+    Of at most 1,000 items a set; {} on every process but the first, and for sets without the split.
+    """
+    from multimodal.datasets import open_split
+    from multimodal.training import evaluation
+
+    if not world.is_main:
+        return {}
+    if model is None:
+        trained = evaluation.open_trained(evaluation.checkpoint_at(cfg.run_dir), world.device)
+    else:
+        trained = evaluation.Trained(model.eval(), cfg.run_dir, {}, "untrained", [], None)
+    embed = evaluation.Embedder(trained, world.device, "off", cfg.eval_batch_size, cfg.workers)
+    size, found = trained.model.image_size, {}
+    for name in (source.name for source in sources.found):
+        try:
+            data = open_split(name, cfg.data_root, "test", size, train=False, limit=MOST_TESTED)
+            result = evaluation.figures_of(name, data, embed)
+        except UserError as error:
+            log.warning("%s: no figure of a test split: %s", name, one_line(error))
+            continue
+        found[name] = {
+            "split": result.split, "items": result.counts["items"],
+            "R@1": result.mean("R@1"), "chance": result.mean("chance"),
+        }  # fmt: skip
+    if model is not None:
+        model.train()
+    return found
 
 
 def _finish(
-    run: Run, told: Report, before: dict[str, Any], after: dict[str, dict[str, float]]
+    run: Run, told: Report, before: dict[str, Any], after: dict[str, dict[str, Any]]
 ) -> None:
     """Close run and report with what was reached."""
     from multimodal.training.weights import BEST, FINAL
 
     rows = [
-        {
-            "pairs": name,
-            "R@1 before": before.get(name, {}).get("R@1"),
-            "R@1 after": found["R@1"],
-            "chance": found["chance"],
-            "held-out pairs": int(found["pairs"]),
-        }
+        {"pairs": name, "split": found["split"], "R@1 before": before.get(name, {}).get("R@1"),
+         "R@1 after": found["R@1"], "chance": found["chance"], "items": found["items"]}
         for name, found in after.items()
-    ]
+    ]  # fmt: skip
     for row in rows:
         before_it = "" if row["R@1 before"] is None else f"{100 * row['R@1 before']:.1f} % before, "
         log.info(
-            "%s R@1: %s%.1f %% after; by chance %.1f %%, among %d held-out pairs",
-            row["pairs"], before_it, 100 * row["R@1 after"], 100 * row["chance"],
-            row["held-out pairs"],
+            "%s R@1 (%s): %s%.1f %% after; by chance %.1f %%, among %d items",
+            row["pairs"], row["split"], before_it, 100 * row["R@1 after"], 100 * row["chance"],
+            row["items"],
         )  # fmt: skip
     result = None
     if rows:
         first = rows[0]
         kind = "image-text" if first["pairs"] == "coco" else first["pairs"]
         result = {"name": f"{kind} R@1", "before": first["R@1 before"], "after": first["R@1 after"],
-                  "higher_is_better": True, "chance": first["chance"],
-                  "n": first["held-out pairs"]}  # fmt: skip
+                  "unit": "share", "higher_is_better": True, "chance": first["chance"],
+                  "n": first["items"], "split": first["split"]}  # fmt: skip
     told.update(summary=rows)
     outputs = [str(told.checkpoints / name) for name in (BEST, FINAL)]
     run.finish(result=result, outputs=outputs)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from multimodal.datasets import AnyDataSet, AudioCaps, Clotho, Coco, VoxCeleb
 from multimodal.model import MultimodalModel, create_model
 from multimodal.pairs import samples
 from multimodal.pairs.samples import collate
@@ -285,12 +286,23 @@ def same_group(
     ]  # fmt: skip
 
 
-def _search(queries: Tensor, gallery: Tensor, positives: Positives) -> dict[str, float]:
+def _search(
+    queries: Tensor, gallery: Tensor, positives: Positives, exclude: Tensor | None = None
+) -> dict[str, float]:
     found = retrieval.evaluate(
-        queries, gallery, positives, World(), recall_at=RECALL_AT, map_at=MAP_AT
+        queries, gallery, positives, World(), exclude=exclude, recall_at=RECALL_AT, map_at=MAP_AT
     ).metrics
     wanted = {f"Recall@{k}": f"R@{k}" for k in RECALL_AT} | {f"mAP@{k}": f"mAP@{k}" for k in MAP_AT}
     return {short: found[name] for name, short in wanted.items()}
+
+
+def same_voice(rows: Tensor, speakers: Sequence[str]) -> Direction:
+    """Sounds find others of the same speaker, themselves left out; rows: (N, D) of unit norm."""
+    positives = Positives.same_id(speakers, speakers)
+    chance = (float(positives.counts().double().mean()) - 1) / (len(rows) - 1)
+    own = torch.arange(len(rows))
+    found = _search(rows, rows, positives, exclude=own)
+    return Direction("voice to voice", found | {"chance": chance}, len(rows), len(rows) - 1)
 
 
 def mean_average_precision(scores: Tensor, labels: Tensor) -> tuple[float, int]:
@@ -314,3 +326,99 @@ def _average_precision(scores: Tensor, positive: Tensor) -> float:
     hits, ranks = hits[last], last.nonzero().flatten().double() + 1
     gains = hits.diff(prepend=hits.new_zeros(1)) / hits[-1]
     return float((gains * hits / ranks).sum())
+
+
+# --- the figures of a data set --------------------------------------------------------------------
+
+
+@dataclass
+class Result:
+    """Figures of a data set: retrieval both ways, mAP of its labels, what was evaluated."""
+
+    data_set: str
+    split: str
+    directions: list[Direction] = field(default_factory=list)
+    labels: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Rows of the retrieval table, metrics in [0, 1]."""
+        return [
+            {
+                **{"data set": self.data_set, "split": self.split, "direction": way.name},
+                **{name: round(value, 4) for name, value in way.metrics.items()},
+                **{"queries": way.queries, "gallery": way.gallery},
+            }
+            for way in self.directions
+        ]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Every figure in [0, 1] by a name like `coco/image_to_text/R@1`."""
+        found = {
+            f"{self.data_set}/{way.name.replace(' ', '_')}/{name}": value
+            for way in self.directions
+            for name, value in way.metrics.items()
+        }
+        return found | {f"{self.data_set}/{name}": value for name, value in self.labels.items()}
+
+    def mean(self, metric: str) -> float:
+        """The mean of a metric over the directions."""
+        return sum(way.metrics[metric] for way in self.directions) / len(self.directions)
+
+
+def figures_of(name: str, data: AnyDataSet, embed: Embedder) -> Result:
+    """The figures of a split of the data set `name`."""
+    result = Result(name, data.counts.split)
+    if isinstance(data, VoxCeleb):
+        _people(result, data, embed)
+    else:
+        _captioned(result, data, embed)
+    return result
+
+
+def _captioned(result: Result, data: Coco | Clotho | AudioCaps, embed: Embedder) -> None:
+    """Fill in the retrieval of items and their captions, both ways, and the mAP of labels."""
+    if isinstance(data, Coco):
+        kind, labels = "image", "categories" if data.label_names else ""
+        found = embed.images(data.image, len(data), logits=bool(labels))
+    else:
+        known = list(getattr(data, "label_names", ()))
+        kind, labels = "audio", "keywords" if known and known == embed.trained.keywords else ""
+        found = embed.sounds(data.sound, len(data), logits=bool(labels))
+    captions = [(place, text) for place, i in enumerate(found.kept) for text in data.captions(i)]
+    texts = embed.texts([text for _, text in captions])
+    owners = [place for place, _ in captions]
+    result.directions = both_ways((kind, "text"), found.rows, texts, owners)
+    result.counts = {
+        "items": len(found.kept),
+        "captions": len(captions),
+        "listed": data.counts.expected,
+        "skipped": data.counts.skipped | found.skipped.reasons,
+    }
+    if found.logits is not None and not isinstance(data, AudioCaps):
+        truth = torch.stack([data.labels(index) for index in found.kept])
+        value, occurring = mean_average_precision(found.logits, truth)
+        result.labels[f"mAP of {labels}"] = value
+        result.counts[labels] = occurring
+
+
+def _people(result: Result, data: VoxCeleb, embed: Embedder) -> None:
+    """Faces find voices of the same person and back; without faces voices others of theirs."""
+    voices = embed.sounds(data.sound, len(data), logits=False)
+    if data.has_faces:
+        faces = embed.images(data.image, len(data), logits=False)
+        both = sorted(set(voices.kept) & set(faces.kept))
+        people = [data.group_of(index) for index in both]
+        rows, others = (_rows_of(found, both) for found in (faces, voices))
+        result.directions = same_group(("face", "voice"), rows, others, people)
+    else:
+        people = [data.group_of(index) for index in voices.kept]
+        result.directions = [same_voice(voices.rows, people)]
+    result.counts = {"items": len(people), "speakers": len(set(people))}
+
+
+def _rows_of(found: Features, indices: list[int]) -> Tensor:
+    place = {index: row for row, index in enumerate(found.kept)}
+    return found.rows[[place[index] for index in indices]]

@@ -290,7 +290,7 @@ _SECTIONS = {  # in their order: key → heading
     "stages": "Stages",
     "curves": "Curves",
     "data": "Data",
-    "retrieval": "Retrieval, in %",  # evaluate.py's table, whose rows are percent
+    "retrieval": "Retrieval",
     "evaluation": "Evaluation",
     "model": "Model",
     "pretrained": "Start",
@@ -323,9 +323,7 @@ def render(report: Mapping[str, Any]) -> str:
 
 
 def _shown(name: str, value: Any) -> Any:
-    """`value` with the shares in it as percent; the table of the retrieval has them so already."""
-    if name == "retrieval":
-        return value
+    """`value` with the shares in it as percent."""
     if isinstance(value, Mapping):
         return {key: _shown(str(key), item) for key, item in value.items()}
     if isinstance(value, list):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from multimodal import evaluate, run_training
 from multimodal import model as models
-from multimodal import run_training
 from multimodal.datasets import Task
 from multimodal.model import create_model
 from multimodal.training import evaluation, memory
@@ -103,7 +103,25 @@ def test_a_run_leaves_the_documented_files(whole):
     assert report.with_suffix(".md").exists()
     status = status_of(whole)
     assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, 2 * sum(STEPS))
-    assert status["result"]["name"] == "image-text R@1"
+    result = status["result"]
+    assert (result["name"], result["split"]) == ("image-text R@1", "Karpathy test")
+    assert (result["n"], result["chance"]) == (8, 1 / 8) and 0 <= result["after"] <= 1
+
+
+def test_the_result_is_what_evaluate_finds_on_the_test_splits(whole, data, tmp_path):
+    flags = ["--checkpoint", whole, "--data-root", data, "--out", tmp_path, "--no-report"]
+    assert run_here(evaluate.main, [*flags, "--workers", 0]).code == 0
+    rows = read_json(tmp_path / "evaluation.json")["retrieval"]
+    (report,) = (whole / "reports").glob("report_*.json")
+    summary = {row["pairs"]: row for row in read_json(report)["summary"]}
+    assert list(summary) == ["coco", "clotho", "audiocaps", "voxceleb"]
+    for name, row in summary.items():
+        ways = [way["R@1"] for way in rows if way["data set"] == name]
+        assert row["R@1 after"] == pytest.approx(sum(ways) / len(ways), abs=1e-3)
+        assert 0 <= row["R@1 before"] <= 1 and row["items"] > 0
+    said = next((whole / "logs").glob("training_*.log")).read_text()
+    after = f"{100 * summary['coco']['R@1 after']:.1f} % after"
+    assert f"{after}; by chance 12.5 %, among 8 items" in said
 
 
 def test_epochs_go_through_the_stages_and_steps_are_numbered_on(whole):

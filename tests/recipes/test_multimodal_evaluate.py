@@ -49,6 +49,8 @@ def test_evaluation_has_the_houses_form_and_names_split_and_numbers(evaluated, r
     assert len(rows) == 8
     assert (rows["clotho", "text to audio"]["queries"], counts["clotho"]["keywords"]) == (300, 12)
     assert all(0 <= value <= 1 for value in evaluated["metrics"].values())
+    shares = [v for row in evaluated["retrieval"] for v in row.values() if isinstance(v, float)]
+    assert len(shares) == 8 * 5 and all(0 <= value <= 1 for value in shares)
 
 
 def test_figures_are_those_of_the_models_features_by_brute_force(evaluated, run_dir, made):
@@ -77,6 +79,20 @@ def test_limit_val_and_one_data_set(run_dir, tmp_path, capsys):
     assert record["counts"]["coco"]["items"] == 7 and list(record["counts"]) == ["coco"]
     table = (tmp_path / "evaluation.txt").read_text()
     assert "R@1" in table and "image to text" in table and table in capsys.readouterr().out
+    found = record["metrics"]["coco/image_to_text/R@1"]
+    assert f"  {100 * found:.1f} %" in table.splitlines()[1]
+
+
+def test_voices_without_faces_find_their_speaker(made, run_dir, tmp_path):
+    (tmp_path / "voxceleb").mkdir()
+    for name in ("wav", "vox1_meta.csv"):
+        (tmp_path / "voxceleb" / name).symlink_to(made.voxceleb / name)
+    flags = ["--checkpoint", str(run_dir), "--data-root", str(tmp_path), "--out", str(tmp_path)]
+    assert evaluate.main([*flags, "--workers", "0", "--no-report"]) == 0
+    record = json.loads((tmp_path / "evaluation.json").read_text())
+    (row,) = record["retrieval"]
+    assert (row["direction"], row["queries"], row["gallery"]) == ("voice to voice", 48, 47)
+    assert row["chance"] == pytest.approx(3 / 47, abs=1e-4) and row["R@1"] > row["chance"]
 
 
 def test_report_of_the_run_gets_the_tables(made, tmp_path):

@@ -79,9 +79,9 @@ def test_evaluation_adds_its_table_later(tmp_path, metrics):
     add_section(path, "retrieval", rows)
     assert read_json(path)["retrieval"] == rows
     text = path.with_suffix(".md").read_text()
-    assert "## Retrieval, in %\n\n| task | split | N | R@1 | mAP |" in text
-    assert "| image-text | Karpathy test | 5000 | 0.25 | – |" in text
-    assert text.index("## Retrieval, in %") > text.index("## Stages")
+    assert "## Retrieval\n\n| task | split | N | R@1 | mAP |" in text
+    assert "| image-text | Karpathy test | 5000 | 25 % | – |" in text
+    assert text.index("## Retrieval\n") > text.index("## Stages")
 
 
 def test_shares_are_percent_on_the_page_and_stay_shares_in_the_json(tmp_path, metrics):

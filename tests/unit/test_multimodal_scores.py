@@ -88,6 +88,15 @@ def test_faces_find_every_voice_of_their_person():
     assert there.metrics["chance"] == pytest.approx((2 + 2 + 1 + 1) / 4 / 4)
 
 
+def test_voices_find_others_of_their_speaker_and_not_themselves():
+    near, far = [1.0, 0.1], [0.1, 1.0]
+    rows = normalize(torch.tensor([near, near, far, far, near]), dim=1)
+    way = evaluation.same_voice(rows, ["a", "a", "b", "b", "b"])
+    assert (way.name, way.queries, way.gallery) == ("voice to voice", 5, 4)
+    assert way.metrics["R@1"] == 4 / 5  # the last one finds "a"
+    assert way.metrics["chance"] == pytest.approx((1 + 1 + 2 + 2 + 2) / 5 / 4)
+
+
 @pytest.mark.parametrize("ties", [False, True])
 def test_mean_average_precision_is_scikit_learns(ties):
     from sklearn.metrics import average_precision_score
