@@ -113,6 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     data_sets = [DATA_SETS[name] for name in chosen]
     if cfg.mirror:
         data_sets = [pointed_at(item, cfg.mirror) for item in data_sets]
+    data_sets = [from_source(item, cfg.audiocaps_source, cfg.data_root) for item in data_sets]
     needs = {item.name: need_of(item, _root(cfg, item)) for item in data_sets}
     if cfg.words and any("text" in item.modalities for item in data_sets):
         needs = {"words": need_of_words(cfg.data_root)} | needs
@@ -484,6 +485,19 @@ def _count(path: Path, *, deep: bool = False) -> int:
         return sum(len(files) for _, _, files in os.walk(path))
     with os.scandir(path) as entries:
         return sum(1 for entry in entries if not entry.name.startswith("."))
+
+
+def from_source(data_set: DataSet, audiocaps_source: str, data_root: Path) -> DataSet:
+    """The data set; of clips in a directory of the same disk, which are linked, without bytes."""
+    kind, _, rest = audiocaps_source.partition(":")
+    if kind == "local" and data_set.clips and _disk(Path(rest).expanduser()) == _disk(data_root):
+        return replace(data_set, clip_bytes=0)
+    return data_set
+
+
+def _disk(path: Path) -> int:
+    """The number of the disk that a path is on, or will be."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists()).stat().st_dev
 
 
 def pointed_at(data_set: DataSet, base: str) -> DataSet:

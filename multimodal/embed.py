@@ -38,7 +38,6 @@ RECIPE = Path(__file__).resolve().parent
 OUTPUTS = RECIPE / "outputs"
 OUT = RECIPE / "embeddings"
 _BEST = 10  # files that a query prints
-SOUNDS = frozenset({".wav", ".flac", ".ogg", ".mp3"})
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +89,12 @@ DEMO = {
 def main(argv: list[str] | None = None) -> int:
     """Check the input, then embed; the exit code."""
     cfg = parse(Config, argv, __doc__, DEMO)
+    from multimodal.pairs.sources import SOUNDS
     from multimodal.training.evaluation import checkpoint_at
     from shared.images import SUFFIXES
 
     inputs = Inputs(
-        _files(cfg.images, SUFFIXES, "images"), _files(cfg.audio, SOUNDS, "audio"),
+        _files(cfg.images, SUFFIXES, "images"), _files(cfg.audio, frozenset(SOUNDS), "audio"),
         _lines(cfg.texts, "texts"), _lines(cfg.labels, "labels"),
     )  # fmt: skip
     if not (inputs.images or inputs.audio or inputs.texts):

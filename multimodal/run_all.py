@@ -81,6 +81,8 @@ class Config:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stages that are not done; the exit code of the first that failed."""
+    from multimodal.pairs.sources import own_weights
+
     cfg, flags = parse_own(Config, argv, __doc__)
     if cfg.demo:
         cfg = _with_demo(cfg)
@@ -88,6 +90,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = _settings(cfg, flags)
     if settings is None:
         return USER_ERROR
+    own_weights(settings["pretrained"], cfg.data_root)  # refused now if it is not there
     if cfg.dry_run:
         for name, command in (("download", _download(cfg)), ("training", _training(cfg, flags)),
                               ("evaluation", _evaluation(cfg))):  # fmt: skip
@@ -176,12 +179,13 @@ def _preflight(cfg: Config) -> int:
 
     Raises UserError when the disk has room for none of the data sets.
     """
-    from multimodal.download_datasets import check_each, need_of
+    from multimodal.download_datasets import check_each, from_source, need_of
     from multimodal.pairs.sources import DATA_SETS
 
     if cfg.skip_download or cfg.demo:
         return DONE
-    needs = {name: need_of(DATA_SETS[name], cfg.data_root / name) for name in cfg.names}
+    chosen = [from_source(DATA_SETS[n], cfg.audiocaps_source, cfg.data_root) for n in cfg.names]
+    needs = {item.name: need_of(item, cfg.data_root / item.name) for item in chosen}
     check_each(needs, cfg.data_root)
     if any(need.fetch for need in needs.values()):
         for line in _will_be_skipped(cfg):

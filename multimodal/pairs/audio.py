@@ -30,7 +30,6 @@ SAMPLE_RATE = 16_000  # Hz
 NUM_MELS = 80
 HOP = 160  # samples from one frame to the next: 100 frames a second
 FRAMES_PER_SECOND = SAMPLE_RATE // HOP
-SUFFIXES = (".wav", ".flac", ".ogg", ".mp3")
 _WINDOW = 400  # samples, 25 ms
 _BLOCK = 1 << 22  # samples that are read at a time
 _CANCELLED = 1e-3  # of a channel's power: less than this in the mean is no sound any more

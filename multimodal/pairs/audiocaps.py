@@ -14,8 +14,9 @@ from typing import Literal
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from multimodal.pairs import audio, samples
+from multimodal.pairs import samples
 from multimodal.pairs.samples import Sample, Sounds, read_table
+from multimodal.pairs.sources import SOUNDS
 from shared.errors import UserError
 
 COLUMNS = ["audiocap_id", "youtube_id", "start_time", "caption"]
@@ -155,7 +156,7 @@ def _named_sounds(directory: Path) -> dict[tuple[str, str | None], Path]:
         for name in sorted(names):
             path = Path(folder) / name
             match = NAME.fullmatch(path.stem)
-            if match and path.suffix.lower() in audio.SUFFIXES and path.is_file():
+            if match and path.suffix.lower() in SOUNDS and path.is_file():
                 start = match["start"]
                 found[match["video"], start and str(int(start))] = path
     return found

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from multimodal.pairs import audio
 from multimodal.pairs.audiocaps import NAME, Clip, files_of, listed_clips
+from multimodal.pairs.sources import SOUNDS
 from shared.download import part_of
 from shared.errors import MissingToolError, UserError, one_line
 from shared.files import read_json_lines, write_atomic
@@ -150,7 +150,7 @@ def from_hub(root: Path, repo_id: str, endpoint: str, run: Run | None) -> None:
 
     repository = open_hub(repo_id, "main", endpoint=endpoint, kind="dataset")
     names = sorted(repository.files)
-    sounds = [name for name in names if Path(name).suffix.lower() in audio.SUFFIXES]
+    sounds = [name for name in names if Path(name).suffix.lower() in SOUNDS]
     wanted = {item.clip.video for item in missing(root)}
     sounds = [
         name

@@ -7,6 +7,7 @@ case. Where nobody publishes a size or checksum, None and '' stand. Standard lib
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -36,16 +37,28 @@ def check_names(names: tuple[str, ...]) -> None:
             raise ValueError(f"datasets: {name} is none of {', '.join(NAMES)}{near}")
 
 
+SOUNDS = (".wav", ".flac", ".ogg", ".mp3")
+
+
 def check_audiocaps(source: str) -> None:
-    """Raise UserError for what is no source of AudioCaps' sounds, or a directory not there."""
+    """Raise UserError for what is no source of AudioCaps' sounds, or a directory without sounds."""
     kind, colon, rest = source.partition(":")
     if not ((kind, colon) == ("youtube", "") or (kind in ("hf", "local") and rest)):
         raise UserError(
             f"--audiocaps-source {shortened(source)}: allowed are youtube, hf:OWNER/NAME and "
             "local:DIRECTORY"
         )
-    if kind == "local" and not Path(rest).expanduser().is_dir():
+    if kind != "local":
+        return
+    directory = Path(rest).expanduser()
+    if not directory.is_dir():
         raise UserError(f"--audiocaps-source {source}: no such directory")
+    names = (name for _, _, names in os.walk(directory) for name in names)
+    if not any(name.lower().endswith(SOUNDS) for name in names):
+        raise UserError(
+            f"--audiocaps-source {source}: no sounds there; expected files named <youtube id>_"
+            f"<start> and {', '.join(SOUNDS)}"
+        )
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from multimodal.pairs import audio, samples
+from multimodal.pairs import samples
 from multimodal.pairs.samples import Sample, Sounds
+from multimodal.pairs.sources import SOUNDS
 from shared.errors import UserError
 from shared.images import SUFFIXES
 from shared.seed import derive
@@ -125,7 +126,7 @@ def _utterances(root: Path) -> list[_Utterance]:
     found = [
         _Utterance(path.parts[-3], path.parts[-2], path)
         for path in sorted((root / "wav").glob("id*/*/*"))
-        if path.suffix.lower() in audio.SUFFIXES and _SPEAKER.fullmatch(path.parts[-3])
+        if path.suffix.lower() in SOUNDS and _SPEAKER.fullmatch(path.parts[-3])
     ]
     if not found:
         raise UserError(

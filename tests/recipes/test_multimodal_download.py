@@ -177,6 +177,7 @@ PORTAL = b"<!DOCTYPE html>\n<html><title>Log in to the network</title></html>"
 
 def test_a_login_page_is_put_in_the_place_of_no_list(server, tmp_path, files, capsys):
     server.files |= {"train.csv": PORTAL, "coco_val_karpathy.json": PORTAL}
+    (tmp_path / "Y0123456789a.wav").touch()
     source = f"local:{tmp_path}"
     flags = ["--datasets", "audiocaps", "coco", "--audiocaps-source", source]
     assert download(server, tmp_path, *flags) == 1
@@ -386,9 +387,25 @@ def test_audiocaps_under_the_names_of_others(server, tmp_path, made, form):
     assert len(list((tmp_path / "audiocaps/audio/test").iterdir())) == 48
 
 
-def test_audiocaps_directory_without_a_clip_is_said(server, tmp_path):
+def test_audiocaps_directory_without_a_clip_is_said(server, tmp_path, capsys):
+    (tmp_path / "holiday.wav").touch()
     flags = ["--datasets", "audiocaps", "--audiocaps-source", f"local:{tmp_path}"]
     assert download(server, tmp_path, *flags) == 2
+    assert "none of the 220 missing clips is below" in capsys.readouterr().out
+
+
+def test_a_directory_without_sounds_is_refused_before_anything_is_asked(server, tmp_path, capsys):
+    flags = ["--datasets", "audiocaps", "--audiocaps-source", f"local:{tmp_path}"]
+    with pytest.raises(UserError, match=r"no sounds there; expected files named <youtube id>_"):
+        download(server, tmp_path, *flags)
+    assert server.requests == [] and "bytes to fetch" not in capsys.readouterr().out
+
+
+def test_clips_that_are_linked_from_the_same_disk_need_no_room(made, tmp_path, capsys):
+    flags = ["--datasets", "audiocaps", "--audiocaps-source", f"local:{made.audiocaps}"]
+    assert download_datasets.main([*flags, "--data-root", str(tmp_path), "--dry-run"]) == 0
+    (line,) = [row for row in capsys.readouterr().out.splitlines() if "audiocaps" in row]
+    assert line.split()[1] == "3,000,000"  # the three lists; 47 GB from YouTube
 
 
 @pytest.mark.parametrize("mirror", ["/nowhere", "file:///nowhere", "nowhere.invalid/coco"])
