@@ -10,9 +10,12 @@ Row i of a .npy (N, D), float32 and of unit length, belongs to name i of embeddi
 a product of two files compares everything with everything. Texts and labels stand one on a line.
 """
 
+from __future__ import annotations
+
 import logging
 import os
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -33,6 +36,7 @@ from shared.settings import Count, Range, Workers
 
 if TYPE_CHECKING:
     from multimodal.training.evaluation import Embedder, Features
+    from shared.images import Skipped
 
 RECIPE = Path(__file__).resolve().parent
 OUTPUTS = RECIPE / "outputs"
@@ -77,6 +81,7 @@ class Inputs:
     audio: list[Path]
     texts: list[str]
     labels: list[str]
+    others: Skipped  # files of the folders that are of neither kind
 
 
 DEMO = {
@@ -94,8 +99,9 @@ def main(argv: list[str] | None = None) -> int:
     from shared.images import SUFFIXES
 
     inputs = Inputs(
-        _files(cfg.images, SUFFIXES, "images"), _files(cfg.audio, frozenset(SOUNDS), "audio"),
+        _files(cfg.images, SUFFIXES, "images"), _files(cfg.audio, SOUNDS, "audio"),
         _lines(cfg.texts, "texts"), _lines(cfg.labels, "labels"),
+        _others((*cfg.images, *cfg.audio), {*SUFFIXES, *SOUNDS}),
     )  # fmt: skip
     if not (inputs.images or inputs.audio or inputs.texts):
         raise UserError("nothing to embed: give --images, --audio or --texts")
@@ -114,7 +120,7 @@ def main(argv: list[str] | None = None) -> int:
     return _embed(cfg, inputs, checkpoint)
 
 
-def _files(given: tuple[str, ...], suffixes: frozenset[str], flag: str) -> list[Path]:
+def _files(given: tuple[str, ...], suffixes: Collection[str], flag: str) -> list[Path]:
     """The files that were named, and those in the folders that were named, in order."""
     from shared.images import find_images
 
@@ -131,6 +137,18 @@ def _files(given: tuple[str, ...], suffixes: frozenset[str], flag: str) -> list[
             found.append(path)
         else:
             raise UserError(f"--{flag} {text}: no such file or folder")
+    return found
+
+
+def _others(given: tuple[str, ...], known: set[str]) -> Skipped:
+    """The files of the folders that are no pictures and no sounds by their names, each logged."""
+    from shared.images import Skipped
+
+    found = Skipped("files")
+    for folder in map(Path, given):
+        for path in sorted(folder.expanduser().absolute().rglob("[!.]*")):
+            if path.is_file() and path.suffix.lower() not in known:
+                found.add(str(path), "no picture and no sound by its name")
     return found
 
 
@@ -158,7 +176,7 @@ def _embed(cfg: Config, inputs: Inputs, checkpoint: Path) -> int:
     trained = open_trained(checkpoint, device)
     embed = Embedder(trained, device, cfg.tool.amp, cfg.batch_size, cfg.workers)
     size, hear = trained.model.image_size, Sounds(train=False, eval_seconds=cfg.max_seconds)
-    names: dict[str, Any] = {"checkpoint": str(checkpoint), "skipped": {}}
+    names: dict[str, Any] = {"checkpoint": str(checkpoint), "skipped": inputs.others.names}
     zero_shot: dict[str, Any] = {}
     asked = embed.texts([cfg.query])[0] if cfg.query else None
     for kind, files, ask, load, template in (
@@ -173,9 +191,9 @@ def _embed(cfg: Config, inputs: Inputs, checkpoint: Path) -> int:
     ):
         if not files:
             continue
-        found = ask(lambda i, files=files, load=load: load(files[i]), len(files), logits=False)
+        found = ask(lambda i, files=files, load=load: load(files[i]), files, logits=False)
         names[kind] = [str(files[index]) for index in found.kept]
-        names["skipped"] |= {str(files[int(i)]): why for i, why in found.skipped.names.items()}
+        names["skipped"] |= found.skipped.names
         _save(cfg.out / f"{kind}.npy", found.rows)
         if asked is not None:
             _show_best(names[kind], (found.rows @ asked).tolist(), f"{kind} for {cfg.query}")
@@ -194,7 +212,7 @@ def _embed(cfg: Config, inputs: Inputs, checkpoint: Path) -> int:
 
 
 def _fits(
-    embed: "Embedder", found: "Features", labels: list[str], template: str, kind: str
+    embed: Embedder, found: Features, labels: list[str], template: str, kind: str
 ) -> list[dict[str, float]]:
     """For every file the labels with their probabilities, the best first."""
     texts = embed.texts([template.replace("{}", label) for label in labels])

@@ -98,6 +98,11 @@ class AudioCaps(Dataset[Sample]):
         """The item's captions: one of the split train, five of the others."""
         return self._clips[index].captions
 
+    @property
+    def paths(self) -> list[Path]:
+        """The items' files."""
+        return [self.path(index) for index in range(len(self))]
+
     def path(self, index: int) -> Path:
         """The item's file."""
         return self._files[self._clips[index].key]

@@ -90,6 +90,11 @@ class Clotho(Dataset[Sample]):
         """float32 (80): ones at the item's labels."""
         return samples.multi_hot(self._clips[index].labels)
 
+    @property
+    def paths(self) -> list[Path]:
+        """The items' files."""
+        return [self.path(index) for index in range(len(self))]
+
     def path(self, index: int) -> Path:
         """The item's file."""
         return self._files[self._clips[index].name.lower()]

@@ -110,6 +110,11 @@ class VoxCeleb(Dataset[Sample]):
         except ValueError as error:
             raise ValueError(f"{frame}: {error}") from None
 
+    @property
+    def paths(self) -> list[Path]:
+        """The items' files."""
+        return [self.path(index) for index in range(len(self))]
+
     def path(self, index: int) -> Path:
         """The item's sound file."""
         return self._items[index].file

@@ -137,8 +137,10 @@ class Embedder:
             rows.append(found.float().cpu())
         return torch.cat(rows)
 
-    def images(self, load: Callable[[int], Tensor], total: int, *, logits: bool) -> Features:
-        """Features of pictures; load(i) gives (3, S, S) or raises ValueError."""
+    def images(
+        self, load: Callable[[int], Tensor], names: Sequence[object], *, logits: bool
+    ) -> Features:
+        """Features of pictures by their names; load(i) gives (3, S, S) or raises ValueError."""
 
         def ask(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
             if not logits:
@@ -146,10 +148,12 @@ class Embedder:
             found = self.trained.model(images=batch["images"])
             return found["image_features"], found["logits"]
 
-        return self._all("images", load, total, ask)
+        return self._all("images", load, names, ask)
 
-    def sounds(self, load: Callable[[int], Tensor], total: int, *, logits: bool) -> Features:
-        """Features of sounds; load(i) gives (T, 80) or raises ValueError."""
+    def sounds(
+        self, load: Callable[[int], Tensor], names: Sequence[object], *, logits: bool
+    ) -> Features:
+        """Features of sounds by their names; load(i) gives (T, 80) or raises ValueError."""
         head = self.trained.keyword_head if logits else None
 
         def ask(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
@@ -159,25 +163,26 @@ class Embedder:
             found = self.trained.model(**sounds)
             return found["audio_features"], head(found["fused_features"])
 
-        return self._all("audio", load, total, ask)
+        return self._all("audio", load, names, ask)
 
     @torch.no_grad()
     def _all(
         self,
-        name: str,
+        kind: str,
         load: Callable[[int], Tensor],
-        total: int,
+        names: Sequence[object],
         ask: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor | None]],
     ) -> Features:
+        total = len(names)
         loader = make_eval_loader(
-            _Loads(name, load, total), self._batch_size, self._world,
+            _Loads(kind, load, total), self._batch_size, self._world,
             workers=self._workers, collate=_collate,
         )  # fmt: skip
         found = Features(torch.empty(0), [], None, Skipped("files"))
         rows, logits = list[Tensor](), list[Tensor]()
-        for kept, batch, problems in _with_progress(loader, name, total):
+        for kept, batch, problems in _with_progress(loader, kind, total):
             for index, reason in problems:
-                found.skipped.add(str(index), reason)
+                found.skipped.add(str(names[index]), reason)
             if not kept:
                 continue
             moved = {key: value.to(self._world.device) for key, value in batch.items()}
@@ -382,11 +387,11 @@ def _captioned(result: Result, data: Coco | Clotho | AudioCaps, embed: Embedder)
     """Fill in the retrieval of items and their captions, both ways, and the mAP of labels."""
     if isinstance(data, Coco):
         kind, labels = "image", "categories" if data.label_names else ""
-        found = embed.images(data.image, len(data), logits=bool(labels))
+        found = embed.images(data.image, data.paths, logits=bool(labels))
     else:
         known = list(getattr(data, "label_names", ()))
         kind, labels = "audio", "keywords" if known and known == embed.trained.keywords else ""
-        found = embed.sounds(data.sound, len(data), logits=bool(labels))
+        found = embed.sounds(data.sound, data.paths, logits=bool(labels))
     captions = [(place, text) for place, i in enumerate(found.kept) for text in data.captions(i)]
     texts = embed.texts([text for _, text in captions])
     owners = [place for place, _ in captions]
@@ -406,9 +411,9 @@ def _captioned(result: Result, data: Coco | Clotho | AudioCaps, embed: Embedder)
 
 def _people(result: Result, data: VoxCeleb, embed: Embedder) -> None:
     """Faces find voices of the same person and back; without faces voices others of theirs."""
-    voices = embed.sounds(data.sound, len(data), logits=False)
+    voices = embed.sounds(data.sound, data.paths, logits=False)
     if data.has_faces:
-        faces = embed.images(data.image, len(data), logits=False)
+        faces = embed.images(data.image, data.paths, logits=False)
         both = sorted(set(voices.kept) & set(faces.kept))
         people = [data.group_of(index) for index in both]
         rows, others = (_rows_of(found, both) for found in (faces, voices))

@@ -168,7 +168,7 @@ def test_keywords_are_told_as_training_learnt_them(whole):
     model = evaluation.open_trained(whole / "checkpoints" / "final_model.pt", torch.device("cpu"))
     sounds = torch.randn(3, 40, 80, generator=torch.Generator().manual_seed(0))
     embedder = evaluation.Embedder(model, torch.device("cpu"), "off", 2, 0)
-    found = embedder.sounds(sounds.__getitem__, 3, logits=True)
+    found = embedder.sounds(sounds.__getitem__, range(3), logits=True)
     last = load(whole / "last.pt")
     weights = last["parts"]["learner"]
     fills_in = "mel_head.weight" in weights

@@ -173,6 +173,7 @@ def embedded(made, run_dir, tmp_path):
     folder = tmp_path / "照片 $(touch X)"
     shutil.copytree(made.coco / "val2017", folder)
     (folder / "broken.jpg").write_bytes(b"")
+    (folder / "speech.m4a").write_bytes(b"x")
     (tmp_path / "texts.txt").write_text("a red circle\n\n two  blue stars \n")
     (tmp_path / "labels.txt").write_text("circle\nstar\n")
     sounds = sorted((made.clotho / "validation").iterdir())[:3]
@@ -192,13 +193,26 @@ def test_files_in_rows_out(embedded, run_dir):
     assert all(np.allclose(np.linalg.norm(row, axis=1), 1, atol=1e-5) for row in rows.values())
     assert names["audio"] == [str(path) for path in sounds]
     assert names["texts"] == ["a red circle", "two blue stars"]
-    assert names["skipped"] == {str(folder / "broken.jpg"): "the file is empty"}
+    assert names["skipped"] == {
+        str(folder / "broken.jpg"): "the file is empty",
+        str(folder / "speech.m4a"): "no picture and no sound by its name",
+    }
     model = open_trained(run_dir / "checkpoints/best_model.pt", torch.device("cpu")).model
     with torch.no_grad():
         expected = model.encode_image(
             torch.stack([samples.read_picture(folder / name, 64) for name in names["images"][:2]])
         )
     assert np.allclose(rows["images"][:2], expected.numpy(), atol=1e-5)
+
+
+def test_what_is_left_out_is_logged_by_its_name(made, run_dir, tmp_path, caplog):
+    shutil.copytree(made.coco / "val2017", tmp_path / "photos")
+    for name in ("broken.jpg", "speech.m4a"):
+        (tmp_path / "photos" / name).write_bytes(b"")
+    flags = ["--checkpoint", run_dir, "--out", tmp_path / "out", "--workers", 0]
+    assert embed.main([*map(str, flags), "--images", str(tmp_path / "photos")]) == 0
+    for name in ("broken.jpg (the file is empty)", "speech.m4a (no picture and no sound"):
+        assert f"left out: {tmp_path / 'photos'}/{name}" in caplog.text
 
 
 def test_a_query_prints_the_ten_files_nearest_to_it(embedded, run_dir, tmp_path, capsys):
