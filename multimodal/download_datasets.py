@@ -318,9 +318,7 @@ def _youtube(cfg: Config) -> YouTube:
             f"AudioCaps from YouTube needs {' and '.join(lacking)}: pip install yt-dlp, install "
             "ffmpeg, or give --audiocaps-source hf:OWNER/NAME or local:DIRECTORY"
         )
-    return clips.YouTube(
-        _ask, tools["yt-dlp"] or "", tools["ffmpeg"] or "", cfg.cookies, cfg.max_workers
-    )
+    return clips.YouTube(_ask, tools["yt-dlp"] or "", cfg.cookies, cfg.max_workers)
 
 
 def _run(command: Sequence[str]) -> int:

@@ -93,7 +93,12 @@ def summary(root: Path) -> str:
 log = logging.getLogger(__name__)
 
 MOST_BLOCKS = 10  # in a row, until YouTube is left alone
-_SECONDS, _RATE = "10", "32000"
+_SECONDS = 10  # of a clip
+_OPTIONS = (  # of yt-dlp: the best sound, as flac of one channel at 32 kHz
+    *("--quiet", "--no-playlist", "--force-overwrites", "--socket-timeout", "20"),
+    *("-f", "bestaudio/best", "-x", "--audio-format", "flac"),
+    *("--postprocessor-args", "ExtractAudio:-ac 1 -ar 32000"),
+)
 _BLOCKED = re.compile(r"not a bot|HTTP Error 429|rate.limit", re.IGNORECASE)
 _GONE = re.compile(
     r"unavailable|private video|removed|terminated|not available|copyright|members.only|"
@@ -177,11 +182,10 @@ def from_hub(root: Path, repo_id: str, endpoint: str, run: Run | None) -> None:
 
 @dataclass(frozen=True)
 class YouTube:
-    """How to ask YouTube. ask: runs a program. tools: where yt-dlp and ffmpeg are."""
+    """How to ask YouTube. ask: runs a program. yt_dlp: where it is; ffmpeg must be on PATH."""
 
     ask: Ask
     yt_dlp: str
-    ffmpeg: str
     cookies: Path | None = None
     workers: int = 4
 
@@ -222,26 +226,24 @@ class YouTube:
 
     def _clip(self, item: Wanted) -> tuple[str, str]:
         """Fetch one clip: (status, reason)."""
-        address = f"https://www.youtube.com/watch?v={item.clip.video}"
-        cookies = ["--cookies", str(self.cookies)] if self.cookies else []
-        options = ["--no-playlist", "--socket-timeout", "20", "-f", "bestaudio", *cookies]
-        code, out, error = self.ask([self.yt_dlp, *options, "-g", address])
-        if code or not out.strip():
-            reason = one_line(ValueError(error))[-300:] or f"yt-dlp ended with {code}"
-            return _status_of(error), reason
         target = item.target.with_name(item.target.name + ".flac")
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = part_of(target)
-        # -ss before -i: ffmpeg asks the server for the place, in place of decoding up to it
-        place = ["-ss", item.clip.start, "-t", _SECONDS, "-i", out.split()[0]]
-        sound = ["-vn", "-ac", "1", "-ar", _RATE, "-f", "flac", "-y", str(part)]
-        code, _, error = self.ask([self.ffmpeg, "-nostdin", "-loglevel", "error", *place, *sound])
-        if code or not part.is_file() or not part.stat().st_size:
-            part.unlink(missing_ok=True)
-            reason = one_line(ValueError(error))[-300:] or f"ffmpeg ended with {code}"
-            return FAILED, reason
-        part.replace(target)
-        return OK, ""
+        made = item.target.with_name(item.target.name + ".part.flac")  # no name of a clip
+        start = int(item.clip.start)
+        cookies = ["--cookies", str(self.cookies)] if self.cookies else []
+        code, _, error = self.ask([
+            self.yt_dlp, *_OPTIONS, *cookies,
+            "--download-sections", f"*{start}-{start + _SECONDS}",
+            "-o", str(made.with_suffix(".%(ext)s")),
+            f"https://www.youtube.com/watch?v={item.clip.video}",
+        ])  # fmt: skip
+        if code == 0 and made.is_file() and made.stat().st_size:
+            made.replace(target)
+            return OK, ""
+        made.unlink(missing_ok=True)
+        said = [line for line in error.splitlines() if line.startswith("ERROR")]  # ffmpeg says more
+        reason = " ".join(said)[-300:] or f"yt-dlp ended with {code} and no sound"
+        return _status_of(reason), reason
 
 
 def _status_of(error: str) -> str:

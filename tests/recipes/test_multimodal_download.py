@@ -462,25 +462,21 @@ def test_audiocaps_out_of_a_repository_of_the_hub(server, tmp_path, made, monkey
 
 
 def programs(directory, monkeypatch, yt_dlp):
-    """Stand-ins of yt-dlp and ffmpeg on PATH; the latter copies a sound to its last argument."""
+    """Stand-ins of yt-dlp and ffmpeg on PATH."""
     directory.mkdir()
-    for name, code in (("yt-dlp", yt_dlp), ("ffmpeg", FFMPEG)):
+    for name, code in (("yt-dlp", yt_dlp), ("ffmpeg", "exit 1")):
         path = directory / name
         path.write_text("#!/bin/sh\n" + textwrap.dedent(code))
         path.chmod(path.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
 
 
-FFMPEG = """
-    for word; do last=$word; done
-    case "$*" in *-ss*-i\\ http*) printf fLaC > "$last";; *) exit 1;; esac
-"""
 YT_DLP = """
-    for word; do last=$word; done
+    for word; do [ "$before" = -o ] && target=$word; before=$word; done
     echo "$*" >> "$(dirname "$0")/asked"
-    case $last in
+    case $before in
       *v=[a-m]*) echo "ERROR: [youtube] Video unavailable" >&2; exit 1;;
-      *) echo "https://media.invalid/sound";;
+      *) printf fLaC > "${target%.*}.flac";;
     esac
 """
 
@@ -498,6 +494,11 @@ def test_audiocaps_from_youtube_keeps_a_ledger_of_every_clip(server, tmp_path, m
     assert {key for key, status in found.items() if status == "ok"} == found.keys() - gone
     asked = (tmp_path / "bin/asked").read_text().splitlines()
     assert len(asked) == 220 and f"--cookies {cookies}" in asked[0]
+    for line in asked:  # ten seconds from the clip's own start
+        key = line.partition("/watch?v=")[2]
+        start = int(line.partition("--download-sections *")[2].partition("-")[0])
+        assert f"*{start}-{start + 10} " in line and f"/{key}_{start}.part.%(ext)s" in line
+    assert not list((tmp_path / "audiocaps/audio").rglob("*.part*"))
     assert download(server, tmp_path, *flags) == 0  # those that are gone are not asked for again
     assert len((tmp_path / "bin/asked").read_text().splitlines()) == 220
 
