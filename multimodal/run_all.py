@@ -73,11 +73,6 @@ class Config:
 
         return self.datasets or FETCHED
 
-    @property
-    def best(self) -> Path:
-        """The checkpoint that is evaluated."""
-        return self.output_dir / "checkpoints" / "best_model.pt"
-
 
 def main(argv: list[str] | None = None) -> int:
     """Run the stages that are not done; the exit code of the first that failed."""
@@ -91,10 +86,12 @@ def main(argv: list[str] | None = None) -> int:
     if settings is None:
         return USER_ERROR
     own_weights(settings["pretrained"], cfg.data_root)  # refused now if it is not there
+    stages = stages_of(cfg, flags, settings)
     if cfg.dry_run:
-        for name, command in (("download", _download(cfg)), ("training", _training(cfg, flags)),
-                              ("evaluation", _evaluation(cfg))):  # fmt: skip
-            sys.stdout.write(f"{name}: {shlex.join(map(str, command))}\n")
+        for stage in stages:
+            words = _training(cfg, flags) if stage.name == "training" else stage.command
+            if not callable(words):
+                sys.stdout.write(f"{stage.name}: {shlex.join(map(str, words))}\n")
         return DONE
     # beside the outputs, which a new run moves aside
     state_dir = cfg.output_dir.with_name(f"{cfg.output_dir.name}_stages")
@@ -102,7 +99,40 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.demo and not (options.from_stage or options.only):
         is_done = (state_dir / "report.json").exists()
         options = replace(options, force=options.force or is_done)  # one that is done begins afresh
-    return run_stages(list(_stages(cfg, flags, settings)), options, state_dir)
+    return run_stages(stages, options, state_dir)
+
+
+def stages_of(cfg: Config, flags: list[str], settings: dict[str, Any]) -> list[Stage]:
+    """The whole way in its order. flags: run_training.py's; settings: what it makes of them."""
+    python, data, evaluation = sys.executable, cfg.data_root, cfg.output_dir / "evaluation"
+    fetched = ["--datasets", *cfg.names, "--data-root", data]
+    fetched += ["--audiocaps-source", cfg.audiocaps_source]
+    fetched += ["--delete-archives"] if cfg.delete_archives else []
+    fetched += [] if settings["pretrained"] == "auto" else ["--no-words"]
+    demo, best = ["--demo"] if cfg.demo else [], cfg.output_dir / "checkpoints" / "best_model.pt"
+    stages = [
+        Stage("preflight", lambda: _preflight(cfg), is_check=True),
+        Stage("environment", lambda: _environment(settings["model_size"]), is_check=True),
+        Stage(
+            "download",
+            [python, HERE / "download_datasets.py", *(demo or fetched)],
+            optional=True,
+        ),
+        Stage(
+            "training",
+            lambda: _training(cfg, flags),  # what is there is known when it was fetched
+            {"flags": flags, "data": str(data), "names": cfg.datasets},
+            (best,),
+        ),
+        Stage(
+            "evaluation",
+            [python, HERE / "evaluate.py", "--checkpoint", best, "--data-root", data, *demo],
+            {"checkpoint": best},
+            (evaluation / "evaluation.json",),
+        ),
+        Stage("report", lambda: _report(cfg), {"evaluated": evaluation / "evaluation.json"}),
+    ]
+    return [one for one in stages if one.name != "download" or not cfg.skip_download]
 
 
 def _with_demo(cfg: Config) -> Config:
@@ -120,48 +150,18 @@ def _check_paths(cfg: Config) -> None:
         raise UserError(f"--data-root {cfg.data_root} is missing: leave out --skip-download")
 
 
-def _stages(cfg: Config, flags: list[str], settings: dict[str, Any]) -> Iterator[Stage]:
-    """The stages in their order; the training's data sets are known when they were fetched."""
-    evaluated = cfg.output_dir / "evaluation" / "evaluation.json"
-    yield Stage("preflight", lambda: _preflight(cfg), is_check=True)
-    yield Stage("environment", lambda: _environment(settings["model_size"]), is_check=True)
-    if not cfg.skip_download:
-        yield Stage("download", _download(cfg), optional=True)
-    asked = {"flags": flags, "data": str(cfg.data_root), "names": cfg.datasets}
-    yield Stage("training", lambda: _training(cfg, flags), asked, (cfg.best,))
-    yield Stage("evaluation", _evaluation(cfg), {"checkpoint": cfg.best}, (evaluated,))
-    yield Stage("report", lambda: _report(cfg), {"evaluated": evaluated})
-
-
-def _script(name: str) -> list[str | Path]:
-    return [sys.executable, HERE / name]
-
-
-def _download(cfg: Config) -> list[str | Path]:
-    if cfg.demo:
-        return [*_script("download_datasets.py"), "--demo"]
-    command = [*_script("download_datasets.py"), "--datasets", *cfg.names]
-    command += ["--data-root", cfg.data_root, "--audiocaps-source", cfg.audiocaps_source]
-    return [*command, "--delete-archives"] if cfg.delete_archives else command
-
-
 def _training(cfg: Config, flags: list[str]) -> list[str | Path]:
     """run_training.py with the user's flags; of the data sets that were named those that are there.
 
     A demo is told to continue an interrupted one; left alone it would begin afresh.
     """
-    command = [*_script("run_training.py"), "--data-root", cfg.data_root]
-    command += ["--output-dir", cfg.output_dir]
+    command: list[str | Path] = [sys.executable, HERE / "run_training.py"]
+    command += ["--data-root", cfg.data_root, "--output-dir", cfg.output_dir]
     there = [name for name in cfg.datasets if not _lacking(cfg, name)]
     command += ["--datasets", *there] if there else []
     command += ["--demo"] if cfg.demo else []
     command += ["--resume", "auto"] if cfg.demo and "--resume" not in flags else []
     return [*command, *flags]
-
-
-def _evaluation(cfg: Config) -> list[str | Path]:
-    command = [*_script("evaluate.py"), "--checkpoint", cfg.best, "--data-root", cfg.data_root]
-    return [*command, "--demo"] if cfg.demo else command
 
 
 def _settings(cfg: Config, flags: list[str]) -> dict[str, Any] | None:
