@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Unpack
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ if __name__ == "datasets":  # imported by its bare name: the repository root may
 from multimodal.pairs.audiocaps import AudioCaps
 from multimodal.pairs.clotho import Clotho
 from multimodal.pairs.coco import Coco
-from multimodal.pairs.samples import SPLITS, Counts, Sample, collate
+from multimodal.pairs.samples import SPLITS, Counts, Hearing, Sample, collate
 from multimodal.pairs.sources import DATA_SETS, NAMES
 from multimodal.pairs.voxceleb import VoxCeleb
 from shared.distributed import World
@@ -327,20 +327,16 @@ def open_split(
     *,
     train: bool | None = None,
     limit: int | None = None,
-    clip_seconds: float = 10.0,
-    cache: Path | None = None,
+    **hearing: Unpack[Hearing],
 ) -> AnyDataSet:
     """A split of the data set `name` below `data_root`. Raises UserError."""
     root = data_root / name
     if name == "coco":
         return Coco(root, split, image_size=image_size, train=train, limit=limit)
     if name == "voxceleb":
-        return VoxCeleb(
-            root, split, image_size=image_size, train=train, clip_seconds=clip_seconds,
-            cache=cache, limit=limit,
-        )  # fmt: skip
+        return VoxCeleb(root, split, image_size=image_size, train=train, limit=limit, **hearing)
     kind = {"clotho": Clotho, "audiocaps": AudioCaps}[name]
-    return kind(root, split, train=train, clip_seconds=clip_seconds, cache=cache, limit=limit)
+    return kind(root, split, train=train, limit=limit, **hearing)
 
 
 def _held_out(opened: Callable[[], Grouped], *, pairs: bool = False) -> OnePerGroup | None:

@@ -35,7 +35,7 @@ from shared.launch import launch_alone
 from shared.settings import Count, Range, Workers
 
 if TYPE_CHECKING:
-    from multimodal.training.evaluation import Embedder, Features
+    from multimodal.training.evaluation import Embedder, Features, Kind
     from shared.images import Skipped
 
 RECIPE = Path(__file__).resolve().parent
@@ -179,19 +179,16 @@ def _embed(cfg: Config, inputs: Inputs, checkpoint: Path) -> int:
     names: dict[str, Any] = {"checkpoint": str(checkpoint), "skipped": inputs.others.names}
     zero_shot: dict[str, Any] = {}
     asked = embed.texts([cfg.query])[0] if cfg.query else None
-    for kind, files, ask, load, template in (
-        (
-            "images",
-            inputs.images,
-            embed.images,
-            lambda p: samples.read_picture(p, size),
-            cfg.template,
-        ),
-        ("audio", inputs.audio, embed.sounds, hear.features, cfg.audio_template),
-    ):
+    kinds: tuple[tuple[Kind, list[Path], Any, str], ...] = (
+        ("images", inputs.images, lambda path: samples.read_picture(path, size), cfg.template),
+        ("audio", inputs.audio, hear.features, cfg.audio_template),
+    )
+    for kind, files, load, template in kinds:
         if not files:
             continue
-        found = ask(lambda i, files=files, load=load: load(files[i]), files, logits=False)
+        found = embed.files(
+            kind, lambda i, files=files, load=load: load(files[i]), files, logits=False
+        )
         names[kind] = [str(files[index]) for index in found.kept]
         names["skipped"] |= found.skipped.names
         _save(cfg.out / f"{kind}.npy", found.rows)

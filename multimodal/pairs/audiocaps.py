@@ -9,13 +9,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from multimodal.pairs import samples
-from multimodal.pairs.samples import Sample, Sounds, read_table
+from multimodal.pairs.samples import Hearing, Sample, Sounds, read_table
 from multimodal.pairs.sources import SOUNDS
 from shared.errors import UserError
 
@@ -60,16 +60,12 @@ class AudioCaps(Dataset[Sample]):
         split: Literal["train", "val", "test"],
         *,
         train: bool | None = None,
-        clip_seconds: float = 10.0,
-        eval_seconds: float = 30.0,
-        cache: Path | None = None,
         limit: int | None = None,
+        **hearing: Unpack[Hearing],
     ) -> None:
         samples.checked_split(split)
         self._is_train = split == "train" if train is None else train
-        self._sounds = Sounds(
-            train=self._is_train, clip_seconds=clip_seconds, eval_seconds=eval_seconds, cache=cache
-        )
+        self._sounds = Sounds(train=self._is_train, **hearing)
         listed = listed_clips(root / f"{split}.csv")
         files = files_of(listed, _folder(root, split))
         self._clips, self.counts = samples.usable(
@@ -97,11 +93,6 @@ class AudioCaps(Dataset[Sample]):
     def captions(self, index: int) -> list[str]:
         """The item's captions: one of the split train, five of the others."""
         return self._clips[index].captions
-
-    @property
-    def paths(self) -> list[Path]:
-        """The items' files."""
-        return [self.path(index) for index in range(len(self))]
 
     def path(self, index: int) -> Path:
         """The item's file."""

@@ -6,13 +6,13 @@ import logging
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from multimodal.pairs import samples
-from multimodal.pairs.samples import Sample, Sounds, read_table
+from multimodal.pairs.samples import Hearing, Sample, Sounds, read_table
 from shared.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -46,16 +46,12 @@ class Clotho(Dataset[Sample]):
         split: Literal["train", "val", "test"],
         *,
         train: bool | None = None,
-        clip_seconds: float = 10.0,
-        eval_seconds: float = 30.0,
-        cache: Path | None = None,
         limit: int | None = None,
+        **hearing: Unpack[Hearing],
     ) -> None:
         folder = FOLDERS[samples.checked_split(split)]
         self._is_train = split == "train" if train is None else train
-        self._sounds = Sounds(
-            train=self._is_train, clip_seconds=clip_seconds, eval_seconds=eval_seconds, cache=cache
-        )
+        self._sounds = Sounds(train=self._is_train, **hearing)
         files = (root / folder).iterdir() if (root / folder).is_dir() else ()
         self._files = {path.name.lower(): path for path in files}  # .WAV is .wav
         self.label_names = _frequent_keywords(root / "clotho_metadata_development.csv")
@@ -89,11 +85,6 @@ class Clotho(Dataset[Sample]):
     def labels(self, index: int) -> Tensor:
         """float32 (80): ones at the item's labels."""
         return samples.multi_hot(self._clips[index].labels)
-
-    @property
-    def paths(self) -> list[Path]:
-        """The items' files."""
-        return [self.path(index) for index in range(len(self))]
 
     def path(self, index: int) -> Path:
         """The item's file."""

@@ -84,11 +84,6 @@ class Coco(Dataset[Sample]):
         """float32 (80): ones at the item's labels."""
         return samples.multi_hot(self._pictures[index].labels)
 
-    @property
-    def paths(self) -> list[Path]:
-        """The items' files."""
-        return [self.path(index) for index in range(len(self))]
-
     def path(self, index: int) -> Path:
         """The item's file."""
         return self._pictures[index].file

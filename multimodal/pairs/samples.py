@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -137,6 +137,14 @@ class Replacing:
                 continue
             return sample | {"replaced": torch.tensor(step > 0)}
         raise UserError(f"none of the {total} {name} files can be read: see the log")
+
+
+class Hearing(TypedDict, total=False):
+    """How sounds are read, as `Sounds` takes it."""
+
+    clip_seconds: float
+    eval_seconds: float
+    cache: Path | None
 
 
 class Sounds:

@@ -6,14 +6,14 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from multimodal.pairs import samples
-from multimodal.pairs.samples import Sample, Sounds
+from multimodal.pairs.samples import Hearing, Sample, Sounds
 from multimodal.pairs.sources import SOUNDS
 from shared.errors import UserError
 from shared.images import SUFFIXES
@@ -51,16 +51,12 @@ class VoxCeleb(Dataset[Sample]):
         *,
         image_size: int = 224,
         train: bool | None = None,
-        clip_seconds: float = 10.0,
-        eval_seconds: float = 30.0,
-        cache: Path | None = None,
         limit: int | None = None,
+        **hearing: Unpack[Hearing],
     ) -> None:
         samples.checked_split(split)
         self._size, self._is_train = image_size, split == "train" if train is None else train
-        self._sounds = Sounds(
-            train=self._is_train, clip_seconds=clip_seconds, eval_seconds=eval_seconds, cache=cache
-        )
+        self._sounds = Sounds(train=self._is_train, **hearing)
         self._faces = _faces(root / "faces")
         listed = [item for item in _utterances(root) if self._is_item(item)]
         speakers = sorted({item.speaker for item in listed})
@@ -109,11 +105,6 @@ class VoxCeleb(Dataset[Sample]):
             return read(frame, self._size)
         except ValueError as error:
             raise ValueError(f"{frame}: {error}") from None
-
-    @property
-    def paths(self) -> list[Path]:
-        """The items' files."""
-        return [self.path(index) for index in range(len(self))]
 
     def path(self, index: int) -> Path:
         """The item's sound file."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 _EVERY_SECONDS = 10.0  # between lines of progress
 _TEXTS = 256  # captions at once
+
+Kind = Literal["images", "audio"]
 
 
 @dataclass(frozen=True)
@@ -137,49 +139,21 @@ class Embedder:
             rows.append(found.float().cpu())
         return torch.cat(rows)
 
-    def images(
-        self, load: Callable[[int], Tensor], names: Sequence[object], *, logits: bool
-    ) -> Features:
-        """Features of pictures by their names; load(i) gives (3, S, S) or raises ValueError."""
-
-        def ask(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-            if not logits:
-                return self.trained.model.encode_image(batch["images"]), None
-            found = self.trained.model(images=batch["images"])
-            return found["image_features"], found["logits"]
-
-        return self._all("images", load, names, ask)
-
-    def sounds(
-        self, load: Callable[[int], Tensor], names: Sequence[object], *, logits: bool
-    ) -> Features:
-        """Features of sounds by their names; load(i) gives (T, 80) or raises ValueError."""
-        head = self.trained.keyword_head if logits else None
-
-        def ask(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor | None]:
-            sounds = {name: batch[name] for name in ("audio", "audio_mask")}
-            if head is None:
-                return self.trained.model.encode_audio(**sounds), None
-            found = self.trained.model(**sounds)
-            return found["audio_features"], head(found["fused_features"])
-
-        return self._all("audio", load, names, ask)
-
     @torch.no_grad()
-    def _all(
-        self,
-        kind: str,
-        load: Callable[[int], Tensor],
-        names: Sequence[object],
-        ask: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor | None]],
+    def files(
+        self, kind: Kind, load: Callable[[int], Tensor], names: Sequence[object], *, logits: bool
     ) -> Features:
+        """Features of pictures or sounds by their names.
+
+        load(i): (3, S, S) or (T, 80); raises ValueError for a file that is then left out.
+        """
         total = len(names)
         loader = make_eval_loader(
             _Loads(kind, load, total), self._batch_size, self._world,
             workers=self._workers, collate=_collate,
         )  # fmt: skip
         found = Features(torch.empty(0), [], None, Skipped("files"))
-        rows, logits = list[Tensor](), list[Tensor]()
+        rows, scores = list[Tensor](), list[Tensor]()
         for kept, batch, problems in _with_progress(loader, kind, total):
             for index, reason in problems:
                 found.skipped.add(str(names[index]), reason)
@@ -187,16 +161,30 @@ class Embedder:
                 continue
             moved = {key: value.to(self._world.device) for key, value in batch.items()}
             with self._amp.autocast():
-                features, scores = ask(moved)
+                features, scored = self._ask(kind, moved, with_logits=logits)
             rows.append(features.float().cpu())
-            if scores is not None:
-                logits.append(scores.float().cpu())
+            if scored is not None:
+                scores.append(scored.float().cpu())
             found.kept += kept
         if not rows:
             raise UserError(f"none of the {total} files can be read: see the log")
         found.skipped.refuse_above(0.5, total)
-        found.rows, found.logits = torch.cat(rows), torch.cat(logits) if logits else None
+        found.rows, found.logits = torch.cat(rows), torch.cat(scores) if scores else None
         return found
+
+    def _ask(
+        self, kind: Kind, batch: dict[str, Tensor], *, with_logits: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        model, head = self.trained.model, self.trained.keyword_head
+        if kind == "images":
+            if not with_logits:
+                return model.encode_image(**batch), None
+            found = model(**batch)
+            return found["image_features"], found["logits"]
+        if head is None or not with_logits:
+            return model.encode_audio(**batch), None
+        found = model(**batch)
+        return found["audio_features"], head(found["fused_features"])
 
 
 class _Loads(Dataset[Any]):
@@ -387,11 +375,10 @@ def _captioned(result: Result, data: Coco | Clotho | AudioCaps, embed: Embedder)
     """Fill in the retrieval of items and their captions, both ways, and the mAP of labels."""
     if isinstance(data, Coco):
         kind, labels = "image", "categories" if data.label_names else ""
-        found = embed.images(data.image, data.paths, logits=bool(labels))
     else:
         known = list(getattr(data, "label_names", ()))
         kind, labels = "audio", "keywords" if known and known == embed.trained.keywords else ""
-        found = embed.sounds(data.sound, data.paths, logits=bool(labels))
+    found = _features(data, embed, "images" if kind == "image" else "audio", logits=bool(labels))
     captions = [(place, text) for place, i in enumerate(found.kept) for text in data.captions(i)]
     texts = embed.texts([text for _, text in captions])
     owners = [place for place, _ in captions]
@@ -411,9 +398,9 @@ def _captioned(result: Result, data: Coco | Clotho | AudioCaps, embed: Embedder)
 
 def _people(result: Result, data: VoxCeleb, embed: Embedder) -> None:
     """Faces find voices of the same person and back; without faces voices others of theirs."""
-    voices = embed.sounds(data.sound, data.paths, logits=False)
+    voices = _features(data, embed, "audio")
     if data.has_faces:
-        faces = embed.images(data.image, data.paths, logits=False)
+        faces = _features(data, embed, "images")
         both = sorted(set(voices.kept) & set(faces.kept))
         people = [data.group_of(index) for index in both]
         rows, others = (_rows_of(found, both) for found in (faces, voices))
@@ -422,6 +409,12 @@ def _people(result: Result, data: VoxCeleb, embed: Embedder) -> None:
         people = [data.group_of(index) for index in voices.kept]
         result.directions = [same_voice(voices.rows, people)]
     result.counts = {"items": len(people), "speakers": len(set(people))}
+
+
+def _features(data: Any, embed: Embedder, kind: Kind, *, logits: bool = False) -> Features:
+    """The features of all items' pictures or sounds."""
+    load = data.image if kind == "images" else data.sound
+    return embed.files(kind, load, [data.path(i) for i in range(len(data))], logits=logits)
 
 
 def _rows_of(found: Features, indices: list[int]) -> Tensor:

@@ -21,7 +21,6 @@ import os
 import platform
 import resource
 import time
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -32,8 +31,7 @@ import torch
 from multimodal.training.schedule import Span
 from shared import status
 from shared.errors import UserError, one_line
-from shared.files import read_json, read_json_lines, write_json, write_text
-from shared.page import write_chart
+from shared.files import read_json, write_json, write_text
 from shared.run import Stopped
 
 log = logging.getLogger(__name__)
@@ -45,11 +43,11 @@ _PACKAGES = ("torch", "torchvision", "numpy", "open_clip_torch", "soundfile", "s
 class Report:
     """The report of one start of training. `enabled` is False on all ranks but the first.
 
-    facts: what is known at the start. Curves are drawn of the run's metrics.jsonl.
+    facts: what is known at the start. The curves are in report.html.
     """
 
     def __init__(self, run_dir: Path, facts: dict[str, Any], *, enabled: bool = True) -> None:
-        self._metrics, self.checkpoints = run_dir / "metrics.jsonl", run_dir / "checkpoints"
+        self.checkpoints = run_dir / "checkpoints"
         self._enabled, directory = enabled, run_dir / "reports"
         self._path = _free_name(directory) if enabled else directory
         self._content: dict[str, Any] = {
@@ -71,7 +69,7 @@ class Report:
         self._write()
 
     def close(self, state: str, reason: str) -> None:
-        """Write the last version: state done or interrupted, curves, the checkpoints' sums."""
+        """Write the last version: state done or interrupted, the checkpoints' sums."""
         self._content |= {"status": state, "reason": reason}
         self._content["checkpoints"] = files_in(self.checkpoints, hashed=state == "done")
         self._finish()
@@ -95,7 +93,6 @@ class Report:
 
     def _finish(self) -> None:
         if self._enabled:
-            self._content["curves"] = draw(self._metrics, self._path)
             self._write()
             log.info("report: %s", self._path.with_suffix(".md"))
 
@@ -288,7 +285,6 @@ _TEMPLATE = "report.md.jinja"
 _SECTIONS = {  # in their order: key → heading
     "summary": "Result",
     "stages": "Stages",
-    "curves": "Curves",
     "data": "Data",
     "retrieval": "Retrieval",
     "evaluation": "Evaluation",
@@ -309,7 +305,7 @@ def render(report: Mapping[str, Any]) -> str:
     others = [key for key in report if key not in _SECTIONS and key not in _HEAD]
     headings = _SECTIONS | {key: key.replace("_", " ").capitalize() for key in others}
     sections = [
-        (heading, _pictures(report[key]) if key == "curves" else _body(_shown(key, report[key])))
+        (heading, _body(_shown(key, report[key])))
         for key, heading in headings.items()
         if report.get(key) not in (None, [], {})
     ]
@@ -330,10 +326,6 @@ def _shown(name: str, value: Any) -> Any:
         return [_shown(name, item) for item in value]
     is_share = isinstance(value, float) and name.rpartition("/")[2].startswith(_SHARES)
     return f"{100 * value:.3g} %" if is_share else value
-
-
-def _pictures(curves: Sequence[Mapping[str, str]]) -> str:
-    return "\n\n".join(f"![{curve['title']}]({curve['file']})" for curve in curves)
 
 
 def _body(content: Any) -> str:
@@ -389,39 +381,3 @@ def _cell(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(_cell(item) for item in value) or "–"
     return " ".join(str(value).split()).replace("|", "\\|")
-
-
-# --- curves ---------------------------------------------------------------------------------------
-
-Series = dict[str, tuple[list[float], list[float]]]
-
-
-def draw(metrics: Path, report: Path) -> list[dict[str, str]]:
-    """Draw what metrics.jsonl holds; title and file name of each picture beside `report`."""
-    train, held_out = _series(metrics, "train"), _series(metrics, "epoch")
-    charts = {
-        "loss": ("Training loss", "loss", {n: s for n, s in train.items() if n == "loss"}),
-        "validation": (
-            "Loss by epoch",
-            "loss",
-            {n: s for n, s in held_out.items() if n.startswith(("val/", "epoch/"))},
-        ),
-        "lr": ("Learning rate", "learning rate", {n: s for n, s in train.items() if n == "lr"}),
-    }
-    drawn: list[dict[str, str]] = []
-    for name, (title, label, series) in charts.items():
-        path = report.with_name(f"{report.stem}_{name}.svg")
-        if series and write_chart(path, series, y_label=label, title=title):
-            drawn.append({"title": title, "file": path.name})
-    return drawn
-
-
-def _series(metrics: Path, split: str) -> Series:
-    """Tag → (steps, values) of one kind of rows."""
-    found: dict[str, tuple[list[float], list[float]]] = defaultdict(lambda: ([], []))
-    for row in read_json_lines(metrics):
-        for tag, value in row.items() if row.get("split") == split else ():
-            if isinstance(value, (int, float)) and tag not in ("step", "epoch", "time"):
-                found[tag][0].append(row["step"])
-                found[tag][1].append(value)
-    return dict(found)

@@ -168,7 +168,7 @@ def test_keywords_are_told_as_training_learnt_them(whole):
     model = evaluation.open_trained(whole / "checkpoints" / "final_model.pt", torch.device("cpu"))
     sounds = torch.randn(3, 40, 80, generator=torch.Generator().manual_seed(0))
     embedder = evaluation.Embedder(model, torch.device("cpu"), "off", 2, 0)
-    found = embedder.sounds(sounds.__getitem__, range(3), logits=True)
+    found = embedder.files("audio", sounds.__getitem__, range(3), logits=True)
     last = load(whole / "last.pt")
     weights = last["parts"]["learner"]
     fills_in = "mel_head.weight" in weights
@@ -206,9 +206,6 @@ def test_the_report_tells_of_data_stages_and_files(whole):
         p.name for p in (whole / "checkpoints").iterdir()
     }
     assert all(len(row["sha256"]) == 64 for row in report["checkpoints"])
-    for picture in report["curves"]:
-        assert f"]({picture['file']})" in text
-        assert (path.parent / picture["file"]).stat().st_size > 1000
     assert "| words | random |" in text
     assert report["config"]["batch_size"] == 4
 

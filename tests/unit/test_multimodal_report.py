@@ -1,6 +1,5 @@
-"""The report of a training: its JSON, its Markdown, its pictures."""
+"""The report of a training: its JSON and its Markdown."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -17,22 +16,9 @@ FACTS = {
     "data": [{"data_set": "coco", "expected": 10, "found": 9, "skipped": {"missing": 1}}],
     "model": {"size": "nano", "parameters": 2_218_200},
 }
-ROWS = [
-    {"step": 1, "epoch": 0, "split": "train", "loss": 2.0, "lr": 0.1},
-    {"step": 2, "epoch": 0, "split": "train", "loss": 1.0, "lr": 0.2},
-    {"step": 2, "epoch": 0, "split": "epoch", "val/loss": 1.5, "epoch/loss": 1.5},
-    {"step": 3, "epoch": 1, "split": "train", "loss": None, "lr": 0.1},
-]
 
 
-@pytest.fixture
-def metrics(tmp_path):
-    path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    return path
-
-
-def finished(tmp_path, metrics):
+def finished(tmp_path):
     """The JSON of a report that was closed, with one checkpoint there."""
     (tmp_path / "checkpoints").mkdir(exist_ok=True)
     (tmp_path / "checkpoints" / "best_model.pt").write_bytes(b"abc")
@@ -42,8 +28,8 @@ def finished(tmp_path, metrics):
     return newest(tmp_path)
 
 
-def test_a_finished_report_has_its_files_by_their_sums(tmp_path, metrics):
-    content = read_json(finished(tmp_path, metrics))
+def test_a_finished_report_has_its_files_by_their_sums(tmp_path):
+    content = read_json(finished(tmp_path))
     assert (content["status"], content["reason"]) == ("done", "3 steps")
     assert content["checkpoints"] == [
         {
@@ -55,8 +41,8 @@ def test_a_finished_report_has_its_files_by_their_sums(tmp_path, metrics):
     ]
 
 
-def test_the_page_is_the_json_alone(tmp_path, metrics):
-    path = finished(tmp_path, metrics)
+def test_the_page_is_the_json_alone(tmp_path):
+    path = finished(tmp_path)
     text = path.with_suffix(".md").read_text()
     assert text == report.render(read_json(path))
     assert text.startswith("---\nlicense: mit\n")
@@ -65,16 +51,8 @@ def test_the_page_is_the_json_alone(tmp_path, metrics):
     assert "| unimodal | 2 | 1.235 |" in text
 
 
-def test_curves_are_pictures_beside_the_page(tmp_path, metrics):
-    path = finished(tmp_path, metrics)
-    curves = read_json(path)["curves"]
-    assert [one["title"] for one in curves] == ["Training loss", "Loss by epoch", "Learning rate"]
-    for one in curves:
-        assert (path.parent / one["file"]).read_text().startswith("<svg")
-
-
-def test_evaluation_adds_its_table_later(tmp_path, metrics):
-    path = finished(tmp_path, metrics)
+def test_evaluation_adds_its_table_later(tmp_path):
+    path = finished(tmp_path)
     rows = [{"task": "image-text", "split": "Karpathy test", "N": 5000, "R@1": 0.25, "mAP": None}]
     add_section(path, "retrieval", rows)
     assert read_json(path)["retrieval"] == rows
@@ -84,8 +62,8 @@ def test_evaluation_adds_its_table_later(tmp_path, metrics):
     assert text.index("## Retrieval\n") > text.index("## Stages")
 
 
-def test_shares_are_percent_on_the_page_and_stay_shares_in_the_json(tmp_path, metrics):
-    path = finished(tmp_path, metrics)
+def test_shares_are_percent_on_the_page_and_stay_shares_in_the_json(tmp_path):
+    path = finished(tmp_path)
     row = {"pairs": "coco", "R@1 before": 0.025, "R@1 after": 0.5375, "chance": 0.025}
     add_section(path, "summary", [row])
     add_section(path, "evaluation", {"coco/mAP of categories": 0.4033, "lr": 0.4033})
@@ -107,8 +85,8 @@ def test_the_best_epoch_does_not_depend_on_the_units_of_the_losses():
     assert resumed.relative(Span(2, 3, 4), {"pairs": 7.0}) == 1.0  # another stage begins anew
 
 
-def test_sections_that_nobody_named_come_too(tmp_path, metrics):
-    path = finished(tmp_path, metrics)
+def test_sections_that_nobody_named_come_too(tmp_path):
+    path = finished(tmp_path)
     add_section(path, "left_out", ["voxceleb: no key"])
     assert "## Left out\n\n- voxceleb: no key" in path.with_suffix(".md").read_text()
 
@@ -126,16 +104,15 @@ def test_a_file_that_is_no_report_is_refused(tmp_path):
         (Stopped("stopped at step 3 of 9"), "interrupted"),
     ],
 )
-def test_what_ends_the_run_early_stands_in_its_report(tmp_path, metrics, error, state):
+def test_what_ends_the_run_early_stands_in_its_report(tmp_path, error, state):
     with pytest.raises(type(error)), Report(tmp_path, FACTS):
         raise error
     content = read_json(newest(tmp_path))
     assert content["status"] == state
     assert content["reason"].endswith("at step 3 of 9")
-    assert content["curves"]
 
 
-def test_two_starts_in_one_second_have_two_reports(tmp_path, metrics, monkeypatch):
+def test_two_starts_in_one_second_have_two_reports(tmp_path, monkeypatch):
     still = SimpleNamespace(strftime=lambda _: "report_20260101_000000")
     monkeypatch.setattr(report, "time", still)
     for _ in range(2):
@@ -145,7 +122,7 @@ def test_two_starts_in_one_second_have_two_reports(tmp_path, metrics, monkeypatc
     assert newest(tmp_path).name == names[1]
 
 
-def test_other_ranks_write_nothing(tmp_path, metrics):
+def test_other_ranks_write_nothing(tmp_path):
     with Report(tmp_path, FACTS, enabled=False) as one:
         one.update(stages=[])
     assert not (tmp_path / "reports").exists()
