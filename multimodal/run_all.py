@@ -40,7 +40,6 @@ from shared.launch import launch_alone
 from shared.stages import Stage, StageOptions, run_stages
 
 HERE = Path(__file__).resolve().parent
-MINIMUM_GB = {"tiny": 4, "small": 8, "base": 12, "large": 20}  # of GPU memory, as documented
 
 log = logging.getLogger(__name__)
 
@@ -211,6 +210,7 @@ def _environment(model_size: str) -> int:
 
     Raises MissingToolError for packages that are missing, old or broken.
     """
+    from multimodal.training.settings_file import MINIMUM_GB
     from shared.device import gpu_use
     from shared.tools.doctor_checks import MISSING, packages
 

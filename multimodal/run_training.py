@@ -398,7 +398,7 @@ def _tested(
     if model is None:
         trained = evaluation.open_trained(evaluation.checkpoint_at(cfg.run_dir), world.device)
     else:
-        trained = evaluation.Trained(model.eval(), cfg.run_dir, {}, "untrained", [], None)
+        trained = evaluation.Trained(model.eval(), cfg.run_dir, {}, [], None)
     embed = evaluation.Embedder(trained, world.device, "off", cfg.eval_batch_size, cfg.workers)
     size, found = trained.model.image_size, {}
     for name in (source.name for source in sources.found):

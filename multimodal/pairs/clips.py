@@ -229,20 +229,20 @@ class YouTube:
         target = item.target.with_name(item.target.name + ".flac")
         target.parent.mkdir(parents=True, exist_ok=True)
         made = item.target.with_name(item.target.name + ".part.flac")  # no name of a clip
+        template = str(made.with_suffix("")).replace("%", "%%") + ".%(ext)s"
         start = int(item.clip.start)
         cookies = ["--cookies", str(self.cookies)] if self.cookies else []
         code, _, error = self.ask([
             self.yt_dlp, *_OPTIONS, *cookies,
             "--download-sections", f"*{start}-{start + _SECONDS}",
-            "-o", str(made.with_suffix(".%(ext)s")),
-            f"https://www.youtube.com/watch?v={item.clip.video}",
+            "-o", template, f"https://www.youtube.com/watch?v={item.clip.video}",
         ])  # fmt: skip
         if code == 0 and made.is_file() and made.stat().st_size:
             made.replace(target)
             return OK, ""
         made.unlink(missing_ok=True)
         said = [line for line in error.splitlines() if line.startswith("ERROR")]  # ffmpeg says more
-        reason = " ".join(said)[-300:] or f"yt-dlp ended with {code} and no sound"
+        reason = " ".join(said or error.splitlines()[-1:])[-300:] or f"yt-dlp ended with {code}"
         return _status_of(reason), reason
 
 

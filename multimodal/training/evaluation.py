@@ -43,7 +43,6 @@ class Trained:
     model: MultimodalModel
     path: Path
     settings: dict[str, Any]
-    stage: str
     keywords: list[str]
     keyword_head: nn.Linear | None
 
@@ -88,7 +87,7 @@ def open_trained(path: Path, device: torch.device) -> Trained:
         ) from None
     weights.load_strict(model, state, source=path)
     return Trained(
-        model.to(device).eval(), path, settings, str(about.get("stage") or "unknown"), keywords,
+        model.to(device).eval(), path, settings, keywords,
         head.to(device).eval() if head else None,
     )  # fmt: skip
 

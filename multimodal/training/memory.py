@@ -19,6 +19,7 @@ from multimodal.pairs.samples import NUM_LABELS
 from multimodal.pairs.sources import DATA_SETS
 from multimodal.training import grad_cache, schedule
 from multimodal.training.losses import Learner, LossOptions, loss_of
+from multimodal.training.settings_file import MINIMUM_GB
 from shared import memory
 from shared.distributed import World
 from shared.precision import Amp
@@ -26,7 +27,6 @@ from shared.precision import Amp
 if TYPE_CHECKING:
     from multimodal.training.grad_cache import Outputs
 
-LIMITS_GB = {"tiny": 4, "small": 8, "base": 12, "large": 20}  # the documented minimum
 _DIFFERENT = ("coco", "clotho", "voxceleb")  # AudioCaps' steps are Clotho's without keywords
 
 
@@ -54,7 +54,7 @@ def text(step: Step, processes: int) -> str:
         if other != steps[largest]
     }
     said = memory.report(plans[largest], others)
-    limit = LIMITS_GB.get(step.model["size"])
+    limit = MINIMUM_GB.get(step.model["size"])
     return said if limit is None else f"{said}\nthe documented minimum is {limit} GB"
 
 

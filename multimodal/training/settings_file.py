@@ -14,6 +14,7 @@ from shared.errors import UserError, did_you_mean
 from shared.settings import Setting
 
 MODEL = ("embed_dim", "use_checkpoint", "dropout", "activation", "pretrained")
+MINIMUM_GB = {"tiny": 4, "small": 8, "base": 12, "large": 20}  # of GPU memory, as documented
 PATHS = ("data_root", "output_dir", "feature_cache")
 # The two names that differ from the flags'.
 _FIELDS = {"model": {"size": "model_size"}, "training": {"learning_rate": "lr"}}

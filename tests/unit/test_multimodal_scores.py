@@ -71,15 +71,6 @@ def test_figures_by_hand():
     assert there.metrics["chance"] == back.metrics["chance"] == 0.5
 
 
-def test_one_relevant_row_scores_one_over_its_rank_up_to_ten():
-    gallery = torch.tensor([[1.0, 0.1 * step] for step in range(20)])
-    rows = normalize(gallery, dim=1)
-    query = torch.tensor([[1.0, 0.0]])
-    for place, expected in ((0, 1.0), (3, 1 / 4), (9, 1 / 10), (10, 0.0)):
-        positives = evaluation.Positives.listed([[place]], 20)
-        assert evaluation._search(query, rows, positives)["mAP@10"] == pytest.approx(expected)
-
-
 def test_faces_find_every_voice_of_their_person():
     rows = torch.eye(4)[[0, 0, 1, 2]]
     groups = ["a", "a", "b", "c"]
