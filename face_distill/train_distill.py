@@ -379,14 +379,12 @@ def _accuracy(cfg: Config, world: World, student: FaceStudent) -> float:
     """The student's ten-fold accuracy on --verify's pairs."""
     from face_distill.distill import pairs, verification
     from face_distill.distill.images import Preprocess
-    from shared.run import Stopped
 
     assert cfg.verify is not None
     preprocess = Preprocess(student.image_size).to(world.device)
 
     def embed(images: Tensor) -> Tensor:
-        if stop.number():
-            raise Stopped
+        stop.check()
         return student(preprocess(images.to(world.device)))[0]
 
     student.eval()

@@ -275,7 +275,8 @@ def train(cfg: Config) -> int:
                         data=sources.sizes | {"word embeddings": words})  # fmt: skip
             position = run.restore(parts, plan)
             if position.step == 0:
-                history.before = _tested(cfg, sources, world, model)
+                with run.for_all():
+                    history.before = _tested(cfg, sources, world, model)
             for stage in [one for one in stages if one.span.end > position.epoch]:
                 net = schedule.enter(stage, learner, world)
                 if (position.epoch, position.batch) == (stage.span.first, 0):
@@ -348,7 +349,7 @@ def _close_epoch(
     mean, best, history = parts["mean_loss"], parts["best"], parts["history"]
     train_loss = mean.value()
     found = validation.losses(
-        parts["learner"], stage.work, cfg.eval_batch_size, cfg.losses, world, amp
+        parts["learner"], stage.work, cfg.eval_batch_size, cfg.losses, world, amp, run
     )
     # without held-out samples the training's own loss decides
     value = sum(found.values()) / len(found) if found else train_loss
@@ -358,7 +359,7 @@ def _close_epoch(
     tags, shown_1 = {f"val/{name}": loss for name, loss in found.items()}, ""
     # pairs are told from strangers from the second stage on
     sources = stage.sources if stage.span.stage else ()
-    pairs = validation.recall_at_1(parts["learner"], sources, cfg.eval_batch_size, world, amp)
+    pairs = validation.recall_at_1(parts["learner"], sources, cfg.eval_batch_size, world, amp, run)
     if pairs:
         tags["val/R@1"] = sum(one["R@1"] for one in pairs.values()) / len(pairs)
         chance_1 = sum(one["chance"] for one in pairs.values()) / len(pairs)

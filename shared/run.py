@@ -21,7 +21,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
@@ -50,14 +50,11 @@ from shared.progress import Share
 from shared.reporter import Plan, Reporter
 from shared.resume import Decision
 from shared.status import Status
+from shared.stop import Stopped
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-
-class Stopped(BaseException):
-    """The way out of a training that was asked to stop, and is saved; Run's block takes it."""
 
 
 class Run:
@@ -163,17 +160,19 @@ class Run:
         if is_asked:
             self._leave()
 
-    def watched(self, batches: DataLoader[T], what: str) -> Iterator[T]:
+    def watched(self, batches: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
         """`batches` of a part without steps, while the status says how far it is.
 
+        total: how many they are, where they cannot say it.
         A stop, of which the ranks may hear between different batches, ends the loop early on each,
         and is taken where all have ended theirs. No collective belongs into the loop. The state is
         that of the last save: save before, where something was trained since.
         """
+        count = len(batches) if total is None else total  # type: ignore[arg-type]
         for number, batch in enumerate(batches):
             if distributed.tell_all(stop.number() != 0, self._world):
                 break
-            self.beat(what, number, len(batches))
+            self.beat(what, number, count)
             yield batch
         self.leave_if_asked()
 
@@ -181,7 +180,7 @@ class Run:
     def for_all(self) -> Iterator[None]:
         """A part that rank 0 does for all ranks, which come here too.
 
-        Raised within it on rank 0, Stopped leaves it, and then the run's block on every rank.
+        Within it rank 0 asks stop.check; Stopped leaves it, and then the block on every rank.
         """
         with contextlib.suppress(Stopped):
             yield

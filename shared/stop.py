@@ -79,6 +79,16 @@ def number() -> int:
     return _state.number
 
 
+class Stopped(BaseException):
+    """The way out of what was asked to stop."""
+
+
+def check() -> None:
+    """Raise Stopped when this process has noted a signal."""
+    if _state.number:
+        raise Stopped
+
+
 def name_of(number: int) -> str:
     """SIGTERM for 15, and so on."""
     return signal.Signals(number).name

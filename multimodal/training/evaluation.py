@@ -17,7 +17,7 @@ from multimodal.datasets import AnyDataSet, AudioCaps, Clotho, Coco, VoxCeleb
 from multimodal.model import MultimodalModel, create_model
 from multimodal.pairs import samples
 from multimodal.pairs.samples import collate
-from shared import retrieval, weights
+from shared import retrieval, stop, weights
 from shared.distributed import World
 from shared.errors import UserError, one_line
 from shared.images import Skipped
@@ -154,6 +154,7 @@ class Embedder:
         found = Features(torch.empty(0), [], None, Skipped("files"))
         rows, scores = list[Tensor](), list[Tensor]()
         for kept, batch, problems in _with_progress(loader, kind, total):
+            stop.check()  # in a training; a script of its own has ended by itself
             for index, reason in problems:
                 found.skipped.add(str(names[index]), reason)
             if not kept:

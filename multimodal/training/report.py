@@ -32,7 +32,7 @@ from multimodal.training.schedule import Span
 from shared import status
 from shared.errors import UserError, one_line
 from shared.files import read_json, write_json, write_text
-from shared.run import Stopped
+from shared.stop import Stopped
 
 log = logging.getLogger(__name__)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from multimodal.training.losses import Learner, LossOptions, loss_of
 from shared import distributed
 from shared.distributed import World
 from shared.precision import Amp
+
+if TYPE_CHECKING:
+    from shared.run import Run
 
 MOST_PAIRS = 1000  # of a source, for the recall at 1: the whole of COCO's 5,000 takes minutes
 _ALONE = World()  # a validation batch is whole on one process
@@ -25,11 +29,12 @@ def losses(
     options: LossOptions,
     world: World,
     amp: Amp,
-    workers: int = 0,
+    run: Run | None = None,
 ) -> dict[str, float]:
     """The mean validation loss of each source by name, of those that have held-out samples.
 
-    rows: of a validation batch; contrastive losses can be compared for equal ones alone.
+    rows: of a validation batch; contrastive losses can be compared for equal ones alone. run: may
+    be stopped meanwhile.
     """
     found: dict[str, float] = {}
     learner.eval()
@@ -37,7 +42,7 @@ def losses(
         if source.validation is None:
             continue
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
-        for batch in held_out(source, rows, world, workers):
+        for batch in _watched(run, source, held_out(source, rows, world, 0), rows):
             labels = labels_of(batch, world.device)
             if task.target == "spectrogram":
                 batch = with_hidden_parts(batch, 0, _ALONE, torch.Generator().manual_seed(0))
@@ -58,7 +63,7 @@ def recall_at_1(
     rows: int,
     world: World,
     amp: Amp,
-    workers: int = 0,
+    run: Run | None = None,
 ) -> dict[str, dict[str, float]]:
     """How often the nearest of all held-out partners is the own one, both ways, by source.
 
@@ -71,9 +76,10 @@ def recall_at_1(
         if source.validation is None or task is None:
             continue
         pairs = min(len(source.validation), MOST_PAIRS)
+        batches = in_order(source, range(pairs), rows, world.device, 0)
         features = [
             _features(learner, batch, task, world, amp)
-            for batch in in_order(source, range(pairs), rows, world.device, workers)
+            for batch in _watched(run, source, batches, rows)
         ]
         one, other = (torch.cat(parts) for parts in zip(*features, strict=True))
         found[source.name] = {
@@ -83,6 +89,14 @@ def recall_at_1(
         }
     learner.train()
     return found
+
+
+def _watched(
+    run: Run | None, source: Source, batches: Iterable[Batch], rows: int
+) -> Iterable[Batch]:
+    assert source.validation is not None
+    total = -(-len(source.validation) // rows)
+    return run.watched(batches, f"validation of {source.name}: batch", total) if run else batches
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from multimodal.training.report import Report, add_section, newest
 from multimodal.training.schedule import Span
 from shared.errors import UserError
 from shared.files import read_json
-from shared.run import Stopped
+from shared.stop import Stopped
 
 FACTS = {
     "command": "run_training.py --epochs 2",
