@@ -19,7 +19,7 @@ from multimodal.pairs import audio, audiocaps, clotho, coco
 from multimodal.pairs.audio import AudioError
 from shared import unpack
 from tests.fuzzing import Reader
-from vasevqa.filter import prompts
+from vasevqa.filter import clip
 from vasevqa.model import rows
 from vasevqa.model.rows import RowError
 
@@ -156,7 +156,7 @@ READERS: dict[str, Reader] = {
     ),
     "vasevqa prompts": Reader(
         put("prompts.txt", "# what to look for\n[high]\na whole vase\n[low]\na broken vase\n"),
-        lambda d: prompts.read(d / "prompts.txt"),
+        lambda d: clip.read_prompts(d / "prompts.txt"),
     ),
     "multimodal COCO": Reader(
         together(

@@ -30,15 +30,11 @@ from multimodal.pairs import audio, clips, voxceleb
 from multimodal.training import evaluation as trained_models
 from multimodal.training import report, settings_file
 from shared import download, hub, lock, settings, stages
-from shared.distributed import World
 from shared.foreign_log import JsonLinesProgress
 from shared.page import Page
 from tests.fuzz_readers import SETTINGS, STATUS, picture, put, together
 from tests.fuzzing import Reader
-from vasevqa.filter import clip_convert, clip_source, quality_net
-from vasevqa.filter import rows as filter_rows
-from vasevqa.filter.embedding_cache import EmbeddingCache, digest_of
-from vasevqa.filter.ledger import Ledger
+from vasevqa.filter import clip, place, quality
 from vasevqa.model import memory as swift_memory
 from vasevqa.model import merging, needs, pictures, plan, runs
 
@@ -191,15 +187,13 @@ def _make_features(directory: Path) -> None:
 # --- vasevqa --------------------------------------------------------------------------------------
 
 FOUND = [
-    {"filename": f"tray/{n}.jpg", "size": n, "mtime_ns": n, "digest": f"{n:032x}", "score": n / 4}
+    {"filename": f"tray/{n}.jpg", "size": n, "mtime_ns": n, "content": f"{n:032x}", "score": n / 4}
     for n in range(4)
 ]
 STATE = {"global_step": 6, "log_history": [{"loss": 0.5, "step": 6}]}
 RUN = {"identity": {"seed": 1, "model": "m"}, "base_files": [["model.safetensors", 1, 2]]}
 QWEN = {"model_type": "qwen2_5_vl", "hidden_size": 8}
-CLIP = {"model_type": "clip", "projection_dim": 8,
-        "vision_config": {"hidden_size": 8, "num_attention_heads": 2, "image_size": 32},
-        "text_config": {"hidden_size": 8, "num_attention_heads": 2}}  # fmt: skip
+CLIP = {"model_type": "clip", "projection_dim": 8}
 PREPARE = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.2, 0.2, 0.2], "resample": 3}
 SWIFT_LOG = [
     {"loss": 0.5, "epoch": 1.0, "global_step/max_steps": f"{n}/4", "memory(GiB)": 1.5,
@@ -209,27 +203,24 @@ SWIFT_LOG = [
 
 
 def _read_rows(directory: Path) -> None:
-    parts = filter_rows.Parts(directory / "rows", World())
-    parts.pending(directory, ["tray/1.jpg", "a.jpg"])
-    keys = np.sort(np.array([filter_rows.Item.of(row).key for row in FOUND], np.uint64))
-    with Ledger.build(directory.parent / "ledger.db", parts, keys) as ledger:
-        ledger.decide("accepted", "rejected", 0.5)
-        ledger.group_duplicates("accepted")
-        list(ledger.rows(order="vase"))
+    items = [place.Item(row["filename"], row["size"], row["mtime_ns"]) for row in FOUND]
+    keys = np.array([item.key for item in items], np.uint64)
+    table = place.Table(directory / "scores.jsonl", keys, ("score",))
+    table.decide(0.5, "accepted", "rejected")
+    table.find_duplicates("accepted")
+    list(table.rows())
+    table.unreadable()
 
 
-def _make_cache(directory: Path) -> None:
-    with EmbeddingCache(directory, "model", 3) as cache:
-        cache.add([digest_of(b"a"), digest_of(b"b")], np.ones((2, 3), np.float32))
-        cache.table("prompts", lambda: np.ones((2, 3), np.float32))
+def _make_embeddings(directory: Path) -> None:
+    with clip.Embeddings(directory / "embeddings.bin", 3) as known:
+        known.add([clip.digest_of(b"a"), clip.digest_of(b"b")], np.ones((2, 3), np.float32))
 
 
-def _read_cache(directory: Path) -> None:
-    with EmbeddingCache(directory, "model", 3) as cache:
-        cache.get(digest_of(b"a"))
-        cache.table("prompts", lambda: np.ones((2, 3), np.float32))
-        cache.add([digest_of(b"c")], np.ones((1, 3), np.float32))
-        assert cache.get(digest_of(b"c")) is not None
+def _read_embeddings(directory: Path) -> None:
+    with clip.Embeddings(directory / "embeddings.bin", 3) as known:
+        known.add([clip.digest_of(b"c")], np.ones((1, 3), np.float32))
+        assert known.get(clip.digest_of(b"c")).tolist() == [1, 1, 1]
 
 
 def _continue_swift(directory: Path) -> None:
@@ -261,12 +252,12 @@ def _follow_swift(directory: Path) -> None:
 
 
 def _read_clip(directory: Path) -> None:
-    clip_source.find(directory)
-    clip_convert.read_folder(directory)
+    clip.find(directory)
+    clip._prepared_as(directory, 32)
 
 
 def _make_net(path: Path) -> None:
-    net = quality_net.ImageQualityNet(arch="resnet10")
+    net = quality.ImageQualityNet(arch="resnet10")
     state = hollow(net.state_dict())
     torch.save({"arch": "resnet10", "image_size": 32, "model_state_dict": state}, path)
 
@@ -406,18 +397,17 @@ READERS: dict[str, Reader] = {
         lambda d: trained_models.open_trained(d / "best_model.pt", CPU),
         slowness=5,
     ),
-    "vasevqa filter rows": Reader(put("rows/part-0000.jsonl", lines(*FOUND)), _read_rows),
-    "vasevqa embedding cache": Reader(_make_cache, _read_cache),
+    "vasevqa filter rows": Reader(put("scores.jsonl", lines(*FOUND)), _read_rows),
+    "vasevqa embeddings": Reader(_make_embeddings, _read_embeddings),
     "vasevqa quality net": Reader(
         put("best.pth", _make_net),
-        lambda d: quality_net.load_trained(d / "best.pth", CPU),
+        lambda d: quality.load_trained(d / "best.pth", CPU),
         slowness=10,
     ),
     "vasevqa CLIP folder": Reader(
         together(
             put("config.json", json.dumps(CLIP)),
             put("preprocessor_config.json", json.dumps(PREPARE)),
-            tensors("model.safetensors", **{"visual_projection.weight": (2, 3), "logit_scale": ()}),
         ),
         _read_clip,
     ),

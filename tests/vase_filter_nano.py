@@ -11,7 +11,7 @@ import open_clip
 import torch
 from PIL import Image
 
-from vasevqa.filter import clip_model
+from vasevqa import demo_clip
 
 CLIP_CFG: dict[str, Any] = {
     "embed_dim": 32,
@@ -29,7 +29,7 @@ def write_clip(folder: Path, seed: int = 0) -> Path:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = open_clip.model.CLIP(**CLIP_CFG)
-        clip_model.write_folder(model, folder, CLIP_CFG, MEAN, STD)
+        demo_clip.write_folder(model, folder, CLIP_CFG, MEAN, STD)
     return folder
 
 

@@ -33,7 +33,7 @@ from torch.nn.functional import cosine_similarity
 
 from tests.benchmarks.measure import compare, conclude
 from vasevqa.demo_vases import VIEWS, make_vases, render, to_jpeg
-from vasevqa.filter import clipfilter1, clipfilter2, prompts
+from vasevqa.filter import clip, clipfilter1, clipfilter2
 
 SIDE = 320  # pixels of a picture
 
@@ -103,7 +103,7 @@ def score_each(paths: list[Path], weights: Path) -> dict[str, float]:
 
     model = transformers.CLIPModel.from_pretrained(weights).eval()
     prepare = transformers.CLIPImageProcessorPil.from_pretrained(weights)
-    texts = prompts.read(prompts.DEFAULT)
+    texts = clip.read_prompts(clip.PROMPTS)
     found = {}
     with torch.no_grad():
         high, low = (
@@ -121,7 +121,7 @@ def score_each(paths: list[Path], weights: Path) -> dict[str, float]:
 
 def ours(pictures: Path, weights: Path, out: Path) -> dict[str, float]:
     """The scores by the scripts, which write into `out`."""
-    common = ["--model_cache_dir", weights, "--cache_dir", out / "cache", "--output_dir", out]
+    common = ["--model_cache_dir", weights, "--output_dir", out]
     filter_flags = ["--input_dir", pictures, *common]
     with contextlib.redirect_stdout(io.StringIO()):
         run(clipfilter1, [*filter_flags, "--analyze_only"])

@@ -36,7 +36,7 @@ from tests.lavic_talks import nano
 from tests.memory_peak import peak_of_a_step
 from tests.vase_filter_nano import write_quality_set
 from vasevqa.filter import model as quality
-from vasevqa.filter import quality_memory
+from vasevqa.filter.quality import memory_plan
 
 Flags = list[Any]
 
@@ -157,7 +157,9 @@ def test_the_quality_classifier_is_estimated_within_15_percent(tmp_path, more):
         "--arch", "resnet18", "--batch_size", 16, "--image_size", 160, "--workers", 0,
         "--pretrained", "none", "--device", "cpu", *more,
     ]  # fmt: skip
-    agrees(quality_memory.plan(read(quality.Config, flags), 1), quality.main, flags)
+    cfg = read(quality.Config, flags)
+    plan = memory_plan(cfg.arch, cfg.image_size, cfg.batch_size, 1, cfg.run.amp)
+    agrees(plan, quality.main, flags)
 
 
 @pytest.fixture(scope="module")

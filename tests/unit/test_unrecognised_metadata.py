@@ -17,7 +17,7 @@ from lavic.src.recommend.data import read_conversations
 from multimodal.datasets import AudioCaps, Clotho, Coco
 from multimodal.demo_data import demo
 from shared.errors import UserError
-from vasevqa.filter import prompts
+from vasevqa.filter import clip
 from vasevqa.model import training_files
 
 
@@ -192,4 +192,4 @@ def test_rows_about_vases_of_another_schema(tmp_path):
 def test_prompts_without_groups(tmp_path):
     (tmp_path / "prompts.txt").write_text("a whole vase\n")
     with pytest.raises(UserError, match=r"prompts\.txt:1: write \[high\] or \[low\]"):
-        prompts.read(tmp_path / "prompts.txt")
+        clip.read_prompts(tmp_path / "prompts.txt")

@@ -11,11 +11,8 @@ from PIL import Image
 from shared.distributed import World
 from shared.errors import UserError
 from tests.vase_filter_nano import write_picture, write_quality_set
-from vasevqa.filter import gpu_wish, quality_data, quality_net
-from vasevqa.filter.predictor import ImageQualityPredictor
-from vasevqa.filter.quality_measure import Measured, measure
-from vasevqa.filter.quality_net import ImageQualityNet
-from vasevqa.filter.quality_results import History, draw
+from vasevqa.filter import quality
+from vasevqa.filter.quality import ImageQualityNet, ImageQualityPredictor, Measured
 
 FOUND = [(f"0/{n}", 0) for n in range(100)] + [(f"1/{n}", 1) for n in range(20)]
 
@@ -24,23 +21,23 @@ FOUND = [(f"0/{n}", 0) for n in range(100)] + [(f"1/{n}", 1) for n in range(20)]
 
 
 def test_the_splits_have_eighty_ten_ten_of_each_label_and_nothing_in_common():
-    parts = quality_data.split(FOUND, 42)
+    parts = quality.split(FOUND, 42)
     for part, expected in ((parts.train, (80, 16)), (parts.val, (10, 2)), (parts.test, (10, 2))):
         assert tuple(sum(label == own for _, label in part) for own in (0, 1)) == expected
     assert sorted(parts.train + parts.val + parts.test) == sorted(FOUND)
-    assert quality_data.split(list(reversed(FOUND)), 42) == parts
-    assert quality_data.split(FOUND, 43) != parts
+    assert quality.split(list(reversed(FOUND)), 42) == parts
+    assert quality.split(FOUND, 43) != parts
 
 
 def test_every_split_has_both_labels_even_of_three_pictures_each():
     few = [(f"{label}/{n}", label) for label in (0, 1) for n in range(3)]
-    parts = quality_data.split(few, 0)
+    parts = quality.split(few, 0)
     for part in (parts.train, parts.val, parts.test):
         assert sorted(label for _, label in part) == [0, 1]
 
 
 def test_the_class_weights_make_both_labels_count_the_same():
-    parts = quality_data.split(FOUND, 42)
+    parts = quality.split(FOUND, 42)
     weights = parts.class_weights.tolist()
     assert weights == pytest.approx([96 / (2 * 80), 96 / (2 * 16)])
     assert weights[0] * 80 == pytest.approx(weights[1] * 16)
@@ -48,19 +45,17 @@ def test_the_class_weights_make_both_labels_count_the_same():
 
 def test_only_the_training_split_is_varied(tmp_path):
     root = write_quality_set(tmp_path)
-    parts = quality_data.split(quality_data.find_labelled(root), 0)
-    varied = quality_data.training_pictures(root, parts, 32)
+    items = quality.find_labelled(root)
+    varied = quality.QualityPictures(root, items, quality.for_training(32))
+    fixed = quality.QualityPictures(root, items, quality.for_evaluation(32))
     torch.manual_seed(0)
-    assert not torch.equal(varied[0][0], varied[0][0])
-    for items in (parts.val, parts.test):  # built after it: sharing a dataset would show here
-        fixed = quality_data.fixed_pictures(root, items, 32)
-        assert torch.equal(fixed[0][0], fixed[0][0])
+    assert torch.equal(fixed[0][0], fixed[0][0])  # built after it: one for both would show here
     assert not torch.equal(varied[0][0], varied[0][0])
 
 
 def test_the_fixed_preparation_is_resizing_and_imagenets_normalisation():
     image = torch.full((3, 60, 40), 128, dtype=torch.uint8)
-    found = quality_net.for_evaluation(32)(image)
+    found = quality.for_evaluation(32)(image)
     assert found.shape == (3, 32, 32)
     expected = [
         (128 / 255 - m) / s
@@ -70,23 +65,23 @@ def test_the_fixed_preparation_is_resizing_and_imagenets_normalisation():
 
 
 def test_a_missing_or_empty_label_is_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match=r"/0 is no folder: --data_dir needs 0/ .* and 1/"):
-        quality_data.find_labelled(tmp_path)
+    with pytest.raises(UserError, match=r"/0 is not a folder"):
+        quality.find_labelled(tmp_path)
     (tmp_path / "0").mkdir()
     (tmp_path / "1").mkdir()
     with pytest.raises(UserError, match=r"/0 holds 0 picture\(s\)"):
-        quality_data.find_labelled(tmp_path)
+        quality.find_labelled(tmp_path)
 
 
 def test_unreadable_pictures_are_left_out_before_the_split(tmp_path, caplog):
     root = write_quality_set(tmp_path, each=5)
     (root / "1" / "03.png").write_bytes(b"<html>")
-    found = quality_data.find_labelled(root)
-    good, skipped = quality_data.leave_out_unreadable(root, found, World(), workers=0, allowed=0.5)
+    found = quality.find_labelled(root)
+    good, skipped = quality.leave_out_unreadable(root, found, World(), workers=0, allowed=0.5)
     assert len(good) == 9 and set(skipped.names) == {"1/03.png"}
     assert "left out: 1/03.png" in caplog.text
     with pytest.raises(UserError, match="at most 5% may be left out"):
-        quality_data.leave_out_unreadable(root, found, World(), workers=0, allowed=0.05)
+        quality.leave_out_unreadable(root, found, World(), workers=0, allowed=0.05)
 
 
 # --- the net --------------------------------------------------------------------------------------
@@ -111,7 +106,7 @@ def test_a_file_of_the_original_is_loaded(tmp_path):
     torch.save({"epoch": 3, "model_state_dict": net.state_dict(),
                 "optimizer_state_dict": optimizer.state_dict(), "val_acc": 0.9},
                tmp_path / "m.pth")  # fmt: skip
-    loaded, about = quality_net.load_trained(tmp_path / "m.pth", torch.device("cpu"))
+    loaded, about = quality.load_trained(tmp_path / "m.pth", torch.device("cpu"))
     assert about == {"epoch": 3, "val_acc": 0.9} and not loaded.training
     for name, tensor in net.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor)
@@ -124,11 +119,11 @@ def test_imagenet_weights_fill_the_body_and_leave_the_head(tmp_path):
     torch.save(body.state_dict(), path)
     net = ImageQualityNet(arch="resnet18")
     head = net.resnet.fc[0].weight.clone()  # type: ignore[index]
-    quality_net.start_from(net, path)
+    quality.start_from(net, path)
     assert torch.equal(net.resnet.conv1.weight, body.conv1.weight)
     assert torch.equal(net.resnet.fc[0].weight, head)  # type: ignore[index]
     with pytest.raises(UserError, match="does not fit"):
-        quality_net.start_from(ImageQualityNet(arch="resnet50"), path)
+        quality.start_from(ImageQualityNet(arch="resnet50"), path)
 
 
 def test_the_weights_to_start_from_are_typed_lie_here_or_are_torchs(tmp_path, monkeypatch):
@@ -138,7 +133,7 @@ def test_the_weights_to_start_from_are_typed_lie_here_or_are_torchs(tmp_path, mo
     first_of_imagenet = cache / "resnet18-f37072fd.pth"  # what pretrained=True loads
     first_of_imagenet.write_bytes(b"x")
     (cache / "resnet18-z.pth").write_bytes(b"another training's")
-    choose = quality_net.starting_weights
+    choose = quality.starting_weights
     assert choose("none", "resnet18", [tmp_path]) is None
     assert choose("a.pth", "resnet18", [tmp_path]) == pathlib.Path("a.pth")
     assert choose("auto", "resnet18", [tmp_path / "none", tmp_path]) == first_of_imagenet
@@ -158,7 +153,7 @@ def test_the_predictor_gives_the_nets_softmax(tmp_path):
     predict = ImageQualityPredictor(tmp_path / "m.pth")
     image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
     with torch.no_grad():
-        high = float(torch.softmax(net(quality_net.for_evaluation(32)(image)[None]), 1)[0, 1])
+        high = float(torch.softmax(net(quality.for_evaluation(32)(image)[None]), 1)[0, 1])
     label, confidence = predict(path)
     assert label == int(high >= 0.5) and confidence == pytest.approx(max(high, 1 - high), abs=1e-6)
 
@@ -167,13 +162,15 @@ def test_the_predictor_gives_the_nets_softmax(tmp_path):
 
 
 def test_measures_by_hand():
-    found = Measured([[6, 2], [1, 11]])
-    assert found.count == 20 and found.accuracy == 17 / 20
-    low, high = found.report()
+    counts = {(0, 0): 6, (0, 1): 2, (1, 0): 1, (1, 1): 11}  # (label, prediction): pictures
+    found = Measured.of([pair for pair, count in counts.items() for _ in range(count)])
+    assert found.confusion == [[6, 2], [1, 11]] and found.count == 20
+    assert found.accuracy == 17 / 20 and found.majority == 12 / 20
+    low, high = found.report
     assert low["precision"] == 6 / 7 and low["recall"] == 6 / 8 and low["support"] == 8
     assert high["precision"] == 11 / 13 and high["recall"] == 11 / 12
     assert low["f1"] == pytest.approx(2 * (6 / 7) * 0.75 / (6 / 7 + 0.75))
-    nothing = Measured([[0, 0], [0, 3]]).report()[0]
+    nothing = Measured.of([(1, 1)] * 3).report[0]
     assert nothing == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
 
 
@@ -184,27 +181,22 @@ def test_measuring_counts_every_picture_of_uneven_batches():
 
     batches = [(torch.tensor([[1.0], [-1.0], [2.0]]), torch.tensor([1, 1, 0])),
                (torch.tensor([[-3.0]]), torch.tensor([0]))]  # fmt: skip
-    weights = torch.tensor([2.0, 0.5])
-    found = measure(Sign(), batches, World(), weights)
+    found = quality.measure(Sign(), batches, World(), torch.tensor([2.0, 0.5]))
     assert found.confusion == [[1, 1], [1, 1]]
-    assert np.isnan(measure(Sign(), batches, World()).loss)
+    assert np.isnan(quality.measure(Sign(), batches, World()).loss)
     # -log softmax of the true class: scores differ by 2, 2, 4 and 6
     wrong, right = np.log1p(np.exp([2.0, 4.0])), np.log1p(np.exp([-2.0, -6.0]))
     expected = 0.5 * right[0] + 0.5 * wrong[0] + 2 * wrong[1] + 2 * right[1]
     assert found.loss == pytest.approx(expected / (0.5 + 0.5 + 2 + 2))
 
 
-def history():
-    found = History()
-    for loss in (0.7, float("nan")):
-        found.add(loss, Measured([[1, 0], [0, 1]], loss), 1e-3)
-    return found
-
-
 def test_the_course_is_drawn_without_a_window(tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "TkAgg")
-    (picture,) = draw(tmp_path, history(), Measured([[3, 1], [0, 4]]))
-    assert picture.name == "training_history.png" and Image.open(picture).size[0] > 600
+    history = quality.History()
+    for loss in (0.7, float("nan")):
+        history.add(loss, Measured.of([(0, 0), (1, 1)], loss), 1e-3)
+    quality.draw(tmp_path / "a.png", history, Measured.of([(0, 0), (1, 0)]))
+    assert Image.open(tmp_path / "a.png").size[0] > 600
 
 
 @pytest.mark.parametrize(
@@ -219,26 +211,22 @@ def test_the_course_is_drawn_without_a_window(tmp_path, monkeypatch):
     ],
 )
 def test_the_default_gpu_is_a_wish(monkeypatch, gpu, typed, visible, processes, expected):
-    monkeypatch.setattr(gpu_wish, "present_gpus", lambda: visible)
-    assert gpu_wish.device_for(gpu, "auto", typed, processes, {}) == expected
+    monkeypatch.setattr(quality, "present_gpus", lambda: visible)
+    assert quality.device_for(gpu, "auto", typed, processes, {}) == expected
 
 
 @pytest.mark.parametrize("visible", [0, 2])
 def test_a_typed_gpu_that_is_not_there_is_an_error(monkeypatch, visible):
-    monkeypatch.setattr(gpu_wish, "present_gpus", lambda: visible)
+    monkeypatch.setattr(quality, "present_gpus", lambda: visible)
     with pytest.raises(
         UserError, match="--gpu 5 is not there; allowed: " + ("0 to 1" if visible else "none")
     ):
-        gpu_wish.device_for(5, "auto", ("gpu",), 1, {})
+        quality.device_for(5, "auto", ("gpu",), 1, {})
 
 
 def test_the_estimate_counts_the_net_and_grows_with_the_batch():
-    from vasevqa.filter.model import Config
-    from vasevqa.filter.quality_memory import plan
-
     def rows(batch):
-        cfg = Config(arch="resnet18", batch_size=batch, image_size=64)
-        return {name: size for name, size, _ in plan(cfg, 1).rows}
+        return {n: size for n, size, _ in quality.memory_plan("resnet18", 64, batch, 1).rows}
 
     net = ImageQualityNet(arch="resnet18")
     trained = sum(p.numel() for p in net.parameters())

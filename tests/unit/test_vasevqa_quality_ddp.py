@@ -12,11 +12,8 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from shared.config import parse
 from shared.distributed import World
-from vasevqa.filter.model import Config
-from vasevqa.filter.quality_net import ImageQualityNet
-from vasevqa.filter.quality_training import Learner
+from vasevqa.filter.quality import ImageQualityNet, Learner
 
 pytestmark = pytest.mark.slow
 
@@ -35,7 +32,7 @@ def gradients(world: World) -> dict[str, Tensor]:
         if isinstance(module, (nn.BatchNorm2d, nn.Dropout)):
             module.eval()
     weights = torch.tensor([0.8, 4 / 3], dtype=torch.float64)
-    learner = Learner(parse(Config, ["--arch", "resnet10"], ""), net, weights, world)
+    learner = Learner(net, weights, world, epochs=200, lr=1e-3, weight_decay=1e-4)
     share = slice(world.rank * SHARE, (world.rank + 1) * SHARE) if world.size > 1 else slice(None)
     found: dict[str, Tensor] = {}
 

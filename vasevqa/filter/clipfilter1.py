@@ -19,7 +19,7 @@ import os
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
@@ -31,15 +31,24 @@ if __name__ == "__main__":
 from shared.config import ProcessOptions, ToolOptions, option, parse
 from shared.device import present_gpus, visible_gpus
 from shared.errors import UserError
-from shared.files import open_lock
+from shared.files import open_lock, write_json, write_text
 from shared.launch import launch, world_size
 from shared.settings import Count, Range, Seconds, Seed, Share, ShareAboveZero, Workers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from vasevqa.filter.clip import Prompts, Scorer
+    from vasevqa.filter.place import Row, Table
+    from vasevqa.filter.scores import Pass
 
 FILTER = Path(__file__).resolve().parent
 INPUT_DIR = FILTER / "images3" / "1"
 OUTPUT_DIR = FILTER / "filtered_vases"
-CACHE_DIR = FILTER / ".clip_cache"
 SAMPLE_SIZE = 500
+KEEP = 0.75  # share of the sample that a threshold of its own keeps
+ACCEPTED, REJECTED = "accepted", "rejected"
+SHOWN = 24  # pictures of a kind on the contact sheet
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +80,7 @@ class Config:
     link: bool = option(False, "symbolic links in place of copies")
     batch_size: Count = option(32, "pictures encoded at a time")
     workers: Workers = option(2, "processes that decode pictures, for each process")
-    cache_dir: Path = option(CACHE_DIR, "embeddings of all pictures ever encoded")
+    cache_dir: Path | None = option(None, "where embeddings are kept; default: <output_dir>")
     seed: Seed = option(0, "of the sample")
     max_unreadable: Share = option(0.5, "share of unreadable files above which the run stops")
     resume: Literal["auto", "never"] = option(
@@ -109,15 +118,12 @@ def main(argv: list[str] | None = None) -> int:
     os.close(open_lock(cfg.state_dir))  # better refused now than after the model was loaded
     if cfg.auto_select_device and not cfg.yes and world_size() == 1:
         cfg = replace(cfg, tool=replace(cfg.tool, device=_ask_for_device(cfg.tool.device)))
-    from vasevqa.filter.filtering import filter_pictures
-
-    ask = _ask_for_threshold if cfg.confirm and _can_ask(cfg) and world_size() == 1 else None
-    return filter_pictures(cfg, ask)
+    return filter_pictures(cfg)
 
 
 def _check(cfg: Config) -> None:
     """Refuse missing inputs in one line each, before anything slow is imported."""
-    from vasevqa.filter import clip_source, prompts
+    from vasevqa.filter import clip
 
     if not cfg.input_dir.is_dir():
         raise UserError(
@@ -129,8 +135,223 @@ def _check(cfg: Config) -> None:
             f"--output_dir {cfg.output_dir} lies inside --input_dir {cfg.input_dir}: its pictures "
             "would be filtered again; choose a folder beside it"
         )
-    prompts.read(cfg.prompts)
-    clip_source.find(cfg.model_cache_dir, cfg.clip_model, cfg.pretrained)
+    clip.read_prompts(cfg.prompts)
+    clip.find(cfg.model_cache_dir, cfg.clip_model, cfg.pretrained)
+
+
+# --- the filter -----------------------------------------------------------------------------------
+
+
+def filter_pictures(cfg: Config) -> int:
+    """The whole filter; the exit code."""
+    from shared import distributed
+    from vasevqa.filter import clip, scores
+
+    world = distributed.setup(cfg.tool.device, cfg.timeout)
+    names = scores.list_pictures(cfg.input_dir)
+    with scores.Pass(cfg.state_dir, cfg, world) as run:
+        source = clip.find(cfg.model_cache_dir, cfg.clip_model, cfg.pretrained)
+        kept = cfg.cache_dir or cfg.output_dir
+        scorer = clip.Scorer(source, cfg.prompts, kept, world, cfg.tool.amp)
+        run.open_scores(scorer.made_by)
+        code = _filter(cfg, run, scorer, names, is_main=world.is_main)
+    distributed.cleanup(world)
+    return code
+
+
+def _filter(cfg: Config, run: Pass, scorer: Scorer, names: list[str], *, is_main: bool) -> int:
+    from vasevqa.filter import scores
+
+    threshold, source = cfg.threshold, "typed"
+    if threshold is None or cfg.analyze_only:
+        drawn = scores.sample(names, cfg.sample_size, cfg.seed)
+        if scorer.score(run, cfg.input_dir, drawn, cfg.batch_size, cfg.workers):
+            return run.finish()
+        if is_main:  # the others decide nothing
+            threshold, source = _analyse(cfg, run.table(cfg.input_dir, drawn))
+        analysis = [cfg.output_dir / "analysis.json"]
+        if cfg.analyze_only:
+            return run.finish("analysed", outputs=analysis)
+        if cfg.confirm and _can_ask(cfg) and world_size() == 1:
+            assert threshold is not None
+            proposed, threshold = threshold, _ask_for_threshold(threshold)
+            if threshold is None:
+                return run.finish("not filtered: not confirmed", outputs=analysis)
+            source = source if threshold == proposed else "typed"
+    if scorer.score(run, cfg.input_dir, names, cfg.batch_size, cfg.workers):
+        return run.finish()
+    ending: dict[str, Any] = {}
+    if is_main:
+        assert threshold is not None
+        ending = _place(cfg, run, names, scorer.prompts, (threshold, source))
+    return run.finish() if run.meet() else run.finish(**ending)
+
+
+def _analyse(cfg: Config, table: Table) -> tuple[float, str]:
+    """Print and store how the scores of a sample lie; the threshold it proposes, and why."""
+    import numpy as np
+
+    from vasevqa.filter import place
+
+    found = table.scores[table.is_readable]
+    if not len(found):
+        raise UserError("no picture of the sample can be read: there is nothing to decide from")
+    keep = cfg.keep or KEEP
+    threshold = float(np.percentile(found, 100 * (1 - keep)))
+    source = f"keeps {keep:.0%} of a sample of {len(found)}"
+    statistics, histogram = place.statistics(found), place.histogram(found)
+    unreadable = {item["filename"]: item["reason"] for item in table.unreadable()}
+    advice = [
+        {"threshold": statistics[f"p{n}"], "percentile": n, "keeps": (100 - n) / 100}
+        for n in place.PERCENTILES
+    ]
+    log.info("scores of %d pictures (%d of the sample unreadable):", len(found), len(unreadable))
+    log.info("\n%s", place.text_histogram(histogram, threshold))
+    log.info("mean %(mean).4f | std %(std).4f | min %(min).4f | median %(median).4f | "
+             "max %(max).4f", statistics)  # fmt: skip
+    for line in advice:
+        log.info("threshold %.4f keeps about %.0f%%", line["threshold"], 100 * line["keeps"])
+    log.info("proposed threshold: %.4f (%s)", threshold, source)
+    cfg.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(cfg.output_dir / "analysis.json", {
+        "statistics": statistics,
+        "recommendations": advice,
+        "threshold": threshold,
+        "threshold_source": source,
+        "sample_size": len(table),
+        "unreadable": unreadable,
+        "histogram": histogram,
+    })  # fmt: skip
+    return threshold, source
+
+
+def _place(
+    cfg: Config, run: Pass, names: list[str], prompts: Prompts, threshold: tuple[float, str]
+) -> dict[str, Any]:
+    """Decide, bring the files to their folders, report; what the run ends with."""
+    from vasevqa.filter.place import QUARANTINE, Folders
+
+    table = run.table(cfg.input_dir, names, ("score", "high", "low"))
+    table.decide(threshold[0], ACCEPTED, REJECTED)
+    table.find_duplicates(ACCEPTED)
+    if cfg.dedup:
+        table.reject_duplicates(ACCEPTED, REJECTED)
+    table.refuse_mostly_unreadable(cfg.max_unreadable, "filtered")
+    folders = Folders(cfg.input_dir, cfg.output_dir, (ACCEPTED, REJECTED, QUARANTINE), cfg.link)
+    if not run.place(folders, table):
+        return {}
+    outputs = write_reports(cfg, table, prompts, threshold, run.seconds)
+    counts = {place: table.count(place) for place in folders.names}
+    return {
+        "reason": f"{counts[ACCEPTED]} of {len(table)} pictures accepted (score at least "
+        f"{threshold[0]:.4f}), {counts[REJECTED]} rejected, {counts[QUARANTINE]} unreadable",
+        "outputs": outputs,
+        "data": counts,
+    }
+
+
+# --- reports --------------------------------------------------------------------------------------
+
+
+def write_reports(
+    cfg: Config, table: Table, prompts: Prompts, threshold: tuple[float, str], seconds: float
+) -> list[Path]:
+    """filtering_report.json, the same rows with each prompt's score as JSON lines, the page."""
+    from vasevqa.filter import place
+
+    total = len(table)
+    found = table.scores[table.is_readable]
+    head: dict[str, Any] = {
+        "input_directory": str(cfg.input_dir),
+        "output_directory": str(cfg.output_dir),
+        "total_images": total,
+        "accepted_images": table.count(ACCEPTED),
+        "rejected_images": table.count(REJECTED),
+        "acceptance_rate": table.count(ACCEPTED) / total if total else 0.0,
+        "threshold": threshold[0],
+        "processing_time_seconds": seconds,
+        "unreadable_images": table.count(place.QUARANTINE),
+        "threshold_source": threshold[1],
+        "prompts": {"high": prompts.high, "low": prompts.low},
+        "unreadable": table.unreadable(),
+    }
+    if len(found):
+        head["histogram"] = place.histogram(found)
+    files = ("filtering_report.json", "filtering_report.jsonl", "contact_sheet.html")
+    paths = [cfg.output_dir / name for name in files]
+    readable = table.is_readable
+    results = (_result(table, number) for number in range(total) if readable[number])
+    place.write_report(paths[0], head, results)
+    place.write_lines(paths[1], _lines(table))
+    write_text(paths[2], _sheet(cfg, table, head))
+    return paths
+
+
+def _result(table: Table, number: int) -> dict[str, Any]:
+    """A scored picture under the report's names."""
+    score, high, low = table.values[number].tolist()
+    found = {
+        "filename": table.names[number],
+        "quality_score": score,
+        "high_quality_similarity": high,
+        "low_quality_similarity": low,
+        "accepted": bool(table.places[number] == ACCEPTED),
+    }
+    first = int(table.keepers[number])
+    return found | ({} if first == number else {"same_content_as": table.names[first]})
+
+
+def _lines(table: Table) -> Iterator[Row]:
+    """Every picture's result, with the prompts' cosines of those that can be read."""
+    for number, row in enumerate(table.rows()):
+        if "problem" in row:
+            yield {"filename": row["filename"], "accepted": False, "problem": row["problem"]}
+        else:
+            more = {"prompt_scores": row["prompts"], "content": row["content"]}
+            yield _result(table, number) | more
+
+
+def _sheet(cfg: Config, table: Table, head: dict[str, Any]) -> str:
+    """The page with the pictures near the threshold, and the best and worst on either side."""
+    import numpy as np
+
+    from shared.page import Page
+    from vasevqa.filter import place
+
+    page, threshold = Page("CLIP filter"), head["threshold"]
+    page.text(
+        f"{head['accepted_images']} of {head['total_images']} pictures of {cfg.input_dir} "
+        f"accepted: score at least {threshold:.4f} ({head['threshold_source']}). "
+        f"{head['rejected_images']} rejected, {head['unreadable_images']} unreadable."
+    )
+    if "histogram" in head:
+        edges, counts = head["histogram"]["edges"], head["histogram"]["counts"]
+        steps = (np.repeat(edges, 2)[1:-1].tolist(), np.repeat(counts, 2).tolist())
+        upright = ([threshold, threshold], [0, max(counts)])
+        page.chart("Scores", {"pictures": steps, "threshold": upright},
+                   x_label="score", y_label="pictures")  # fmt: skip
+    best = np.argsort(-table.scores, kind="stable")  # NaN, what cannot be read, is last
+    near = np.argsort(np.abs(table.scores - threshold), kind="stable")
+    accepted, rejected = (best[table.places[best] == name] for name in (ACCEPTED, REJECTED))
+    for heading, rows in {
+        "Borderline: nearest to the threshold": near[table.is_readable[near]],
+        "Accepted, the best": accepted,
+        "Accepted, the worst": accepted[::-1],
+        "Rejected, the best": rejected,
+        "Rejected, the worst": rejected[::-1],
+    }.items():
+        page.section(heading)
+        shown = [(table.names[n], table.scores[n], table.places[n]) for n in rows[:SHOWN]]
+        captions = [(n, f"{s:+.4f} {p} {n.rpartition('/')[2]}") for n, s, p in shown]
+        page.pictures(place.gallery(cfg.input_dir, captions))
+    if head["unreadable"]:
+        page.section("Unreadable")
+        rows = [(item["filename"], item["reason"]) for item in head["unreadable"][:200]]
+        page.table(("file", "reason"), rows)
+    return page.render()
+
+
+# --- questions on a terminal ----------------------------------------------------------------------
 
 
 def _is_terminal() -> bool:

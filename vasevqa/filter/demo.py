@@ -3,7 +3,7 @@
 Settings are those of --demo alone: what the user has typed is not among them.
 
 vasevqa/demo/data/images, images2    pictures (vasevqa/demo_vases.py)
-vasevqa/demo/weights/clip            a tiny CLIP (demo_clip.py)
+vasevqa/demo/weights/clip            a tiny CLIP (vasevqa/demo_clip.py)
 vasevqa/demo/runs/filter/            what the four scripts make of them, one from another
 """
 
@@ -66,10 +66,10 @@ def for_clipfilter2(typed: Collection[str]) -> dict[str, Any]:
 
 
 def _clip() -> dict[str, Any]:
-    from vasevqa.filter import demo_clip
+    from vasevqa import demo_clip
 
     folder = demo_clip.build(CLIP)
-    return {"model_cache_dir": folder, "cache_dir": ROOT / "runs" / "clip_cache", "workers": 0}
+    return {"model_cache_dir": folder, "workers": 0}
 
 
 def _untyped(settings: dict[str, Any], typed: Collection[str]) -> dict[str, Any]:

@@ -16,13 +16,15 @@ import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, normalize
 
 from shared import seed
 from shared.build_once import build_once
+from shared.files import write_atomic, write_json
 from vasevqa.demo_vases import VIEWS, make_vases, render
-from vasevqa.filter import clip_model, prompts
+from vasevqa.filter import clip
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +53,19 @@ def build(folder: Path) -> Path:
 
 def _build(folder: Path) -> None:
     log.info("training the demo's CLIP in %s, once", folder)
-    clip_model.write_folder(train(), folder, NETWORK, MEAN, STD)
+    write_folder(train(), folder, NETWORK, MEAN, STD)
+
+
+def write_folder(model: nn.Module, folder: Path, cfg: dict[str, Any], mean: Any, std: Any) -> None:
+    """Keep a model as a folder that open_clip reads (`local-dir:`)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = save({name: tensor.contiguous() for name, tensor in model.state_dict().items()})
+    path = folder / "open_clip_model.safetensors"
+    write_atomic(path, lambda stream: (stream.write(content), None)[1])
+    write_json(
+        folder / clip.OPEN_CLIP_CONFIG,
+        {"model_cfg": cfg, "preprocess_cfg": {"mean": list(mean), "std": list(std)}},
+    )
 
 
 def train(steps: int = _STEPS, vases: int = _VASES) -> nn.Module:
@@ -94,7 +108,7 @@ def _train(steps: int, vases: int) -> nn.Module:
 
 
 def _captions() -> list[tuple[str, ...]]:
-    texts = prompts.read(prompts.DEFAULT)
+    texts = clip.read_prompts(clip.PROMPTS)
     return [texts.high, texts.low, _TURNED]
 
 
