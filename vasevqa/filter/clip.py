@@ -367,17 +367,15 @@ class Embeddings:
             self._open_own(first)
             if self._own_path == path:
                 self._take_over()
-            count = path.stat().st_size // self._kind.itemsize if path.exists() else 0
+            self._stored = self._rows_in(path)
+            own = self._rows_in(self._own_path) if self._own_path != path else self._stored[:0]
         except OSError as error:
             raise UserError(
                 f"the embeddings {path} cannot be written: {one_line(error)}; choose another "
                 "--cache_dir"
             ) from None
-        self._stored: NDArray[np.void] = np.empty(0, self._kind)
-        if count:
-            self._stored = np.memmap(path, self._kind, "r", shape=(count,))
         self._places = {digest: n for n, digest in enumerate(self._stored["digest"].tolist())}
-        self._added: dict[bytes, int] = {}  # rows of the own file
+        self._added = {digest: n for n, digest in enumerate(own["digest"].tolist())}
 
     def __enter__(self) -> Embeddings:
         return self
@@ -404,6 +402,12 @@ class Embeddings:
         self._own.write(rows.tobytes())
         self._own.flush()
         self._added |= {digest: first + number for number, digest in enumerate(digests)}
+
+    def _rows_in(self, path: Path) -> NDArray[np.void]:
+        count = path.stat().st_size // self._kind.itemsize if path.exists() else 0
+        return (
+            np.memmap(path, self._kind, "r", shape=(count,)) if count else np.empty(0, self._kind)
+        )
 
     def _open_own(self, number: int) -> None:
         """The first file that no other live process holds, its last row whole."""

@@ -279,36 +279,35 @@ def write_reports(
         head["histogram"] = place.histogram(found)
     files = ("filtering_report.json", "filtering_report.jsonl", "contact_sheet.html")
     paths = [cfg.output_dir / name for name in files]
-    readable = table.is_readable
-    results = (_result(table, number) for number in range(total) if readable[number])
-    place.write_report(paths[0], head, results)
+    place.write_report(paths[0], head, (found for found in _results(table) if found))
     place.write_lines(paths[1], _lines(table))
     write_text(paths[2], _sheet(cfg, table, head))
     return paths
 
 
-def _result(table: Table, number: int) -> dict[str, Any]:
-    """A scored picture under the report's names."""
-    score, high, low = table.values[number].tolist()
-    found = {
-        "filename": table.names[number],
-        "quality_score": score,
-        "high_quality_similarity": high,
-        "low_quality_similarity": low,
-        "accepted": bool(table.places[number] == ACCEPTED),
-    }
-    first = int(table.keepers[number])
-    return found | ({} if first == number else {"same_content_as": table.names[first]})
+def _results(table: Table) -> Iterator[dict[str, Any] | None]:
+    """Each picture under the report's names; None for what cannot be read."""
+    is_readable = table.is_readable
+    for number, (name, (score, high, low), place, first) in enumerate(table.entries()):
+        found: dict[str, Any] = {
+            "filename": name,
+            "quality_score": score,
+            "high_quality_similarity": high,
+            "low_quality_similarity": low,
+            "accepted": place == ACCEPTED,
+        }
+        if first != number:
+            found["same_content_as"] = table.names[first]
+        yield found if is_readable[number] else None
 
 
 def _lines(table: Table) -> Iterator[Row]:
     """Every picture's result, with the prompts' cosines of those that can be read."""
-    for number, row in enumerate(table.rows()):
-        if "problem" in row:
+    for row, result in zip(table.rows(), _results(table), strict=True):
+        if result is None:
             yield {"filename": row["filename"], "accepted": False, "problem": row["problem"]}
         else:
-            more = {"prompt_scores": row["prompts"], "content": row["content"]}
-            yield _result(table, number) | more
+            yield result | {"prompt_scores": row["prompts"], "content": row["content"]}
 
 
 def _sheet(cfg: Config, table: Table, head: dict[str, Any]) -> str:
