@@ -7,8 +7,8 @@ import pytest
 
 from shared.files import read_json
 from tests.harness import run_here
-from vasevqa import demo_vases
-from vasevqa.filter import classifier, clipfilter1, clipfilter2, demo, demo_clip, model
+from vasevqa import demo_clip, demo_vases
+from vasevqa.filter import classifier, clipfilter1, clipfilter2, demo, model
 
 
 @pytest.fixture

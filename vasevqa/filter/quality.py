@@ -8,7 +8,6 @@ B pictures of side S; classes 0 (low) and 1 (high).
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import random
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -525,6 +525,7 @@ def draw(path: Path, history: History, tested: Measured) -> None:
 
 def _draw(path: Path, history: History, tested: Measured) -> None:
     from matplotlib.figure import Figure
+    from sklearn import metrics
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     losses, accuracy, matrix = figure.subplots(1, 3)
@@ -535,9 +536,7 @@ def _draw(path: Path, history: History, tested: Measured) -> None:
     losses.legend()
     accuracy.plot(epochs, history.columns["val_acc"], color="C2")
     accuracy.set(xlabel="epoch", ylabel="validation accuracy")
-    matrix.imshow(tested.confusion, cmap="Blues")
-    matrix.set(xticks=(0, 1), yticks=(0, 1), xlabel="predicted", ylabel="true",
-               xticklabels=CLASSES, yticklabels=CLASSES, title="held-out pictures")  # fmt: skip
-    for row, column in itertools.product(_LABELS, _LABELS):
-        matrix.text(column, row, str(tested.confusion[row][column]), ha="center", va="center")
+    shown = metrics.ConfusionMatrixDisplay(np.array(tested.confusion), display_labels=CLASSES)
+    shown.plot(ax=matrix, cmap="Blues", colorbar=False)
+    matrix.set(title="held-out pictures")
     write_atomic(path, lambda stream: figure.savefig(stream, format="png", dpi=110))
