@@ -231,7 +231,7 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
             _write_figures(cfg, world, loss, epoch + 1)
             if best.update(loss, epoch + 1):
                 _keep(cfg, run, world, best, llava, processor)
-        run.finish(result=_result(best), outputs=[str(cfg.adapter_dir)])
+        run.finish(result=_result(best, len(held_out)), outputs=[str(cfg.adapter_dir)])
     return run.exit_code
 
 
@@ -323,12 +323,12 @@ def _keep(cfg: Config, run: Run, world: World, best: Best, llava: Any, processor
             log.info("it is in %s", cfg.adapter_dir)
 
 
-def _result(best: Best) -> dict[str, Any] | None:
+def _result(best: Best, num_pictures: int) -> dict[str, Any] | None:
     """For status.json; None where nothing was measured before the training."""
     if best.before is None or not best.epoch:
         return None
     found = {"name": "val_loss", "before": best.before, "after": best.loss}
-    return found | {"higher_is_better": False}
+    return found | {"higher_is_better": False, "unit": "nats a token", "n": num_pictures}
 
 
 # --- settings, files, processes -------------------------------------------------------------------

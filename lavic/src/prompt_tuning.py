@@ -233,7 +233,7 @@ def train(cfg: Config) -> int:
 
         _take_best(cfg, adapter, best)
         after = test(f"after epoch {best.epoch}")
-        run.finish(**_ending(cfg, world, best, after, len(vectors.without)))
+        run.finish(**_ending(cfg, world, best, after, talks, len(vectors.without)))
     return run.exit_code
 
 
@@ -334,7 +334,7 @@ def _take_best(cfg: Config, state: Any, best: Best) -> None:
 
 
 def _ending(
-    cfg: Config, world: World, best: Best, after: Outcome, num_without_picture: int
+    cfg: Config, world: World, best: Best, after: Outcome, talks: Talks, num_without_picture: int
 ) -> dict[str, Any]:
     """Write answers and summary; what the run ends with."""
     from lavic.src.recommend import results
@@ -357,6 +357,7 @@ def _ending(
     outputs = [cfg.run_dir / RECOMMENDER, answers, cfg.run_dir / results.SUMMARY]
     result = {"name": "Recall@1", "before": best.before, "after": after.metrics["recall@1"]}
     result |= {"unit": "of the true items", "n": after.counts["gt_items"]}
+    result |= results.references(talks.test, [request.answer or "" for request in talks.train])
     return {
         "result": result | {"higher_is_better": True},
         "outputs": [str(path) for path in outputs],

@@ -56,6 +56,8 @@ def test_a_run_leaves_the_documented_files_and_says_what_it_reached(flags, tmp_p
     assert status["state"] == "done" and status["total_steps"] == len(train_losses(run_dir))
     assert status["result"]["name"] == "Recall@1"
     assert status["result"]["before"] is not None
+    assert {"unit", "n", "chance", "majority"} <= status["result"].keys()
+    assert 0 < status["result"]["chance"] < 0.5
     first, *_ = read_json_lines(nano().talks("test"))
     answers = list(read_json_lines(run_dir / "test_results_candidates_gpt_large.jsonl"))
     assert len(answers) == 7

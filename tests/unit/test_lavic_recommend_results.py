@@ -13,6 +13,7 @@ from lavic.src.recommend.results import (
     outcome_of,
     read_summary,
     recommended_in,
+    references,
     write_answers,
     write_summary,
 )
@@ -66,6 +67,18 @@ def test_the_figures_are_those_of_counting_by_hand():
 
 def test_of_nothing_every_figure_is_zero():
     assert set(metrics_of([], []).values()) == {0.0}
+
+
+def test_guessing_and_the_most_popular_candidate_are_counted_by_hand():
+    talks = [
+        talk(["A"], ["B", "A"]),  # drawn: 1/2; B is the more popular
+        talk(["B"], ["A", "B", "C", "D"]),  # 1/4, and right
+        talk(["A", "A", "C"], ["A", "C", "D"]),  # 3/3; C is as popular as A, which comes first
+        talk(["A"], ["C", "D"]),  # out of reach
+    ]
+    answers = ["B", "B", "A", "C", "B"]
+    assert references(talks, answers) == {"chance": (1 / 2 + 1 / 4 + 1) / 6, "majority": 3 / 6}
+    assert references([], answers) == {"chance": 0.0, "majority": 0.0}
 
 
 @pytest.mark.parametrize(

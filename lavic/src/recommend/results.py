@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,25 @@ def metrics_of(conversations: Sequence[Conversation], said: Sequence[str]) -> di
         ),
         "recall_distinct@1": _share(hits, sum(len(set(talk.gt_items)) for talk in conversations)),
     }
+
+
+def references(conversations: Sequence[Conversation], answers: Sequence[str]) -> dict[str, float]:
+    """recall@1 of two that read neither conversation nor pictures.
+
+    chance    expected of a candidate drawn at random: one by the number of candidates, where a true
+              id is among them
+    majority  of the candidate that most often is among `answers`, the training's; the first of
+              those that are as often
+    """
+    popular = Counter(answers)
+    listed = sum(len(talk.gt_items) for talk in conversations)
+    drawn = sum(
+        sum(map(talk.gt_items.count, talk.candidates)) / len(talk.candidates)
+        for talk in conversations
+    )
+    picked = [(talk, max(talk.candidates, key=popular.__getitem__)) for talk in conversations]
+    right = sum(talk.gt_items.count(item) for talk, item in picked)
+    return {"chance": drawn / listed if listed else 0.0, "majority": _share(right, listed)}
 
 
 def counts_of(conversations: Sequence[Conversation]) -> dict[str, int]:
