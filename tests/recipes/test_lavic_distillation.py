@@ -14,7 +14,7 @@ from lavic.src.vision import model
 from shared import checkpoint
 from shared.files import read_json_lines
 from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step, wait_until
-from tests.lavic_nano import build_nano, flags_of
+from tests.lavic_nano import NUM_VALID, build_nano, flags_of
 
 SCRIPT = ROOT / "lavic" / "src" / "knowledge_distillation.py"
 
@@ -67,6 +67,7 @@ def test_a_run_leaves_the_documented_files(flags, run_dir, tmp_path):
     assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, 10)
     result = status["result"]
     assert (result["name"], result["higher_is_better"]) == ("val_loss", False)
+    assert (result["unit"], result["n"]) == ("nats a token", NUM_VALID)
     assert result["before"] == pytest.approx(values[0], rel=1e-6)
     assert result["after"] == pytest.approx(min(values[1:]), rel=1e-6)
     assert status["outputs"] == [str(adapter)] and status["best"]["val_loss"] == min(values[1:])
