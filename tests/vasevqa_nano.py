@@ -13,7 +13,7 @@ from typing import Any
 
 from shared.files import read_json_lines
 from tests.harness import ROOT, Outcome, Running, start
-from vasevqa import demo, demo_questions, demo_qwen
+from vasevqa.demo_data import demo, questions, qwen
 from vasevqa.demo_vases import make_vases, render, to_jpeg
 
 SCRIPTS = ROOT / "vasevqa" / "model"
@@ -93,7 +93,7 @@ def build(root: Path) -> Nano:
     pictures = root / "vases"
     pictures.mkdir(parents=True)
     vases = make_vases(8, seed=7)
-    rows = list(demo_questions.make_rows(vases, Path("vases"), seed=7, each=3))
+    rows = list(questions.make_rows(vases, Path("vases"), seed=7, each=3))
     for row in rows:
         name = Path(row["images"][0]).name
         vase = next(vase for vase in vases if name.startswith(vase.id))
@@ -106,9 +106,9 @@ def build(root: Path) -> Nano:
         "def letters(responses, references):\n"
         "    return [len(set(a) & set(b)) / len(set(b)) for a, b in zip(responses, references)]\n"
     )
-    model, processor = demo_qwen.build(nano.model, demo.texts(), seed=0)
+    model, processor = qwen.build(nano.model, demo.texts(), seed=0)
     seen = [render(vase, 1, size=SIZE) for vase in vases]
-    demo_qwen.teach(model, processor, seen, demo_questions.lessons(vases), seed=0, steps=40)
+    qwen.teach(model, processor, seen, questions.lessons(vases), seed=0, steps=40)
     model.save_pretrained(nano.model)
     return nano
 

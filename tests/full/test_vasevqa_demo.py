@@ -10,7 +10,7 @@ import pytest
 from shared.files import read_json
 from tests.harness import ROOT, run_here, start, status_of
 from tests.vasevqa_nano import Nano, logged
-from vasevqa import demo
+from vasevqa.demo_data import demo
 from vasevqa.model import evaluate
 
 pytestmark = [pytest.mark.full, pytest.mark.limit(1200)]

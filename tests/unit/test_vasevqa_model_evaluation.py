@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from vasevqa import demo_questions
+from vasevqa.demo_data import questions
 from vasevqa.demo_vases import make_vases
 from vasevqa.model import evaluation, rows
 
@@ -91,7 +91,7 @@ def test_the_table_shows_every_attribute_before_and_after():
 
 def test_demo_rows_are_right_for_training_and_for_grpo():
     vases = make_vases(3, seed=1)
-    made = list(demo_questions.make_rows(vases, evaluation.Path("vases"), seed=1))
+    made = list(questions.make_rows(vases, evaluation.Path("vases"), seed=1))
     assert len(made) == 21
     answers = {vase.id: vase.attributes for vase in vases}
     for source in made:
@@ -99,7 +99,7 @@ def test_demo_rows_are_right_for_training_and_for_grpo():
         rows.check(parsed, is_grpo=False)
         vase = evaluation.Path(parsed.images[0]).name.partition("_")[0]
         assert parsed.answer == answers[vase][evaluation.attribute_of(parsed)]
-    for source in demo_questions.with_solutions(made):
+    for source in questions.with_solutions(made):
         parsed = rows.parse(source, 1)
         rows.check(parsed, is_grpo=True)
         assert not parsed.answer and parsed.reference == source["solution"]

@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _with_demo(cfg: Config) -> Config:
     """`cfg` on what the demo made and merged, where no path was typed."""
-    from vasevqa import demo
+    from vasevqa.demo_data import demo
 
     paths = demo.build(HERE.parent / "demo")
     changes = {

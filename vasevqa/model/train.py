@@ -73,7 +73,7 @@ def _plan(script: str, documented: list[str], typed: list[str]) -> "Plan":
     here = Path.cwd()
     plan = planning.make(script, documented, typed, here, HERE)
     if "demo" in plan.own:
-        from vasevqa import demo
+        from vasevqa.demo_data import demo
 
         typed = [*demo.flags(script, demo.build(HERE.parent / "demo")), *typed]
         plan = planning.make(script, documented, typed, here, HERE)

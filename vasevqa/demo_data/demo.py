@@ -28,7 +28,7 @@ NUM_TRAIN, NUM_GRPO, NUM_TEST = 60, 16, 40  # vases
 NUM_PICTURED = 500  # vases that the tiny model has seen before, described and never asked about
 SIZE = 112  # pixels a side: sixteen tokens
 _TRAIN, _GRPO, _TEST, _PICTURED = range(4)  # one stream of vases each
-_PROMPT = Path(__file__).resolve().parent / "model" / "prompt.txt"
+_PROMPT = Path(__file__).resolve().parents[1] / "model" / "prompt.txt"
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def flags(script: str, paths: DemoPaths) -> list[str]:
 
 def texts() -> list[str]:
     """What the tiny model's tokenizer learns its words from."""
-    from vasevqa import demo_questions as questions
+    from vasevqa.demo_data import questions
     from vasevqa.demo_vases import make_vases
 
     asked = list(questions.QUESTIONS.values())
@@ -153,7 +153,7 @@ def texts() -> list[str]:
 
 
 def _write_rows(paths: DemoPaths, seed: int) -> None:
-    from vasevqa.demo_questions import make_rows, with_solutions
+    from vasevqa.demo_data.questions import make_rows, with_solutions
 
     for path, stream, count in (
         (paths.train, _TRAIN, NUM_TRAIN),
@@ -183,15 +183,15 @@ def _writer(content: bytes) -> Any:
 
 
 def _write_model(directory: Path, seed: int) -> None:
-    from vasevqa import demo_qwen
-    from vasevqa.demo_questions import lessons
+    from vasevqa.demo_data import qwen
+    from vasevqa.demo_data.questions import lessons
     from vasevqa.demo_vases import VIEWS, render
 
     rng = random.Random(f"views {seed}")
     vases = _vases(NUM_PICTURED, _PICTURED, seed)
     pictures = [render(vase, rng.choice(VIEWS), size=SIZE) for vase in vases]
-    model, processor = demo_qwen.build(directory, texts(), seed)
-    loss = demo_qwen.teach(model, processor, pictures, lessons(vases), seed)
+    model, processor = qwen.build(directory, texts(), seed)
+    loss = qwen.teach(model, processor, pictures, lessons(vases), seed)
     log.info("the tiny model describes vases, loss %.2f", loss)
     model.save_pretrained(directory)
 
