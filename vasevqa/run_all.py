@@ -124,20 +124,21 @@ def _describe(cfg: Config, state_dir: Path) -> None:
 
 
 def _close(status: Status, code: int, output: Path) -> None:
-    """Write how the chain ended, with the accuracy before and after as its result.
+    """Write how the chain ended, with the accuracy of each model as its result.
 
     It is that of the content: a base model that answers in sentences is not wrong for it.
     """
     scores = read_object(output / "evaluation" / "vqa.json")
-    before, after = (scores.get(name) or {} for name in ("before", "metrics"))
-    majority, number = scores.get("majority") or 0.0, (scores.get("counts") or {}).get("questions")
+    models = {"before": "before", "after SFT": "between", "after": "metrics"}
+    right = {label: (scores.get(name) or {}).get("contained") for label, name in models.items()}
     result = {
         "name": "answers right in content",
-        "before": before.get("contained"),
-        "after": after.get("contained"),
+        **right,
         "higher_is_better": True,
-        "majority": majority,
-        "n": number,
+        "unit": "share",
+        "chance": scores.get("chance"),
+        "majority": scores.get("majority"),
+        "n": (scores.get("counts") or {}).get("questions"),
     }
     made = [output / "checkpoint-merged", output / "evaluation" / "vqa.json"]
     made += [output / run / report.NAME for run in ("7B", "GRPO", "merge")]
@@ -145,7 +146,7 @@ def _close(status: Status, code: int, output: Path) -> None:
         state=STATES.get(code, "failed"),
         exit_code=code,
         reason="the whole flow" if code == DONE else f"stage {status.fields['last'].get('stage')}",
-        result=result if after and code == DONE else None,
+        result=result if scores and code == DONE else None,
         outputs=[str(path) for path in made if path.exists()],
     )
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from shared.files import read_json_lines
 from tests.harness import start, status_of, wait_until
 from tests.vasevqa_nano import Nano, build, logged
 from vasevqa.model import runs
@@ -176,5 +177,28 @@ def test_rows_that_swift_would_not_train_on_are_named_or_left_out_and_counted(na
             rf"left out: .*planted.json, row {number}: .*{re.escape(why)}", outcome.text
         )
     status = status_of(nano.root / "planted")
-    assert status["data"] == {"rows": 28, "rows left out": 4}
+    assert status["data"] == {"rows": 28, "rows left out": 4, "rows trained on": 24}
     assert (status["step"], status["total_steps"]) == (6, 6)
+    receipt = list(read_json_lines(nano.root / "planted" / "receipt.jsonl"))
+    seen = [{"file": str(rows), "row": number, "seen": 1} for number in range(1, 25)]
+    assert receipt == seen and "swift did not train on" not in outcome.text
+
+
+@pytest.mark.slow
+@pytest.mark.limit(400)
+def test_rows_that_swift_loses_on_its_way_are_a_warning_with_their_numbers(nano, tmp_path):
+    plugin = tmp_path / "loses.py"
+    plugin.write_text(
+        "from swift.dataset import LazyLLMDataset as Lazy\n"
+        "begin = Lazy.__init__\n"
+        "def shorter(self, rows, *words, **options):\n"
+        "    begin(self, rows.select(range(21)), *words, **options)\n"
+        "Lazy.__init__ = shorter\n"
+    )
+    words = nano.flags("sft", "loses", num_train_epochs=1, external_plugins=plugin)
+    outcome = nano.run("sft", *words)
+    assert outcome.code == 0, outcome.text[-3000:]
+    assert status_of(nano.root / "loses")["data"] == {"rows": 24, "rows trained on": 21}
+    receipt = read_json_lines(nano.root / "loses" / "receipt.jsonl")
+    lost = [f"{nano.train}, row {row['row']}" for row in receipt if not row["seen"]]
+    assert len(lost) == 3 and f"swift did not train on {'; '.join(lost)}" in outcome.text

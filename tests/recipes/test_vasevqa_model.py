@@ -76,7 +76,7 @@ def test_each_run_s_page_has_its_flags_its_surroundings_and_its_rows(chain):
     assert config["defaults"]["max_steps"] == "swift's own"
     assert config["versions"]["ms-swift"] == importlib.metadata.version("ms-swift")
     rows = len(json.loads(chain.nano.train.read_text(encoding="utf-8")))
-    assert status_of(root / "7B")["data"] == {"rows": rows}
+    assert status_of(root / "7B")["data"] == {"rows": rows, "rows trained on": rows}
     for run in ("7B", "GRPO", "merge"):
         page = (root / run / "report.html").read_text(encoding="utf-8")
         assert "config.json is missing" not in page and "<td>ms-swift</td>" in page, run

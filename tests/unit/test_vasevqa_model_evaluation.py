@@ -38,10 +38,11 @@ def test_an_answer_with_words_around_it_is_right_in_content():
     assert (metrics["exact"], metrics["normalised"], metrics["contained"]) == (0, 0, 0.5)
 
 
-def test_the_majority_answer_is_each_attributes_most_frequent_one():
+def test_chance_guesses_among_an_attributes_answers_and_the_majority_is_its_most_frequent():
     answers = {"shape": ["krater", "Krater", "hydria"], "date": ["550 BC", "500 BC"]}
     asked = [row("<image>?", text, attribute=a) for a, texts in answers.items() for text in texts]
     assert evaluation.majority(asked) == pytest.approx((2 + 1) / 5)
+    assert evaluation.chance(asked) == pytest.approx((3 / 2 + 2 / 2) / 5)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,8 @@ def test_qwen_directories_are_told_by_their_config(tmp_path):
 def test_grpo_gets_the_adapter_of_plain_reward_functions():
     found = machine(make("--external_plugins", "p.py", script="grpo"), 1)
     assert found.command[0] == "rlhf"
-    assert [Path(name).name for name in found.flags["external_plugins"]] == ["p.py", "adapt.py"]
+    names = [Path(name).name for name in found.flags["external_plugins"]]
+    assert names == ["p.py", "receipt.py", "adapt.py"]
 
 
 def test_more_processes_than_gpus_are_refused():

@@ -17,7 +17,9 @@ from vasevqa import run_all
 DOCUMENTED = ["classifier", "clipfilter1", "clipfilter2", "sft", "merge", "grpo", "merge2"]
 SCORES = {
     "metrics": {"normalised": 0.9, "contained": 0.7},
+    "between": {"normalised": 0.8, "contained": 0.6},
     "before": {"normalised": 0.0, "contained": 0.1},
+    "chance": 0.223,
     "majority": 0.318,
     "counts": {"questions": 280},
 }
@@ -77,14 +79,15 @@ def test_the_filter_is_told_how_much_to_keep_and_asks_nothing():
     assert commands("--keep", "0.5")["clipfilter1"][1:] == ["2", "--yes", "--keep", "0.5"]
 
 
-def test_the_result_is_the_accuracy_before_and_after_and_the_page_shows_the_stages(recipe):
+def test_the_result_is_the_accuracy_of_each_model_and_the_page_shows_the_stages(recipe):
     outcome = flow("--demo")
     assert outcome.code == 0, outcome.text
     flow_dir = recipe / "demo" / "runs" / "flow"
     status = read_json(flow_dir / "status.json")
     assert (status["state"], status["step"], status["last"]) == ("done", 9, {"stage": "evaluate"})
-    expected = {"name": "answers right in content", "before": 0.1, "after": 0.7}
-    expected |= {"higher_is_better": True, "majority": 0.318, "n": 280}
+    expected = {"name": "answers right in content", "unit": "share", "higher_is_better": True}
+    expected |= {"before": 0.1, "after SFT": 0.6, "after": 0.7}
+    expected |= {"chance": 0.223, "majority": 0.318, "n": 280}
     assert status["result"] == expected
     page = (flow_dir / "report.html").read_text()
     assert read_json(flow_dir / "sft.json")["finished_at"] in page

@@ -14,80 +14,52 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from shared.build_once import build_once
 from shared.files import write_atomic, write_json
 
 log = logging.getLogger(__name__)
 
-VERSION = 1  # of what is drawn, written and taught; another number rebuilds
-NUM_TRAIN, NUM_GRPO, NUM_TEST = 60, 16, 40  # vases
-NUM_PICTURED = 500  # vases that the tiny model has seen before, described and never asked about
+VERSION = 2  # of what is drawn, written and taught; another number rebuilds
+NUM_TRAIN, NUM_GRPO, NUM_TEST = 60, 12, 40  # vases
+NUM_PICTURED = 600  # vases that the tiny model has learnt to see from
 SIZE = 112  # pixels a side: sixteen tokens
 _TRAIN, _GRPO, _TEST, _PICTURED = range(4)  # one stream of vases each
 _PROMPT = Path(__file__).resolve().parents[1] / "model" / "prompt.txt"
 
 
-@dataclass(frozen=True)
-class DemoPaths:
+class DemoPaths(NamedTuple):
     """Where a finished demo lies."""
 
     root: Path
+    data: Path  # the questions and their pictures
+    train: Path  # rows for SFT
+    grpo: Path  # rows for GRPO
+    questions: Path  # rows to evaluate with, about vases that nothing was trained on
+    pictures: Path
+    model: Path  # the tiny Qwen2.5-VL
+    runs: Path  # what training writes
+    merged: Path  # what merging writes
 
-    @property
-    def data(self) -> Path:
-        """The questions and their pictures."""
-        return self.root / "data"
 
-    @property
-    def train(self) -> Path:
-        """Rows for SFT."""
-        return self.data / "video_training_dataset.json"
-
-    @property
-    def grpo(self) -> Path:
-        """Rows for GRPO."""
-        return self.data / "grpo_video_dataset.json"
-
-    @property
-    def questions(self) -> Path:
-        """Rows to evaluate with, about vases that nothing was trained on."""
-        return self.data / "questions.json"
-
-    @property
-    def pictures(self) -> Path:
-        """The pictures that the rows ask about."""
-        return self.data / "vases"
-
-    @property
-    def model(self) -> Path:
-        """The tiny Qwen2.5-VL."""
-        return self.root / "weights" / "tiny-qwen2.5-vl"
-
-    @property
-    def runs(self) -> Path:
-        """What training writes."""
-        return self.root / "runs"
-
-    @property
-    def merged(self) -> Path:
-        """What merging writes."""
-        return self.runs / "checkpoint-merged"
-
-    @property
-    def parts(self) -> list[Path]:
-        """The files and directories that all of it lies in."""
-        return [self.train, self.grpo, self.questions, self.pictures, self.model]
+def paths_below(root: Path) -> DemoPaths:
+    """The places of a demo below `root`."""
+    data, runs = root / "data", root / "runs"
+    return DemoPaths(
+        *(root, data, data / "video_training_dataset.json", data / "grpo_video_dataset.json"),
+        *(data / "questions.json", data / "vases", root / "weights" / "tiny-qwen2.5-vl"),
+        *(runs, runs / "checkpoint-merged"),
+    )
 
 
 def build(root: Path, seed: int = 0) -> DemoPaths:
     """The demo below `root`, made now unless it is there, of this version and seed."""
-    paths = DemoPaths(Path(root))
+    paths = paths_below(Path(root))
+    parts = [paths.train, paths.grpo, paths.questions, paths.pictures, paths.model]
     made = {"version": VERSION, "seed": seed}
-    build_once(paths.root / "demo.json", made, paths.parts, lambda: _build(paths, seed))
+    build_once(paths.root / "demo.json", made, parts, lambda: _build(paths, seed))
     return paths
 
 
@@ -116,7 +88,7 @@ def flags(script: str, paths: DemoPaths) -> list[str]:
             "model": paths.model,
             "dataset": paths.train,
             "output_dir": paths.runs / "7B",
-            "num_train_epochs": 1,
+            "num_train_epochs": 3,
             "per_device_train_batch_size": 8,
             "learning_rate": 3e-3,
             "use_logits_to_keep": "true",
@@ -125,11 +97,11 @@ def flags(script: str, paths: DemoPaths) -> list[str]:
             "model": paths.merged,
             "dataset": paths.grpo,
             "output_dir": paths.runs / "GRPO",
-            "per_device_train_batch_size": 16,
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 32,
             "num_generations": 8,
             "max_completion_length": 12,
-            "max_steps": 6,
-            "learning_rate": 1e-4,
+            "learning_rate": 1e-3,
             "logging_steps": 1,
             "system": "You are a helpful assistant.",  # as in fine-tuning
         },
@@ -145,8 +117,7 @@ def texts() -> list[str]:
     asked = list(questions.QUESTIONS.values())
     vases = make_vases(300, seed=0)
     answers = [answer for vase in vases for answer in vase.attributes.values()]
-    taught = questions.lessons(vases)
-    described = [*taught, *(text for texts in taught.values() for text in texts)]
+    described = [text for lesson in questions.lessons(vases, seed=0) for text in lesson[:2]]
     frame = "system user assistant You are a helpful assistant. <think></think><answer></answer>"
     prompt = _PROMPT.read_text(encoding="utf-8")
     return [*asked * 3, *answers, *described, frame, prompt] * 2
@@ -191,8 +162,8 @@ def _write_model(directory: Path, seed: int) -> None:
     vases = _vases(NUM_PICTURED, _PICTURED, seed)
     pictures = [render(vase, rng.choice(VIEWS), size=SIZE) for vase in vases]
     model, processor = qwen.build(directory, texts(), seed)
-    loss = qwen.teach(model, processor, pictures, lessons(vases), seed)
-    log.info("the tiny model describes vases, loss %.2f", loss)
+    loss = qwen.teach(model, processor, list(lessons(vases, seed)), pictures, seed)
+    log.info("the tiny model has learnt to see, loss %.2f", loss)
     model.save_pretrained(directory)
 
 

@@ -25,28 +25,31 @@ QUESTIONS = {
     "attribution": "What is the attribution of this vase?",
     "decoration": "What is the decoration of this vase?",
 }
-DESCRIBE = "Describe the picture."
+# How things look, in words that are no archaeologist's.
+COLOURS = {"Attic": "orange", "Corinthian": "cream", "Apulian": "dark red", "Etruscan": "grey"}
+FORMS = {
+    "amphora": "a jar with a neck",
+    "hydria": "a broad jar",
+    "krater": "a deep bowl",
+    "kylix": "a shallow bowl",
+    "lekythos": "a slim bottle",
+    "oinochoe": "a pitcher",
+}
 
 
-def lessons(vases: Sequence[Vase]) -> dict[str, list[str]]:
-    """{instruction: a text for each vase}: what the tiny model can do before it is fine-tuned.
+def lessons(vases: Sequence[Vase], seed: int) -> Iterator[tuple[str, str, int | None]]:
+    """What the tiny model has learnt before it is fine-tuned: question, answer, number of a vase.
 
-    It knows what there is to see and hedges: an archive's short answers are not its way.
+    From pictures it says in everyday words what it sees, and the technique. From a catalogue, where
+    the number is None, it knows which answers the other questions have; what they look like is new.
     """
-    said = {
-        "fabric": "{} clay, it seems.",
-        "technique": "{} painting, it seems.",
-        "shape": "{} or the like.",
-        "provenance": "{} or near it.",
-        "date": "{} or so.",
-        "attribution": "{}, it seems.",
-        "decoration": "{} all round.",
-    }
-    taught = {
-        QUESTIONS[name]: [text.format(vase.attributes[name]) for vase in vases]
-        for name, text in said.items()
-    }
-    return {DESCRIBE: [caption(vase) for vase in vases], **taught}
+    rng = random.Random(f"catalogue {seed}")
+    for number, vase in enumerate(vases):
+        yield "What colour is the clay?", COLOURS[vase.fabric], number
+        yield "What form does it have?", FORMS[vase.shape], number
+        yield QUESTIONS["technique"], vase.technique, number
+        name = rng.choice(sorted(QUESTIONS))
+        yield QUESTIONS[name], vase.attributes[name], None
 
 
 def caption(vase: Vase) -> str:

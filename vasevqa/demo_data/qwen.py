@@ -1,7 +1,7 @@
 """A tiny Qwen2.5-VL in the real layout, with the real ids of its special tokens.
 
     model, processor = build(Path("weights/tiny-qwen2.5-vl"), texts, seed=0)
-    teach(model, processor, pictures, {"Describe the picture.": captions}, seed=0)
+    teach(model, processor, [("What form does it have?", "a deep bowl", 0)], pictures, seed=0)
     model.save_pretrained("weights/tiny-qwen2.5-vl")
 
 Ten million parameters, of which nearly all are an embedding of Qwen's size. swift expands a picture
@@ -10,9 +10,10 @@ only at id 151655, so that the specials sit where Qwen has them and the vocabula
 
 from __future__ import annotations
 
+import functools
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ SPECIALS = (
 IMAGE = "<|image_pad|>"
 FIRST_SPECIAL = 151643  # of Qwen2's vocabulary; <|image_pad|> is 151655
 HIDDEN, HEAD = 64, 16
+_BATCH = 32  # lessons a step
+Lesson = tuple[str, str, int | None]  # question, answer, number of the picture if there is one
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -84,18 +87,16 @@ def build(
 def teach(
     model: Qwen2_5_VLForConditionalGeneration,
     processor: Qwen2_5_VLProcessor,
+    lessons: Sequence[Lesson],
     pictures: Sequence[NDArray[np.uint8]],
-    lessons: Mapping[str, Sequence[str]],
     seed: int,
-    steps: int = 350,
+    steps: int = 450,
 ) -> float:
-    """Train the whole model to do what the lessons ask, in place; the last loss, nats a token.
+    """Train the whole model to answer the lessons, in place; the last loss, nats a token.
 
-    lessons: {instruction: a text for each picture}. So it is what fine-tuning begins with: a model
-    that sees, reads and writes. The embedding's rows without a token stay zero and count in the
-    softmax.
+    The embedding's rows without a token stay zero and count in the softmax.
     """
-    conversations = _encoded(processor, pictures, lessons)
+    encoded = _encoded(processor, lessons, pictures)
     embedding: Any = model.get_input_embeddings().weight
     used = used_ids(processor.tokenizer)
     rows = nn.Parameter(embedding.detach()[used].clone())
@@ -107,7 +108,8 @@ def teach(
     generator, loss = torch.Generator().manual_seed(seed), torch.tensor(math.nan)
     model.train()
     for _ in range(steps):
-        loss = _loss(model, conversations.draw(generator), rows, used)
+        batch = encoded.take(torch.randint(len(lessons), (_BATCH,), generator=generator))
+        loss = _loss(model, batch, rows, used)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 1.0)
@@ -120,11 +122,11 @@ def teach(
 
 
 @dataclass(frozen=True)
-class _Conversations:
-    """Questions about pictures and their answers as the model reads them.
+class _Encoded:
+    """Lessons as the model reads them.
 
     ids, learnt: (rows, tokens), the second true where the next token is an answer's; picture:
-    (rows,), the row of patches (pictures, patches, values of one) and of grid (pictures, 3).
+    (rows,), the row of patches (pictures, patches, values of one) and of grid (pictures, 3), or -1.
     """
 
     ids: Tensor
@@ -133,57 +135,52 @@ class _Conversations:
     patches: Tensor
     grid: Tensor
 
-    def draw(
-        self, generator: torch.Generator, pictures: int = 8, questions: int = 4
-    ) -> _Conversations:
-        """Some pictures with some questions about each: a picture is the dear part of a row."""
-        count = len(self.patches)
-        picture = torch.randint(count, (pictures,), generator=generator)
-        lessons = len(self.ids) // count
-        lesson = torch.rand(pictures, lessons, generator=generator).argsort(dim=1)[:, :questions]
-        rows = (picture[:, None] + count * lesson).flatten()
-        places = torch.arange(pictures).repeat_interleave(lesson.shape[1])
-        return _Conversations(
-            self.ids[rows], self.learnt[rows], places, self.patches[picture], self.grid[picture]
+    def take(self, rows: Tensor) -> _Encoded:
+        """Some of the rows, each picture with its own row."""
+        picture = self.picture[rows]
+        shown = picture[picture >= 0]
+        return _Encoded(
+            self.ids[rows], self.learnt[rows], picture, self.patches[shown], self.grid[shown]
         )
 
 
 def _encoded(
-    processor: Any, pictures: Sequence[NDArray[np.uint8]], lessons: Mapping[str, Sequence[str]]
-) -> _Conversations:
-    encoded = processor.image_processor(list(pictures), return_tensors="pt")
-    patches = encoded["pixel_values"].view(len(pictures), -1, encoded["pixel_values"].shape[-1])
-    tokenizer, tokens = processor.tokenizer, patches.shape[1] // 4  # two by two make a token
-    rows: list[list[int]] = []
-    prompts: list[int] = []
-    for asked, texts in lessons.items():
-        question = [{"type": "image"}, {"type": "text", "text": f"\n{asked}"}]
-        messages = [{"role": "user", "content": question}]
-        frame = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        prompt = tokenizer(frame.replace(IMAGE, IMAGE * tokens))["input_ids"]
-        rows += [prompt + tokenizer(f"{text}<|im_end|>")["input_ids"] for text in texts]
-        prompts += [len(prompt)] * len(texts)
-    ids = torch.full((len(rows), max(map(len, rows))), FIRST_SPECIAL)  # <|endoftext|>
+    processor: Any, lessons: Sequence[Lesson], pictures: Sequence[NDArray[np.uint8]]
+) -> _Encoded:
+    seen = processor.image_processor(list(pictures), return_tensors="pt")
+    patches = seen["pixel_values"].view(len(pictures), -1, seen["pixel_values"].shape[-1])
+    tokens = patches.shape[1] // 4  # two by two make one
+
+    @functools.cache
+    def prompt(question: str, has_picture: bool) -> list[int]:
+        parts = [{"type": "image"}] * has_picture + [{"type": "text", "text": f"\n{question}"}]
+        messages = [{"role": "user", "content": parts}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return processor.tokenizer(text.replace(IMAGE, IMAGE * tokens))["input_ids"]
+
+    prompts = [prompt(question, number is not None) for question, _, number in lessons]
+    ends = processor.tokenizer([f"{answer}<|im_end|>" for _, answer, _ in lessons])["input_ids"]
+    longest = max(len(start) + len(end) for start, end in zip(prompts, ends, strict=True))
+    ids = torch.full((len(lessons), longest), FIRST_SPECIAL)  # <|endoftext|>
     learnt = torch.zeros_like(ids, dtype=torch.bool)
-    for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True)):
-        ids[number, : len(row)] = torch.tensor(row)
-        learnt[number, prompt - 1 : len(row) - 1] = True
-    picture = torch.arange(len(pictures)).repeat(len(lessons))
-    return _Conversations(ids, learnt, picture, patches, encoded["image_grid_thw"])
+    for row, (start, end) in enumerate(zip(prompts, ends, strict=True)):
+        ids[row, : len(start) + len(end)] = torch.tensor(start + end)
+        learnt[row, len(start) - 1 : len(start) + len(end) - 1] = True
+    picture = torch.tensor([-1 if number is None else number for _, _, number in lessons])
+    return _Encoded(ids, learnt, picture, patches, seen["image_grid_thw"])
 
 
 def _loss(
-    model: Qwen2_5_VLForConditionalGeneration, batch: _Conversations, rows: Tensor, used: Tensor
+    model: Qwen2_5_VLForConditionalGeneration, batch: _Encoded, rows: Tensor, used: Tensor
 ) -> Tensor:
     """Cross-entropy of the answers, over the used rows and, as one, those that are zero."""
     place = torch.searchsorted(used, batch.ids)  # among the used rows
     inner: Any = model.model
     is_image = batch.ids == FIRST_SPECIAL + SPECIALS.index(IMAGE)
     seen = inner.get_image_features(batch.patches.flatten(0, 1), batch.grid).pooler_output
-    shown = torch.stack(list(seen))[batch.picture]  # (rows, tokens of a picture, width)
-    inputs = rows[place].masked_scatter(is_image[..., None], shown.flatten(0, 1))
+    inputs = rows[place].masked_scatter(is_image[..., None], torch.cat(list(seen)))
     positions, _ = inner.get_rope_index(
-        batch.ids, mm_token_type_ids=is_image.long(), image_grid_thw=batch.grid[batch.picture]
+        batch.ids, mm_token_type_ids=is_image.long(), image_grid_thw=batch.grid
     )
     states = inner.language_model(
         inputs_embeds=inputs, position_ids=positions, use_cache=False

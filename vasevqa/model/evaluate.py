@@ -1,14 +1,15 @@
-"""How many questions about vases a merged model answers rightly, beside its base.
+"""How many questions about vases a merged model answers rightly, beside what it was made from.
 
-python evaluate.py                                      output/checkpoint-merged and its base
+python evaluate.py                                      output/checkpoint-merged and its bases
 python evaluate.py --checkpoint DIR --data-root questions.json --limit 200
 python evaluate.py --before DIR                         beside another model; --before none: alone
 python evaluate.py --demo                               what ./merge.sh --demo left
 
 --data-root is a JSON or JSONL file of rows as for training, each with its answer. Prints accuracy
 over all rows and for each attribute (fabric, technique, shape, provenance, date, attribution,
-decoration): exact, normalised, contained among other words, and what each attribute's most frequent
-answer would reach; writes vqa.json and answers.jsonl.
+decoration): exact, normalised, contained among other words, and what chance and each attribute's
+most frequent answer would reach; writes vqa.json and answers.jsonl. After SFT and GRPO there are
+three models: before, between, after.
 """
 
 import json
@@ -47,7 +48,7 @@ class Config:
     data_root: Path = option(HERE / "data" / "questions.json", "JSON or JSONL file of rows")
     out: Path | None = option(None, "where results go; default: evaluation, beside the model")
     limit: Count | None = option(None, "questions, spread over the file; default: all")
-    before: str | None = option(None, "the model to compare with, or none; default: its base")
+    before: str | None = option(None, "the model to compare with, or none; default: its bases")
     system: str | None = option(None, "system prompt: a text, or a file that ends in .txt")
     batch_size: Count = option(8, "questions answered at a time")
     max_new_tokens: Count = option(64, "tokens of an answer at most")
@@ -101,7 +102,6 @@ def _with_demo(cfg: Config) -> Config:
     changes = {
         "checkpoint": paths.merged,
         "data_root": paths.questions,
-        "before": str(paths.model),
         "max_new_tokens": 12,
         "batch_size": 32,
     }
@@ -109,14 +109,26 @@ def _with_demo(cfg: Config) -> Config:
 
 
 def _models(cfg: Config) -> dict[str, Path]:
-    """{'before': …, 'after': …}, the first only where it is to be had."""
-    before = cfg.before
-    if before is None:
-        note = read_json(cfg.checkpoint / "merged_from.json")
-        recorded = note.get("base") if isinstance(note, dict) else None
-        before = recorded if recorded and Path(recorded).is_dir() else NONE
-    models = {} if before == NONE else {"before": Path(before).absolute()}
+    """{'before': …, 'between': …, 'after': …}, without those that are not to be had."""
+    if cfg.before is None:
+        bases = _bases(cfg.checkpoint)
+    else:
+        bases = [] if cfg.before == NONE else [Path(cfg.before).absolute()]
+    models = {"before": bases[-1]} if bases else {}
+    if len(bases) > 1:
+        models["between"] = bases[0]
     return {**models, "after": cfg.checkpoint}
+
+
+def _bases(model: Path) -> list[Path]:
+    """What a model was merged into, and what that was merged into, as far as merging noted it."""
+    bases: list[Path] = []
+    while isinstance(note := read_json(model / "merged_from.json"), dict):
+        model = Path(note.get("base") or "/nowhere")
+        if not model.is_dir() or model in bases:
+            break
+        bases.append(model)
+    return bases
 
 
 def _evaluate(
@@ -129,14 +141,16 @@ def _evaluate(
         for name, path in models.items()
     }
     scores = {name: evaluation.score(rows, texts) for name, texts in answers.items()}
-    counts = scores["after"][1]
-    sys.stdout.write(evaluation.table({n: s[0] for n, s in scores.items()}, counts) + "\n")
-    majority = round(evaluation.majority(rows), 6)
-    sys.stdout.write(f"each attribute's most frequent answer: {majority:.3f}\n\n")
+    metrics, counts = {name: found for name, (found, _) in scores.items()}, scores["after"][1]
+    chance, majority = round(evaluation.chance(rows), 6), round(evaluation.majority(rows), 6)
+    sys.stdout.write(evaluation.table(metrics, counts) + "\n")
+    sys.stdout.write(f"chance {chance:.3f}; each attribute's most frequent answer {majority:.3f}\n")
     result = {
         "schema": 1,
-        "metrics": scores["after"][0],
-        "before": scores["before"][0] if "before" in scores else None,
+        "metrics": metrics["after"],
+        "between": metrics.get("between"),
+        "before": metrics.get("before"),
+        "chance": chance,
         "majority": majority,
         "counts": counts,
         "checkpoint": str(cfg.checkpoint),

@@ -134,10 +134,20 @@ def score(rows: Sequence[Row], answers: Sequence[str]) -> tuple[dict[str, float]
 
 def majority(rows: Sequence[Row]) -> float:
     """The accuracy of a model that sees nothing: each attribute's most frequent answer."""
+    return sum(max(counted.values()) for counted in _references(rows)) / len(rows)
+
+
+def chance(rows: Sequence[Row]) -> float:
+    """The accuracy of a model that guesses among the answers that there are to each attribute."""
+    return sum(counted.total() / len(counted) for counted in _references(rows)) / len(rows)
+
+
+def _references(rows: Sequence[Row]) -> list[Counter[str]]:
+    """How often each answer is right, for each attribute."""
     answers: dict[str, Counter[str]] = defaultdict(Counter)
     for row in rows:
         answers[attribute_of(row)][rewards.normalise(row.reference)] += 1
-    return sum(max(counted.values()) for counted in answers.values()) / len(rows)
+    return list(answers.values())
 
 
 def table(metrics: dict[str, dict[str, float]], counts: dict[str, int]) -> str:

@@ -33,7 +33,7 @@ FREE = frozenset({
     "strict",
 })  # fmt: skip
 ARCHITECTURE = "qwen2_5_vl"
-_ADAPT = Path(__file__).resolve().parent / "plugin" / "adapt.py"
+_PLUGINS = Path(__file__).resolve().parent / "plugin"
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,25 @@ class Plan:
 
     @property
     def datasets(self) -> list[Path]:
-        """The data sets that are files."""
-        names = [*self.flags.get("dataset", ()), *self.flags.get("val_dataset", ())]
+        """The data sets that are files: those to train on, then those to validate with."""
+        return self.train_files + self._files("val_dataset")
+
+    @property
+    def train_files(self) -> list[Path]:
+        """The data sets to train on that are files."""
+        return self._files("dataset")
+
+    @property
+    def wants_every_row(self) -> bool:
+        """Whether training is to see each row of them at least once."""
+        sampled = any(name != paths.without_sample(name) for name in self.flags.get("dataset", ()))
+        limited = swift_flags.whole(self.flags, "max_steps", -1) > 0
+        return (
+            not (sampled or limited) and swift_flags.number(self.flags, "num_train_epochs", 1) >= 1
+        )
+
+    def _files(self, flag: str) -> list[Path]:
+        names = self.flags.get(flag, ())
         return [Path(paths.without_sample(name)) for name in names if paths.is_local(name)]
 
     @property
@@ -119,8 +136,9 @@ def for_this_machine(plan: Plan, visible_gpus: int, environ: Mapping[str, str]) 
     callbacks = flags.get("callbacks", [])
     if "graceful_exit" not in callbacks:
         flags["callbacks"] = [*callbacks, "graceful_exit"]  # SIGTERM saves
-    if plan.is_grpo:
-        flags["external_plugins"] = [*flags.get("external_plugins", []), str(_ADAPT)]
+    own = ["receipt.py", "adapt.py"] if plan.is_grpo else ["receipt.py"]
+    own = [str(_PLUGINS / name) for name in own]
+    flags["external_plugins"] = [*flags.get("external_plugins", []), *own]
     if architecture(swift_flags.text(flags, "model")) == ARCHITECTURE:
         flags.setdefault("model_type", [ARCHITECTURE])  # a directory's name alone does not say it
         flags.setdefault("template", [ARCHITECTURE])

@@ -109,7 +109,7 @@ def _check_and_run(plan: "Plan") -> int:
 
 def _run(plan: "Plan", found: "Findings", steps: int) -> int:
     from shared import lock
-    from vasevqa.model import runs, training_files
+    from vasevqa.model import receipt, runs, training_files
 
     runs.typed_checkpoint(plan)
     if "dry_run" in plan.own:
@@ -125,7 +125,15 @@ def _run(plan: "Plan", found: "Findings", steps: int) -> int:
         variables.setdefault("MODELSCOPE_CACHE", str(HERE.parent / "demo" / "cache"))
     if root:
         variables["ROOT_IMAGE_DIR"] = str(root)
-    return _supervise(ready, steps, variables, found.counts)
+    if "resume_from_checkpoint" not in continued.flags:
+        (plan.output_dir / receipt.SEEN).unlink(missing_ok=True)
+    code = _supervise(ready, steps, variables, found.counts)
+    receipt.close(
+        plan.output_dir,
+        dict(zip(map(str, ready.train_files), found.files, strict=False)),
+        is_whole=code == DONE and plan.wants_every_row,
+    )
+    return code
 
 
 def _supervise(plan: "Plan", steps: int, variables: dict[str, str], data: dict[str, int]) -> int:
