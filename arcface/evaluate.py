@@ -173,9 +173,9 @@ def _model(
 
     from arcface.inshop_retrieval import encoders
     from shared.allocator import keep_freed_memory
+    from shared.amp import Amp
     from shared.device import resolve
     from shared.distributed import World
-    from shared.precision import Amp
 
     device = resolve(cfg.tool.device, 0, os.environ)
     if device.type == "cpu":

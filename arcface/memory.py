@@ -14,8 +14,8 @@ from arcface.inshop_retrieval.recipe import Recipe
 from arcface.inshop_retrieval.schedule import build_optimizers, parameters
 from arcface.run_scripts.run_arcface import build_head
 from shared import memory
+from shared.amp import Amp
 from shared.distributed import World
-from shared.precision import Amp
 
 
 def text(recipe: Recipe, amp: str, processes: int) -> str:

@@ -207,7 +207,7 @@ def features(cfg: Config, teacher: Teacher, images: Tensor) -> tuple[np.ndarray,
     import torch
 
     from face_distill.distill.teacher_networks import spatial_probability
-    from shared.precision import Amp
+    from shared.amp import Amp
 
     exact = torch.backends.cudnn.flags(
         enabled=True, benchmark=False, deterministic=True, allow_tf32=False
@@ -228,7 +228,7 @@ def describe(cfg: Config, world: World, teacher: Teacher, faces: FaceDataset) ->
     """What decides about the numbers: the content of manifest.json, plain JSON values."""
     import hashlib
 
-    from shared.precision import Amp
+    from shared.amp import Amp
 
     embeddings, maps = features(cfg, teacher, faces.images([0]).to(world.device))
     wanted = teacher.preprocessing

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from face_distill.distill import losses, model
 from shared import memory
+from shared.amp import Amp
 from shared.files import read_json
-from shared.precision import Amp
 
 if TYPE_CHECKING:
     from transformers import Blip2VisionConfig

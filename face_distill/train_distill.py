@@ -48,9 +48,8 @@ if TYPE_CHECKING:  # torch comes after the input is checked
     from face_distill.distill.model import FaceStudent
     from face_distill.distill.teacher import TeacherFeatures
     from face_distill.FaceDataset import FaceDataset
+    from shared.amp import EarlyStopping, Mean
     from shared.distributed import World
-    from shared.early_stopping import EarlyStopping
-    from shared.metrics import Mean
     from shared.run import Run
 
 log = logging.getLogger(__name__)
@@ -188,13 +187,10 @@ def train(cfg: Config) -> int:
     from face_distill.distill.teacher import TeacherFeatures
     from face_distill.FaceDataset import FaceDataset, split
     from shared import distributed, seed
-    from shared.early_stopping import EarlyStopping
-    from shared.loader import make_eval_loader
-    from shared.metrics import Mean
-    from shared.precision import Amp
+    from shared.amp import Amp, EarlyStopping, Mean
+    from shared.loader import make_eval_loader, steps_per_epoch
     from shared.reporter import Plan
     from shared.run import Run
-    from shared.sampling import steps_per_epoch
 
     world = distributed.setup(cfg.run.device, cfg.run.timeout)
     per_process = cfg.batch_size // world.size
@@ -285,7 +281,7 @@ def _validation(
     """The mean total over this process's share of the held-out images, relations in each batch."""
     import torch
 
-    from shared.metrics import Mean
+    from shared.amp import Mean
 
     mean = Mean(world)
     student.eval()

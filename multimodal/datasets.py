@@ -32,7 +32,7 @@ from multimodal.pairs.sources import DATA_SETS, NAMES
 from multimodal.pairs.voxceleb import VoxCeleb
 from shared.distributed import World
 from shared.errors import UserError, one_line
-from shared.sampling import TrainBatches
+from shared.loader import TrainBatches
 from shared.seed import derive
 
 __all__ = [

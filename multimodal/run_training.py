@@ -59,8 +59,8 @@ if TYPE_CHECKING:  # torch comes after the input is checked
     from multimodal.training.memory import Step
     from multimodal.training.report import Report
     from multimodal.training.schedule import Stage
+    from shared.amp import Amp
     from shared.distributed import World
-    from shared.precision import Amp
     from shared.run import Run
 
 log = logging.getLogger(__name__)
@@ -227,10 +227,8 @@ def train(cfg: Config) -> int:
     from multimodal.training import memory, report, schedule, weights
     from multimodal.training.losses import Learner
     from shared import distributed, seed
-    from shared.early_stopping import EarlyStopping
+    from shared.amp import Amp, EarlyStopping, Mean
     from shared.memory import explained_out_of_memory
-    from shared.metrics import Mean
-    from shared.precision import Amp
     from shared.reporter import Plan
     from shared.run import Run
     from shared.settings import settings

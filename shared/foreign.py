@@ -35,7 +35,7 @@ from shared.errors import (
     one_line,
 )
 from shared.foreign_log import JsonLinesProgress
-from shared.prctl import adopt_orphans
+from shared.processes import adopt_orphans
 from shared.settings import Range
 from shared.status import Status
 

@@ -24,8 +24,7 @@ if __name__ == "__main__":  # imported, it leaves the importer's path as it is
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 
 from shared.errors import FAILED
-from shared.prctl import adopt_orphans, die_with_parent
-from shared.processes import children, kill_children, send
+from shared.processes import adopt_orphans, children, die_with_parent, kill_children, send
 
 KILLED = 128 + signal.SIGKILL
 PARENT_DIED = signal.SIGUSR1

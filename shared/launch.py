@@ -28,7 +28,7 @@ from shared.errors import (
 )
 from shared.files import write_json
 from shared.outcome import Failure
-from shared.prctl import die_with_parent
+from shared.processes import die_with_parent
 from shared.settings import COUNTS, PROCESSES, number
 
 log = logging.getLogger(__name__)

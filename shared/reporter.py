@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,9 +12,81 @@ from typing import Any
 
 from shared.checkpoint import Position
 from shared.device import memory_in_use
-from shared.metrics import Metrics
+from shared.files import cut_json_lines
 from shared.progress import Progress
 from shared.status import Status, finite
+
+log = logging.getLogger(__name__)
+
+
+class Metrics:
+    """Writes one JSON line and one TensorBoard scalar a tag and step.
+
+    On a resume at `start` both are cut back to it, so that nothing stands there twice. In the
+    middle of an epoch that is all but the training rows of its last step: validation comes again.
+    """
+
+    def __init__(self, path: Path, tensorboard: Path | None, start: Position) -> None:
+        cut_json_lines(path, lambda row: _is_before(row, start))
+        self._lines = path.open("a", encoding="utf-8", buffering=1)  # each line reaches the system
+        self._board: Any = _open_board(tensorboard, start.step) if tensorboard else None
+        self._is_losing = False
+
+    def log(self, step: int, epoch: int, split: str, values: dict[str, float | None]) -> None:
+        """Record `values` ({tag: number, None for NaN}) at an optimizer step."""
+        row = {
+            "step": step,
+            "epoch": epoch,
+            "split": split,
+            "time": round(time.time(), 3),
+            **values,
+        }
+        self._draw(values, step)
+        try:
+            self._lines.write(json.dumps(row) + "\n")
+        except OSError as error:
+            if not self._is_losing:
+                log.warning("metrics from step %d on are not written: %s", step, error)
+            self._is_losing = True
+            return
+        if self._is_losing:
+            log.info("metrics are written again, from step %d on", step)
+        self._is_losing = False
+
+    def _draw(self, values: dict[str, float | None], step: int) -> None:
+        try:
+            for tag, value in values.items() if self._board else ():
+                self._board.add_scalar(tag, float("nan") if value is None else value, step)
+        except OSError as error:  # its writing thread has ended for good
+            log.warning("no TensorBoard from step %d on (%s); see metrics.jsonl", step, error)
+            self._board = None
+
+    def close(self) -> None:
+        """Flush and close both."""
+        for sink in (self._lines, self._board):
+            try:
+                if sink:
+                    sink.close()
+            except OSError as error:
+                log.warning("metrics could not be closed: %s", error)
+
+
+def _is_before(row: dict[str, Any], start: Position) -> bool:
+    step = row.get("step", 0)
+    return step < start.step or (
+        step == start.step and (row.get("split") == "train" or start.batch == 0)
+    )
+
+
+def _open_board(directory: Path, start_step: int) -> Any:
+    """A SummaryWriter, or None with a warning: a run does not fail for its charts."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(directory), purge_step=start_step + 1 if start_step else None)
+    except (ImportError, OSError) as error:
+        log.warning("no TensorBoard in %s (%s); metrics.jsonl has every number", directory, error)
+        return None
 
 
 @dataclass(frozen=True)

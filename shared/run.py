@@ -34,7 +34,6 @@ from shared import (
     distributed,
     lock,
     outcome,
-    resume,
     run_directory,
     seed,
     status,
@@ -48,7 +47,7 @@ from shared.files import read_object
 from shared.loader import make_loader
 from shared.progress import Share
 from shared.reporter import Plan, Reporter
-from shared.resume import Decision
+from shared.run_directory import Decision
 from shared.status import Status
 from shared.stop import Stopped
 
@@ -98,7 +97,7 @@ class Run:
         Raises UserError when it does not fit or, named explicitly, cannot be read.
         """
         self._plan, self._parts = plan, parts
-        self.position = resume.continue_from(
+        self.position = run_directory.continue_from(
             self._decision, parts, self._world,
             total_steps=plan.total_steps, allow_reshard=self._options.allow_reshard,
         )  # fmt: skip

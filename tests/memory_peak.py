@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from shared.precision import Amp
+from shared.amp import Amp
 from tests.harness import run_here
 
 _MARK = "the first step is over"

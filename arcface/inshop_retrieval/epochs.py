@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from shared import checkpoint
+from shared.amp import Mean
 from shared.checkpoint import Position
 from shared.distributed import World
 from shared.files import write_atomic
-from shared.metrics import Mean
 
 log = logging.getLogger(__name__)
 

@@ -24,12 +24,11 @@ from arcface.inshop_retrieval.recipe import Loader
 from shared import retrieval
 from shared.distributed import World
 from shared.files import write_atomic, write_json, write_text
-from shared.loader import make_eval_loader
+from shared.loader import eval_indices, make_eval_loader
 from shared.nearest import search
 from shared.page import Page, Picture
 from shared.retrieval import MAP_AT, RECALL_AT, Positives, Retrieval
 from shared.rows_of_ranks import gather_rows
-from shared.sampling import eval_indices
 
 if TYPE_CHECKING:
     from PIL.Image import Image

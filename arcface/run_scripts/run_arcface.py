@@ -39,8 +39,8 @@ if TYPE_CHECKING:  # torch comes after the input is checked
     from arcface.inshop_retrieval.inshop import InShop
     from arcface.inshop_retrieval.partial_fc import PartialFC
     from arcface.inshop_retrieval.recipe import Recipe, Settings
+    from shared.amp import Amp
     from shared.distributed import World
-    from shared.precision import Amp
     from shared.run import Run
 
 RECIPE = Path(__file__).resolve().parents[1]
@@ -142,9 +142,9 @@ def train(cfg: Config, settings: Settings) -> int:
     from arcface.inshop_retrieval.inshop import collate
     from arcface.inshop_retrieval.partial_fc import CentreRows
     from shared import checkpoint, distributed
+    from shared.loader import steps_per_epoch
     from shared.reporter import Plan
     from shared.run import Run
-    from shared.sampling import steps_per_epoch
 
     recipe, run_dir = settings.recipe, _run_dir(cfg)
     world = distributed.setup(cfg.run.device, cfg.run.timeout)
@@ -297,7 +297,7 @@ def _load_from(cfg: Config, recipe: Recipe, encoder: Encoder, head: PartialFC) -
 
 
 def _amp(cfg: Config, recipe: Recipe, world: World) -> Amp:
-    from shared.precision import Amp
+    from shared.amp import Amp
 
     amp = Amp(cfg.run.amp, world.device, max_bad_steps=cfg.run.max_bad_steps)
     if amp.mode == "fp16" and recipe.is_sharded:

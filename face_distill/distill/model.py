@@ -19,9 +19,9 @@ from face_distill.distill.images import Preprocess
 from face_distill.distill.losses import ArcFaceHead
 from face_distill.distill.student_files import adapter_shape, read_trained, settings_of
 from shared import weights
+from shared.amp import Amp
 from shared.errors import UserError, one_line
 from shared.files import read_json
-from shared.precision import Amp
 
 if TYPE_CHECKING:  # importing transformers' models takes seconds; only load_tower needs them
     from transformers import Blip2VisionConfig, Blip2VisionModel

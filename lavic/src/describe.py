@@ -88,9 +88,9 @@ def main(argv: list[str] | None = None) -> int:
 def _describe(cfg: Config, adapter: Path, base_name: str) -> int:
     from lavic.src.vision import model
     from lavic.src.vision.adapters import load_adapter
+    from shared.amp import Amp
     from shared.device import resolve
     from shared.images import read_rgb
-    from shared.precision import Amp
 
     device = resolve(cfg.tool.device, 0, os.environ)
     dtype, amp_mode = model.precision(cfg.dtype, cfg.tool.amp, device)

@@ -188,9 +188,9 @@ def _of_vision(cfg: Config, adapter: Path, world: Any) -> Results:
     from lavic.src.vision.adapters import load_adapter
     from lavic.src.vision.caption_loss import caption_nll
     from lavic.src.vision.training import mean_nll
+    from shared.amp import Amp
     from shared.images import Skipped
     from shared.loader import make_eval_loader
-    from shared.precision import Amp
     from shared.progress import shown
 
     file = cfg.data_root / "item2meta_valid.jsonl"

@@ -156,13 +156,11 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
     from lavic.src.vision import adapters, caption_loss, captions, model
     from lavic.src.vision.training import Best, SameData, Sums, mean_nll, sum_gradients
     from shared import distributed
-    from shared.early_stopping import has_stalled
+    from shared.amp import Amp, has_stalled
     from shared.images import Skipped
-    from shared.loader import make_eval_loader
-    from shared.precision import Amp
+    from shared.loader import make_eval_loader, steps_per_epoch
     from shared.reporter import Plan
     from shared.run import Run
-    from shared.sampling import steps_per_epoch
 
     world = distributed.setup(cfg.run.device, cfg.run.timeout)
     with Run(cfg, world, cfg.run_dir, "lavic", tensorboard=cfg.log_dir) as run:

@@ -161,12 +161,10 @@ def train(cfg: Config) -> int:
     from lavic.src.vision.model import pad_id
     from lavic.src.vision.training import Best, SameData, perplexity, sum_gradients
     from shared import distributed
-    from shared.early_stopping import has_stalled
-    from shared.loader import make_eval_loader
-    from shared.precision import Amp
+    from shared.amp import Amp, has_stalled
+    from shared.loader import make_eval_loader, steps_per_epoch
     from shared.reporter import Plan
     from shared.run import Run
-    from shared.sampling import steps_per_epoch
 
     world = distributed.setup(cfg.run.device, cfg.run.timeout)
     earlier = results.read_summary(cfg.run_dir)  # before a finished run is moved aside

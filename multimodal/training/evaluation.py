@@ -18,11 +18,11 @@ from multimodal.model import MultimodalModel, create_model
 from multimodal.pairs import samples
 from multimodal.pairs.samples import collate
 from shared import retrieval, stop, weights
+from shared.amp import Amp
 from shared.distributed import World
 from shared.errors import UserError, one_line
 from shared.images import Skipped
 from shared.loader import make_eval_loader
-from shared.precision import Amp
 from shared.retrieval import Positives
 
 log = logging.getLogger(__name__)

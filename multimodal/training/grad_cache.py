@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from shared import distributed
-from shared.precision import Amp
+from shared.amp import Amp
 
 Chunk = tuple[Any, ...]  # what the encoder is called with
 Outputs = dict[str, Tensor]  # rows of the chunk, or a scalar that no chunk changes (a temperature)

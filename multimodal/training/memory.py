@@ -21,8 +21,8 @@ from multimodal.training import grad_cache, schedule
 from multimodal.training.losses import Learner, LossOptions, loss_of
 from multimodal.training.settings_file import MINIMUM_GB
 from shared import memory
+from shared.amp import Amp
 from shared.distributed import World
-from shared.precision import Amp
 
 if TYPE_CHECKING:
     from multimodal.training.grad_cache import Outputs

@@ -12,8 +12,8 @@ from multimodal.datasets import Batch, Source, Task
 from multimodal.pairs.batches import held_out, in_order, labels_of, on_device, with_hidden_parts
 from multimodal.training.losses import Learner, LossOptions, loss_of
 from shared import distributed
+from shared.amp import Amp
 from shared.distributed import World
-from shared.precision import Amp
 
 if TYPE_CHECKING:
     from shared.run import Run

@@ -24,8 +24,8 @@ from multimodal.datasets import Task
 from multimodal.model import create_model
 from multimodal.training import grad_cache
 from multimodal.training.losses import Learner, LossOptions, loss_of
+from shared.amp import Amp
 from shared.distributed import World
-from shared.precision import Amp
 from tests.benchmarks.measure import compare, conclude, in_turn
 
 TASK, ALONE = Task("coco", ("image", "text"), True), World()

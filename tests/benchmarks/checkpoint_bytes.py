@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from shared import checkpoint, seed
-from shared.precision import Amp
+from shared.amp import Amp
 from tests.benchmarks.measure import ROOT, compare, conclude, in_turn
 
 BYTES, MEGABYTE = 4, 1_000_000  # of a float32; not 2**20

@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from shared.amp import Amp
 from shared.config import RunOptions
 from shared.distributed import World
 from shared.loader import make_loader
-from shared.precision import Amp
 from shared.reporter import Plan
 from shared.run import Run
 from tests.benchmarks.measure import compare, conclude, in_turn

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from shared import distributed, seed
+from shared.amp import Amp, EarlyStopping
 from shared.checkpoint import Parts
 from shared.distributed import World
-from shared.early_stopping import EarlyStopping
-from shared.precision import Amp
+from shared.loader import steps_per_epoch
 from shared.reporter import Plan
 from shared.run import Run
-from shared.sampling import steps_per_epoch
 
 
 class Points(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):

@@ -19,7 +19,7 @@ from face_distill.demo_data import demo as faces
 from lavic.src import knowledge_distillation
 from multimodal import run_training
 from shared import checkpoint, files
-from shared.precision import Amp
+from shared.amp import Amp
 from tests import arcface_nano, lavic_nano, multimodal_data, vase_filter_nano
 from tests.harness import run_here
 from vasevqa.filter import model

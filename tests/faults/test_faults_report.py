@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import report, resume
+from shared import report, run_directory
 from shared.files import read_json
 from tests.faults.probe_recipe import main
 from tests.harness import PROBE, ROOT, run_here, start, wait_for_step
@@ -109,4 +109,4 @@ def test_a_mistake_before_the_run_leaves_no_page(tmp_path):
 def test_a_page_alone_is_no_run_worth_keeping(tmp_path):
     (tmp_path / "status.json").write_text('{"schema": 1, "state": "failed"}')
     (tmp_path / "report.html").write_text("<html>")
-    assert not resume.decide(tmp_path, "last.pt", "auto", {}, False).move_aside
+    assert not run_directory.decide(tmp_path, "last.pt", "auto", {}, False).move_aside

@@ -14,8 +14,8 @@ import pytest
 
 from shared.checkpoint import Position
 from shared.errors import hint_for
-from shared.metrics import Metrics
 from shared.progress import Progress, clock
+from shared.reporter import Metrics
 from tests.faults import probe_recipe
 from tests.harness import (
     PROBE,

@@ -6,12 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from shared.amp import Amp, EarlyStopping
 from shared.distributed import World
-from shared.early_stopping import EarlyStopping
 from shared.errors import UserError
-from shared.loader import make_loader
-from shared.precision import Amp
-from shared.sampling import TrainBatches, eval_indices, steps_per_epoch
+from shared.loader import TrainBatches, eval_indices, make_loader, steps_per_epoch
 from tests.faults import probe_recipe
 from tests.harness import PROBE, losses, run_here, start, status_of
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from shared import checkpoint
+from shared.amp import EarlyStopping
 from shared.checkpoint import DamagedError, Position, find, load, save
-from shared.early_stopping import EarlyStopping
 from shared.errors import UserError
 
 LAST = "last.pt"

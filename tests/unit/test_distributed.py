@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from shared import distributed
+from shared.amp import Mean
 from shared.distributed import World
-from shared.metrics import Mean
 
 WORLD, ROWS = 2, 3
 ROOT = Path(__file__).resolve().parents[2]

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from shared.early_stopping import EarlyStopping, has_stalled
+from shared.amp import EarlyStopping, has_stalled
 
 
 def test_it_stops_after_as_many_updates_without_a_new_low_as_it_has_patience() -> None:

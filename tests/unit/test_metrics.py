@@ -11,9 +11,10 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from shared.amp import Mean
 from shared.checkpoint import Position
 from shared.distributed import World
-from shared.metrics import Mean, Metrics
+from shared.reporter import Metrics
 
 CPU = torch.device("cpu")
 

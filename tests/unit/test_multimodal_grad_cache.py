@@ -7,8 +7,8 @@ from multimodal.datasets import Task
 from multimodal.pairs.batches import with_hidden_parts
 from multimodal.training import grad_cache
 from multimodal.training.losses import LossOptions, loss_of
+from shared.amp import Amp
 from shared.distributed import World
-from shared.precision import Amp
 from tests import multimodal_nano as nano
 
 ALONE, CPU = World(), torch.device("cpu")

@@ -9,8 +9,8 @@ from multimodal.datasets import OnePerGroup, Source
 from multimodal.pairs.samples import Counts
 from multimodal.training import validation
 from multimodal.training.losses import LossOptions
+from shared.amp import Amp
 from shared.distributed import World
-from shared.precision import Amp
 from tests import multimodal_nano as nano
 
 AMP, ALONE = Amp("off", torch.device("cpu")), World()

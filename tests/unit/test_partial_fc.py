@@ -12,10 +12,10 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from arcface.inshop_retrieval.partial_fc import CentreRows, PartialFC, shard
 from shared import checkpoint, distributed
+from shared.amp import Amp
 from shared.distributed import World
 from shared.errors import UserError
 from shared.margins import adaptive_margins, add_margin, margin_logits_
-from shared.precision import Amp
 
 MakeOptimizer = Callable[[Any], Optimizer]
 OPTIMIZERS: dict[str, MakeOptimizer] = {

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from shared.amp import Amp, NonFiniteError
 from shared.errors import UserError
-from shared.precision import Amp, NonFiniteError
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from shared import checkpoint, seed
 from shared.checkpoint import Position
 from shared.distributed import World
 from shared.errors import UserError
-from shared.resume import Decision, continue_from, decide
+from shared.run_directory import Decision, continue_from, decide
 
 LAST = "last.pt"
 IDENTITY = {"batch_size": 8, "world_size": 1}

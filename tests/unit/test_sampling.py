@@ -4,7 +4,7 @@ import pytest
 
 from shared.distributed import World
 from shared.errors import UserError
-from shared.sampling import TrainBatches, eval_indices, steps_per_epoch
+from shared.loader import TrainBatches, eval_indices, steps_per_epoch
 
 
 def batches(

@@ -205,7 +205,7 @@ def load(source: Source, device: torch.device, amp: str = "off") -> Clip:
     """The CLIP of `source`, ready to encode. Raises UserError when its weights cannot be had."""
     from open_clip.transform import image_transform_v2
 
-    from shared.precision import Amp
+    from shared.amp import Amp
 
     log.info("CLIP: %s", source)
     chatter = logging.root.manager.disable

@@ -145,11 +145,10 @@ def _plan(cfg: Config) -> str:
 def train(cfg: Config) -> int:
     """The whole training; the exit code."""
     from shared import distributed, seed
-    from shared.early_stopping import EarlyStopping
-    from shared.metrics import Mean
+    from shared.amp import EarlyStopping, Mean
+    from shared.loader import steps_per_epoch
     from shared.reporter import Plan
     from shared.run import Run
-    from shared.sampling import steps_per_epoch
     from vasevqa.filter import quality
 
     device = quality.device_for(

@@ -27,6 +27,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.transforms import v2
 
 from shared import checkpoint, distributed, hub, images, memory, weights
+from shared.amp import Amp
 from shared.checkpoint import DamagedError
 from shared.device import present_gpus, visible_gpus
 from shared.distributed import World
@@ -34,7 +35,6 @@ from shared.errors import UserError, one_line
 from shared.files import write_atomic
 from shared.images import Skipped, find_images
 from shared.loader import make_eval_loader
-from shared.precision import Amp
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root,
 from shared.allocator import keep_freed_memory
 from shared.device import present_gpus
 from shared.errors import FAILED, MissingToolError, is_out_of_memory
-from shared.prctl import die_with_parent
+from shared.processes import die_with_parent
 
 SEVERAL = ("sft", "rlhf")  # commands that torchrun may run
 _VARIABLES = ("NPROC_PER_NODE", "MASTER_PORT", "NNODES", "NODE_RANK", "MASTER_ADDR")

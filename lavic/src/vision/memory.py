@@ -17,8 +17,8 @@ from lavic.src.vision.adapters import adapter_parameters, add_adapter
 from lavic.src.vision.caption_loss import FixedStart, caption_nll, why_not_reusable
 from lavic.src.vision.captions import NO_LABEL, Batch
 from shared import memory
+from shared.amp import Amp
 from shared.errors import UserError, one_line
-from shared.precision import Amp
 
 HUB_ID = "llava-hf/llava-v1.6-mistral-7b-hf"
 ITEMS = list(range(1, 1 + model.MOST_VIEWS))  # any five ids in a row

@@ -1,8 +1,9 @@
-"""Mixed precision, gradient clipping and the guard against non-finite steps, in one call."""
+"""What a training step and its sums need: precision, clipping, bad steps, means, early stopping."""
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -124,3 +125,95 @@ def _resolve(mode: str, device: torch.device) -> str:
     if mode == "fp16" and device.type != "cuda":
         raise UserError("--amp fp16 needs a GPU; allowed on the CPU: off, bf16")
     return mode
+
+
+class Mean:
+    """A running weighted mean over all ranks, of sums that stay on the device until they are read.
+
+    Fits into checkpoints: before a save every rank takes an equal share of the sums.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what was added."""
+        # weighted values, weights
+        self._sums = torch.zeros(2, dtype=torch.float64, device=self._world.device)
+
+    def add(self, value: Tensor, weight: int = 1) -> None:
+        """Add a scalar tensor that stands for `weight` samples."""
+        self._sums[0] += value.detach().double() * weight
+        self._sums[1] += weight
+
+    def value(self) -> float:
+        """The mean over all ranks; NaN of nothing. A collective."""
+        sums = distributed.total(self._sums, self._world)
+        return float(sums[0] / sums[1])
+
+    def collect(self) -> None:
+        """Take an equal share of all ranks' sums: rank 0's state is saved for all. A collective."""
+        self._sums = distributed.mean(self._sums, self._world)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The sums."""
+        return {"sums": self._sums.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self._sums = state["sums"].to(self._world.device)
+
+
+def has_stalled(best_epoch: int, epoch: int, patience: int | None) -> bool:
+    """Whether the last `patience` of `epoch` epochs brought nothing better than `best_epoch`.
+
+    Epochs count from 1, 0 is none; without a patience nothing stalls. For recipes that keep the
+    best epoch among their results, which makes the decision the same on every rank and after a
+    resume.
+    """
+    stalled = patience is not None and epoch - best_epoch >= patience
+    if stalled:
+        log.info("nothing better for %d epoch(s), after epoch %d: training ends", patience, epoch)
+    return stalled
+
+
+class EarlyStopping:
+    """Counts updates without a new lowest value.
+
+    Give it values that are already the same on every rank (`distributed.mean`), and all ranks stop
+    in the same epoch. NaN and infinity are no improvement.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self.patience = patience
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget best value and count: the monitored loss is another from here on."""
+        self.best = math.inf
+        self.bad = 0
+
+    def update(self, value: float) -> bool:
+        """Whether `value` is the lowest so far."""
+        finite = math.isfinite(value)
+        if not finite:
+            log.warning("the monitored value is %s: counted as no improvement", value)
+        if finite and value < self.best:
+            self.best, self.bad = value, 0
+            return True
+        self.bad += 1
+        return False
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether `patience` updates in a row brought nothing."""
+        return self.bad >= self.patience
+
+    def state_dict(self) -> dict[str, Any]:
+        """Best value and count."""
+        return {"best": self.best, "bad": self.bad}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave."""
+        self.best, self.bad = state["best"], state["bad"]
