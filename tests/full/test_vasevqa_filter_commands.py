@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 
 from shared.files import read_json
 from tests.harness import ROOT, environment
@@ -55,6 +57,8 @@ def filter_(tmp_path_factory) -> Path:
     write_quality_set(place / "images2", each=5)
     write_views(place / "images", 6, 3)
     write_clip(place / "model")
+    random = torchvision.models.resnet50(weights=None)  # in place of ImageNet's: nothing is fetched
+    torch.save(random.state_dict(), place / "resnet50-random.pth")
     return place
 
 
