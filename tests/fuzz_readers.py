@@ -26,7 +26,7 @@ from shared import (
     files,
     images,
     report,
-    resume,
+    run_directory,
     run_status,
     run_text,
     seed,
@@ -181,10 +181,10 @@ def _parts() -> tuple[dict[str, Any], torch.optim.Optimizer]:
 
 def _continue_run(directory: Path) -> None:
     """What `Run.restore` does."""
-    decision = resume.decide(directory, "last.pt", "auto", {"lr": 0.1, "seed": 0}, False)
+    decision = run_directory.decide(directory, "last.pt", "auto", {"lr": 0.1, "seed": 0}, False)
     net, optimizer = _parts()
     parts, world = {**net, "optimizer": optimizer}, World()
-    resume.continue_from(decision, parts, world, total_steps=10, allow_reshard=False)
+    run_directory.continue_from(decision, parts, world, total_steps=10, allow_reshard=False)
 
 
 def _make_safetensors(path: Path) -> None:
