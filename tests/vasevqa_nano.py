@@ -108,7 +108,12 @@ def build(root: Path) -> Nano:
     )
     model, processor = qwen.build(nano.model, demo.texts(), seed=0)
     seen = [render(vase, 1, size=SIZE) for vase in vases]
-    qwen.teach(model, processor, list(questions.lessons(vases, 0)), seen, seed=0, steps=40)
+    lessons = [
+        (questions.QUESTIONS[name], answer, number)
+        for number, vase in enumerate(vases)
+        for name, answer in vase.attributes.items()
+    ]
+    qwen.teach(model, processor, lessons, seen, seed=0, steps=40)
     model.save_pretrained(nano.model)
     return nano
 

@@ -155,12 +155,12 @@ def test_evaluation_compares_the_merged_model_with_its_base(chain, tmp_path):
     assert outcome.code == 0, outcome.text
     result = read_json(tmp_path / "vqa.json")
     assert result["schema"] == 1 and result["counts"]["questions"] == 10
-    assert result["compared_with"] == str(nano.root / "checkpoint-merged.1")
+    assert result["compared_with"] == str(nano.model) and result["between"]
     lines = list(read_json_lines(tmp_path / "answers.jsonl"))
     assert len(lines) == 10
     share = sum(line["after"].strip() == line["reference"] for line in lines) / 10
     assert result["metrics"]["exact"] == pytest.approx(share)
-    assert "before exact" in outcome.text
+    assert "before exact" in outcome.text and {"before", "between", "after"} <= lines[0].keys()
 
 
 def test_the_merged_model_answers_by_the_pages_lines(chain, tmp_path):

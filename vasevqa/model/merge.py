@@ -27,7 +27,7 @@ if __name__ == "__main__":
     stop.listen()
 
 from shared.errors import DONE, UserError
-from shared.files import write_json
+from shared.files import read_object, write_json
 from shared.launch import launch_alone
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ def _merge(merge: "Merge", flags: "Flags", *, dry: bool) -> int:
         if code != DONE:
             return code
         merging.verify(merge, fresh)
+        _forget_plugins(fresh)
         note = merge.note
         if Path(merge.base) == merge.target:  # which is kept under another name in a moment
             note["base"] = str(_free_name(merge.target))
@@ -111,6 +112,13 @@ def _merge(merge: "Merge", flags: "Flags", *, dry: bool) -> int:
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return DONE
+
+
+def _forget_plugins(merged: Path) -> None:
+    """Take the plugins of the training out of the model's args.json: swift would look for them."""
+    args = read_object(merged / "args.json")
+    if args.get("external_plugins"):
+        write_json(merged / "args.json", args | {"external_plugins": []})
 
 
 def _check_room(merge: "Merge") -> None:

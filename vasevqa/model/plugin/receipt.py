@@ -19,7 +19,7 @@ from swift.dataset import LazyLLMDataset, RowPreprocessor, loader
 from swift.trainers.mixin import DataLoaderMixin
 
 PLACE = "receipt_place"  # the column: 'N FILE', from 0
-_FILE = Path(sys.argv[sys.argv.index("--output_dir") + 1], ".receipt")
+_TRAINS = Path(sys.argv[0]).stem in ("sft", "rlhf") and "--output_dir" in sys.argv
 
 
 def _load(load: Callable[..., Any], kind: str, *, data_files: str, **options: Any) -> Any:
@@ -38,7 +38,8 @@ def _collate(collate: Callable[..., Any], batch: Sequence[Any], **options: Any) 
     rows = [row for item in batch for row in (item if isinstance(item, list) else [item])]
     places = [row.pop(PLACE, None) for row in rows]
     line = json.dumps({"places": places}) + "\n"
-    with _FILE.open("ab", buffering=0) as stream:
+    directory = sys.argv[sys.argv.index("--output_dir") + 1]
+    with Path(directory, ".receipt").open("ab", buffering=0) as stream:
         stream.write(line.encode())  # whole, beside those of other processes
     return collate(batch, **options)
 
@@ -64,5 +65,5 @@ def _install() -> None:
     DataLoaderMixin.get_train_dataloader = get_train_dataloader
 
 
-if PLACE not in RowPreprocessor.standard_keys:  # adapt.py imports it once more
+if _TRAINS and PLACE not in RowPreprocessor.standard_keys:  # adapt.py imports it once more
     _install()
