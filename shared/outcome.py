@@ -116,7 +116,7 @@ def end_now(code: int, reason: str) -> None:
     """The last words of a process that a signal ends before it could save; it leaves after them."""
     if os.environ.get("RANK", "0") != "0":
         return
-    if _run_dir and code != FAILED:
+    if code != FAILED and (_run_dir or WORD in os.environ):
         reason += " before the first step"
     status.close(_run_dir, code, reason, "failed" if code == FAILED else "stopped")
     closing_line(code, reason)

@@ -249,7 +249,7 @@ def test_a_start_is_seen_and_stopped_before_it_has_a_directory(house, capsys):
         assert (code, text.splitlines()[0]) == (0, "lavic: STARTING")
         code, text = run(capsys, house, "--stop")
         assert process.wait(10) != 0
-    assert code == 0 and "STOPPED: it ended before its first step" in text
+    assert code == 0 and "STOPPED: SIGTERM before the first step" in text
 
 
 def test_a_run_is_found_wherever_it_writes(house, capsys):

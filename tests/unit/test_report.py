@@ -131,8 +131,8 @@ def test_a_result_says_unit_number_and_chance_as_far_as_they_are_known(run_dir):
     result = STATUS["result"] | {"unit": "share", "n": 256, "chance": 0.00390625, "control": None}
     (run_dir / "status.json").write_text(json.dumps(STATUS | {"result": result}))
     tables = Tables(page_of(run_dir))
-    found = tables.named("result", "before", "after", "unit", "N", "chance", "control")
-    row = ["0.1", "0.751235", "share", "256", "0.00390625", "–"]
+    found = tables.named("result", "before", "after", "N", "chance", "control")
+    row = ["10.0 %", "75.1 %", "256", "0.4 %", "–"]
     assert found == {"accuracy (higher is better)": row}
 
 
