@@ -25,10 +25,10 @@ if __name__ == "__main__":  # imported, it leaves the importer's path as it is
 
 from shared.errors import FAILED
 from shared.processes import adopt_orphans, children, die_with_parent, kill_children, send
+from shared.stop import SAME_REQUEST
 
 KILLED = 128 + signal.SIGKILL
 PARENT_DIED = signal.SIGUSR1
-_SAME_REQUEST = 0.5  # seconds in which a repeated signal is the same one (SLURM sends two)
 _LEFT_BEHIND = 10.0  # seconds for what a program that has ended by itself has left running
 _UNKILLABLE = 30.0  # seconds after which a process that the kernel does not end is given up
 
@@ -111,7 +111,7 @@ class Family:
         """What a signal means: the first asks, a later one kills."""
         if not self._asked_at:
             self.ask()
-        elif time.monotonic() - self._asked_at > _SAME_REQUEST:
+        elif time.monotonic() - self._asked_at > SAME_REQUEST:
             self.kill()
 
     def kill(self) -> None:

@@ -27,7 +27,7 @@ from shared.processes import children, end_children
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 HELD = "held"  # the note of a host's first rank: there is something to save
-_SAME_REQUEST = 0.5  # seconds in which a repeated signal is the same one (SLURM sends two)
+SAME_REQUEST = 0.5  # seconds in which a repeated signal is the same one (SLURM sends two)
 
 _state = SimpleNamespace(
     number=0,  # the first signal received
@@ -126,7 +126,7 @@ def _receive(number: int, _frame: FrameType | None) -> None:
             os._exit(FAILED)  # the others are being torn down: nothing can be saved any more
     elif is_first and not _state.is_held:
         end_now(exit_code_for(number), name_of(number))
-    elif not is_first and now - _state.at > _SAME_REQUEST:
+    elif not is_first and now - _state.at > SAME_REQUEST:
         end_now(FAILED, f"second {name_of(number)}: ended without saving")
 
 

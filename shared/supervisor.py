@@ -30,8 +30,6 @@ from shared.outcome import Failure
 
 log = logging.getLogger(__name__)
 
-_SAME_REQUEST = 0.5  # seconds in which a repeated signal is the same one (SLURM sends two)
-
 
 def supervise(argv: list[str], options: ProcessOptions, count: int) -> int:
     """Run this script in `count` processes on this host; the exit code of the whole run."""
@@ -80,7 +78,7 @@ class Stops:
                 self._end_now()
             log.info("%s: saving and stopping; once more to end at once", self.first.name)
             raise self._leave(f"received {self.first.name}", self.first)
-        if time.monotonic() - self._at > _SAME_REQUEST:
+        if time.monotonic() - self._at > stop.SAME_REQUEST:
             log.warning("second signal: ending at once")
             self.kill_workers()
 
