@@ -11,7 +11,7 @@ import open_clip
 import torch
 from PIL import Image
 
-from vasevqa import demo_clip
+from vasevqa.demo_data import clip as demo_clip
 
 CLIP_CFG: dict[str, Any] = {
     "embed_dim": 32,

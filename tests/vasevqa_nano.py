@@ -14,7 +14,7 @@ from typing import Any
 from shared.files import read_json_lines
 from tests.harness import ROOT, Outcome, Running, start
 from vasevqa.demo_data import demo, questions, qwen
-from vasevqa.demo_vases import make_vases, render, to_jpeg
+from vasevqa.demo_data.vases import make_vases, render, to_jpeg
 
 SCRIPTS = ROOT / "vasevqa" / "model"
 SIZE = 112

@@ -32,7 +32,7 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 
 from tests.benchmarks.measure import compare, conclude
-from vasevqa.demo_vases import VIEWS, make_vases, render, to_jpeg
+from vasevqa.demo_data.vases import VIEWS, make_vases, render, to_jpeg
 from vasevqa.filter import clip, clipfilter1, clipfilter2
 
 SIDE = 320  # pixels of a picture

@@ -7,7 +7,8 @@ import pytest
 
 from shared.files import read_json
 from tests.harness import run_here
-from vasevqa import demo_clip, demo_vases
+from vasevqa.demo_data import clip as demo_clip
+from vasevqa.demo_data import vases as demo_vases
 from vasevqa.filter import classifier, clipfilter1, clipfilter2, demo, model
 
 

@@ -50,7 +50,7 @@ DEMOS = {
     """,
     "vases": """
         import sys
-        from vasevqa import demo_vases
+        from vasevqa.demo_data import vases as demo_vases
         demo_vases.NUM_VASES, demo_vases.NUM_LABELLED = 8, 6
         demo_vases.build_images(sys.argv[1])
     """,

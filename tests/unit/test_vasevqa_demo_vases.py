@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from shared.images import problem, read_rgb
-from vasevqa import demo_vases
-from vasevqa.demo_vases import FLAWS, VIEWS, Vase, build_images, make_vases, render
+from vasevqa.demo_data import vases as demo_vases
+from vasevqa.demo_data.vases import FLAWS, VIEWS, Vase, build_images, make_vases, render
 
 VASE = Vase("0" * 8, "Attic", "black-figure", "amphora", "star", seed=5)
 

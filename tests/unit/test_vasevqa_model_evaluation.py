@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from vasevqa.demo_data import questions
-from vasevqa.demo_vases import make_vases
+from vasevqa.demo_data.vases import make_vases
 from vasevqa.model import evaluation, rows
 
 

@@ -112,7 +112,7 @@ def flags(script: str, paths: DemoPaths) -> list[str]:
 def texts() -> list[str]:
     """What the tiny model's tokenizer learns its words from."""
     from vasevqa.demo_data import questions
-    from vasevqa.demo_vases import make_vases
+    from vasevqa.demo_data.vases import make_vases
 
     asked = list(questions.QUESTIONS.values())
     vases = make_vases(300, seed=0)
@@ -138,7 +138,7 @@ def _write_rows(paths: DemoPaths, seed: int) -> None:
 
 
 def _draw(rows: Sequence[dict[str, Any]], vases: Sequence[Any], directory: Path) -> None:
-    from vasevqa.demo_vases import VIEWS, render, to_jpeg
+    from vasevqa.demo_data.vases import VIEWS, render, to_jpeg
 
     wanted = {name for row in rows for name in row["images"]}
     for vase in vases:
@@ -156,7 +156,7 @@ def _writer(content: bytes) -> Any:
 def _write_model(directory: Path, seed: int) -> None:
     from vasevqa.demo_data import qwen
     from vasevqa.demo_data.questions import lessons
-    from vasevqa.demo_vases import VIEWS, render
+    from vasevqa.demo_data.vases import VIEWS, render
 
     rng = random.Random(f"views {seed}")
     vases = _vases(NUM_PICTURED, _PICTURED, seed)
@@ -168,6 +168,6 @@ def _write_model(directory: Path, seed: int) -> None:
 
 
 def _vases(count: int, stream: int, seed: int) -> list[Any]:
-    from vasevqa.demo_vases import make_vases
+    from vasevqa.demo_data.vases import make_vases
 
     return make_vases(count, seed=10 * seed + stream + 1000)

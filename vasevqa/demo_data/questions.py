@@ -4,7 +4,7 @@
     rows[0]    {"images": ["images/….jpg"], "caption": "…", "attribute": "fabric",
                 "conversations": [{"from": "human", "value": "<image> …"}, …]}
 
-Standard library and demo_vases alone.
+Standard library and vases.py alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vasevqa.demo_vases import VIEWS, Vase
+from vasevqa.demo_data.vases import VIEWS, Vase
 
 QUESTIONS = {
     "fabric": "What is the fabric of this vase?",

@@ -1,9 +1,9 @@
-"""Where the demo of the filters lies, and the settings that suit it; built when first needed.
+"""Where the demo of the filters is, and the settings that suit it; built when first needed.
 
 Settings are those of --demo alone: what the user has typed is not among them.
 
-vasevqa/demo/data/images, images2    pictures (vasevqa/demo_vases.py)
-vasevqa/demo/weights/clip            a tiny CLIP (vasevqa/demo_clip.py)
+vasevqa/demo/data/images, images2    pictures (demo_data/vases.py)
+vasevqa/demo/weights/clip            a tiny CLIP (demo_data/clip.py)
 vasevqa/demo/runs/filter/            what the four scripts make of them, one from another
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import UserError
-from vasevqa import demo_vases
+from vasevqa.demo_data import vases
 
 ROOT = Path(__file__).resolve().parents[1] / "demo"
 DATA, CLIP, RUNS = ROOT / "data", ROOT / "weights" / "clip", ROOT / "runs" / "filter"
@@ -25,7 +25,7 @@ BEST = "best_image_quality_model.pth"
 
 def for_model(typed: Collection[str]) -> dict[str, Any]:
     """Settings of model.py: what suits 240 pictures and two CPU cores."""
-    pictures = demo_vases.build_images(DATA)
+    pictures = vases.build_images(DATA)
     settings = {
         "data_dir": pictures.labelled,
         "output_dir": QUALITY,
@@ -41,7 +41,7 @@ def for_model(typed: Collection[str]) -> dict[str, Any]:
 
 def for_classifier(typed: Collection[str]) -> dict[str, Any]:
     """Settings of classifier.py, whose model may be typed."""
-    pictures = demo_vases.build_images(DATA)
+    pictures = vases.build_images(DATA)
     model = QUALITY / BEST
     if "model_path" not in typed:
         _made(model, "python model.py --demo")
@@ -66,9 +66,9 @@ def for_clipfilter2(typed: Collection[str]) -> dict[str, Any]:
 
 
 def _clip() -> dict[str, Any]:
-    from vasevqa import demo_clip
+    from vasevqa.demo_data import clip
 
-    folder = demo_clip.build(CLIP)
+    folder = clip.build(CLIP)
     return {"model_cache_dir": folder, "workers": 0}
 
 

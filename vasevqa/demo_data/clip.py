@@ -23,7 +23,7 @@ from torch.nn.functional import cross_entropy, normalize
 from shared import seed
 from shared.build_once import build_once
 from shared.files import write_atomic, write_json
-from vasevqa.demo_vases import VIEWS, make_vases, render
+from vasevqa.demo_data.vases import VIEWS, make_vases, render
 from vasevqa.filter import clip
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""The demo's vases: what each is, and folders of their pictures (drawn in demo_vase_pictures.py).
+"""The demo's vases: what each is, and folders of their pictures (drawn in vase_pictures.py).
 
     vase = make_vases(40, seed=0)[3]
     vase.shape, vase.technique, vase.decoration      'hydria', 'red-figure', 'star'
@@ -22,8 +22,8 @@ import numpy as np
 
 from shared.build_once import build_once
 from shared.files import write_atomic, write_json
-from vasevqa.demo_vase_pictures import CLAY, FLAWS, PROFILES, VERSION, VIEWS, render, to_jpeg
-from vasevqa.demo_vase_pictures import SIZE as SIZE  # for those who look at the pictures
+from vasevqa.demo_data.vase_pictures import CLAY, FLAWS, PROFILES, VERSION, VIEWS, render, to_jpeg
+from vasevqa.demo_data.vase_pictures import SIZE as SIZE  # for those who look at the pictures
 
 SUFFIX = "ac001001.jpg"  # the end of every export of the archive that the names follow
 

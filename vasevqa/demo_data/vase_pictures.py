@@ -3,7 +3,7 @@
     render(vase, view=1)                             (160, 160, 3) uint8
     to_jpeg(render(vase, 1, flaw="dark"))            what is the matter with the photograph
 
-The vase is a surface of revolution with a painted skin (vasevqa/demo_vases.py says which). numpy
+The vase is a surface of revolution with a painted skin (vases.py says which). numpy
 alone, with Pillow for JPEG.
 """
 
@@ -20,7 +20,7 @@ from shared import drawing
 from shared.drawing import Colour, Floats
 
 if TYPE_CHECKING:
-    from vasevqa.demo_vases import Vase
+    from vasevqa.demo_data.vases import Vase
 
 VERSION = 1  # of what is drawn and written; another number rebuilds
 SIZE = 160  # pixels a side
@@ -55,7 +55,7 @@ _ONE_HANDLE = ("lekythos", "oinochoe")
 _BLACK: Colour = (28, 24, 22)
 _WHITE: Colour = (238, 234, 220)
 
-# One random stream each, beside those of demo_vases.py; a new one gets a number of its own.
+# One random stream each, beside those of vases.py; a new one gets a number of its own.
 _SCENE, _VIEW, _BREAK, _FLAW = 1, 2, 3, 4
 _SKIN = (128, 308)  # pixels: height, and all the way round
 
