@@ -2,7 +2,7 @@
 
     python shared/guard.py PARENT SECONDS PROGRAM [ARGUMENT…]
 
-shared/foreign.py, whose id PARENT is, starts it. The first signal, and the parent's death, send
+shared/program.py, whose id PARENT is, starts it. The first signal, and the parent's death, send
 SIGTERM to the program's process group, once. Later signals, and SECONDS without an end, kill every
 process that is left, those in sessions of their own too (torchrun's workers): the orphans among
 them become this one's children. Leaves when none is left, with the program's exit code as a shell

@@ -30,8 +30,8 @@ from multimodal.pairs import audio, clips, voxceleb
 from multimodal.training import evaluation as trained_models
 from multimodal.training import report, settings_file
 from shared import download, hub, lock, settings, stages
-from shared.foreign_log import JsonLinesProgress
 from shared.page import Page
+from shared.program import JsonLinesProgress
 from tests.fuzz_readers import SETTINGS, STATUS, picture, put, together
 from tests.fuzzing import Reader
 from vasevqa.filter import clip, place, quality

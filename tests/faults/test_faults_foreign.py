@@ -1,4 +1,4 @@
-"""A foreign program under `shared/foreign.py`: it ends well, breaks, is stopped, or outlives us."""
+"""A foreign program under `shared/program.py`: it ends well, breaks, is stopped, or outlives us."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tests.harness import (
 )
 
 pytestmark = pytest.mark.serial
-LAUNCH = ROOT / "shared" / "foreign.py"
+LAUNCH = ROOT / "shared" / "program.py"
 
 # like `swift`: waits in subprocess.run for an agent, hears no signal itself
 SWIFT = """

@@ -83,7 +83,7 @@ def test_a_stop_of_several_processes_leaves_the_page(tmp_path):
 
 def test_a_foreign_program_gets_its_page(tmp_path):
     program = "import sys; print('trained'); sys.exit(3 if 'break' in sys.argv else 0)"
-    launch = [ROOT / "shared" / "foreign.py", "--run-dir", tmp_path, "--recipe", "vasevqa", "--"]
+    launch = [ROOT / "shared" / "program.py", "--run-dir", tmp_path, "--recipe", "vasevqa", "--"]
     command = [sys.executable, "-c", program]
     with start([*launch, *command]) as running:
         assert running.finish().code == 0

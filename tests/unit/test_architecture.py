@@ -27,7 +27,7 @@ LIGHT = {
         "files",
         "child",
         "stages",
-        "foreign",
+        "program",
         "run_text",
     )
 } | {"shared.report", "shared.allocator", "shared.tools.about"}

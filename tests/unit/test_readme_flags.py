@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from shared.config import ProcessOptions, RunOptions, ToolOptions
-from shared.foreign import ForeignOptions
+from shared.program import ProgramOptions
 from shared.settings import leaves
 from shared.stages import StageOptions
 from shared.tools import monitor
@@ -225,7 +225,7 @@ def test_batches_on_the_page_of_scaling_are_the_codes():
 @pytest.mark.parametrize("page", [p for p in IN_BOTH_LANGUAGES if "ddp_series" not in p])
 def test_every_flag_that_a_page_mentions_exists(page: str):
     known = set(FOREIGN)
-    for kind in (*COMMON, ToolOptions, ForeignOptions, monitor.Config):
+    for kind in (*COMMON, ToolOptions, ProgramOptions, monitor.Config):
         known |= set(flags_of(kind()))
     for recipe in RECIPES:
         for script in scripts_of(recipe):

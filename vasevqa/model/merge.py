@@ -83,7 +83,7 @@ def _flags(documented: list[str], typed: list[str]) -> "tuple[Flags, Flags]":
 
 
 def _merge(merge: "Merge", flags: "Flags", *, dry: bool) -> int:
-    from shared import foreign, lock
+    from shared import lock, program
     from vasevqa.model import merging, runs, swift_flags
 
     fresh = merge.target.with_name(f".{merge.target.name}.{os.getpid()}")
@@ -95,11 +95,11 @@ def _merge(merge: "Merge", flags: "Flags", *, dry: bool) -> int:
     _check_room(merge)
     command = [sys.executable, str(HERE / "swift_command.py"), *words]
     env = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
-    options, run_dir = foreign.ForeignOptions(recipe="vasevqa"), merge.target.parent / "merge"
+    options, run_dir = program.ProgramOptions(recipe="vasevqa"), merge.target.parent / "merge"
     os.close(lock.take(run_dir, "--output_dir"))  # refused before anything there is changed
     runs.describe_merge(run_dir, flags | named, shlex.join(["swift", *words]))
     try:
-        code = foreign.run(command, run_dir, options, env=env)
+        code = program.run(command, run_dir, options, env=env)
         if code != DONE:
             return code
         merging.verify(merge, fresh)

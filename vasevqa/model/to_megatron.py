@@ -81,7 +81,7 @@ def _is_there(module: str) -> bool:
 
 
 def _convert(flags: dict[str, list[str]], *, dry: bool) -> int:
-    from shared import foreign
+    from shared import program
     from vasevqa.model import plan, swift_flags
 
     output = Path(swift_flags.text(flags, "output_dir"))
@@ -96,7 +96,7 @@ def _convert(flags: dict[str, list[str]], *, dry: bool) -> int:
         return DONE
     command = [sys.executable, str(HERE / "swift_command.py"), *words]
     status = output.with_name(f"{output.name}.status")  # swift wants to make its own directory
-    return foreign.run(command, status, foreign.ForeignOptions(recipe="vasevqa"))
+    return program.run(command, status, program.ProgramOptions(recipe="vasevqa"))
 
 
 if __name__ == "__main__":

@@ -138,12 +138,12 @@ def _run(plan: "Plan", found: "Findings", steps: int) -> int:
 
 def _supervise(plan: "Plan", steps: int, variables: dict[str, str], data: dict[str, int]) -> int:
     """Run swift with the care our own runs get: lock, status, signals, exit code."""
-    from shared import foreign
+    from shared import program
 
     sys.stdout.write(f"swift {shlex.join(plan.command)}\n")
     command = [sys.executable, str(HERE / "swift_command.py"), *plan.command]
-    options = foreign.ForeignOptions(recipe="vasevqa", total_steps=steps)
-    return foreign.run(command, plan.output_dir, options, env=variables, data=data)
+    options = program.ProgramOptions(recipe="vasevqa", total_steps=steps)
+    return program.run(command, plan.output_dir, options, env=variables, data=data)
 
 
 def _roots() -> list[Path]:

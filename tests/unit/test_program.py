@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from shared.files import read_json_lines
-from shared.foreign_log import JsonLinesProgress, numbers
+from shared.program import JsonLinesProgress, numbers
 
 # as ms-swift 4.6 writes them
 TRAIN = {

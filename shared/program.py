@@ -1,6 +1,6 @@
 """The care that our own runs get, for a program that is not ours: lock, status, signals, exit code.
 
-    python shared/foreign.py --run-dir DIR [--recipe NAME] [--total-steps N] -- PROGRAM [ARGUMENT…]
+    python shared/program.py --run-dir DIR [--recipe NAME] [--total-steps N] -- PROGRAM [ARGUMENT…]
 
 A guard process (shared/guard.py) owns the program's processes, so that nothing of them is left
 however we end. Standard library only.
@@ -8,13 +8,17 @@ however we end. Standard library only.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
+import math
 import os
 import shlex
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +38,7 @@ from shared.errors import (
     UserError,
     one_line,
 )
-from shared.foreign_log import JsonLinesProgress
+from shared.files import open_regular
 from shared.processes import adopt_orphans
 from shared.settings import Range
 from shared.status import Status
@@ -42,10 +46,14 @@ from shared.status import Status
 log = logging.getLogger(__name__)
 
 Progress = Callable[[], dict[str, Any]]  # the changes for status.json since the last call
+_POSITION, _PACE, _MEMORY = "global_step/max_steps", "train_speed(s/it)", "memory(GiB)"
+_CHECKPOINTS = ("best_model_checkpoint", "last_model_checkpoint")
+_NAMES = {"learning_rate": "lr"}  # what our own recipes call it
+_FLAT_STEPS = 10  # of GRPO without a spread of rewards, before it is said
 
 
 @dataclass(frozen=True)
-class ForeignOptions:
+class ProgramOptions:
     """Flags for a foreign program's run, before the --."""
 
     run_dir: Path | None = free(None, "where status, lock and metrics go")
@@ -59,7 +67,7 @@ class ForeignOptions:
 def run(
     command: Sequence[str],
     run_dir: Path,
-    options: ForeignOptions = ForeignOptions(),
+    options: ProgramOptions = ProgramOptions(),
     *,
     env: Mapping[str, str] | None = None,
     progress: Progress | None = None,
@@ -78,21 +86,21 @@ def run(
     handle = lock.take(run_dir)
     try:
         adopt_orphans()
-        program = _Foreign(command, run_dir, options, progress)
+        program = _Program(command, run_dir, options, progress)
         program.counts(data or {})
         return program.run(env, handle)
     finally:
         os.close(handle)
 
 
-class _Foreign:
+class _Program:
     """One run of a foreign program."""
 
     def __init__(
         self,
         command: Sequence[str],
         run_dir: Path,
-        options: ForeignOptions,
+        options: ProgramOptions,
         progress: Progress | None,
     ) -> None:
         self._command, self._timeout = list(command), options.shutdown_timeout
@@ -156,6 +164,118 @@ def _ending(code: int) -> str:
     return f"was ended by {names[code]}{why}"
 
 
+# --- how far it is: ms-swift's logging.jsonl -----------------------------------------------------
+
+
+class JsonLinesProgress:
+    """Reads what is added to logging.jsonl in `run_dir` and in the directories in it.
+
+    Called from time to time; returns the changes for status.json, and writes the same numbers into
+    `run_dir/metrics.jsonl`, one object a step, as our own runs do.
+    """
+
+    def __init__(self, run_dir: Path, name: str = "logging.jsonl") -> None:
+        self._run_dir, self._name = run_dir, name
+        self._offsets = {path: path.stat().st_size for path in self._files()}  # of earlier runs
+        self._last: dict[str, float | None] = {}
+        self._flat_steps = 0
+        self._metrics = run_dir / "metrics.jsonl"
+        if self._metrics.exists():
+            self._metrics.rename(_free_name(self._metrics))
+
+    def __call__(self) -> dict[str, Any]:
+        """The newest step, total_steps, epoch, eta_s, last and outputs, where there is news."""
+        changes: dict[str, Any] = {}
+        for path in self._files():
+            for line in self._news(path):
+                changes |= self._take(line)
+        return changes
+
+    def _files(self) -> list[Path]:
+        return sorted([*self._run_dir.glob(self._name), *self._run_dir.glob(f"*/{self._name}")])
+
+    def _news(self, path: Path) -> Iterator[dict[str, Any]]:
+        """The whole lines that were added; half a line waits for its end."""
+        with contextlib.suppress(OSError), open_regular(path) as stream:
+            stream.seek(self._offsets.get(path, 0))
+            text = stream.read()
+            whole = text[: text.rfind(b"\n") + 1]
+            self._offsets[path] = stream.tell() - len(text) + len(whole)
+            for line in whole.splitlines():
+                with contextlib.suppress(ValueError, RecursionError):
+                    found = json.loads(line)
+                    if isinstance(found, dict):
+                        yield found
+
+    def _take(self, line: dict[str, Any]) -> dict[str, Any]:
+        outputs = [line[name] for name in _CHECKPOINTS if isinstance(line.get(name), str)]
+        if outputs:
+            return {"outputs": list(dict.fromkeys(outputs))}
+        step, _, total = str(line.get(_POSITION, "")).partition("/")
+        if not (step.isdigit() and total.isdigit() and len(step) + len(total) < 30):
+            return {}
+        values = numbers(line)
+        epoch = max(0, math.ceil(values.pop("epoch", 0) or 0) - 1)  # theirs counts what is behind
+        left = (int(total) - int(step)) * (values.get("seconds_per_step") or math.nan)
+        self._record(int(step), epoch, values)
+        self._watch_rewards(int(step), values)
+        self._last |= values
+        return {
+            **{"step": int(step), "total_steps": int(total), "epoch": epoch},
+            "last": dict(self._last),
+            "eta_s": left if math.isfinite(left) else None,
+        }
+
+    def _record(self, step: int, epoch: int, values: dict[str, float | None]) -> None:
+        is_validation = any(name.startswith("eval_") for name in values)
+        split = "val" if is_validation else "train" if "loss" in values else "end"
+        row = {"step": step, "epoch": epoch, "split": split, "time": round(time.time(), 3)}
+        named = {name.removeprefix("eval_"): value for name, value in values.items()}
+        with contextlib.suppress(OSError), self._metrics.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(row | named) + "\n")
+
+    def _watch_rewards(self, step: int, values: dict[str, float | None]) -> None:
+        """Warn, once a stretch, when the answers to each question earn the same: no gradient."""
+        if "reward_std" not in values:
+            return
+        self._flat_steps = 0 if values["reward_std"] else self._flat_steps + 1
+        if self._flat_steps == _FLAT_STEPS:
+            log.warning(
+                "step %d: %d steps in a row without a spread of rewards, so nothing is learnt: "
+                "raise --temperature or --num_generations, or reward parts of an answer",
+                *(step, _FLAT_STEPS),
+            )
+
+
+def numbers(line: dict[str, Any]) -> dict[str, float | None]:
+    """The line's numbers under our names; None for NaN and infinities."""
+    found: dict[str, float | None] = {}
+    for name, value in line.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            continue
+        with contextlib.suppress(ValueError, OverflowError):
+            number = float(value)
+            found[_NAMES.get(name, name)] = number if math.isfinite(number) else None
+    for theirs, ours, factor in (
+        (_MEMORY, "memory_bytes", 2.0**30),
+        (_PACE, "seconds_per_step", 1),
+    ):
+        number = found.pop(theirs, None)
+        if number:
+            found[ours] = number * factor
+    if found.get("seconds_per_step"):
+        found["steps_per_s"] = round(1 / (found["seconds_per_step"] or 1), 4)
+    return found
+
+
+def _free_name(path: Path) -> Path:
+    """The first of metrics.1.jsonl, metrics.2.jsonl, … that is not there."""
+    number = 1
+    while os.path.lexists(free := path.with_name(f"{path.stem}.{number}{path.suffix}")):
+        number += 1
+    return free
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the program after the `--`; the exit code of its run."""
     logs.open_streams()
@@ -164,10 +284,10 @@ def main(argv: list[str] | None = None) -> int:
     at = words.index("--") if "--" in words else len(words)
     command = words[at + 1 :]
     try:
-        options = parse(ForeignOptions, words[:at], __doc__)
+        options = parse(ProgramOptions, words[:at], __doc__)
         if options.run_dir is None or not command:
             missing = "a program after --" if options.run_dir else "--run-dir"
-            raise UserError(f"{missing} is missing: foreign.py --run-dir DIR -- PROGRAM …")
+            raise UserError(f"{missing} is missing: program.py --run-dir DIR -- PROGRAM …")
         return run(command, options.run_dir, options)
     except UserError as error:
         failure = outcome.Failure(0, error.exit_code, "user", one_line(error))
