@@ -27,7 +27,8 @@ from typing import Any
 
 import httpx
 
-from shared.errors import INTERRUPTED, UserError, one_line
+from shared import stop
+from shared.errors import UserError, one_line
 from shared.files import read_object, write_json
 from shared.progress import Meter, amount
 from shared.web import LOST, Client, DownloadError, TransientError, why_lost
@@ -35,12 +36,6 @@ from shared.web import LOST, Client, DownloadError, TransientError, why_lost
 log = logging.getLogger(__name__)
 
 PART, NOTES = ".part", ".download.json"
-
-
-class DownloadInterrupted(UserError):  # noqa: N818, it is no error
-    """Ctrl-C: what was fetched stays; exit code 130."""
-
-    exit_code = INTERRUPTED
 
 
 @dataclass(frozen=True)
@@ -89,12 +84,15 @@ def plan_of(files: Iterable[File], directory: Path, *, read_again: bool = False)
 def fetch(client: Client, plan: Plan) -> None:
     """Fetch what the plan misses, and note down that the rest is verified.
 
-    Where another process fetches into the directory, waits for it. Raises UserError (no space),
-    DownloadError (the network, the server, wrong content) and DownloadInterrupted; what came until
-    then is kept.
+    Where another process fetches into the directory, waits for it. Raises UserError (no space) and
+    DownloadError (the network, the server, wrong content); what came until then is kept.
     """
     total = sum(file.size or 0 for file in plan.missing)
-    with _owned(plan.directory), contextlib.closing(Meter(total, total - plan.remaining)) as meter:
+    with (
+        _owned(plan.directory),
+        stop.keeping("what came is kept, and the same command continues there"),
+        contextlib.closing(Meter(total, total - plan.remaining)) as meter,
+    ):
         notes = Notes(plan.directory)
         missing = [file for file in plan.missing if not _is_there(file, notes)]  # another may have
         check_space(plan.directory, plan.remaining if missing else 0)
@@ -104,10 +102,6 @@ def fetch(client: Client, plan: Plan) -> None:
             for file in missing:
                 _fetch_from_first(client, file, notes, meter)
             notes.save()
-        except KeyboardInterrupt:
-            raise DownloadInterrupted(
-                f"interrupted with {meter}; the same command continues there"
-            ) from None
         except OSError as error:
             raise _unusable(plan.directory, error) from None
 

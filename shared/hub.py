@@ -25,7 +25,7 @@ from huggingface_hub import HfApi, constants, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import build_hf_headers
 
-from shared.download import NOTES, PART, DownloadInterrupted, File, Plan, fetch, plan_of
+from shared.download import NOTES, PART, File, Plan, fetch, plan_of
 from shared.errors import UserError, did_you_mean, one_line
 from shared.files import write_json, write_text
 from shared.progress import amount
@@ -265,8 +265,6 @@ def _needed(source: str, place: Path) -> Iterator[None]:
     """Name source and place of weights that cannot be fetched."""
     try:
         yield
-    except DownloadInterrupted:
-        raise
     except UserError as error:
         raise NoWeightsError(
             f"{place} is missing and cannot be fetched from {source}: {one_line(error)}"

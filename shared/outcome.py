@@ -112,12 +112,16 @@ def closing_line(code: int, reason: str) -> None:
     log.info("%s: %s (exit %d)", words.get(code, "failed"), reason, code)
 
 
-def end_now(code: int, reason: str) -> None:
-    """The last words of a process that a signal ends before it could save; it leaves after them."""
+def end_now(code: int, reason: str, kept: str) -> None:
+    """The last words of a process that a signal ends before it could save; it leaves after them.
+
+    kept: what the words end with.
+    """
     if os.environ.get("RANK", "0") != "0":
         return
     if code != FAILED and (_run_dir or WORD in os.environ):
         reason += " before the first step"
+    reason += f": {kept}" if kept else ""
     status.close(_run_dir, code, reason, "failed" if code == FAILED else "stopped")
     closing_line(code, reason)
     if WORD in os.environ:

@@ -13,10 +13,12 @@ signal that is ignored at the start (SIGHUP under nohup) stays so. Standard libr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType, SimpleNamespace
 from typing import NoReturn
@@ -34,6 +36,7 @@ _state = SimpleNamespace(
     at=0.0,
     is_held=False,
     is_launched=False,
+    kept="",  # what a closing line adds
     before={},  # signal → its handler before ours
     older=frozenset(),  # children from before, such as the log's tee of a script
 )
@@ -79,6 +82,16 @@ def number() -> int:
     return _state.number
 
 
+@contextlib.contextmanager
+def keeping(words: str) -> Iterator[None]:
+    """Within, the closing line of a process that a signal ends at once says this too."""
+    _state.kept = words
+    try:
+        yield
+    finally:
+        _state.kept = ""
+
+
 class Stopped(BaseException):
     """The way out of what was asked to stop."""
 
@@ -105,7 +118,7 @@ def end_now(code: int, reason: str) -> NoReturn:
         if _state.is_launched:
             from shared import outcome
 
-            outcome.end_now(code, reason)
+            outcome.end_now(code, reason, _state.kept)
         else:
             word = "interrupted" if code == INTERRUPTED else "stopped"
             sys.stdout.write(f"{time.strftime('%F %T')} | {word}: {reason} (exit {code})\n")

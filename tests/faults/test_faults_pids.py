@@ -147,7 +147,7 @@ def test_a_worker_whose_number_was_given_out_again_is_not_killed(tmp_path, born,
         (tmp_path / "pid.0").write_text(json.dumps(proof_of(other) | born))
         script = (
             "import pathlib, sys; from shared import supervisor; "
-            "supervisor.Stops(pathlib.Path(sys.argv[1])).kill_workers()"
+            "supervisor.Stops(pathlib.Path(sys.argv[1]), RuntimeError).kill_workers()"
         )
         command = [sys.executable, "-c", script, str(tmp_path)]
         subprocess.run(command, check=True, cwd=ROOT, timeout=60)

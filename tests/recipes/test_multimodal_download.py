@@ -539,7 +539,15 @@ def test_fault_33_a_killed_download_is_continued(server, tmp_path, files):
         sources.DATA_SETS["clotho"] = DataSet("clotho", archives=(archive,))
         sys.exit(download_datasets.main(sys.argv[1:]))
     """
-    flags = ["--datasets", "clotho", "--data-root", str(tmp_path), "--mirror", f"{server.url}/cdn"]
+    flags = [
+        "--datasets",
+        "clotho",
+        "--data-root",
+        str(tmp_path),
+        "--no-words",
+        "--mirror",
+        f"{server.url}/cdn",
+    ]
     command = [sys.executable, "-c", textwrap.dedent(script), *flags]
     part = tmp_path / f"clotho/downloads/{name}.part"
     first = subprocess.Popen(command)

@@ -40,9 +40,8 @@ SHARED = (
         "lock",
         "logs",
         "outcome",
-        "prctl",
     ),
-    *("processes", "progress", "run_status", "run_text", "settings", "signals", "status"),
+    *("processes", "progress", "run_status", "run_text", "settings", "status", "stop"),
     *("terminal", "tools/about", "tools/run_demos"),
 )
 RUN = {"command": "train.sh --demo", "run": "demo/runs/checkpoints"}

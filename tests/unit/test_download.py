@@ -18,7 +18,6 @@ import pytest
 
 from face_distill.download_weight import weight_files
 from shared import download, progress, web
-from shared.download import DownloadInterrupted
 from shared.errors import UserError
 from shared.hub import Repository, open_hub
 from shared.web import DownloadError, Patience
@@ -303,22 +302,6 @@ def test_killed_half_way_only_the_missing_bytes_are_asked_for_again(hub, tmp_pat
     assert hub.asked(SHARDS[0]) == [f"bytes={size}-"]
     assert hub.sent(SHARDS[0]) == len(WEIGHTS) - size
     assert (tmp_path / SHARDS[0]).read_bytes() == WEIGHTS
-
-
-def test_ctrl_c_keeps_what_came_and_says_how_to_go_on(hub, tmp_path, monkeypatch):
-    def interrupted(meter, count):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(progress.Meter, "add", interrupted)
-        with pytest.raises(DownloadInterrupted, match="the same command continues") as caught:
-            fetch(hub, tmp_path, SHARDS[0])
-    assert caught.value.exit_code == 130
-    size = (tmp_path / (SHARDS[0] + download.PART)).stat().st_size
-    assert size > 0
-    hub.requests.clear()
-    fetch(hub, tmp_path, SHARDS[0])
-    assert hub.asked(SHARDS[0]) == [f"bytes={size}-"]
 
 
 # --- busy and silent servers ----------------------------------------------------------------------
