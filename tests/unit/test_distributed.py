@@ -58,6 +58,10 @@ def test_sums_and_means_are_those_of_all_ranks(report: list[dict[str, Any]]) -> 
         assert seen["mean"] == [1.5, 5.0]
 
 
+def test_what_one_rank_tells_all_hear_without_a_collective(report: list[dict[str, Any]]) -> None:
+    assert [seen["told"] for seen in report] == [[False, True], [False, True]]
+
+
 def test_the_mean_of_two_ranks_is_that_of_all_samples(report: list[dict[str, Any]]) -> None:
     for seen in report:  # 2, and not 2.5, the mean of the means; a share is half of the sums
         assert seen["means"] == [2.0, 2.0, 9.0, 4.5]
@@ -155,6 +159,16 @@ def relation_loss(features: Tensor) -> Tensor:
     return torch.pdist(features).log().square().mean() + features.std(dim=0).sum()
 
 
+def told(world: World) -> list[bool]:
+    """What tell_all says before rank 1 alone has told, and after."""
+    before = distributed.tell_all(False, world)
+    distributed.barrier(world)
+    if world.rank == 1:
+        distributed.tell_all(True, world)
+    distributed.barrier(world)
+    return [before, distributed.tell_all(False, world)]
+
+
 def means(world: World) -> list[float]:
     """The mean of six ones and three fours, before and after each rank has taken its share."""
     mean = Mean(world)
@@ -173,6 +187,7 @@ def reductions(world: World) -> dict[str, Any]:
         "mean": distributed.mean(values, world).tolist(),
         "argument": values.tolist(),
         "means": means(world),
+        "told": told(world),
         "largest": distributed.largest(15 * world.rank, world),
         "any": [distributed.any_rank(flag, world) for flag in (world.rank == 1, False)],
         "broadcast": distributed.broadcast_object(
