@@ -172,9 +172,8 @@ def _model(
     import torch
 
     from arcface.inshop_retrieval import encoders
-    from shared.allocator import keep_freed_memory
     from shared.amp import Amp
-    from shared.device import resolve
+    from shared.device import keep_freed_memory, resolve
     from shared.distributed import World
 
     device = resolve(cfg.tool.device, 0, os.environ)

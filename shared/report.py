@@ -24,8 +24,9 @@ from shared.errors import UserError, one_line
 from shared.files import is_file, read_bytes
 from shared.page import Page, Picture
 from shared.progress import clock
-from shared.run_status import Run, Series, flat, number
+from shared.run_status import Run, Series, number
 from shared.run_text import percent
+from shared.settings import flat
 
 log = logging.getLogger(__name__)
 

@@ -244,17 +244,6 @@ def curves(run: Run) -> dict[str, dict[str, Series]]:
     return found
 
 
-def flat(values: dict[str, Any], prefix: str = "", depth: int = 20) -> dict[str, Any]:
-    """`values` without nesting: {"a": {"b": 1}} → {"a.b": 1}; an empty mapping stays as it is."""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict) and value and depth:
-            found |= flat(value, f"{prefix}{name}.", depth - 1)
-        else:
-            found[f"{prefix}{name}"] = value
-    return found
-
-
 def number(value: Any) -> float | None:
     """`value` as a float: NaN for null, None for what is no number."""
     if value is None:

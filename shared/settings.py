@@ -172,6 +172,17 @@ def plain(value: Any) -> Any:
     return value
 
 
+def flat(values: dict[str, Any], prefix: str = "", depth: int = 20) -> dict[str, Any]:
+    """`values` without nesting: {"a": {"b": 1}} → {"a.b": 1}; an empty mapping stays as it is."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict) and value and depth:
+            found |= flat(value, f"{prefix}{name}.", depth - 1)
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
 def differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """'name: old → new' for every setting that is not the same in both."""
     names = sorted(before.keys() | now.keys())

@@ -20,7 +20,6 @@ from typing import Annotated, Any, Literal
 from arcface.inshop_retrieval import config, inshop, pipeline
 from shared.errors import UserError, did_you_mean, one_line, shortened, shown
 from shared.files import read_json, read_text
-from shared.run_status import flat
 from shared.settings import (
     COUNTS,
     SEEDS,
@@ -32,6 +31,7 @@ from shared.settings import (
     Size,
     Workers,
     differing,
+    flat,
     number,
     read,
     sections,

@@ -319,7 +319,7 @@ def _settle_torch(cfg: Config, recipe: Recipe, world: World) -> None:
     import torch
 
     from shared import seed
-    from shared.allocator import keep_freed_memory
+    from shared.device import keep_freed_memory
 
     seed.seed_all(cfg.run.seed)
     torch.backends.cudnn.benchmark = recipe.cudnn_benchmark

@@ -30,7 +30,7 @@ from arcface.demo_data.garments import draw_garment, draw_shot, style_of
 from arcface.inshop_retrieval.encoders import Preprocess
 from arcface.inshop_retrieval.inshop import InShop, collate
 from arcface.inshop_retrieval.pipeline import build_pipeline
-from shared.allocator import keep_freed_memory
+from shared.device import keep_freed_memory
 from shared.images import decode_rgb
 from tests.benchmarks.measure import compare, conclude, in_turn
 

@@ -60,8 +60,8 @@ from arcface.inshop_retrieval.pipeline import build_pipeline
 from arcface.inshop_retrieval.recipe import Overrides, Recipe, without_data
 from arcface.inshop_retrieval.schedule import build_optimizers, parameters
 from arcface.run_scripts.run_arcface import build_head
-from shared.allocator import keep_freed_memory
 from shared.amp import Amp
+from shared.device import keep_freed_memory
 from shared.distributed import World
 from shared.errors import MissingToolError, UserError, one_line
 from tests.benchmarks.inshop_loader import BATCH, STEPS, batches, workers, write_pictures

@@ -30,7 +30,7 @@ LIGHT = {
         "program",
         "run_text",
     )
-} | {"shared.report", "shared.allocator", "shared.tools.about"}
+} | {"shared.report", "shared.tools.about"}
 FOREIGN_TO_SHARED = {"transformers", "peft", "swift", "open_clip"}
 # Who in shared may talk to the process and its user, beside the entry scripts and shared/tools.
 OWNERS = {

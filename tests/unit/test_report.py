@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import processes, report, run_status, status
+from shared import processes, report, settings, status
 from shared.errors import UserError
 from shared.page import Page, Picture, line_chart
 from shared.tools import report as tool
@@ -402,4 +402,4 @@ def test_a_day_of_steps_is_written_in_two_seconds(run_dir):
 
 
 def test_flat_settings_have_dotted_names():
-    assert run_status.flat({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "a.c": {}, "d": [2]}
+    assert settings.flat({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "a.c": {}, "d": [2]}

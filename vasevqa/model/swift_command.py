@@ -14,8 +14,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
-from shared.allocator import keep_freed_memory
-from shared.device import present_gpus
+from shared.device import keep_freed_memory, present_gpus
 from shared.errors import FAILED, MissingToolError, is_out_of_memory
 from shared.processes import die_with_parent
 
