@@ -180,7 +180,10 @@ class Run:
         """A part that rank 0 does for all ranks, which come here too.
 
         Within it rank 0 asks stop.check; Stopped leaves it, and then the block on every rank.
+        Raises NotSavedError where the disk refused the last checkpoint, and may lack other files.
         """
+        if self._unsaved:
+            raise outcome.NotSavedError(self._unsaved)
         with contextlib.suppress(Stopped):
             yield
         self.leave_if_asked()

@@ -21,7 +21,6 @@ from shared import checkpoint
 from shared.amp import Mean
 from shared.checkpoint import Position
 from shared.distributed import World
-from shared.files import write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -179,8 +178,7 @@ class EpochFiles:
         path = self._best_path(record)
         meta = {"epoch": record.best_epoch, "metrics": record.best}
         with checkpoint.beside(path):
-            state = {"state_dict": weights(), "meta": meta}
-            write_atomic(path, lambda stream: torch.save(state, stream))
+            checkpoint.save(path, {"state_dict": weights(), "meta": meta}, keep=1)
             for older in self._dir.glob("best_retrieval_*_epoch_*.pth"):
                 if older != path:
                     older.unlink()
