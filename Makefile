@@ -30,5 +30,6 @@ test-full:
 
 check: lint types shell test
 
+# gpu.py needs a GPU, and is started by hand.
 bench: .venv/setup.stamp
-	@set -e; for file in $(filter-out %/measure.py,$(wildcard tests/benchmarks/*.py)); do $(PYTHON) "$$file"; done
+	@set -e; for file in $(filter-out %/measure.py %/gpu.py,$(wildcard tests/benchmarks/*.py)); do $(PYTHON) "$$file"; done

@@ -15,7 +15,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +79,13 @@ def make_batch(num_views: int, *, zeros: bool = False) -> Batch:
     return Batch(tokens, torch.ones_like(tokens), labels, views, counts, head, True, ANSWER)
 
 
-def plain_loss(model: Any, batch: Batch) -> Tensor:
+def plain_loss(model: Any, batch: Batch, items: Sequence[int] = ITEM_IDS) -> Tensor:
     """The loss the plain way; vectors of views that fill no slot are computed and left."""
     core = core_of(model)
     cls = core.vision_tower(batch.views).last_hidden_state[:, 0]
     vectors = core.multi_modal_projector(cls)[: int(batch.num_views)]
     embeds = core.language_model.embed_tokens(batch.tokens)
-    filled = filled_slots(batch.tokens, ITEM_IDS, batch.num_views)
+    filled = filled_slots(batch.tokens, list(items), batch.num_views)
     embeds = embeds.masked_scatter(filled.unsqueeze(-1), vectors)
     hidden = core.language_model(
         inputs_embeds=embeds, attention_mask=batch.mask, use_cache=False
