@@ -67,6 +67,7 @@ HERE = (  # run by the tests below
     'srun --nodes 2 --ntasks-per-node 1 --gpus-per-node 4 --signal TERM@120 bash -c \'./face_distill/train.sh --nnodes "$SLURM_NNODES" --node-rank "$SLURM_NODEID" --master-addr "$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)" --master-port 29500\'',  # noqa: E501
 )
 ELSEWHERE = {
+    "./real_weights.sh --dry-run": "tests/shell/test_real_weights_sh.py",
     "./run_tests.sh": "what you are running",
     "./face_distill/train.sh --nnodes 2 --node-rank 0 --master-addr 10.0.0.1 --master-port 29500": (
         "two hosts on the loopback: tests/faults/test_faults_processes.py"
@@ -96,6 +97,7 @@ _ARCFACE = "python run_scripts/run_arcface.py --data-root /data/inshop"
 _IN_SHOP = "In-shop and the pretrained weights; on a small tree: tests/recipes/test_arcface.py"
 _OWN = "pictures of one's own; on a small directory: tests/recipes/test_arcface_evaluate.py"
 NEEDS = {
+    "./real_weights.sh": "a GPU and a download; on stubs: tests/shell/test_real_weights_sh.py",
     "export data_path=/data/inshop": _IN_SHOP,
     "python run_scripts/run_arcface.py "
     "--config config/arcface/resnet50-arcface_8xb32_inshop.py "

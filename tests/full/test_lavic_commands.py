@@ -62,6 +62,8 @@ IN_SRC = (
     'python describe.py picture.jpg --title "Desk Tag"',
 )
 NEEDS = {
+    "./real_weights.sh --dry-run": "tests/shell/test_real_weights_sh.py",
+    "./real_weights.sh": "a GPU and a download; on stubs: tests/shell/test_real_weights_sh.py",
     "cd lavic": "typed by every test",
     "pip install -r requirements.txt": "the network",
 }

@@ -52,6 +52,7 @@ HERE = (
 DOWNLOAD = "python download_datasets.py --datasets"
 SERVED = "a local server: tests/recipes/test_multimodal_download.py"
 ELSEWHERE = {
+    "./real_weights.sh --dry-run": "tests/shell/test_real_weights_sh.py",
     "./run_all.sh --demo": "tests/recipes/test_multimodal_run_all.py",
     "bash setup_environment.sh": "tests/shell/test_multimodal_setup.py",
     f"{DOWNLOAD} coco": SERVED,
@@ -59,7 +60,10 @@ ELSEWHERE = {
     f"{DOWNLOAD} all": SERVED,
     f"{DOWNLOAD} all --dry-run": SERVED,
 }
-NEEDS = {"source venv/bin/activate": "what setup_environment.sh makes out of the network"}
+NEEDS = {
+    "./real_weights.sh": "a GPU and a download; on stubs: tests/shell/test_real_weights_sh.py",
+    "source venv/bin/activate": "what setup_environment.sh makes out of the network",
+}
 SETTINGS = {  # config.yaml, edited
     "  size: base": "  size: nano\n  pretrained: random",
     "  epochs: 100": "  epochs: 3\n  checkpoint_every: 2\n  workers: 0\n  clip_seconds: 1.0",

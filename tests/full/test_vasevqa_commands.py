@@ -50,6 +50,7 @@ HERE = (
     *(*EVALUATIONS, MEGATRON),
 )
 ELSEWHERE = {
+    "./real_weights.sh --dry-run": "tests/shell/test_real_weights_sh.py",
     "./run_all.sh --demo": "tests/full/test_vasevqa_demo.py",
     "python model.py --demo": "a stage of ./run_all.sh --demo: tests/full/test_vasevqa_demo.py",
     "swift infer --model ./output/checkpoint-merged --model_type qwen2_5_vl --template qwen2_5_vl "
@@ -57,6 +58,7 @@ ELSEWHERE = {
     "./clipfilter1.sh": "a terminal: tests/shell/test_clipfilter1_sh.py",
 }
 NEEDS = {
+    "./real_weights.sh": "a GPU and a download; on stubs: tests/shell/test_real_weights_sh.py",
     "cd filter": "typed by every test",
     "cd model": "typed by every test",
     "conda create -n swift_env python=3.11": "conda",
