@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests import pages
+from tests.full import figures
 from tests.pages import DOCS, IN_BOTH_LANGUAGES, RECIPES, ROOT, chinese, links, spans, text_of
 
 ORIGINAL = ["In the original", "Here"]
@@ -111,6 +113,26 @@ def test_every_message_on_the_page_of_faults_is_one_that_is_said():
     quoted = [span for cell in seen for span in spans(cell)]
     assert len(quoted) > 30
     assert [span for span in quoted if span.lower() not in said] == []
+
+
+@pytest.mark.parametrize("language", figures.PAGES)
+def test_the_table_of_figures_is_what_the_recorded_results_say(language: str):
+    page = text_of(figures.PAGES[language])
+    assert figures.BEGIN in page
+    assert figures.written(page, language) == page, "run tests/full/figures.py"
+
+
+def test_a_runs_result_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    content = json.loads(figures.FILE.read_text(encoding="utf-8"))
+    copy = tmp_path / "figures.json"
+    copy.write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.setattr(figures, "FILE", copy)
+    result = {"before": 0.5, "after": 0.75, "n": 600}
+    (tmp_path / "status.json").write_text(json.dumps({"result": result}), encoding="utf-8")
+    figures.record("face_distill", "7", tmp_path, 0)
+    (figure,) = json.loads(copy.read_text(encoding="utf-8"))["face_distill"]["demo"]
+    assert figure["seeds"]["7"] == [50.0, 75.0]
+    assert figures.numbers(figure)[3] == max(pair[1] for pair in figure["seeds"].values())
 
 
 def test_every_page_is_one_that_these_tests_read():
