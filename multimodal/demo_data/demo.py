@@ -19,9 +19,9 @@ import numpy as np
 from multimodal.demo_data import files
 from multimodal.demo_data.pictures import all_scenes
 from multimodal.demo_data.sounds import all_clips
-from multimodal.pairs.sources import NAMES
 from shared.build_once import build_once
 
+SETS = ("coco", "clotho", "audiocaps", "voxceleb")  # that the demo draws
 VERSION = 2  # of what is drawn and written; another number rebuilds
 _STREAM = 1  # stays: what is drawn depends on it
 # One random stream each; a new one goes to the end, so that the others draw what they always did.
@@ -33,7 +33,7 @@ class DemoPaths:
 
     def __init__(self, root: Path) -> None:
         self.root, self.data_root = root, root / "data"
-        self.parts = [self.data_root / name for name in NAMES]
+        self.parts = [self.data_root / name for name in SETS]
         self.coco, self.clotho, self.audiocaps, self.voxceleb = self.parts
 
 
