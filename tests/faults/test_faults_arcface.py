@@ -22,59 +22,6 @@ def cfg(*options):
     return ["--cfg-options", *options]
 
 
-MISTAKES = {
-    "a head with fewer classes than the data": (
-        cfg("model.head.num_classes=3"),
-        "model.head.num_classes is 3, the training pictures show 4 items",
-    ),
-    "a head of another width": (
-        cfg("model.head.in_channels=2048"),
-        "model.head.in_channels is 2048, the encoder gives 512",
-    ),
-    "a batch larger than the data": (
-        cfg("train_dataloader.batch_size=25"),
-        "24 samples are too few for one step",
-    ),
-    "no data there": (["--data-root", "/nowhere"], "/nowhere is no directory"),
-    "no configuration there": (["--config", "nowhere.py"], "--config nowhere.py: no such file"),
-    "a misspelt flag": (["--cfg-opitons", "a=1"], "--cfg-opitons; did you mean --cfg-options?"),
-    "a list's index too high": (
-        cfg("train_dataloader.dataset.pipeline.9.scale=72"),
-        "is a list of length 5",
-    ),
-    "an unknown step": (
-        cfg("train_dataloader.dataset.pipeline.1.type=Resiez"),
-        "did you mean Resize?",
-    ),
-    "a crop larger than the picture": (
-        cfg("train_dataloader.dataset.pipeline.2.crop_size=64"),
-        "64 pixels cannot be cut out of 36",
-    ),
-    "weights that are not there": (
-        cfg("model.image_encoder.0.init_cfg={'type': 'Pretrained', 'checkpoint': 'IMAGENET1K_V1'}"),
-        "--init random",
-    ),
-    "a run to continue that is not there": (["--resume", "/nowhere.pth"], "no such checkpoint"),
-    "weights to start from that are not there": (cfg("load_from=/nowhere.pth"), "is missing"),
-    "srun without srun": (["--launcher", "slurm"], "SLURM_PROCID is not set"),
-    "two hosts in one process": (["--launcher", "none", "--nnodes", 2], "leave out --nnodes"),
-    "fp16 on the CPU": (["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs a GPU"),
-    "adaptive margins for items without pictures": (
-        cfg("custom_hooks=[{'type': 'SetAdaptiveMarginsHook'}]", "model.head.num_classes=9"),
-        "class 4 has no samples",
-    ),
-}
-
-
-@pytest.mark.parametrize(("extra", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_named_in_one_line(extra, message, flags, monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    outcome = run_here(run_arcface.main, [*flags, *extra])
-    assert outcome.code == 2, outcome.text
-    assert outcome.last_line.startswith("error: ") and message in outcome.last_line
-    assert "Traceback" not in outcome.text
-
-
 def test_a_malformed_list_is_refused_with_its_line_before_torch_is_loaded(flags, tmp_path):
     root = build_inshop(tmp_path / "broken", 2, 1)
     path = root / "Eval" / "list_eval_partition.txt"

@@ -11,10 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
 
-from shared import checkpoint, files, lock
-from shared.errors import UserError
+from shared import lock
 from tests.faults import probe_recipe
 from tests.harness import (
     PROBE,
@@ -386,24 +384,3 @@ def test_fault_23_checkpoint_that_would_run_code_is_refused(interrupted, tmp_pat
         assert outcome.code == 2
         assert "could run code" in outcome.last_line
         assert not payload.exists()
-
-
-def test_checkpoint_of_another_kind_of_run_is_refused_by_part(tmp_path):
-    path = tmp_path / "last.pt"
-    checkpoint.save(path, {"parts": {}})
-    with pytest.raises(UserError, match="lacks model"):
-        checkpoint.load_parts({"model": nn.Linear(1, 1)}, {}, path)
-
-
-def test_atomic_write_keeps_the_old_file_when_the_writer_fails(tmp_path):
-    path = tmp_path / "value"
-    files.write_text(path, "old")
-
-    def fails(stream):
-        stream.write(b"new")
-        raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        files.write_atomic(path, fails)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]

@@ -1,65 +1,94 @@
-"""Rows 13 and 16 of the fault matrix in the recipes' own loops: full disks, NaN gradients."""
+"""Every recipe's own loop: stopped, killed, continued; a full disk; gradients that are NaN."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 
-from arcface.run_scripts import run_arcface
-from face_distill import train_distill
-from face_distill.demo_data import demo as faces
-from lavic.src import knowledge_distillation
-from multimodal import run_training
-from shared import checkpoint, files
 from shared.amp import Amp
-from tests import arcface_nano, lavic_nano, multimodal_data, vase_filter_nano
-from tests.harness import run_here
-from vasevqa.filter import model
+from tests.harness import losses, paced, run_here, start, status_of, wait_for_step
+from tests.trainings import TRAININGS, Training, records, tensors
+
+pytestmark = [pytest.mark.slow, pytest.mark.limit(300)]
+SAVE_EVERY = 3
 
 
-def arcface(root: Path) -> tuple[Any, list[object], Path]:
-    data = arcface_nano.build_inshop(root / "data")
-    config = arcface_nano.write_config(root / "nano.py")
-    flags = ["--config", config, "--data-root", data, "--work-dir", root / "run"]
-    return run_arcface.main, [*flags, "--save-every", 1], root / "run"
+@pytest.fixture(scope="module", params=TRAININGS)
+def training(request, tmp_path_factory) -> Training:
+    return TRAININGS[request.param](tmp_path_factory.mktemp(request.param))
 
 
-def lavic(root: Path) -> tuple[Any, list[object], Path]:
-    flags = lavic_nano.flags_of(lavic_nano.build_nano(root / "nano"), root / "run")
-    return knowledge_distillation.main, [*flags, "--save-every", 1], root / "run"
+@pytest.fixture(scope="module")
+def whole(training, tmp_path_factory) -> Path:
+    """The place of a run that nothing happened to."""
+    place = tmp_path_factory.mktemp("whole") / "run"
+    outcome = run_here(training.main, training.words(place))
+    assert outcome.code == 0, outcome.text
+    return place
 
 
-def multimodal(root: Path) -> tuple[Any, list[object], Path]:
-    data = multimodal_data.build(root / "data").data_root
-    flags = ["--data-root", data, "--output-dir", root / "run", "--model-size", "nano"]
-    flags += ["--batch-size", 4, "--epochs", 3, "--workers", 0, "--clip-seconds", 1]
-    flags += ["--init", "random"]
-    return run_training.main, [*flags, "--save-every", 1, "--no-use-checkpoint"], root / "run"
+def weights(place: Path) -> dict[str, Any]:
+    """The tensors of every file of weights below a run's place, by file and name."""
+    paths = [path for kind in ("*.pth", "*.pt") for path in place.rglob(kind)]
+    found = {
+        f"{path.relative_to(place)}{name}": tensor
+        for path in paths
+        if not path.name.startswith("last.")  # holds the generators of both runs' starts
+        for name, tensor in tensors(torch.load(path)).items()
+    }
+    adapters = place.rglob("*.safetensors")
+    return found | {str(path.relative_to(place)): path.read_bytes() for path in adapters}
 
 
-def vasevqa(root: Path) -> tuple[Any, list[object], Path]:
-    data = vase_filter_nano.write_quality_set(root / "data", each=12)
-    flags = ["--data_dir", data, "--arch", "resnet10", "--image_size", 32, "--pretrained", "none"]
-    flags += ["--batch_size", 4, "--workers", 0, "--save_every", 1, "--num_epochs", 2]
-    return model.main, [*flags, "--output_dir", root / "run"], root / "run" / ".quality_model"
+def is_same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
-def face_distill(root: Path) -> tuple[Any, list[object], Path]:
-    small = {"NUM_PEOPLE": 5, "PICTURES_EACH": 4, "PEOPLE_A_FOLD": 2, "TEACHER_PEOPLE": 100}
-    with mock.patch.multiple(faces, **small, PICTURES_OF_STRANGER=4, PAIRS_A_FOLD=4):
-        paths = faces.build(root / "faces")
-    flags = ["--data-root", paths.data_root, "--blip-path", paths.weights, "--epochs", 2]
-    flags += ["--teacher-feat-dir", paths.teacher, "--batch-size", 4, "--workers", 0]
-    flags += ["--adapter-layers", "spread:2", "--run-dir", root / "run"]
-    return train_distill.main, flags, root / "run"
+@pytest.mark.serial
+@pytest.mark.parametrize(
+    ("number", "code", "workers", "share"),
+    [
+        (signal.SIGTERM, 143, 2, 2 / 3),
+        (signal.SIGKILL, -9, 0, 1 / 2),
+        pytest.param(signal.SIGINT, 130, 0, 1 / 3, marks=pytest.mark.full),
+    ],
+)
+def test_fault_19_a_run_that_was_ended_becomes_the_undisturbed_one(
+    training, whole, tmp_path, number, code, workers, share
+):
+    place = tmp_path / "run"
+    run_dir = training.run_dir(place)
+    at = round(share * len(losses(training.run_dir(whole), training.loss)))
+    more = ["--save-every", SAVE_EVERY, *training.with_workers(workers)]
+    words = training.words(place, *more)
+    with start([*paced(training.script, run_dir, at), *words]) as running:
+        wait_for_step(run_dir, at, running, key=training.loss)
+        running.signal(number)
+        ended = running.finish()
+        assert running.leaves_nothing()
+    assert ended.code == code, ended.text
+    status = status_of(run_dir)
+    if code > 0:
+        assert (status["state"], status["exit_code"]) == ("stopped", code)
+        assert max(losses(run_dir, training.loss)) == status["step"] >= at
+    resumed = run_here(training.main, words)
+    assert resumed.code == 0, resumed.text
+    step = int(resumed.text.partition("continuing from")[2].split(" at step ")[1].split()[0])
+    assert step == status["step"] if code > 0 else step > at - SAVE_EVERY
+    assert records(run_dir) == records(training.run_dir(whole))
+    ours, theirs = weights(place), weights(whole)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not is_same(ours[name], theirs[name])] == []
+    results = [status_of(training.run_dir(at))["result"] for at in (place, whole)]
+    assert results[0] == results[1]
 
 
 @contextlib.contextmanager
@@ -75,58 +104,40 @@ def refused(*paths: Path) -> Iterator[None]:
             place.rmdir()
 
 
-@pytest.mark.slow
-@pytest.mark.limit(300)
-@pytest.mark.parametrize("recipe", [face_distill, arcface, lavic, multimodal, vasevqa])
-def test_fault_13_a_run_whose_last_save_failed_is_not_done(recipe, tmp_path):
-    main, flags, run_dir = recipe(tmp_path)
+def test_fault_13_a_run_whose_last_save_failed_is_not_done(training, tmp_path):
+    run_dir, words = training.run_dir(tmp_path / "run"), training.words(tmp_path / "run")
     with refused(run_dir / "last.pt", run_dir / "last.pth"):
-        outcome = run_here(main, flags)
-    status = files.read_object(run_dir / "status.json")
+        outcome = run_here(training.main, words)
+    status = status_of(run_dir)
     assert (outcome.code, status["state"], status["exit_code"]) == (1, "failed", 1), outcome.text
     assert "the checkpoint of step" in outcome.last_line and "was not written" in outcome.last_line
     assert "Traceback" not in outcome.text
     for path in run_dir.glob("epoch_*.pth"):  # from the state at hand: each is whole
-        assert checkpoint.load(path)["position"]["batch"] == 0
-    again = run_here(main, flags)
+        assert torch.load(path)["position"]["batch"] == 0
+    again = run_here(training.main, words)
     assert again.code == 0, again.text
-    assert files.read_object(run_dir / "status.json")["state"] == "done"
+    assert status_of(run_dir)["state"] == "done"
 
 
-BESIDE = {
-    face_distill: "best_student_adapter_face.pth",
-    multimodal: "checkpoints/best_model.pt",
-    vasevqa: "../best_image_quality_model.pth",
-}
-
-
-@pytest.mark.slow
-@pytest.mark.limit(300)
-@pytest.mark.parametrize("recipe", BESIDE)
-def test_fault_13_a_file_beside_the_checkpoint_costs_a_warning(recipe, tmp_path):
-    main, flags, run_dir = recipe(tmp_path)
-    path = run_dir / BESIDE[recipe]
-    with refused(path):
-        outcome = run_here(main, flags)
+def test_fault_13_a_file_beside_the_checkpoint_costs_a_warning(training, whole, tmp_path):
+    beside = list(whole.rglob("*best*.pt*"))
+    if not beside:
+        pytest.skip("it writes no such file")
+    paths = [tmp_path / "run" / path.relative_to(whole) for path in beside]
+    with refused(*paths):
+        outcome = run_here(training.main, training.words(tmp_path / "run"))
     assert outcome.code == 0, outcome.text
-    assert f"{path.name} was not written" in outcome.text
+    for path in paths:
+        assert f"{path.name} was not written" in outcome.text and not path.exists()
     assert "Traceback" not in outcome.text
-    assert not path.exists()
 
 
-def is_finite(value: Any) -> bool:
-    if isinstance(value, torch.Tensor):
-        return not value.is_floating_point() or bool(value.isfinite().all())
-    if isinstance(value, dict):
-        return all(map(is_finite, value.values()))
-    return all(map(is_finite, value)) if isinstance(value, list) else True
+def is_finite(value: torch.Tensor) -> bool:
+    return not value.is_floating_point() or bool(value.isfinite().all())
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("recipe", [arcface, lavic, multimodal, vasevqa])
-def test_fault_16_no_recipe_saves_a_step_that_is_not_finite(recipe, tmp_path, monkeypatch):
+def test_fault_16_no_recipe_saves_a_step_that_is_not_finite(training, tmp_path, monkeypatch):
     """The third step on, one parameter's gradient is NaN: the run ends, its weights are whole."""
-    main, flags, run_dir = recipe(tmp_path)
     step, taken = Amp.step, [0]
 
     def poisoned(amp: Amp, optimizer: Any, parameters: Any, **more: Any) -> float:
@@ -136,11 +147,15 @@ def test_fault_16_no_recipe_saves_a_step_that_is_not_finite(recipe, tmp_path, mo
         return step(amp, optimizer, parameters, **more)
 
     monkeypatch.setattr(Amp, "step", poisoned)
-    outcome = run_here(main, [*flags, "--max-bad-steps", 2])
+    place = tmp_path / "run"
+    outcome = run_here(
+        training.main, training.words(place, "--max-bad-steps", 2, "--save-every", 1)
+    )
     assert outcome.code == 1, outcome.text
     assert "not finite for 2 steps in a row" in outcome.last_line and taken == [4]
     assert outcome.text.count("this step is not applied") == 1
+    run_dir = training.run_dir(place)
     saved = [*run_dir.glob("last.p*"), *run_dir.glob("*.pth")]
     assert saved, sorted(run_dir.iterdir())
     for path in saved:
-        assert is_finite(torch.load(path, weights_only=True)["parts"]), path
+        assert all(map(is_finite, tensors(torch.load(path)["parts"]).values())), path

@@ -1,7 +1,6 @@
 """Rows 38, 41 to 47 of the fault matrix: ports, memory, streams, clocks, text (see README.md)."""
 
 import itertools
-import logging
 import runpy
 import shutil
 import socket
@@ -12,10 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from shared.checkpoint import Position
-from shared.errors import hint_for
-from shared.progress import Progress, clock
-from shared.reporter import Metrics
 from tests.faults import probe_recipe
 from tests.harness import (
     PROBE,
@@ -66,20 +61,6 @@ def test_fault_42_small_shared_memory_ends_the_run_with_a_hint(tmp_path):
     assert "--shm-size" in outcome.last_line
 
 
-@pytest.mark.parametrize(
-    "message",
-    [
-        "unable to allocate shared memory(shm) for file </torch_12>: Success (0)",
-        "unable to write to file </torch_12_34>: No space left on device (28)",
-        "DataLoader worker (pid 12) is killed by signal: Bus error. It is possible that "
-        "dataloader's workers are out of shared memory.",
-        "Bus error (core dumped)",
-    ],
-)
-def test_fault_42_wordings_of_small_shared_memory_are_known(message):
-    assert "--shm-size" in hint_for(message)
-
-
 @pytest.mark.limit(150)
 def test_fault_42_loader_workers_in_a_shared_memory_that_is_too_small(tmp_path):
     own = ["unshare", "--mount", "bash", "-c"]
@@ -124,18 +105,6 @@ def test_fault_43_reader_that_goes_away_ends_no_training(tmp_path):
     assert status_of(run_dir)["exit_code"] == 0
 
 
-def test_fault_44_time_left_does_not_follow_the_wall_clock(monkeypatch):
-    now = 1000.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    monkeypatch.setattr(time, "time", lambda: pytest.fail("the wall clock was asked"))
-    progress = Progress(total_steps=100, start_step=40)
-    assert progress.eta_s(40) is None
-    now = 1010.0
-    assert progress.speed(60) == pytest.approx(2.0)  # 20 steps in 10 s
-    assert progress.eta_s(60) == pytest.approx(20.0)
-    assert clock(3725) == "1:02:05"
-
-
 def test_fault_44_clock_that_jumps_leaves_plausible_numbers(tmp_path, monkeypatch):
     jumps = itertools.cycle([3600.0, -7200.0])
     real = time.time
@@ -150,16 +119,6 @@ def test_fault_45_run_without_tensorboard(tmp_path, monkeypatch):
     assert outcome.code == 0
     assert outcome.text.count("WARNING: no TensorBoard") == 1
     assert max(losses(tmp_path / "run")) == 16
-
-
-def test_fault_45_event_directory_that_cannot_be_written(tmp_path, caplog):
-    (tmp_path / "file").write_text("")
-    with caplog.at_level(logging.WARNING):
-        metrics = Metrics(tmp_path / "metrics.jsonl", tmp_path / "file" / "events", Position())
-    metrics.log(1, 0, "train", {"loss": 0.5})
-    metrics.close()
-    assert "no TensorBoard in" in caplog.text
-    assert losses(tmp_path) == {1: 0.5}
 
 
 def old_python() -> str | None:

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
-from shared.files import read_json, read_json_lines
-from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_until
-from tests.vase_filter_nano import pixels, write_clip, write_picture, write_quality_set, write_views
-from vasevqa.filter import classifier, clipfilter1, clipfilter2, model
+from shared.files import read_json_lines
+from tests.harness import ROOT, run_here, start, status_of, wait_until
+from tests.vase_filter_nano import pixels, write_clip, write_picture, write_views
+from vasevqa.filter import classifier, clipfilter1
 from vasevqa.filter.place import Item
 from vasevqa.filter.quality import ImageQualityNet
 
@@ -118,117 +118,7 @@ def test_a_kill_while_files_are_placed_leaves_no_half_file(many, clip, tmp_path)
     assert count() == MANY  # and nothing beside them, no temporary file
 
 
-@pytest.mark.serial
-@pytest.mark.slow
-@pytest.mark.limit(300)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_training_that_is_ended_becomes_the_undisturbed_one(tmp_path, number):
-    data = write_quality_set(tmp_path / "images2", each=20)
-    flags = [
-        *("--data_dir", data, "--arch", "resnet10", "--image_size", 32, "--pretrained", "none"),
-        *("--batch_size", 4, "--workers", 2, "--num_epochs", 4, "--log_every", 1),
-        *("--save_every", 3),
-    ]
-    whole = [*flags, "--output_dir", tmp_path / "whole"]
-    with start([FILTER / "model.py", *whole]) as running:
-        assert running.finish().code == 0, running.text
-    out = [*flags, "--output_dir", tmp_path / "out"]
-    run_dir = tmp_path / "out" / ".quality_model"
-    with start([*paced(FILTER / "model.py", run_dir, 12), *out]) as running:
-        reached = lambda: max(losses(run_dir), default=0) >= 12  # noqa: E731
-        wait_until(reached, "step 12", running=running)
-        running.signal(number)
-        code = running.finish().code
-        assert running.leaves_nothing()
-    assert code == (143 if number == signal.SIGTERM else -9)
-    with start([FILTER / "model.py", *out]) as running:
-        outcome = running.finish()
-    assert outcome.code == 0 and "continuing from" in outcome.text
-    assert losses(run_dir) == losses(tmp_path / "whole" / ".quality_model")
-    ended, undisturbed = (
-        read_json(tmp_path / name / "training_results.json") for name in ("out", "whole")
-    )
-    assert ended == undisturbed
-
-
 # --- what users do wrong --------------------------------------------------------------------------
-
-
-def mistakes(tmp_path):
-    pictures = write_views(tmp_path / "in", 1, 1)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "file").write_text("")
-    ok = ["--input_dir", pictures, "--output_dir", tmp_path / "out"]
-    (tmp_path / "p.txt").write_text("[high]\na\n")
-    return {
-        "no input": (clipfilter1, ["--input_dir", "/nowhere"], "python classifier.py first"),
-        "an input without pictures": (
-            clipfilter1,
-            ["--input_dir", tmp_path / "empty", "--output_dir", tmp_path / "out",
-             "--model_cache_dir", tmp_path],
-            "holds no picture (.bmp .jpeg",
-        ),
-        "output inside input": (
-            clipfilter1,
-            ["--input_dir", pictures, "--output_dir", pictures / "out"],
-            "its pictures would be filtered again",
-        ),
-        "output that cannot be written": (
-            clipfilter1,
-            [*ok[:2], "--output_dir", tmp_path / "file" / "out"],
-            "cannot be written",
-        ),
-        "threshold and keep": (
-            clipfilter1,
-            [*ok, "--threshold", 0, "--keep", 0.5],
-            "leave one out",
-        ),
-        "keep nothing": (clipfilter1, [*ok, "--keep", 0], "keep must be a number above 0"),
-        "a misspelt flag": (clipfilter1, ["--tresh", 1], "did you mean --threshold?"),
-        "one group of prompts": (
-            clipfilter1,
-            [*ok, "--prompts", tmp_path / "p.txt"],
-            "below [low]",
-        ),
-        "a device that is not there": (
-            clipfilter1,
-            [*ok, "--device", "cuda:1"],
-            "this machine has no NVIDIA GPU",
-        ),
-        "no accepted": (clipfilter2, ["--input_dir", "/nowhere"], "./clipfilter1.sh first"),
-        "a broken pattern": (clipfilter2, ["--pattern", "(a"], "is no regular expression"),
-        "a pattern with one group": (clipfilter2, ["--pattern", "(a)"], "has 1 group(s)"),
-        "no model": (classifier, ["--model_path", "/no.pth"], "train it with python model.py"),
-        "a threshold above 1": (classifier, ["--threshold", 2], "from 0 to 1, got 2.0"),
-        "no quality set": (model, ["--data_dir", tmp_path], "/0 is no folder"),
-        "no weights": (
-            model,
-            ["--data_dir", write_quality_set(tmp_path / "q", 3), "--pretrained", "/no.pth"],
-            "is no file; allowed: a weight file, auto, none",
-        ),
-    }  # fmt: skip
-
-
-CASES = (
-    *("no input", "an input without pictures", "output inside input"),
-    *("output that cannot be written", "threshold and keep", "keep nothing", "a misspelt flag"),
-    *("one group of prompts", "a device that is not there", "no accepted", "a broken pattern"),
-    *("a pattern with one group", "no model", "a threshold above 1", "no quality set"),
-    "no weights",
-)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_a_mistake_is_one_line_and_exit_2(case, tmp_path):
-    if case == "a device that is not there" and torch.cuda.is_available():
-        pytest.skip("this machine has GPUs")
-    found = mistakes(tmp_path)
-    assert set(found) == set(CASES)
-    script, args, said = found[case]
-    outcome = run_here(script.main, args)
-    assert outcome.code == 2, outcome.text
-    assert outcome.last_line.startswith("error: ") and said in outcome.last_line
-    assert "Traceback" not in outcome.text
 
 
 def test_two_runs_in_one_output_directory_are_refused(clip, tmp_path):
@@ -321,16 +211,6 @@ def test_fault_28_pictures_of_every_mode_are_scored(clip, tmp_path):
     outcome = run_here(clipfilter1.main, clip_flags(root, clip, tmp_path))
     assert outcome.code == 0, outcome.text
     assert len(results(tmp_path / "out")) == 10
-
-
-@pytest.mark.parametrize("label", ["0", "1"])
-def test_fault_29_a_label_without_pictures_is_an_error(tmp_path, label):
-    data = write_quality_set(tmp_path / "q", 3)
-    for path in (data / label).iterdir():
-        path.unlink()
-    (data / label / "notes.txt").write_text("nothing here")
-    outcome = run_here(model.main, ["--data_dir", data, "--output_dir", tmp_path / "out"])
-    assert outcome.code == 2 and f"{label} holds 0 picture(s)" in outcome.last_line
 
 
 def test_fault_34_any_path_works_and_none_is_executed(clip, tmp_path, monkeypatch):

@@ -10,36 +10,30 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from shared.files import read_json_lines
-from tests.faults import test_faults_recipes as nano
 from tests.harness import ROOT, Outcome, Running, moments, start, status_of, wait_until
+from tests.trainings import TRAININGS, records
 
 pytestmark = [pytest.mark.full, pytest.mark.serial, pytest.mark.limit(1200)]
 MONITOR = ROOT / "shared" / "tools" / "monitor.py"
-SCRIPTS: dict[Callable[[Path], tuple[Any, list[object], Path]], str] = {
-    nano.face_distill: "face_distill/train_distill.py",
-    nano.arcface: "arcface/run_scripts/run_arcface.py",
-    nano.lavic: "lavic/src/knowledge_distillation.py",
-    nano.multimodal: "multimodal/run_training.py",
-    nano.vasevqa: "vasevqa/filter/model.py",
-}
-every_recipe = pytest.mark.parametrize("recipe", SCRIPTS, ids=lambda recipe: recipe.__name__)
+every_recipe = pytest.mark.parametrize("recipe", TRAININGS)
 
 
 class Command:
     """One training of a recipe on its smallest data; typed again it continues."""
 
-    def __init__(self, recipe: Any, root: Path) -> None:
-        _, flags, self.run_dir = recipe(root)
-        more = ["--resume", "--log-every", 1] + ["--no-cache"] * (recipe is nano.face_distill)
-        self.words = [ROOT / SCRIPTS[recipe], *flags, *more]
+    def __init__(self, recipe: str, root: Path) -> None:
+        training = TRAININGS[recipe](root / "data")
+        self.run_dir = training.run_dir(root / "run")
+        self.words = [training.script, *training.words(root / "run", "--save-every", 1)]
+        if recipe == "face_distill":
+            self.words.append("--no-cache")  # which fills /dev/shm and not the small disk
 
     def start(self, program: list[object] | None = None, **env: str) -> Running:
         return start(self.words, program=program, **env)
@@ -48,15 +42,12 @@ class Command:
         with self.start(**env) as running:
             return running.finish(timeout=600)
 
-    def steps(self) -> dict[int, dict[str, Any]]:
-        """Step → what was logged of it, without times."""
-        rows = read_json_lines(self.run_dir / "metrics.jsonl")
-        clocks = ("time", "steps_per_s", "samples_per_s")
-        kept = ({n: v for n, v in row.items() if n not in clocks} for row in rows)
-        return {row["step"]: row for row in kept if row["split"] == "train"}
-
     def wait_for(self, step: int, running: Running) -> None:
-        wait_until(lambda: max(self.steps(), default=0) >= step, f"step {step}", 600, running)
+        reached = lambda: max((row["step"] for row in self.records()), default=0) >= step  # noqa: E731
+        wait_until(reached, f"step {step}", 600, running)
+
+    def records(self) -> list[dict[str, Any]]:
+        return records(self.run_dir)
 
 
 @every_recipe
@@ -74,7 +65,7 @@ def test_killed_at_random_moments_every_recipe_ends_as_if_undisturbed(recipe, tm
             break
     if status_of(broken.run_dir)["state"] != "done":
         assert broken.finish().code == 0
-    assert broken.steps() == whole.steps()
+    assert broken.records() == whole.records()
 
 
 @pytest.fixture

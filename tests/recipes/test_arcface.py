@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,7 @@ from arcface.inshop_retrieval import encoders, evaluation
 from arcface.run_scripts import run_arcface
 from shared.files import read_json_lines
 from tests.arcface_nano import EPOCHS, SCRIPT, STEPS_AN_EPOCH, build_inshop, write_config
-from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step
+from tests.harness import ROOT, losses, run_here, start, status_of
 
 STEPS = EPOCHS * STEPS_AN_EPOCH
 TRAIN_LINE = re.compile(
@@ -178,39 +177,6 @@ def undisturbed(inshop, tmp_path_factory):
     args = ["--config", file, "--data-root", inshop, "--work-dir", place / "work", "--seed", 1]
     assert train(*args, "--log-every", 1).code == 0
     return losses(place / "work"), final_weights(place / "work")
-
-
-@pytest.mark.serial
-def test_sigterm_saves_and_resume_gives_the_undisturbed_run(flags, undisturbed, tmp_path):
-    run_dir = tmp_path / "work"
-    with start([*paced(SCRIPT, run_dir, 6), *flags, "--log-every", 1]) as running:
-        wait_for_step(run_dir, 6, running)
-        running.signal(signal.SIGTERM)
-        assert running.finish().code == 143
-        assert running.leaves_nothing()
-    status = status_of(run_dir)
-    assert status["state"] == "stopped" and 6 <= status["step"] < STEPS
-    resumed = train(*flags, "--log-every", 1, "--resume")
-    assert resumed.code == 0 and "continuing from" in resumed.text
-    assert losses(run_dir) == undisturbed[0]
-    assert same(final_weights(run_dir), undisturbed[1])
-    assert len(list(run_dir.glob("best_*.pth"))) == 1
-
-
-@pytest.mark.serial
-def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, undisturbed, tmp_path):
-    run_dir = tmp_path / "work"
-    with start(
-        [*paced(SCRIPT, run_dir, 7), *flags, "--log-every", 1, "--save-every", 3]
-    ) as running:
-        wait_for_step(run_dir, 7, running)
-        running.signal(signal.SIGKILL)
-        running.finish()
-        assert running.leaves_nothing()
-    resumed = train(*flags, "--log-every", 1, "--save-every", 3, "--resume", "auto")
-    assert resumed.code == 0 and "continuing from" in resumed.text
-    assert losses(run_dir) == undisturbed[0]
-    assert same(final_weights(run_dir), undisturbed[1])
 
 
 def test_without_resume_the_same_command_starts_anew_and_keeps_the_old_run(flags, tmp_path):

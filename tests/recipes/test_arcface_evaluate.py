@@ -125,33 +125,6 @@ def test_unreadable_pictures_are_left_out_of_queries_and_gallery():
     assert outcome.metrics["mAP@10"] == 1.0
 
 
-MISTAKES = {
-    "no checkpoint": (["--checkpoint", "/nowhere"], "/nowhere is missing"),
-    "no run beside it": (["--checkpoint", "{alone}"], "--config"),
-    "no data": (["--checkpoint", "{run}", "--data-root", "/nowhere"], "/nowhere is no directory"),
-    "no picture at all": (
-        ["--checkpoint", "{run}", "--limit", 0],
-        "limit must be a whole number from 1",
-    ),
-    "no place": (["--checkpoint", "{run}", "--out", "/proc/here"], "--out /proc/here cannot"),
-    "another network": (
-        ["--checkpoint", "{run}", "--cfg-options", "model.image_encoder.0.depth=34"],
-        "does not fit",
-    ),
-}
-
-
-@pytest.mark.parametrize(("args", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_named_in_one_line(args, message, run_dir, tmp_path):
-    alone = tmp_path / "alone.pth"
-    torch.save({"state_dict": {"x": torch.zeros(1)}}, alone)
-    words = [str(arg).format(alone=alone, run=run_dir) for arg in args]
-    place = [] if "--out" in words else ["--out", tmp_path / "out"]
-    outcome = run_here(evaluate.main, [*words, *place])
-    assert outcome.code == 2, outcome.text
-    assert outcome.last_line.startswith("error: ") and message in outcome.last_line
-
-
 def test_a_configuration_file_serves_where_no_run_is_beside(run_dir, inshop, tmp_path):
     (best,) = run_dir.glob("best_*.pth")
     (tmp_path / "best.pth").write_bytes(best.read_bytes())
@@ -236,13 +209,3 @@ def test_the_ten_nearest_of_a_directory(has_labels, run_dir, folders, tmp_path):
     page = (tmp_path / "out" / "contact_sheet.html").read_text()
     assert page.count("data:image/jpeg;base64,") == 3 * 11
     assert Image.open(tmp_path / "out" / "contact_sheet.jpg").size == (11 * 104, 3 * 104)
-
-
-@pytest.mark.parametrize(
-    "flags", [["--query", "{there}"], ["--gallery", "{there}", "--query", "/x"]]
-)
-def test_a_search_needs_both_directories(flags, run_dir, folders, tmp_path):
-    words = [word.format(there=folders) for word in flags]
-    outcome = run_here(evaluate.main, ["--checkpoint", run_dir, *words, "--out", tmp_path / "out"])
-    assert outcome.code == 2, outcome.text
-    assert "--gallery is missing: type both" in outcome.text or "/x is not a folder" in outcome.text

@@ -232,30 +232,6 @@ def test_another_input_size_of_the_run_is_kept(folder, tower, tmp_path):
     assert cosines.min() > 0.9999
 
 
-MISTAKES = {
-    "an empty folder": (["{tmp}/empty"], "holds no images (.bmp .jpeg .jpg .png .webp)"),
-    "no such folder": (["{tmp}/nowhere"], "is not a folder"),
-    "no folder typed": ([], "FOLDER folder of face images (required)"),
-    "another ending": (["{faces}", "--out", "{tmp}/e.npz"], "must end with .npy"),
-    "a place below a file": (["{faces}", "--out", "{faces}/z.png/e.npy"], "cannot be made"),
-    "no such checkpoint": (["{faces}", "--checkpoint", "{tmp}/x.pth"], "x.pth is missing"),
-    "no such tower": (["{faces}", "--blip-path", "{tmp}"], "no BLIP-2 tower"),
-    "no batch": (["{faces}", "--batch-size", "0"], "batch_size must be a whole number from 1"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_2(folder, checkpoint, tmp_path, mistake):
-    (tmp_path / "empty").mkdir()
-    words, message = MISTAKES[mistake]
-    words = [word.format(tmp=tmp_path, faces=folder) for word in words]
-    common = ["--checkpoint", checkpoint, "--out", tmp_path / "e.npy"]
-    outcome = run_here(embed.main, [*common, *words])
-    assert outcome.code == 2
-    assert message in outcome.last_line
-    assert "Traceback" not in outcome.text and not (tmp_path / "e.npy").exists()
-
-
 def test_a_json_file_of_another_kind_is_never_replaced(folder, checkpoint, tmp_path):
     (tmp_path / "config.json").write_text('{"settings": {}}')
     outcome = run(folder, checkpoint, tmp_path / "config.npy")

@@ -393,24 +393,6 @@ def refused(arguments, *messages: str) -> None:
     assert "accuracy" not in outcome.text  # nothing was embedded
 
 
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        (["--checkpoint", "/nowhere/a.pth"], "/nowhere/a.pth is missing: train first"),
-        (["--data-root", "/nowhere"], "/nowhere holds no verification set: expected lfw.bin"),
-        (["--blip-path", "/nowhere"], "no BLIP-2 tower: /nowhere/config.json missing"),
-        (["--teacher", "/nowhere"], "--teacher /nowhere is missing"),
-        (["--limit", 9], "limit must be a whole number from 10"),
-        (["--batch-size", 0], "batch_size must be a whole number from 1"),
-        (["--out", "/dev/null"], "--out /dev/null cannot be made"),
-        (["--amp", "fp16"], "fp16 needs a GPU"),
-        (["--teacherr", "x"], "did you mean --teacher?"),
-    ],
-)
-def test_a_mistake_is_one_line_and_exit_2(flags, wrong, message):
-    refused([*flags, *wrong], message)
-
-
 def test_a_tower_of_another_size_and_a_file_without_adapters_are_refused(faces, flags, tmp_path):
     other = tmp_path / "tower"
     shutil.copytree(faces.weights, other)

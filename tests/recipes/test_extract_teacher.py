@@ -374,34 +374,6 @@ def test_two_processes_write_the_bytes_of_one(faces, networks, tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
-MISTAKES = {
-    "no weights": (["--weights", "/nowhere.pth"], "--weights /nowhere.pth is missing"),
-    "no faces": (["--data-root", "/nowhere"], "/nowhere holds no faces"),
-    "too many images": (["--limit", 21], "holds 20 images, 21 were asked for"),
-    "an odd limit": (["--selection", "per_id", "--per-id", 3], "no multiple of per_id 3"),
-    "an unknown flag": (["--temprature", 2], "did you mean --temperature?"),
-    "no batch": (["--batch-size", 0], "batch_size must be a whole number from 1"),
-    "a temperature of 0": (["--temperature", 0], "temperature must be a number above 0"),
-    "a name without a network": (
-        ["--weights", "IMAGENET1K_V2", "--arch", "auto"],
-        "type its network too, for example --arch resnet50",
-    ),
-    "fp16 on the CPU": (["--amp", "fp16", "--device", "cpu"], "--amp fp16 needs a GPU"),
-    "code without consent": (["--arch", "auto"], "--arch torchscript if you trust its source"),
-    "out is a file": (["--out", __file__], "cannot be written"),
-}
-
-
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line_and_exit_2(faces, networks, tmp_path, mistake):
-    wrong, message = MISTAKES[mistake]
-    flags = flags_for(faces, networks["quick"], tmp_path / "out", *wrong)
-    outcome = run_here(extract_teacher.main, flags)
-    assert outcome.code == 2, outcome.text
-    assert message in outcome.last_line
-    assert "Traceback" not in outcome.text
-
-
 def test_weights_have_to_be_typed(faces, tmp_path):
     outcome = run_here(extract_teacher.main, ["--data-root", faces.data_root])
     assert outcome.code == 2 and "--weights is missing" in outcome.last_line

@@ -13,7 +13,7 @@ from lavic.src import knowledge_distillation
 from lavic.src.vision import model
 from shared import checkpoint
 from shared.files import read_json_lines
-from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step, wait_until
+from tests.harness import ROOT, losses, run_here, start, status_of, wait_for_step, wait_until
 from tests.lavic_nano import NUM_VALID, build_nano, flags_of
 
 SCRIPT = ROOT / "lavic" / "src" / "knowledge_distillation.py"
@@ -139,30 +139,6 @@ def test_samples_that_make_no_whole_batch_are_trained_on(flags, run_dir, tmp_pat
 
 @pytest.mark.slow
 @pytest.mark.serial
-@pytest.mark.parametrize("workers", [0, 2])
-def test_sigterm_saves_in_mid_epoch_and_the_resumed_run_is_the_undisturbed_one(
-    flags, run_dir, tmp_path, workers
-):
-    options = [*flags, "--num_workers", workers, "--num_epochs", 12]
-    assert train([*options, "--output_dir", tmp_path / "whole"]).code == 0
-    with start([*paced(SCRIPT, run_dir, 7), *options]) as running:
-        wait_for_step(run_dir, 7, running, key="train_loss")
-        running.signal(signal.SIGTERM)
-        assert running.finish().code == 143, running.text
-        assert running.leaves_nothing()
-    status = status_of(run_dir)
-    assert status["state"] == "stopped" and 7 <= status["step"] < 60
-    resumed = train(options)
-    assert resumed.code == 0 and "continuing from" in resumed.text, resumed.text
-    assert train_losses(run_dir) == train_losses(tmp_path / "whole")
-    validated = [row["val_loss"] for row in rows(run_dir, "val")]
-    assert validated == [row["val_loss"] for row in rows(tmp_path / "whole", "val")]
-    boards = [path.name for path in run_dir.parent.glob("lightning_logs/version_*")]
-    assert sorted(boards) == ["version_0", "version_1"]  # of the whole run, and of this one
-
-
-@pytest.mark.slow
-@pytest.mark.serial
 def test_a_stop_in_the_validation_is_answered_at_once_and_the_epoch_is_saved(
     flags, paths, run_dir, tmp_path
 ):
@@ -186,21 +162,6 @@ def test_a_stop_in_the_validation_is_answered_at_once_and_the_epoch_is_saved(
     resumed = train(options)
     assert resumed.code == 0 and "continuing from" in resumed.text, resumed.text
     assert train_losses(run_dir) == steps and len(rows(run_dir, "val")) == 1
-
-
-@pytest.mark.slow
-@pytest.mark.serial
-def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, run_dir, tmp_path):
-    options = [*flags, "--save_every", 3, "--num_epochs", 10]
-    assert train([*options, "--output_dir", tmp_path / "whole"]).code == 0
-    with start([*paced(SCRIPT, run_dir, 8), *options]) as running:
-        wait_for_step(run_dir, 8, running, key="train_loss")
-        running.signal(signal.SIGKILL)
-        running.finish()
-        assert running.leaves_nothing()
-    resumed = train(options)
-    assert resumed.code == 0 and "continuing from" in resumed.text
-    assert train_losses(run_dir) == train_losses(tmp_path / "whole")
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import os
 import signal
 from pathlib import Path
@@ -13,8 +12,8 @@ from safetensors.torch import load_file
 
 from lavic.src import prompt_tuning
 from lavic.src.recommend import evaluation
-from shared.files import read_json, read_json_lines
-from tests.harness import ROOT, losses, paced, run_here, start, status_of, wait_for_step
+from shared.files import read_json_lines
+from tests.harness import ROOT, losses, run_here, start, status_of
 from tests.lavic_talks import nano
 
 SCRIPT = ROOT / "lavic" / "src" / "prompt_tuning.py"
@@ -128,28 +127,6 @@ def test_two_processes_take_the_same_conversations_and_answer_all_of_them(flags,
     assert answers[0] == answers[1] and len(answers[0]) == 7
 
 
-@pytest.mark.slow
-@pytest.mark.serial
-def test_sigterm_saves_and_the_resumed_run_is_the_undisturbed_one(flags, tmp_path):
-    options = [*flags, "--num_workers", 2, "--num_epochs", 5, "--no-evaluate-before"]
-    whole = [*options, "--finetune_output_dir", tmp_path / "whole"]
-    assert run_here(prompt_tuning.main, whole).code == 0
-    run_dir = tmp_path / "out"
-    with start([*paced(SCRIPT, run_dir, 6), *options]) as running:
-        wait_for_step(run_dir, 6, running, key="train_loss")
-        running.signal(signal.SIGTERM)
-        assert running.finish().code == 143, running.text
-        assert running.leaves_nothing()
-    status = status_of(run_dir)
-    assert status["state"] == "stopped" and 6 <= status["step"] < status["total_steps"]
-    resumed = run_here(prompt_tuning.main, options)
-    assert resumed.code == 0 and "continuing from" in resumed.text
-    assert train_losses(run_dir) == train_losses(tmp_path / "whole")
-    assert rows(run_dir, "val")[-1]["val_loss"] == rows(tmp_path / "whole", "val")[-1]["val_loss"]
-    ours, theirs = adapter_of(run_dir), adapter_of(tmp_path / "whole")
-    assert all((ours[name] == theirs[name]).all() for name in theirs)
-
-
 def test_a_tuning_that_stalls_ends_and_tests_its_best_epoch(flags, tmp_path):
     stalling = ["--num_epochs", 9, "--patience", 1, "--lr", 1.0, "--no-evaluate-before"]
     outcome = run_here(prompt_tuning.main, [*flags, *stalling])
@@ -158,25 +135,6 @@ def test_a_tuning_that_stalls_ends_and_tests_its_best_epoch(flags, tmp_path):
     best = validated.index(min(validated)) + 1
     assert len(validated) == best + 1 < 9, validated
     assert f"after epoch {best}: Recall@1" in outcome.text
-
-
-@pytest.mark.slow
-@pytest.mark.serial
-def test_kill_9_loses_at_most_the_steps_since_the_last_checkpoint(flags, tmp_path):
-    options = [*flags, "--save-every", 2, "--num_epochs", 5]
-    whole = [*options, "--finetune_output_dir", tmp_path / "whole"]
-    assert run_here(prompt_tuning.main, whole).code == 0
-    run_dir = tmp_path / "out"
-    with start([*paced(SCRIPT, run_dir, 7), *options]) as running:
-        wait_for_step(run_dir, 7, running, key="train_loss")
-        running.signal(signal.SIGKILL)
-        running.finish()
-        assert running.leaves_nothing()
-    resumed = run_here(prompt_tuning.main, options)
-    assert resumed.code == 0 and "continuing from" in resumed.text
-    assert train_losses(run_dir) == train_losses(tmp_path / "whole")
-    results = [status_of(d)["result"] for d in (run_dir, tmp_path / "whole")]
-    assert results[0] == results[1] and results[0]["before"] is not None
 
 
 def test_a_stop_in_the_test_at_the_end_keeps_the_training(flags, tmp_path, monkeypatch):
@@ -252,54 +210,6 @@ def broken(tmp_path: Path, name: str, content: str) -> Path:
     shutil.copytree(nano().root / "data", root)
     (root / name).write_text(content)
     return root
-
-
-MISTAKES = {
-    "no adapter typed": (["--model-dir", ""], "model_dir is '', allowed: a path (not empty"),
-    "an adapter that is not there": (["--model_dir", "/nowhere"], "/nowhere is no adapter"),
-    "an unknown category": (["--category", "all_buety"], "category is 'all_buety', allowed: "),
-    "an unknown kind of candidates": (["--candidate_type", "st"], "candidate_type is 'st', "),
-    "a category without files": (
-        ["--category", "amazon_home"],
-        "amazon_home/train.jsonl is missing",
-    ),
-    "no titles": (["--item_meta_path", "/nowhere.json"], "/nowhere.json is missing"),
-    "no pictures": (["--image_dir", "/nowhere"], "/nowhere is missing: fetch the pictures"),
-    "a base model that is gone": (["--model-name", "/nowhere"], "/nowhere"),
-    "prompts that cannot fit": (["--max_length", 40], "--max-length 40 is too short"),
-    "no batch": (["--batch_size", 0], "batch_size must be a whole number from 1"),
-    "a share of the samples": (["--max_samples", "half"], "max_samples (all or a number) must be"),
-    "a misspelt flag": (["--canidate_type", "x"], "did you mean --candidate-type?"),
-    "fp16 on the CPU": (["--amp", "fp16"], "--amp fp16 needs a GPU"),
-}
-
-
-@pytest.mark.parametrize(("extra", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_named_in_one_line(extra, message, flags):
-    outcome = run_here(prompt_tuning.main, [*flags, *extra])
-    assert outcome.code == 2, outcome.text
-    assert message in outcome.last_line and outcome.last_line.startswith("error: ")
-    assert "Traceback" not in outcome.text
-
-
-def test_titles_of_other_products_are_refused(flags, tmp_path):
-    path = tmp_path / "item2meta_train.json"
-    path.write_text(json.dumps({"B000000000": {"title": "of another shop"}}))
-    outcome = run_here(prompt_tuning.main, [*flags, "--item_meta_path", path])
-    assert outcome.code == 2, outcome.text
-    assert f"{path} has none of the" in outcome.last_line
-
-
-def test_the_adapter_has_to_be_given_and_has_to_be_one_of_stage_1(flags, tmp_path):
-    outcome = run_here(prompt_tuning.main, ["--category", "all_beauty"])
-    assert outcome.code == 2 and "--model_dir is missing" in outcome.last_line
-    other = tmp_path / "adapter"
-    other.mkdir()
-    settings = read_json(nano().adapter / "adapter_config.json")
-    settings["target_modules"] = r"model\.language_model\.layers.*"
-    (other / "adapter_config.json").write_text(json.dumps(settings))
-    outcome = run_here(prompt_tuning.main, [*flags, "--model_dir", other])
-    assert outcome.code == 2 and "is no adapter of stage 1" in outcome.last_line
 
 
 def test_a_bad_line_of_the_conversations_is_named_before_the_model_is_loaded(

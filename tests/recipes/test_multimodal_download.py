@@ -22,7 +22,6 @@ from multimodal.datasets import AudioCaps, Clotho, Coco, VoxCeleb
 from multimodal.demo_data import demo
 from multimodal.pairs import sources
 from multimodal.pairs.sources import DOWNLOADS, Archive, DataSet, Source
-from shared.errors import UserError
 from shared.web import Patience
 from tests import hub_server
 from tests.harness import ROOT, wait_until
@@ -326,19 +325,6 @@ def test_without_a_network_the_words_address_and_place_are_named(tmp_path, monke
         assert part in line
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--datasets", "cocoo"], r"cocoo: allowed are coco, .* did you mean coco\?"),
-        (["--datasets", "coco", "--audiocaps-source", "hf:"], "allowed are youtube, hf:"),
-        (["--datasets", "coco", "--max-workers", "0"], "max_workers must be a whole number from 1"),
-    ],
-)
-def test_mistakes_are_one_line(flags, message):
-    with pytest.raises(UserError, match=message):
-        download_datasets.main(flags)
-
-
 def test_voxceleb_without_a_key_prints_the_layout_and_is_a_missing_step(tmp_path, capsys, table):
     flags = ["--datasets", "voxceleb", "--data-root", str(tmp_path)]
     assert download_datasets.main(flags) == 3
@@ -394,30 +380,11 @@ def test_audiocaps_directory_without_a_clip_is_said(server, tmp_path, capsys):
     assert "none of the 220 missing clips is below" in capsys.readouterr().out
 
 
-def test_a_directory_without_sounds_is_refused_before_anything_is_asked(server, tmp_path, capsys):
-    flags = ["--datasets", "audiocaps", "--audiocaps-source", f"local:{tmp_path}"]
-    with pytest.raises(UserError, match=r"no sounds there; expected files named <youtube id>_"):
-        download(server, tmp_path, *flags)
-    assert server.requests == [] and "bytes to fetch" not in capsys.readouterr().out
-
-
 def test_clips_that_are_linked_from_the_same_disk_need_no_room(made, tmp_path, capsys):
     flags = ["--datasets", "audiocaps", "--audiocaps-source", f"local:{made.audiocaps}"]
     assert download_datasets.main([*flags, "--data-root", str(tmp_path), "--dry-run"]) == 0
     (line,) = [row for row in capsys.readouterr().out.splitlines() if "audiocaps" in row]
     assert line.split()[1] == "3,000,000"  # the three lists; 47 GB from YouTube
-
-
-@pytest.mark.parametrize("mirror", ["/nowhere", "file:///nowhere", "nowhere.invalid/coco"])
-def test_a_mirror_that_is_no_web_address_is_refused_before_anything_is_asked(
-    tmp_path, mirror, monkeypatch, capsys
-):
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 0, 1))  # no room for anything
-    flags = ["--datasets", "coco", "--data-root", str(tmp_path / "data"), "--mirror", mirror]
-    with pytest.raises(UserError, match=r"begins with http:// or https://.*downloads"):
-        download_datasets.main(flags)
-    assert not (tmp_path / "data").exists() and "bytes to fetch" not in capsys.readouterr().out
 
 
 def as_parquet(sounds, **columns):

@@ -123,60 +123,10 @@ def truncate(path: Path) -> None:
     os.truncate(path, path.stat().st_size // 2)
 
 
-def empty(path: Path) -> None:
-    os.truncate(path, 0)
-
-
-def flip_a_byte(path: Path) -> None:
-    """Inside the tensor's bytes, where only a checksum notices."""
-    content = bytearray(path.read_bytes())
-    place = content.index(bytes(torch.full((100,), 2).numpy().tobytes()[:64]))
-    content[place + 8] ^= 1
-    path.write_bytes(content)
-
-
-def replace_by_text(path: Path) -> None:
-    path.write_text("version https://git-lfs.github.com/spec/v1\n")
-
-
-DAMAGES = [truncate, empty, flip_a_byte, replace_by_text, Path.unlink]
-
-
 def test_a_file_that_holds_no_dictionary_is_no_checkpoint(tmp_path: Path) -> None:
     torch.save([1, 2], tmp_path / "last.pt")
     with pytest.raises(checkpoint.DamagedError, match="holds a list, not a checkpoint"):
         checkpoint.load(tmp_path / "last.pt")
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_taken(
-    tmp_path: Path, damage: Any, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / LAST
-    save_steps(path, 1, 2)
-    damage(path)
-    with pytest.raises(DamagedError, match=r"last\.pt"):
-        load(path)
-    found = find(path, explicit=False)
-    assert found is not None
-    assert (found[0].name, found[1]["step"]) == ("last.1.pt", 1)
-    assert "last.pt" in caplog.text
-
-
-def test_when_every_checkpoint_is_damaged_there_is_none(tmp_path: Path) -> None:
-    save_steps(tmp_path / LAST, 1, 2)
-    for path in tmp_path.iterdir():
-        truncate(path)
-    assert find(tmp_path / LAST, explicit=False) is None
-
-
-def test_a_damaged_checkpoint_named_explicitly_is_an_error_and_no_other_is_taken(
-    tmp_path: Path,
-) -> None:
-    save_steps(tmp_path / LAST, 1, 2)
-    truncate(tmp_path / LAST)
-    with pytest.raises(UserError, match=r"last\.pt.*give another checkpoint"):
-        find(tmp_path / LAST, explicit=True)
 
 
 def test_ten_checkpoints_are_tried_from_the_newest_on(tmp_path: Path) -> None:
@@ -220,12 +170,6 @@ def test_a_bare_pickle_is_refused_and_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(DamagedError):
         load(tmp_path / LAST)
     assert not target.exists()
-
-
-def test_the_refusal_of_code_says_what_to_do(tmp_path: Path) -> None:
-    torch.save({"step": Evil(tmp_path / "made")}, tmp_path / LAST)
-    with pytest.raises(UserError, match=r"could run code; use a checkpoint written by this"):
-        load(tmp_path / LAST)
 
 
 # parts
@@ -286,19 +230,6 @@ def test_an_optimizer_of_other_parameters_is_refused_by_name() -> None:
 def test_size_counts_the_bytes_of_nested_tensors() -> None:
     value = {"a": torch.zeros(10), "b": [torch.zeros(3, dtype=torch.int64), (torch.zeros(2),)]}
     assert checkpoint.size_of({**value, "c": 5, "d": "text"}) == 40 + 24 + 8
-
-
-@pytest.mark.parametrize(("free", "fits"), [(3_000_000_000, True), (2_999_999_999, False)])
-def test_room_for_those_kept_and_the_one_being_written_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, fits: bool
-) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, free))
-    if fits:
-        checkpoint.check_space(tmp_path, 1_000_000_000, keep=2)
-        return
-    with pytest.raises(UserError, match=r"3\.00 GB free, 3\.00 GB needed for 2 checkpoints"):
-        checkpoint.check_space(tmp_path, 1_000_000_000, keep=2)
 
 
 def test_checkpoints_that_are_already_there_need_no_second_room(

@@ -161,13 +161,6 @@ def test_a_switch_is_turned_on_and_off(line: str, value: bool) -> None:
     assert read(line).shuffle is value
 
 
-def test_flags_typed_alone_have_a_meaning_of_their_own() -> None:
-    cfg = read("--mode --amp --resume --epochs 1")
-    assert (cfg.mode, cfg.run.amp, cfg.run.resume, cfg.epochs) == ("fast", "auto", "auto", 1)
-    cfg = read("--mode off --amp bf16 --resume never")
-    assert (cfg.mode, cfg.run.amp, cfg.run.resume) == ("off", "bf16", "never")
-
-
 def test_a_typed_path_is_relative_to_where_it_was_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,17 +182,6 @@ def shown(capsys: pytest.CaptureFixture[str]) -> str:
         parse(Config, ["--help"], usage="How to use it, 100 %.")
     assert left.value.code == 0
     return " ".join(capsys.readouterr().out.split())
-
-
-def test_help_shows_usage_flags_and_their_meaning(shown: str) -> None:
-    words = ["How to use it, 100 %.", "(100 % of them)", "--no-shuffle", "--title", "--amp"]
-    assert all(word in shown for word in words)
-    assert "--typed" not in shown
-
-
-def test_help_explains_the_flags_of_nested_options(shown: str) -> None:
-    assert "steps between checkpoints" in shown
-    assert "processes on this host" in shown  # two levels down
 
 
 def test_help_shows_defaults_zero_too(shown: str) -> None:
@@ -296,12 +278,6 @@ def test_a_file_with_something_wrong_is_refused_by_name(
 ) -> None:
     message = refusal(f"--config {write(tmp_path, text)}")
     assert all(word in message for word in [*words, "settings.yaml"]), message
-
-
-def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None:
-    assert "absent.yaml cannot be read" in refusal(f"--config {tmp_path}/absent.yaml")
-    (tmp_path / "a.yaml").write_bytes(b"\xff\xfe\x00binary")
-    assert "a.yaml cannot be read" in refusal(f"--config {tmp_path}/a.yaml")
 
 
 def test_a_file_cannot_run_code(tmp_path: Path) -> None:
@@ -405,10 +381,6 @@ def test_a_file_of_other_settings_is_refused_like_flags(run_dir: Path, tmp_path:
 def test_a_path_in_a_file_is_the_same_as_on_the_command_line(run_dir: Path, tmp_path: Path) -> None:
     path = write(tmp_path, f"resume: {run_dir}/last.pt")
     assert read(f"--config {path}").batch_size == 4
-
-
-def test_a_checkpoint_that_is_not_there_is_refused_before_anything_slow(tmp_path: Path) -> None:
-    assert "no such checkpoint" in refusal(f"--resume {tmp_path}/absent.pt")
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", "{}", '{"settings": 3}'])

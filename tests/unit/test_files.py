@@ -16,13 +16,6 @@ def fail_half_way(stream: IO[bytes]) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def dead_pid() -> int:
-    """The id of a process that has ended and was waited for."""
-    process = subprocess.Popen([sys.executable, "-S", "-c", ""])
-    process.wait()
-    return process.pid
-
-
 def test_a_written_value_is_read_back_and_nothing_else_is_left(tmp_path: Path) -> None:
     files.write_json(tmp_path / "a.json", {"name": "数据", "x": [1, 2.5, None]})
     assert files.read_json(tmp_path / "a.json") == {"name": "数据", "x": [1, 2.5, None]}
@@ -97,17 +90,6 @@ def test_cut_keeps_the_rows_asked_for_whole(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == '{"step": 1, "name": "é"}\n{"step": 2}\n'
     files.cut_json_lines(tmp_path / "absent", lambda row: True)
     assert not (tmp_path / "absent").exists()
-
-
-def test_temporaries_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    stale = tmp_path / f"last.pt.tmp.{dead_pid()}"
-    live = tmp_path / f"last.pt.tmp.{os.getpid()}"
-    other = tmp_path / "notes.tmp.txt"
-    for path in (stale, live, other):
-        path.write_text("x")
-    assert files.remove_stale_temporaries(tmp_path) == [stale]
-    assert sorted(tmp_path.iterdir()) == sorted([live, other])
-    assert files.remove_stale_temporaries(tmp_path / "absent") == []
 
 
 def test_a_zombie_is_not_alive() -> None:

@@ -352,20 +352,6 @@ def test_a_bad_item_file_is_named_with_its_line(tmp_path, name, content, message
         read_pictures("train", tmp_path / name)
 
 
-MISTAKES = {
-    "no item file": ([], "item2meta_train.json is missing"),
-    "both of one": (["--train-only", "--valid-only"], "leave nothing to fetch"),
-    "no workers": (["--workers", 0], "workers must be a whole number from 1"),
-    "a misspelt flag": (["--worker", 3], "did you mean --workers?"),
-}
-
-
-@pytest.mark.parametrize(("flags", "message"), MISTAKES.values(), ids=MISTAKES)
-def test_a_mistake_is_one_line(flags, message, tmp_path):
-    outcome = crawl(tmp_path, *flags)
-    assert outcome.code == 2 and message in outcome.last_line
-
-
 def test_a_packed_item_file_is_named(tmp_path):
     (tmp_path / "item2meta_train.json.zip").write_bytes(b"PK")
     outcome = crawl(tmp_path)

@@ -98,13 +98,6 @@ def test_what_is_not_understood_is_refused_with_the_nearest(text, message, tmp_p
     assert refused(text, tmp_path).startswith(message)
 
 
-def test_values_no_run_can_use_are_refused(tmp_path):
-    path = tmp_path / "my.yaml"
-    path.write_text("training:\n  batch_size: 0\n")
-    outcome = run_here(run_training.main, ["--config", path, "--print-config"])
-    assert outcome.code == 2 and "batch_size must be a whole number from 1" in outcome.last_line
-
-
 @pytest.mark.parametrize(
     ("flags", "mode"),
     [

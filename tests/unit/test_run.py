@@ -99,18 +99,6 @@ def test_a_part_without_steps_keeps_the_status_fresh_and_says_how_far_it_is(
     assert status(tmp_path)["doing"] is None
 
 
-def test_a_run_that_broke_names_error_and_step_and_the_next_one_continues(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="broken") as broken, open_run(tmp_path) as run:
-        train(run, parts(), until=3)
-        raise ValueError("broken")
-    assert broken.value.__notes__ == ["at step 4 of 6"]
-    fields = status(tmp_path)
-    assert (fields["state"], fields["exit_code"]) == ("failed", 1)
-    assert fields["reason"].startswith("ValueError: broken")
-    with open_run(tmp_path) as run:
-        assert run.restore(parts()).step == 3
-
-
 def test_metrics_are_recorded_every_log_every_steps_at_the_last_and_for_other_splits(
     tmp_path: Path,
 ) -> None:
@@ -131,13 +119,6 @@ def test_no_row_stands_twice_after_a_resume_at_the_end_of_an_epoch(tmp_path: Pat
         run.restore(parts())
         run.log({"loss": 0.1}, split="val")
     assert rows(tmp_path) == [(1, "train"), (2, "train"), (3, "train"), (3, "val")]
-
-
-def test_a_second_live_run_is_refused_and_says_who_holds_the_directory(tmp_path: Path) -> None:
-    with open_run(tmp_path) as run:
-        run.restore(parts())
-        with pytest.raises(UserError, match="in use by a live run"), open_run(tmp_path):
-            pass
 
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -168,32 +149,6 @@ def test_signals_go_back_when_the_directory_cannot_be_taken(
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
-def test_a_continued_run_draws_the_numbers_the_first_would_have_drawn(tmp_path: Path) -> None:
-    with open_run(tmp_path) as run:
-        train(run, parts(), until=3)
-        expected = torch.rand(4).tolist()
-    with open_run(tmp_path) as run:
-        states = parts()  # initial weights draw numbers too
-        run.restore(states)
-        assert torch.rand(4).tolist() == expected
-
-
-def test_a_finished_run_makes_room_with_one_line(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO, logger="shared.run_directory")
-    run_dir = tmp_path / "run"
-    for _ in range(2):
-        with open_run(run_dir) as run:
-            train(run, parts(), until=6)
-            run.finish()
-    assert (tmp_path / "run.1" / "last.pt").exists()
-    assert len(rows(run_dir)) == 6
-    (line,) = [line for line in caplog.messages if "a new run starts" in line]
-    assert "finished" in line
-    assert str(tmp_path / "run.1") in line
-
-
 def test_room_on_the_disk_is_asked_for_the_optimizers_memory_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,45 +160,3 @@ def test_room_on_the_disk_is_asked_for_the_optimizers_memory_too(
     states = {"model": net, "optimizer": torch.optim.AdamW(net.parameters())}
     with open_run(tmp_path) as run, pytest.raises(UserError, match="needed for 2 checkpoints"):
         run.restore(states)  # weights and two moments, three times over, are needed
-
-
-def test_a_checkpoint_that_cannot_be_written_warns_or_stops_as_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", refuse)
-    with open_run(tmp_path / "a") as run:
-        run.restore(parts())
-        run.save()
-    assert "training continues" in caplog.text
-    assert "the disk is full" in caplog.text
-    stopping = Config(run=RunOptions(on_full_disk="stop"))
-    with (
-        pytest.raises(OSError, match="No space left"),
-        open_run(tmp_path / "b", config=stopping) as run,
-    ):
-        run.restore(parts())
-        run.save()
-
-
-def test_a_run_of_more_processes_is_not_continued_unless_it_is_allowed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    with open_run(tmp_path) as run:
-        train(run, parts(), until=3)
-    state = torch.load(tmp_path / "last.pt", weights_only=True)
-    torch.save(state | {"world_size": 2}, tmp_path / "last.pt")
-    path = str(tmp_path / "last.pt")
-    refuse, allow = (
-        Config(run=RunOptions(resume=path, allow_reshard=allowed)) for allowed in (False, True)
-    )
-    with (
-        pytest.raises(UserError, match=r"written by 2 process.*--allow-reshard"),
-        open_run(tmp_path, config=refuse) as run,
-    ):
-        run.restore(parts())
-    with open_run(tmp_path, config=allow) as run:
-        assert run.restore(parts()).step == 3
-    assert "2 → 1 processes" in caplog.text

@@ -1,12 +1,10 @@
 """How a run begins: what --resume means for what is there, and what is put back."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import nn
 
 from shared import checkpoint, seed
@@ -40,30 +38,6 @@ def test_an_empty_directory_is_begun_in(run_dir: Path) -> None:
     assert decide(run_dir, LAST, "auto", IDENTITY, restarted=False) == Decision()
 
 
-@pytest.mark.parametrize("state", ["running", "stopped", "failed"])
-@pytest.mark.parametrize("resume", ["auto", "latest"])
-def test_an_interrupted_run_of_the_same_settings_is_continued(
-    run_dir: Path, state: str, resume: str
-) -> None:
-    leave(run_dir, state)
-    decision = decide(run_dir, LAST, resume, IDENTITY, restarted=False)
-    assert decision == Decision(run_dir / LAST)
-
-
-def test_a_finished_run_makes_room(run_dir: Path) -> None:
-    leave(run_dir, "done")
-    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
-    assert decision == Decision(None, "the run there is finished", move_aside=True)
-
-
-def test_a_run_of_other_settings_makes_room_and_the_difference_is_named(run_dir: Path) -> None:
-    leave(run_dir, "failed")
-    now = {"batch_size": 4, "world_size": 2}
-    decision = decide(run_dir, LAST, "auto", now, restarted=False)
-    assert (decision.checkpoint, decision.move_aside) == (None, True)
-    assert "batch_size: 8 → 4; world_size: 1 → 2" in decision.why
-
-
 def test_never_begins_anew_and_keeps_what_was_there(run_dir: Path) -> None:
     leave(run_dir, "stopped")
     decision = decide(run_dir, LAST, "never", IDENTITY, restarted=False)
@@ -92,12 +66,6 @@ def test_other_peoples_files_are_never_overwritten(run_dir: Path, name: str) -> 
     (run_dir / name).write_text('{"model_type": "llava"}')
     with pytest.raises(UserError, match=f"holds {name} and no run of this toolkit"):
         decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
-
-
-def test_when_only_an_older_checkpoint_is_left_the_run_is_continued(run_dir: Path) -> None:
-    leave(run_dir, "failed", checkpoints=("last.1.pt",))
-    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
-    assert decision == Decision(run_dir / LAST)
 
 
 @pytest.mark.parametrize("state", ["done", "running"])
@@ -141,32 +109,9 @@ def continued(decision: Decision, net: nn.Module, allow_reshard: bool = False) -
     return continue_from(decision, parts, World(), total_steps=7, allow_reshard=allow_reshard)
 
 
-def test_parts_generators_and_position_are_those_of_the_checkpoint(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    before = written(tmp_path / LAST)
-    expected = torch.rand(3)
-    after = nn.Linear(2, 1)
-    assert continued(Decision(tmp_path / LAST), after) == Position(7, 2, 1)
-    assert torch.equal(after.weight, before.weight)
-    assert torch.equal(torch.rand(3), expected)
-    assert caplog.messages == [
-        f"continuing from {tmp_path / LAST} at step 7 of 7",
-        "this run is finished; more --epochs would continue it",
-    ]
-
-
 @pytest.mark.parametrize("decision", [Decision(), Decision(Path("/nowhere/last.pt"))])
 def test_without_a_checkpoint_it_begins_at_the_beginning(decision: Decision) -> None:
     assert continued(decision, nn.Linear(2, 1)) == Position()
-
-
-def test_another_number_of_processes_has_to_be_allowed(tmp_path: Path) -> None:
-    written(tmp_path / LAST, world_size=2)
-    with pytest.raises(UserError, match=r"written by 2 process.*has 1; use --nproc 2"):
-        continued(Decision(tmp_path / LAST), nn.Linear(2, 1))
-    assert continued(Decision(tmp_path / LAST), nn.Linear(2, 1), allow_reshard=True).step == 7
 
 
 @pytest.mark.parametrize(
@@ -181,9 +126,3 @@ def test_states_of_another_form_are_refused_in_one_line(
     with pytest.raises(UserError, match=r"last\.pt: its random states or position do not fit: "):
         continued(Decision(tmp_path / LAST), net)
     seed.set_state(before)
-
-
-def test_a_file_of_weights_alone_is_no_checkpoint_of_a_run(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "best.pt", {"model_state_dict": {}})
-    with pytest.raises(UserError, match=r"best\.pt holds weights and no state of a run"):
-        continued(Decision(tmp_path / "best.pt", is_named=True), nn.Linear(2, 1))

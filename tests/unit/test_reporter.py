@@ -1,4 +1,5 @@
-import builtins
+"""metrics.jsonl and TensorBoard: every number, once, whatever happens beside it."""
+
 import json
 import math
 import resource
@@ -8,15 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from shared.amp import Mean
 from shared.checkpoint import Position
-from shared.distributed import World
 from shared.reporter import Metrics
-
-CPU = torch.device("cpu")
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -71,15 +67,6 @@ def test_tensorboard_reads_every_number(tmp_path: Path) -> None:
     assert scalars(tmp_path / "board", "lr") == [(step, 0.5) for step in range(1, 5)]
 
 
-def test_a_resumed_run_cuts_both_back_to_the_checkpoints_step(tmp_path: Path) -> None:
-    record(tmp_path, 0, range(1, 7))
-    record(tmp_path, 4, range(5, 8), scale=10.0)
-    expected = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60), (7, 70)]
-    found = [(row["step"], row["loss"]) for row in rows(tmp_path / "metrics.jsonl")]
-    assert found == expected
-    assert scalars(tmp_path / "board", "loss") == expected
-
-
 def test_a_row_torn_by_a_kill_is_cut_away(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "lo')
@@ -87,22 +74,6 @@ def test_a_row_torn_by_a_kill_is_cut_away(tmp_path: Path) -> None:
     metrics.log(3, 0, "train", {"loss": 3.0})
     metrics.close()
     assert [row["step"] for row in rows(path)] == [1, 3]
-
-
-def test_a_run_goes_on_without_tensorboard(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    original = builtins.__import__
-
-    def without(name: str, *args: Any, **options: Any) -> Any:
-        if "tensorboard" in name:
-            raise ModuleNotFoundError(f"No module named {name!r}")
-        return original(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    record(tmp_path, 0, range(1, 3))
-    assert len(rows(tmp_path / "metrics.jsonl")) == 2
-    assert "metrics.jsonl has every number" in caplog.text
 
 
 def test_a_run_goes_on_when_the_board_cannot_be_written(
@@ -149,36 +120,3 @@ def test_a_board_that_cannot_be_written_any_more_costs_charts_and_no_rows(
     metrics.close()
     assert caplog.text.count("no TensorBoard from step") == 1
     assert rows(tmp_path / "metrics.jsonl")[-1]["step"] == 3
-
-
-def test_a_mean_weighs_its_values() -> None:
-    mean = Mean(World())
-    mean.add(torch.tensor(1.0), weight=3)
-    mean.add(torch.tensor(5.0), weight=1)
-    assert mean.value() == 2.0
-
-
-def test_the_mean_of_nothing_is_nan_and_reset_forgets() -> None:
-    mean = Mean(World())
-    mean.add(torch.tensor(1.0))
-    mean.reset()
-    assert math.isnan(mean.value())
-
-
-def test_a_mean_keeps_no_graph_and_continues_from_its_state() -> None:
-    value = torch.tensor(2.0, requires_grad=True)
-    mean, other = Mean(World()), Mean(World())
-    mean.add(value * 2)
-    assert not mean.state_dict()["sums"].requires_grad
-    other.load_state_dict(mean.state_dict())
-    mean.add(torch.tensor(100.0))  # the state is a copy
-    other.add(torch.tensor(8.0))
-    assert other.value() == 6.0
-
-
-def test_a_long_mean_of_small_numbers_stays_exact() -> None:
-    mean = Mean(World())
-    mean.add(torch.tensor(1.0), weight=2**25)
-    for _ in range(100):
-        mean.add(torch.tensor(1.0))  # in float32 2**25 + 1 is 2**25
-    assert float(mean.state_dict()["sums"][1]) == 2**25 + 100

@@ -1,10 +1,13 @@
+"""Steps in mixed precision, what is not finite, early stopping, means."""
+
 import math
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from shared.amp import Amp, NonFiniteError
+from shared.amp import Amp, EarlyStopping, Mean, NonFiniteError, has_stalled
+from shared.distributed import World
 from shared.errors import UserError
 
 CPU = torch.device("cpu")
@@ -128,3 +131,100 @@ def test_auto_takes_bf16_on_gpus_that_compute_in_it_and_fp16_on_others(
 
 def test_the_state_holds_plain_types() -> None:
     assert Amp("bf16", CPU).state_dict() == {"scaler": {}, "bad_steps": 0}
+
+
+# --- early stopping and means ---------------------------------------------------------------------
+
+
+def test_it_stops_after_as_many_updates_without_a_new_low_as_it_has_patience() -> None:
+    stopping = EarlyStopping(patience=2)
+    decisions = []
+    for value in (1.0, 0.9, 0.9, 0.95):
+        stopping.update(value)
+        decisions.append(stopping.should_stop)
+    assert decisions == [False, False, False, True]
+    assert stopping.best == 0.9
+
+
+def test_an_improvement_starts_the_count_anew() -> None:
+    stopping = EarlyStopping(patience=2)
+    assert [stopping.update(value) for value in (1.0, 1.1, 0.5, 0.6)] == [True, False, True, False]
+    assert not stopping.should_stop
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_no_improvement(
+    value: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    stopping = EarlyStopping(patience=1)
+    stopping.update(1.0)
+    assert not stopping.update(value)
+    assert stopping.should_stop
+    assert stopping.best == 1.0
+    assert str(value) in caplog.text
+
+
+def test_a_first_value_of_nan_does_not_hide_later_improvements() -> None:
+    stopping = EarlyStopping(patience=3)
+    assert [stopping.update(value) for value in (math.nan, 2.0)] == [False, True]
+
+
+def test_reset_forgets_best_and_count() -> None:
+    stopping = EarlyStopping(patience=1)
+    stopping.update(0.1)
+    stopping.update(0.2)
+    stopping.reset()
+    assert not stopping.should_stop
+    assert stopping.update(5.0)
+
+
+def test_the_state_continues_in_another_instance() -> None:
+    before = EarlyStopping(patience=3)
+    for value in (1.0, 1.2):
+        before.update(value)
+    after = EarlyStopping(patience=3)
+    after.load_state_dict(before.state_dict())
+    for value in (1.0, 1.0):
+        assert not after.update(value)
+    assert after.should_stop
+
+
+@pytest.mark.parametrize(
+    ("best_epoch", "epoch", "patience", "stalled"),
+    [(3, 3, 1, False), (3, 4, 1, True), (3, 4, 2, False), (0, 2, 2, True), (1, 99, None, False)],
+)
+def test_epochs_behind_the_best_one_are_counted(best_epoch, epoch, patience, stalled) -> None:
+    assert has_stalled(best_epoch, epoch, patience) == stalled
+
+
+def test_a_mean_weighs_its_values() -> None:
+    mean = Mean(World())
+    mean.add(torch.tensor(1.0), weight=3)
+    mean.add(torch.tensor(5.0), weight=1)
+    assert mean.value() == 2.0
+
+
+def test_the_mean_of_nothing_is_nan_and_reset_forgets() -> None:
+    mean = Mean(World())
+    mean.add(torch.tensor(1.0))
+    mean.reset()
+    assert math.isnan(mean.value())
+
+
+def test_a_mean_keeps_no_graph_and_continues_from_its_state() -> None:
+    value = torch.tensor(2.0, requires_grad=True)
+    mean, other = Mean(World()), Mean(World())
+    mean.add(value * 2)
+    assert not mean.state_dict()["sums"].requires_grad
+    other.load_state_dict(mean.state_dict())
+    mean.add(torch.tensor(100.0))  # the state is a copy
+    other.add(torch.tensor(8.0))
+    assert other.value() == 6.0
+
+
+def test_a_long_mean_of_small_numbers_stays_exact() -> None:
+    mean = Mean(World())
+    mean.add(torch.tensor(1.0), weight=2**25)
+    for _ in range(100):
+        mean.add(torch.tensor(1.0))  # in float32 2**25 + 1 is 2**25
+    assert float(mean.state_dict()["sums"][1]) == 2**25 + 100
