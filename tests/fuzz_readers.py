@@ -45,8 +45,8 @@ def picture(kind: str, seed: int = 0) -> bytes:
     return written.getvalue()
 
 
-def put(name: str, content: bytes | str | Callable[[Path], Any]) -> Callable[[Path], Any]:
-    """What writes one file: of bytes, of text, or by a function of its path."""
+def put(name: str, content: Any) -> Callable[[Path], Any]:
+    """What writes one file: of bytes, of text, of a value as JSON, or by a function of its path."""
 
     def make(directory: Path) -> None:
         path = directory / name
@@ -54,9 +54,15 @@ def put(name: str, content: bytes | str | Callable[[Path], Any]) -> Callable[[Pa
         if callable(content):
             content(path)
         else:
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
+            text = content if isinstance(content, (str, bytes)) else json.dumps(content)
+            path.write_bytes(text.encode() if isinstance(text, str) else text)
 
     return make
+
+
+def of(name: str, content: Any, read: Callable[[Path], Any], *allowed: type[Exception]) -> Reader:
+    """A reader of one file of that name."""
+    return Reader(put(name, content), lambda directory: read(directory / name), allowed)
 
 
 def together(*makers: Callable[[Path], Any]) -> Callable[[Path], Any]:
@@ -218,12 +224,12 @@ KINDS = ("WEBP", "BMP", "GIF", "TIFF", "PPM")
 READERS: dict[str, Reader] = {
     "RecordIO": Reader(_make_records, _read_records),
     "teacher npy": Reader(_make_features, teacher.TeacherFeatures),
-    "pairs bin": Reader(put("lfw.bin", _make_pairs), lambda d: _read_pairs(d / "lfw.bin")),
-    "old pairs bin": Reader(put("cfp.bin", _make_old_pairs), lambda d: _read_pairs(d / "cfp.bin")),
+    "pairs bin": of("lfw.bin", _make_pairs, _read_pairs),
+    "old pairs bin": of("cfp.bin", _make_old_pairs, _read_pairs),
     "student's settings": Reader(
-        put("config.json", json.dumps(SETTINGS)), lambda d: face_settings.settings_of(d / "x.pth")
+        put("config.json", SETTINGS), lambda d: face_settings.settings_of(d / "x.pth")
     ),
-    "list file": Reader(put("list.txt", LIST), lambda d: _read_list(d / "list.txt")),
+    "list file": of("list.txt", LIST, _read_list),
     "recipe": Reader(put("recipe.json", _make_recipe), _read_recipe),
     "cfg-options": Reader(
         put("options.txt", "model.depth=18\nlist.1.a=[1,(2,'x')]\nmodel.name=dict(a=1)"),
@@ -233,41 +239,32 @@ READERS: dict[str, Reader] = {
         put("config.json", json.dumps({"settings": {"configuration": {"a": {"b": [1, 2]}}}})),
         recipe.stored_configuration,
     ),
-    "json": Reader(put("a.json", json.dumps(STATUS)), lambda d: files.read_json(d / "a.json")),
-    "json lines": Reader(put("a.jsonl", ROWS), lambda d: _read_lines(d / "a.jsonl")),
-    "yaml settings": Reader(put("c.yaml", YAML), lambda d: _read_settings(d / "c.yaml")),
-    "resumed settings": Reader(put("config.json", json.dumps(SETTINGS)), _resume),
-    "checkpoint": Reader(
-        put("last.pt", lambda path: torch.save(STATE, path)),
-        lambda d: checkpoint.load(d / "last.pt"),
-        (DamagedError,),
+    "json": of("a.json", STATUS, files.read_json),
+    "json lines": of("a.jsonl", ROWS, _read_lines),
+    "yaml settings": of("c.yaml", YAML, _read_settings),
+    "resumed settings": Reader(put("config.json", SETTINGS), _resume),
+    "checkpoint": of(
+        "last.pt", lambda path: torch.save(STATE, path), checkpoint.load, DamagedError
     ),
-    "weights pth": Reader(
-        put("w.pth", lambda path: torch.save({"state_dict": STATE["parts"]["model"]}, path)),
-        lambda d: weights.read(d / "w.pth"),
+    "weights pth": of(
+        "w.pth",
+        lambda path: torch.save({"state_dict": STATE["parts"]["model"]}, path),
+        weights.read,
     ),
-    "weights of old torch": Reader(
-        put("w.pth", _make_old_weights), lambda d: weights.read(d / "w.pth")
-    ),
+    "weights of old torch": of("w.pth", _make_old_weights, weights.read),
     "run to continue": Reader(_make_run, _continue_run),
-    "weights safetensors": Reader(
-        put("w.safetensors", _make_safetensors), lambda d: weights.read(d / "w.safetensors")
-    ),
+    "weights safetensors": of("w.safetensors", _make_safetensors, weights.read),
     "weights in shards": Reader(_make_shards, weights.read),
-    "JPEG": Reader(
-        put("a.jpg", picture("JPEG")), lambda d: images.read_rgb(d / "a.jpg"), (ValueError,)
-    ),
-    "PNG": Reader(
-        put("a.png", picture("PNG")), lambda d: images.read_rgb(d / "a.png"), (ValueError,)
-    ),
+    "JPEG": of("a.jpg", picture("JPEG"), images.read_rgb, ValueError),
+    "PNG": of("a.png", picture("PNG"), images.read_rgb, ValueError),
     "other pictures": Reader(
         together(*(put(f"a.{kind}", picture(kind)) for kind in KINDS)),
         lambda d: [images.problem(d / f"a.{kind}") for kind in KINDS],
     ),
     "run report": Reader(
         together(
-            put("status.json", json.dumps(STATUS)),
-            put("config.json", json.dumps(SETTINGS)),
+            put("status.json", STATUS),
+            put("config.json", SETTINGS),
             put("metrics.jsonl", ROWS),
             put("pages/a.png", picture("PNG")),
             put("pages/b.html", "<h1>Sheet</h1><table><tr><td>1</td></tr></table>"),
@@ -277,7 +274,7 @@ READERS: dict[str, Reader] = {
         slowness=10,
     ),
     "run as the monitor sees it": Reader(
-        together(put("status.json", json.dumps(STATUS)), put("metrics.jsonl", ROWS)),
+        together(put("status.json", STATUS), put("metrics.jsonl", ROWS)),
         lambda d: run_text.block(run_status.view(d), 80),
     ),
 }

@@ -7,9 +7,7 @@ import json
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,6 +16,7 @@ from lavic.src.recommend import data as conversations
 from multimodal.pairs import audio, audiocaps, clotho, coco
 from multimodal.pairs.audio import AudioError
 from shared import unpack
+from tests.fuzz_readers import of, put, together
 from tests.fuzzing import Reader
 from vasevqa.filter import clip
 from vasevqa.model import rows
@@ -72,22 +71,6 @@ CLOTHO = "file_name," + ",".join(f"caption_{n}" for n in range(1, 6)) + "\n" + "
 )  # fmt: skip
 
 
-def put(name: str, content: Any) -> Callable[[Path], Any]:
-    """What writes one file: text, bytes, or a value as JSON."""
-
-    def make(directory: Path) -> None:
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = content if isinstance(content, (str, bytes)) else json.dumps(content)
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-
-    return make
-
-
-def together(*makers: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    return lambda directory: [make(directory) for make in makers]
-
-
 def _make_sound(directory: Path) -> None:
     import soundfile
 
@@ -134,10 +117,7 @@ def _read_coco(directory: Path) -> None:
 
 
 READERS: dict[str, Reader] = {
-    "lavic items": Reader(
-        put("items.json", ITEMS),
-        lambda d: catalogue.read_titles(d / "items.json"),
-    ),
+    "lavic items": of("items.json", ITEMS, catalogue.read_titles),
     "lavic descriptions": Reader(
         together(put("lines.jsonl", LINES), put("images/B1_0.jpg", b"a picture")),
         lambda d: catalogue.read_samples(d / "lines.jsonl", d / "images"),
@@ -146,17 +126,14 @@ READERS: dict[str, Reader] = {
         put("train.jsonl", TALKS),
         lambda d: conversations.read_conversations(d / "train.jsonl", "candidates_st"),
     ),
-    "vasevqa rows": Reader(
-        put("rows.json", VASES), lambda d: _read_vases(d / "rows.json"), (RowError,)
+    "vasevqa rows": of("rows.json", VASES, _read_vases, RowError),
+    "vasevqa row lines": of(
+        "rows.jsonl", "".join(json.dumps(row) + "\n" for row in VASES), _read_vases, RowError
     ),
-    "vasevqa row lines": Reader(
-        put("rows.jsonl", "".join(json.dumps(row) + "\n" for row in VASES)),
-        lambda d: _read_vases(d / "rows.jsonl"),
-        (RowError,),
-    ),
-    "vasevqa prompts": Reader(
-        put("prompts.txt", "# what to look for\n[high]\na whole vase\n[low]\na broken vase\n"),
-        lambda d: clip.read_prompts(d / "prompts.txt"),
+    "vasevqa prompts": of(
+        "prompts.txt",
+        "# what to look for\n[high]\na whole vase\n[low]\na broken vase\n",
+        clip.read_prompts,
     ),
     "multimodal COCO": Reader(
         together(
@@ -166,9 +143,7 @@ READERS: dict[str, Reader] = {
         ),
         _read_coco,
     ),
-    "multimodal AudioCaps csv": Reader(
-        put("train.csv", CLIPS), lambda d: audiocaps.listed_clips(d / "train.csv")
-    ),
+    "multimodal AudioCaps csv": of("train.csv", CLIPS, audiocaps.listed_clips),
     "multimodal Clotho csv": Reader(
         together(
             put("clotho_captions_development.csv", CLOTHO),

@@ -32,7 +32,7 @@ from multimodal.training import report, settings_file
 from shared import download, hub, lock, settings, stages
 from shared.page import Page
 from shared.program import JsonLinesProgress
-from tests.fuzz_readers import SETTINGS, STATUS, picture, put, together
+from tests.fuzz_readers import SETTINGS, STATUS, of, picture, put, together
 from tests.fuzzing import Reader
 from vasevqa.filter import clip, place, quality
 from vasevqa.model import memory as swift_memory
@@ -320,7 +320,7 @@ READERS: dict[str, Reader] = {
     ),
     "BLIP-2 folder": Reader(
         together(
-            put("config.json", json.dumps(BLIP)),
+            put("config.json", BLIP),
             tensors("model.safetensors", **{"vision_model.a": (2, 3), "other": (1,)}),
         ),
         _read_tower,
@@ -335,7 +335,7 @@ READERS: dict[str, Reader] = {
     ),
     "lavic adapter": Reader(
         together(
-            put("adapter_config.json", json.dumps(ADAPTER)),
+            put("adapter_config.json", ADAPTER),
             tensors("adapter_model.safetensors", a=(2, 3)),
         ),
         _read_adapter,
@@ -344,12 +344,11 @@ READERS: dict[str, Reader] = {
         lambda d: item_vectors._Store(d).write({"ab": torch.ones(2, 3), "cd": torch.ones(1, 3)}),
         lambda d: item_vectors._Store(d).read(["ab", "ef"]),
     ),
-    "lavic crawl items": Reader(
-        put("items.json", json.dumps(CATALOGUE)), lambda d: _read_crawl_list(d / "items.json")
-    ),
-    "lavic crawl lines": Reader(
-        put("a.jsonl", lines({"image_name": "B1_0.jpg", "image": "https://images.example/b.jpg"})),
-        lambda d: _read_crawl_list(d / "a.jsonl"),
+    "lavic crawl items": of("items.json", CATALOGUE, _read_crawl_list),
+    "lavic crawl lines": of(
+        "a.jsonl",
+        lines({"image_name": "B1_0.jpg", "image": "https://images.example/b.jpg"}),
+        _read_crawl_list,
     ),
     "lavic crawl notes": Reader(
         together(
@@ -365,17 +364,15 @@ READERS: dict[str, Reader] = {
     ),
     "lavic model folder": Reader(
         together(
-            put("config.json", json.dumps(LLAVA)),
+            put("config.json", LLAVA),
             put("tokenizer_config.json", "{}"),
             tensors("model.safetensors", a=(2, 3)),
         ),
         _read_llava,
     ),
-    "multimodal settings": Reader(
-        put("c.yaml", MM_SETTINGS), lambda d: _read_mm_settings(d / "c.yaml")
-    ),
+    "multimodal settings": of("c.yaml", MM_SETTINGS, _read_mm_settings),
     "multimodal report": Reader(
-        put("report.json", json.dumps(MM_REPORT)),
+        put("report.json", MM_REPORT),
         lambda d: report.add_section(d / "report.json", "left_out", [{"data set": "a"}]),
     ),
     "multimodal clips": Reader(put("clips.jsonl", lines(*CLIPS)), _read_clip_ledger),
@@ -406,23 +403,23 @@ READERS: dict[str, Reader] = {
     ),
     "vasevqa CLIP folder": Reader(
         together(
-            put("config.json", json.dumps(CLIP)),
-            put("preprocessor_config.json", json.dumps(PREPARE)),
+            put("config.json", CLIP),
+            put("preprocessor_config.json", PREPARE),
         ),
         _read_clip,
     ),
     "vasevqa swift run": Reader(
         together(
-            put("status.json", json.dumps(STATUS | {"state": "stopped"})),
-            put("config.json", json.dumps(RUN)),
-            put("v0/checkpoint-6/trainer_state.json", json.dumps(STATE)),
+            put("status.json", STATUS | {"state": "stopped"}),
+            put("config.json", RUN),
+            put("v0/checkpoint-6/trainer_state.json", STATE),
             tensors("v0/checkpoint-6/model.safetensors", a=(2, 3)),
         ),
         _continue_swift,
     ),
     "vasevqa model folder": Reader(
         together(
-            put("config.json", json.dumps(QWEN)),
+            put("config.json", QWEN),
             put("model.safetensors.index.json", '{"weight_map": {"a": "one.safetensors"}}'),
             tensors("one.safetensors", a=(2, 3)),
         ),
@@ -430,9 +427,9 @@ READERS: dict[str, Reader] = {
     ),
     "vasevqa merge notes": Reader(
         together(
-            put("config.json", json.dumps(RUN)),
+            put("config.json", RUN),
             put("checkpoint-6/args.json", '{"model": "m"}'),
-            put("checkpoint-6/adapter_config.json", json.dumps(ADAPTER)),
+            put("checkpoint-6/adapter_config.json", ADAPTER),
         ),
         _read_merge_notes,
     ),
@@ -446,7 +443,7 @@ READERS: dict[str, Reader] = {
     "swift's log": Reader(put("logging.jsonl", lines(*SWIFT_LOG)), _follow_swift),
     "stage markers": Reader(_run_stages, _run_stages),
     "download notes": Reader(
-        together(put(download.NOTES, json.dumps(NOTED)), put("a.bin", b"0123456789")), _read_notes
+        together(put(download.NOTES, NOTED), put("a.bin", b"0123456789")), _read_notes
     ),
     "Hub's index": Reader(
         put("index.json", '{"weight_map": {"b.a": "one.safetensors"}}'), _read_index

@@ -234,6 +234,20 @@ def ranks_of(running: Running) -> dict[int, int]:
     return found
 
 
+def run_ranks(program: str, size: int, *words: object) -> None:
+    """`python program RANK words…` once for each rank, side by side; all of them end well."""
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    ranks = [
+        subprocess.Popen([sys.executable, program, str(r), *map(str, words)], env=os.environ | own)
+        for r in range(size)
+    ]
+    try:
+        assert [rank.wait(timeout=110) for rank in ranks] == [0] * size
+    finally:
+        for rank in ranks:
+            rank.kill()
+
+
 def finished(outcome: subprocess.CompletedProcess[str]) -> str:
     """What a command wrote that ended well; AssertionError, with the end of it, otherwise."""
     said = outcome.stdout + outcome.stderr

@@ -58,10 +58,15 @@ def _of(main: Callable[[list[str]], int], script: str, *rest: Any, **more: Any) 
     return Training(main, ROOT / script, *rest, **more)
 
 
-def small_faces(root: Path) -> faces_demo.DemoPaths:
+FEW_FACES = {
+    "NUM_PEOPLE": 5, "PICTURES_EACH": 4, "PEOPLE_A_FOLD": 2, "TEACHER_PEOPLE": 100,
+    "PICTURES_OF_STRANGER": 4, "PAIRS_A_FOLD": 4,
+}  # fmt: skip
+
+
+def small_faces(root: Path, **changes: int) -> faces_demo.DemoPaths:
     """Five people of four pictures each, a tiny tower, and 24 pairs of strangers."""
-    small = {"NUM_PEOPLE": 5, "PICTURES_EACH": 4, "PEOPLE_A_FOLD": 2, "TEACHER_PEOPLE": 100}
-    with mock.patch.multiple(faces_demo, **small, PICTURES_OF_STRANGER=4, PAIRS_A_FOLD=4):
+    with mock.patch.multiple(faces_demo, **FEW_FACES | changes):
         return faces_demo.build(root)
 
 

@@ -305,10 +305,3 @@ def test_a_users_mistake_is_one_line(tmp_path, words, code, said):
     (line,) = outcome.text.splitlines()
     assert said in line
     assert processes_of(running.token) == []
-
-
-def test_help_tells_the_flags():
-    with start([LAUNCH, "--help"]) as running:
-        outcome = running.finish()
-    assert outcome.code == 0
-    assert "--shutdown-timeout" in outcome.text

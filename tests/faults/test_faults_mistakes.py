@@ -352,3 +352,37 @@ def test_fault_35_a_mistake_is_one_line_and_exit_2(script, words, said, base, tm
     assert outcome.code == 2, outcome.text
     assert re.match(r"error: |\w+ +failed: ", outcome.last_line) and said in outcome.last_line
     assert "Traceback" not in outcome.text
+
+
+PLANNED = {  # script: what is typed beside the base, and what the answer says
+    "face_distill.train_distill": ("", "1 process(es) x 4"),
+    "face_distill.extract_teacher": ("", "20 images of"),
+    "face_distill.evaluate": ("", "with lfw.bin; results in"),
+    "face_distill.embed": ("$tmp/pictures", "1 images in"),
+    "arcface.run_scripts.run_arcface": ("", "6 pictures a step = 1 process(es) x 6"),
+    "lavic.src.knowledge_distillation": ("", "20 samples"),
+    "lavic.src.prompt_tuning": ("", "5 epochs over"),
+    "lavic.src.evaluate": ("--checkpoint $adapter", "stage 1: "),
+    "multimodal.run_training": ("", "8 samples a step = 1 process(es) x batch 4 x accumulation 2"),
+    "multimodal.run_all": ("--epochs 50", "--epochs 50"),
+}
+
+
+def files_of(root: Path) -> set[Path]:
+    return {path for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", PLANNED)
+def test_a_dry_run_says_the_plan_and_writes_nothing(script, base, tmp):
+    more, said = PLANNED[script]
+    typed = [
+        *base(script),
+        *shlex.split(Template(more).substitute(tmp=tmp, adapter=nano().adapter)),
+        "--dry-run",
+    ]
+    before = files_of(tmp.parent)
+    outcome = run_here(importlib.import_module(script).main, typed)
+    assert outcome.code == 0, outcome.text
+    assert said in outcome.text
+    assert files_of(tmp.parent) == before

@@ -250,16 +250,6 @@ def test_a_mistake_of_the_user_is_one_line_with_exit_code_2(flags, extra, word):
     assert len(outcome.text.splitlines()) == 1
 
 
-def test_help_is_quick_and_imports_nothing_heavy():
-    code = (
-        "import sys; sys.argv = ['x', '--help']; from face_distill import download_weight\n"
-        "try:\n    download_weight.main(['--help'])\n"
-        "finally:\n    assert not {'torch', 'httpx', 'huggingface_hub'} & set(sys.modules)\n"
-    )
-    environ = os.environ | {"PYTHONPATH": str(ROOT)}
-    subprocess.run([sys.executable, "-c", code], env=environ, check=True, capture_output=True)
-
-
 def test_a_download_needs_no_torch(hub, flags):
     code = (
         "import sys; from face_distill import download_weight\n"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 
@@ -258,11 +257,3 @@ def test_the_demo_uses_its_own_student_and_tower(folder, tower, tmp_path, monkey
     shutil.copytree(tower, tmp_path / "demo" / "weights" / "blip2_weights")
     assert run_here(embed.main, [folder, "--demo"]).code == 0
     assert result(tmp_path / "demo" / "embeddings.npy")[0].shape == (5, 64)
-
-
-def test_a_dry_run_checks_and_writes_nothing(folder, checkpoint, tmp_path):
-    outcome = run(folder, checkpoint, tmp_path / "e.npy", "--dry-run")
-    assert outcome.code == 0 and f"5 images in {folder}" in outcome.text
-    assert not (tmp_path / "e.npy").exists()
-    shown = json.loads(run(folder, checkpoint, tmp_path / "e.npy", "--print-config").text)
-    assert shown["folder"] == str(folder)

@@ -21,6 +21,7 @@ from face_distill.distill import model, pairs, verification
 from face_distill.distill.images import Preprocess
 from shared.files import read_json, write_json
 from tests.harness import run_here
+from tests.trainings import small_faces
 
 LAYERS = [0, 3]
 
@@ -28,14 +29,9 @@ LAYERS = [0, 3]
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory) -> demo.DemoPaths:
     """A demo of few faces, 60 pairs of strangers among them, and a student trained on nothing."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "NUM_PEOPLE", 2)
-        patch.setattr(demo, "TEACHER_PEOPLE", 100)
-        patch.setattr(demo, "PICTURES_EACH", 2)
-        patch.setattr(demo, "PEOPLE_A_FOLD", 2)
-        patch.setattr(demo, "PICTURES_OF_STRANGER", 4)
-        patch.setattr(demo, "PAIRS_A_FOLD", 6)
-        paths = demo.build(tmp_path_factory.mktemp("recipe") / "demo")
+    paths = small_faces(
+        tmp_path_factory.mktemp("recipe") / "demo", NUM_PEOPLE=2, PICTURES_EACH=2, PAIRS_A_FOLD=6
+    )
     run_dir = paths.root / "runs" / "checkpoints"
     run_dir.mkdir(parents=True)
     torch.save(model.trainable_state(student_of(paths)), run_dir / "best_student_adapter_face.pth")
@@ -478,10 +474,3 @@ def test_one_teacher_file_for_two_sets_is_refused(faces, flags, tmp_path):
         shutil.copy(faces.pairs, tmp_path / name)
     refused([*flags, "--data-root", tmp_path, "--teacher", faces.teacher_pairs],
             "is one file for 2 sets: give the directory of lfw.npy, calfw.npy")  # fmt: skip
-
-
-def test_a_dry_run_writes_nothing(flags, checkpoint):
-    outcome = run_here(evaluate.main, [*flags, "--dry-run"])
-    assert outcome.code == 0
-    assert "with lfw.bin; results in" in outcome.text
-    assert not (checkpoint.parent / "evaluation").exists()

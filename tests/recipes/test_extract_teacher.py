@@ -22,6 +22,7 @@ from face_distill.FaceDataset import FaceDataset
 from shared import lock
 from shared.files import read_json, read_object
 from tests.harness import ROOT, run_here, start, status_of, wait_until
+from tests.trainings import small_faces
 
 SCRIPT = ROOT / "face_distill" / "extract_teacher.py"
 FILES = ("teacher_embedding.npy", "teacher_feat_map.npy", "teacher_labels.npy", "manifest.json")
@@ -30,14 +31,7 @@ FILES = ("teacher_embedding.npy", "teacher_feat_map.npy", "teacher_labels.npy", 
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory) -> demo.DemoPaths:
     """Five people of four pictures each, and a tiny tower."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "NUM_PEOPLE", 5)
-        patch.setattr(demo, "TEACHER_PEOPLE", 100)
-        patch.setattr(demo, "PICTURES_EACH", 4)
-        patch.setattr(demo, "PEOPLE_A_FOLD", 2)
-        patch.setattr(demo, "PICTURES_OF_STRANGER", 4)
-        patch.setattr(demo, "PAIRS_A_FOLD", 4)
-        return demo.build(tmp_path_factory.mktemp("faces"))
+    return small_faces(tmp_path_factory.mktemp("faces"))
 
 
 class Small(nn.Module):
@@ -377,13 +371,6 @@ def test_two_processes_write_the_bytes_of_one(faces, networks, tmp_path):
 def test_weights_have_to_be_typed(faces, tmp_path):
     outcome = run_here(extract_teacher.main, ["--data-root", faces.data_root])
     assert outcome.code == 2 and "--weights is missing" in outcome.last_line
-
-
-def test_a_dry_run_says_the_plan_and_writes_nothing(faces, networks, tmp_path):
-    flags = flags_for(faces, networks["quick"], tmp_path / "out", "--dry-run")
-    outcome = run_here(extract_teacher.main, flags)
-    assert outcome.code == 0 and "20 images of" in outcome.text and "1 process" in outcome.text
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_demo_lends_its_faces_and_asks_for_a_teacher(faces, networks, tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from face_distill.distill import model
 from face_distill.distill.recordio import RecordReader
 from shared.files import read_json, read_json_lines
 from tests.harness import ROOT, losses, run_here, start, status_of
+from tests.trainings import small_faces
 
 SCRIPT = ROOT / "face_distill" / "train_distill.py"
 
@@ -24,14 +25,7 @@ SCRIPT = ROOT / "face_distill" / "train_distill.py"
 @pytest.fixture(scope="session")
 def faces(tmp_path_factory) -> demo.DemoPaths:
     """Five people of four pictures each, a tiny tower, and 24 pairs of strangers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "NUM_PEOPLE", 5)
-        patch.setattr(demo, "TEACHER_PEOPLE", 100)
-        patch.setattr(demo, "PICTURES_EACH", 4)
-        patch.setattr(demo, "PEOPLE_A_FOLD", 2)
-        patch.setattr(demo, "PICTURES_OF_STRANGER", 4)
-        patch.setattr(demo, "PAIRS_A_FOLD", 4)
-        return demo.build(tmp_path_factory.mktemp("faces"))
+    return small_faces(tmp_path_factory.mktemp("faces"))
 
 
 @pytest.fixture

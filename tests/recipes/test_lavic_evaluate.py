@@ -94,12 +94,6 @@ def test_a_recommender_on_other_candidates_and_fewer_conversations(flags, traine
     assert len(rows) == 3 and "recommended_gpt_large" in rows[0]
 
 
-def test_a_dry_run_says_what_would_be_done(flags, trained, tmp_path):
-    outcome = run_here(evaluate.main, [*flags, "--checkpoint", trained, "--dry-run"])
-    assert outcome.code == 0 and "stage 2: " in outcome.text
-    assert not (tmp_path / "results").exists()
-
-
 def words_of(model, picture, title, count):
     """What transformers' own generate says of a picture, five slots."""
     base, processor, item_ids = load(nano())

@@ -34,6 +34,7 @@ from tests.harness import ROOT, run_here
 from tests.lavic_nano import build_nano, flags_of
 from tests.lavic_talks import nano
 from tests.memory_peak import peak_of_a_step
+from tests.trainings import small_faces
 from tests.vase_filter_nano import write_quality_set
 from vasevqa.filter import model as quality
 from vasevqa.filter.quality import memory_plan
@@ -56,14 +57,7 @@ def read(config: Any, flags: Flags) -> Any:
 
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory) -> faces_demo.DemoPaths:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(faces_demo, "NUM_PEOPLE", 5)
-        patch.setattr(faces_demo, "TEACHER_PEOPLE", 100)
-        patch.setattr(faces_demo, "PICTURES_EACH", 4)
-        patch.setattr(faces_demo, "PEOPLE_A_FOLD", 2)
-        patch.setattr(faces_demo, "PICTURES_OF_STRANGER", 4)
-        patch.setattr(faces_demo, "PAIRS_A_FOLD", 4)
-        return faces_demo.build(tmp_path_factory.mktemp("faces"))
+    return small_faces(tmp_path_factory.mktemp("faces"))
 
 
 @pytest.mark.slow

@@ -400,23 +400,6 @@ def test_words_that_cannot_be_had_are_named_with_address_and_place(data, tmp_pat
     assert not (tmp_path / "outputs").exists()
 
 
-@pytest.mark.parametrize("place", ["root", "directory", "elsewhere", "link"])
-def test_the_script_starts_from_anywhere(data, tmp_path, place):
-    link = tmp_path / "a link.py"
-    link.symlink_to(SCRIPT)
-    script, cwd = {
-        "root": ("multimodal/run_training.py", ROOT),
-        "directory": ("run_training.py", ROOT / "multimodal"),
-        "elsewhere": (str(SCRIPT), tmp_path),
-        "link": (str(link), tmp_path),
-    }[place]
-    flags = map(str, flags_for(data, tmp_path / "outputs", "--dry-run"))
-    command = [sys.executable, script, *flags]
-    shown = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
-    assert "8 samples a step = 1 process(es) x batch 4 x accumulation 2" in shown.stdout
-    assert not (tmp_path / "outputs").exists()
-
-
 TRAINER = """\
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("entry", sys.argv[1])

@@ -80,14 +80,6 @@ def test_flags_of_the_training_go_to_it_and_wrong_ones_end_the_preflight(tmp_pat
     assert markers(tmp_path / "outputs") == set() and not (tmp_path / "o").exists()
 
 
-def test_documented_flags_are_handed_on(capsys):
-    flags = ["--model-size", "base", "--batch-size", "8", "--epochs", "50", "--dry-run"]
-    assert run_all.main(flags) == 0
-    training = capsys.readouterr().out.splitlines()[1]
-    assert training.startswith("training: ")
-    assert training.endswith("--model-size base --batch-size 8 --epochs 50")
-
-
 def test_a_disk_too_small_ends_the_preflight(tmp_path, monkeypatch, capsys):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**12, 10**12, 10**9))

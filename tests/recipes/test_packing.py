@@ -17,6 +17,7 @@ from face_distill import embed, train_distill
 from face_distill.demo_data import demo
 from shared.files import read_json, read_json_lines
 from tests.harness import ROOT, Outcome, run_here, status_of
+from tests.trainings import small_faces
 
 EPOCHS = 4  # of 5 steps: 20 images, 4 a step
 STOP_AT = 12  # in the middle of the third epoch
@@ -25,14 +26,7 @@ STOP_AT = 12  # in the middle of the third epoch
 @pytest.fixture(scope="module")
 def faces(tmp_path_factory) -> demo.DemoPaths:
     """Five people of four pictures each, a tiny tower, and 40 pairs of strangers."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "NUM_PEOPLE", 5)
-        patch.setattr(demo, "TEACHER_PEOPLE", 100)
-        patch.setattr(demo, "PICTURES_EACH", 4)
-        patch.setattr(demo, "PEOPLE_A_FOLD", 2)
-        patch.setattr(demo, "PICTURES_OF_STRANGER", 4)
-        patch.setattr(demo, "PAIRS_A_FOLD", 4)
-        return demo.build(tmp_path_factory.mktemp("faces"))
+    return small_faces(tmp_path_factory.mktemp("faces"))
 
 
 def train(faces: demo.DemoPaths, run_dir: Path, *extra: object) -> Outcome:

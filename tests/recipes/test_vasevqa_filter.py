@@ -605,22 +605,6 @@ def test_two_processes_train_together_on_the_global_batch(tmp_path):
     assert sum(map(sum, results["confusion_matrix"])) == results["pictures"]["test"]
 
 
-def test_the_documented_constants_are_the_defaults():
-    assert (model.DEFAULT_GPU, model.BATCH_SIZE, model.NUM_EPOCHS, model.DATA_DIR) == (
-        2, 256, 200, "images2")  # fmt: skip
-    made = model.Config()
-    assert (made.gpu, made.batch_size, made.num_epochs) == (2, 256, 200)
-    assert made.data_dir == FILTER / "images2" and made.patience is None
-    sorter = classifier.Config()
-    assert (sorter.gpu, sorter.batch_size, sorter.threshold) == (2, 32, 0.5)
-    assert sorter.model_path == FILTER / "best_image_quality_model.pth"
-    assert (sorter.source_dir, sorter.target_dir) == (FILTER / "images", FILTER / "images3")
-    clip1, clip2 = clipfilter1.Config(), clipfilter2.Config()
-    assert (clip1.input_dir, clip1.sample_size) == (FILTER / "images3/1", 500)
-    assert clip1.output_dir == clip2.output_dir == FILTER / "filtered_vases"
-    assert clip2.input_dir == FILTER / "filtered_vases/accepted"
-
-
 @pytest.mark.parametrize(
     ("line", "field", "value"),
     [("BATCH_SIZE = 256", "batch_size", 7), ("NUM_EPOCHS = 200", "num_epochs", 3),
@@ -638,16 +622,6 @@ def test_editing_a_constant_in_model_py_changes_the_default(line, field, value, 
                            capture_output=True, text=True)  # fmt: skip
     expected = str(copy / value) if field == "data_dir" else value
     assert json.loads(shown.stdout)[field] == expected
-
-
-@pytest.mark.parametrize("name", ["model", "classifier", "clipfilter1", "clipfilter2"])
-def test_help_comes_before_torch(name):
-    command = [sys.executable, "-X", "importtime", FILTER / f"{name}.py", "--help"]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert "usage:" in shown.stdout
-    assert not {"torch", "numpy", "open_clip"} & {
-        line.rpartition("|")[2].strip() for line in shown.stderr.splitlines()
-    }
 
 
 def test_the_net_and_the_predictor_are_found_where_the_document_has_them():

@@ -257,64 +257,6 @@ def test_every_file_reads_its_six_data_sets_alike(path):
     assert last["end"] - last["begin"] == last["T_max"]
 
 
-def test_a_file_written_for_the_mm_family_loads_as_it_is(tmp_path):
-    """All constructs that such files use, in the usual folders."""
-    texts = {
-        "_base_/datasets/data.py": (
-            "# dataset settings\n"
-            "dataset_type = 'InShop'\n"
-            "data_preprocessor = dict(\n    num_classes=3997,\n"
-            "    # RGB format\n    mean=[123.675, 116.28, 103.53],\n    to_rgb=True)\n"
-            "test_pipeline = [\n    dict(type='LoadImageFromFile'),\n"
-            "    dict(type='Resize', scale=512),\n    dict(type='PackInputs'),\n]\n"
-            "query_dataloader = dict(\n    batch_size=32,\n    dataset=dict(\n"
-            "        type=dataset_type,\n        data_root='data/inshop',\n"
-            "        split='query',\n        pipeline=test_pipeline),\n"
-            "    sampler=dict(type='DefaultSampler', shuffle=False),\n)\n"
-            "gallery_dataloader = dict(\n    dataset=dict(data_root='data/inshop'))\n"
-            "val_dataloader = query_dataloader\n"
-            "val_evaluator = [dict(type='RetrievalRecall', topk=1)]\n"
-            "test_dataloader = val_dataloader\ntest_evaluator = val_evaluator\n"
-        ),
-        "_base_/schedules/schedule.py": (
-            "optim_wrapper = dict(\n    optimizer=dict(type='SGD', lr=0.01, nesterov=True))\n"
-            "param_scheduler = [dict(type='CosineAnnealingLR', T_max=95)]\n"
-            "train_cfg = dict(by_epoch=True, max_epochs=100, val_interval=1)\nval_cfg = dict()\n"
-        ),
-        "_base_/runtime.py": (
-            "default_scope = 'mmpretrain'\nvis_backends = [dict(type='LocalVisBackend')]\n"
-            "visualizer = dict(type='UniversalVisualizer', vis_backends=vis_backends)\n"
-            "load_from = None\nresume = False\n"
-        ),
-        "arcface/recipe.py": (
-            "_base_ = [\n    '../_base_/datasets/data.py',\n"
-            "    '../_base_/schedules/schedule.py',\n    '../_base_/runtime.py',\n]\n\n"
-            "pretrained = 'https://example.org/a,b.pth'  # noqa\n"
-            "model = dict(\n    type='ImageToImageRetriever',\n    image_encoder=[\n"
-            "        dict(type='ResNet', depth=50,\n             init_cfg=dict(\n"
-            "                 type='Pretrained', checkpoint=pretrained, prefix='backbone')),\n"
-            "        dict(type='GlobalAveragePooling'),\n    ],\n"
-            "    head=dict(type='ArcFaceClsHead', in_channels=2048, init_cfg=None),\n"
-            "    prototype={{_base_.gallery_dataloader}})\n\n"
-            "optim_wrapper = dict(\n    optimizer=dict(\n        type='SGD', lr=0.02, "
-            "weight_decay=0.0005))\n"
-            "train_cfg = dict(by_epoch=True, max_epochs=50, val_interval=1)\n"
-        ),
-    }
-    for name, text in texts.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    config = read_config(tmp_path / "arcface/recipe.py")
-    assert config["model"]["prototype"] == {"dataset": {"data_root": "data/inshop"}}
-    assert config["test_dataloader"] == config["query_dataloader"]
-    assert config["optim_wrapper"]["optimizer"] == {
-        **{"type": "SGD", "lr": 0.02, "nesterov": True, "weight_decay": 0.0005}
-    }
-    checkpoint = config["model"]["image_encoder"][0]["init_cfg"]["checkpoint"]
-    assert checkpoint == "https://example.org/a,b.pth"
-    assert config["train_cfg"]["max_epochs"] == 50 and config["val_cfg"] == {}
-
-
 # --- where a file is looked up --------------------------------------------------------------------
 
 

@@ -1,6 +1,5 @@
 """The demo's files: In-shop's layout, same seed same bytes, unseen items, no easy way out."""
 
-import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +7,6 @@ import pytest
 from PIL import Image
 
 from arcface.demo_data import inshop_tree as demo
-from arcface.demo_data.garments import (
-    PATTERNS,
-    draw_garment,
-    draw_shot,
-    num_styles,
-    style_of,
-)
 from arcface.inshop_retrieval.config import RECIPE, read_config
 from arcface.inshop_retrieval.inshop import InShop, read_list
 from arcface.inshop_retrieval.pipeline import build_pipeline
@@ -23,21 +15,6 @@ from arcface.inshop_retrieval.pipeline import build_pipeline
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     return demo.build(tmp_path_factory.mktemp("demo"))
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Three items, so that a build takes a moment."""
-    monkeypatch.setattr(demo, "NUM_TRAIN_ITEMS", 2)
-    monkeypatch.setattr(demo, "NUM_TEST_ITEMS", 1)
-
-
-def digests(paths):
-    files = [path for path in paths.data_root.rglob("*") if path.is_file()]
-    return {
-        str(path.relative_to(paths.root)): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in files
-    }
 
 
 @pytest.mark.slow
@@ -109,65 +86,3 @@ def test_the_demo_configuration_fits_the_demo(paths):
     assert data.num_classes == config["model"]["head"]["num_classes"]
     assert Path(settings["data_root"]) == demo.DemoPaths(Path("demo")).data_root
     assert data[0].image.shape == (3, 64, 64)
-
-
-def test_items_differ_in_cut_pattern_or_colour():
-    styles = [style for _, style, _ in demo._items(0)]
-    assert len(styles) == 160
-    assert {style.pattern for style in styles} == set(PATTERNS)
-    looks = {
-        (s.sleeves, s.length, s.is_flared, s.has_v_neck, s.pattern, *s.cloth.round(3))
-        for s in styles
-    }
-    assert len(looks) == 160
-    assert num_styles() == 2160
-
-
-def test_the_same_seed_draws_the_same_bytes_and_another_seed_others(tmp_path, small):
-    first, again, other = (
-        digests(demo.build(tmp_path / name, seed)) for name, seed in (("a", 0), ("b", 0), ("c", 1))
-    )
-    assert first == again and len(first) == 3 * 6 + 3
-    images = {digest for name, digest in first.items() if name.endswith(".jpg")}
-    assert len(images) == 18
-    assert not images & {digest for name, digest in other.items() if name.endswith(".jpg")}
-
-
-def test_a_finished_build_is_kept_and_a_partial_one_is_drawn_again(tmp_path, small):
-    paths = demo.build(tmp_path)
-    files = [path for path in paths.data_root.rglob("*") if path.is_file()]
-    before = {path: path.stat().st_mtime_ns for path in files}
-    demo.build(tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in files} == before
-    digest = digests(paths)
-    next(paths.images.rglob("*.jpg")).unlink()
-    demo.build(tmp_path)
-    assert digests(paths) == digest
-    (paths.root / "demo.json").unlink()
-    paths.partition.write_text("half")
-    demo.build(tmp_path)
-    assert digests(paths) == digest
-
-
-def test_another_seed_leaves_no_picture_of_the_one_before(tmp_path, small):
-    demo.build(tmp_path, seed=0)
-    paths = demo.build(tmp_path, seed=1)
-    listed = {line.split()[0] for line in paths.partition.read_text().splitlines()[2:]}
-    found = {str(path.relative_to(paths.images)) for path in paths.images.rglob("*.jpg")}
-    assert found == listed
-
-
-def test_a_garment_keeps_its_look_when_only_the_shot_changes():
-    rng = np.random.default_rng(0)
-    ours, other = style_of(100, rng), style_of(1100, rng)
-    shots = [draw_shot("front", rng) for _ in range(2)]
-    image, (left, top, right, bottom) = draw_garment(ours, shots[0])
-    assert image.shape == (112, 112, 3) and image.dtype == np.uint8
-    assert np.array_equal(image, draw_garment(ours, shots[0])[0])
-    assert not np.array_equal(image, draw_garment(ours, shots[1])[0])
-    others_image, others_box = draw_garment(other, shots[0])
-    changed = (image != others_image).any(2)
-    assert changed[top : bottom + 1, left : right + 1].mean() > 0.3
-    # The rest of the picture is the shot's; a box leaves out pixels that are covered in part.
-    assert not changed[: min(top, others_box[1]) - 2].any()
-    assert not changed[:, : min(left, others_box[0]) - 2].any()

@@ -308,14 +308,6 @@ def test_nothing_takes_multimodals_data_sets_by_the_name_of_hugging_faces():
     assert not guilty
 
 
-def test_entry_scripts_answer_help_without_heavy_imports():
-    for path in entry_scripts():
-        imports = top_imports(path)
-        heavy = {room_of(name) for name in imports} - set(sys.stdlib_module_names) - {"shared"}
-        assert not heavy, path
-        assert our_modules(imports) <= light_closure(), path
-
-
 def test_no_function_is_above_60_lines_and_no_training_above_100():
     long = {
         f"{path}:{node.name}": length

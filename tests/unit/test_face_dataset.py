@@ -1,9 +1,6 @@
 """Selections, labels, decoding and the cache, on small record files and folders."""
 
 import io
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +15,6 @@ from face_distill.distill.recordio import RecordReader
 from face_distill.FaceDataset import FaceDataset, split
 from shared.errors import UserError
 
-ROOT = Path(__file__).resolve().parents[2]
 COUNTS = (3, 5, 1, 4)  # images of each identity
 
 
@@ -277,18 +273,3 @@ def test_a_missing_or_empty_root_says_what_belongs_there(tmp_path):
         FaceDataset(tmp_path / "nowhere")
     with pytest.raises(UserError, match="holds neither"):
         FaceDataset(tmp_path)
-
-
-@pytest.mark.slow
-def test_a_script_beside_the_file_imports_it_by_its_bare_name(tmp_path):
-    root = faces_emore(tmp_path / "data", counts=(1,))
-    script = "import sys\nsys.path[0] = sys.argv[1]\nfrom FaceDataset import FaceDataset\n"
-    script += "from pathlib import Path\nprint(len(FaceDataset(Path(sys.argv[2]))))"
-    done = subprocess.run(
-        [sys.executable, "-c", script, str(ROOT / "face_distill"), str(root)],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        check=False,
-    )
-    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr

@@ -1,6 +1,5 @@
 """The demo's files: real formats, same seed same bytes, unseen people, learnable relations."""
 
-import hashlib
 import io
 import json
 import pickle
@@ -13,7 +12,6 @@ from safetensors import safe_open
 from transformers import Blip2Config, Blip2VisionModel
 
 from face_distill.demo_data import demo
-from face_distill.demo_data.faces import draw_face, draw_shot, look_of
 from face_distill.distill.recordio import RecordReader
 from face_distill.distill.teacher import TeacherFeatures
 from face_distill.distill.verification import ten_fold_accuracy
@@ -23,30 +21,6 @@ from face_distill.FaceDataset import FaceDataset
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
     return demo.build(tmp_path_factory.mktemp("demo"))
-
-
-@pytest.fixture
-def small(monkeypatch):
-    """Two people, so that a build takes a moment."""
-    monkeypatch.setattr(demo, "NUM_PEOPLE", 2)
-    monkeypatch.setattr(demo, "TEACHER_PEOPLE", 30)
-    monkeypatch.setattr(demo, "PICTURES_EACH", 2)
-    monkeypatch.setattr(demo, "NUM_FOLDS", 1)
-    monkeypatch.setattr(demo, "PICTURES_OF_STRANGER", 4)
-    monkeypatch.setattr(demo, "write_tower", _write_no_tower)
-
-
-def _write_no_tower(directory, seed):
-    for name in ("config.json", "model.safetensors.index.json"):
-        (directory / name).write_text("{}")
-
-
-def files_of(paths):
-    return [path for part in paths.parts for path in part.rglob("*") if path.is_file()]
-
-
-def digests(paths):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files_of(paths)}
 
 
 def test_records_are_those_of_faces_emore(paths):
@@ -137,36 +111,3 @@ def test_the_tower_loads_strictly_from_two_shards(paths):
     assert (tokens[0, 0] - tokens[1, 0]).abs().max() > 0.01  # it sees its input
     energy = tokens[:, 1:].square().sum(2)
     assert energy.std(1).min() > 0.1  # and an attention map can be read from it
-
-
-def test_a_finished_build_is_kept_and_a_partial_one_is_drawn_again(tmp_path, small):
-    paths = demo.build(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in files_of(paths)}
-    demo.build(tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in files_of(paths)} == before
-    digest = digests(paths)
-    (paths.data_root / "train.rec").unlink()
-    demo.build(tmp_path)
-    assert digests(paths) == digest
-    (paths.root / "demo.json").unlink()
-    (paths.data_root / "train.rec").write_bytes(b"half")
-    demo.build(tmp_path)
-    assert digests(paths) == digest
-
-
-def test_seeds_draw_different_people(tmp_path, small):
-    first, second = (demo.build(tmp_path / str(seed), seed) for seed in (0, 1))
-    same = {name for name, digest in digests(first).items() if digests(second)[name] == digest}
-    unseeded = {"property", "teacher_labels.npy", "config.json", "model.safetensors.index.json"}
-    assert same == unseeded
-
-
-def test_a_face_keeps_its_parts_when_only_the_shot_changes():
-    rng = np.random.default_rng(0)
-    someone, other = rng.standard_normal((2, 12))
-    shots = [draw_shot(rng) for _ in range(2)]
-    image = draw_face(look_of(someone), shots[0])
-    assert image.shape == (112, 112, 3) and image.dtype == np.uint8
-    assert np.array_equal(image, draw_face(look_of(someone), shots[0]))
-    assert not np.array_equal(image, draw_face(look_of(someone), shots[1]))
-    assert not np.array_equal(image, draw_face(look_of(other), shots[0]))

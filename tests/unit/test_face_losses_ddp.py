@@ -4,8 +4,6 @@ The file is also the program of each process: `python test_face_losses_ddp.py RA
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,11 +15,11 @@ from torch import Tensor, distributed, nn
 from face_distill.distill.losses import ArcFaceHead, Distillation
 from face_distill.distill.model import FaceStudent, adapter_layers
 from shared.distributed import World, gather_with_grad
+from tests.harness import run_ranks
 
 pytestmark = pytest.mark.slow
 
 WORLD, BATCH, CLASSES, WIDTH = 2, 8, 5, 32
-ROOT = Path(__file__).resolve().parents[2]
 Batch = dict[str, Tensor]
 
 
@@ -42,18 +40,7 @@ def test_relations_within_each_process_alone_would_give_other_gradients(
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """Relative gradient errors by case, from two processes over gloo."""
     directory = tmp_path_factory.mktemp("ddp")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, __file__]
-    paths = [str(directory / "store"), str(directory / "report.json")]
-    processes = [
-        subprocess.Popen([*command, str(rank), *paths], env=environment) for rank in range(WORLD)
-    ]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(__file__, WORLD, directory / "store", directory / "report.json")
     return json.loads((directory / "report.json").read_text())
 
 

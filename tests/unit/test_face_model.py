@@ -264,22 +264,6 @@ def test_trainable_state_is_adapters_and_head_as_copies(checkpoint: Path) -> Non
     assert sum(t.numel() for t in state.values()) < full_size / 10
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
-@pytest.mark.parametrize("part", [trainable_state, FaceStudent.state_dict])
-def test_load_student_reads_trainable_and_full_checkpoints(
-    checkpoint: Path, tmp_path: Path, part: Callable[[FaceStudent], dict], prefix: str
-) -> None:
-    saved = make_student(checkpoint)
-    state = {f"{prefix}{name}": t for name, t in part(saved).items()}
-    torch.save(state, tmp_path / "s.pth")
-    fresh = FaceStudent(load_tower(checkpoint), [0, 2], ArcFaceHead(WIDTH, 6), bottleneck=8)
-    images = make_images()
-    assert not torch.equal(fresh(images)[0], saved(images)[0])
-    load_student(fresh, tmp_path / "s.pth")
-    assert torch.equal(fresh(images)[0], saved(images)[0])
-    assert torch.equal(fresh.get_parameter("head.weight"), saved.get_parameter("head.weight"))
-
-
 def test_load_student_without_a_head_passes_over_the_heads_weights(
     checkpoint: Path, tmp_path: Path
 ) -> None:

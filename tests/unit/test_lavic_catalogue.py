@@ -107,11 +107,6 @@ def test_fault_32_a_bad_dictionary_is_named_with_the_item(tmp_path, images, text
     assert message in str(error.value)
 
 
-def test_the_schema_is_chosen_by_the_extension(tmp_path, images):
-    with pytest.raises(UserError, match=r"end in \.json .* or \.jsonl"):
-        read_samples(write(tmp_path / "items.txt", "{}"), images)
-
-
 def test_bytes_that_are_no_utf8_are_refused(tmp_path, images):
     path = tmp_path / "t.json"
     path.write_bytes('{"B0": "é"}'.encode("latin-1"))
@@ -127,13 +122,6 @@ def test_fault_29_a_file_without_a_usable_sample_is_refused(tmp_path, images):
         read_samples(
             write(empty, {"B1": {"image_descriptions_llava_cleaned": {"B1_0.jpg": "A."}}}), images
         )
-
-
-def test_a_missing_file_and_a_missing_folder_are_named(tmp_path, images):
-    with pytest.raises(UserError, match=r"nowhere.json cannot be read"):
-        read_samples(tmp_path / "nowhere.json", images)
-    with pytest.raises(UserError, match=r"nowhere cannot be read"):
-        read_samples(train_file(tmp_path), tmp_path / "nowhere")
 
 
 def test_a_description_without_words_is_counted_and_left_out(tmp_path, images):

@@ -57,14 +57,6 @@ def test_the_files_are_in_the_documented_forms(paths):
     assert all(set(talk) == keys for split in demo.NUM_TALKS for talk in talks(paths, split))
 
 
-def test_a_seed_gives_the_same_files_and_another_seed_others(paths, tmp_path):
-    again, other = written(tmp_path / "0", 0), written(tmp_path / "1", 1)
-    names = [path.relative_to(paths.root) for path in paths.data.rglob("*") if path.is_file()]
-    assert len(names) == 324 + 54 + 5
-    assert all((again.root / n).read_bytes() == (paths.root / n).read_bytes() for n in names)
-    assert other.train_data.read_bytes() != paths.train_data.read_bytes()
-
-
 def test_no_look_of_the_validation_is_in_the_training(paths):
     train = {s.description for s in read_samples(paths.train_data, paths.train_images).usable}
     valid = {s.description for s in read_samples(paths.val_data, paths.valid_images).usable}
@@ -150,19 +142,3 @@ def test_in_the_lesson_of_choosing_one_look_fits_and_the_answer_is_its_id_and_th
         said = [row.tokens[place] for place in row.answers]
         assert said == [*fitting, tokenizer.eos_token_id]
         assert row.answers[-1] == len(row.tokens) - 1
-
-
-def test_a_finished_demo_is_kept_and_an_unfinished_one_made_again(tmp_path, monkeypatch):
-    from lavic.demo_data import lessons as demo_lessons
-
-    monkeypatch.setattr(demo_lessons, "STEPS", 0)
-    paths = demo.build(tmp_path)
-    checkpoint = {"config.json", "model.safetensors", "tokenizer.json", "processor_config.json"}
-    assert checkpoint <= {path.name for path in paths.weights.iterdir()}
-    made = paths.train_data.stat().st_mtime_ns
-    demo.build(tmp_path)
-    assert paths.train_data.stat().st_mtime_ns == made
-    (paths.weights / "model.safetensors").unlink()
-    demo.build(tmp_path)
-    assert (paths.weights / "model.safetensors").exists()
-    assert paths.train_data.stat().st_mtime_ns != made

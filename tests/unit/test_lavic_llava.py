@@ -212,13 +212,3 @@ def test_a_model_of_another_kind_is_refused(paths, tmp_path):
     (directory / "config.json").write_text(json.dumps(config | {"model_type": "llava"}))
     with pytest.raises(UserError, match=r"holds a llava model, expected llava_next"):
         load_base(directory, CPU, torch.float32)
-
-
-def test_a_model_that_may_not_be_fetched_is_named_with_the_way_out(monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        UserError, match=r"nobody/nothing is no directory here and not in the cache"
-    ):
-        load_base("nobody/nothing", CPU, torch.float32)

@@ -50,12 +50,6 @@ def test_every_state_has_its_word_and_exit_code(tmp_path, capsys, state, code, e
     assert run(capsys, tmp_path, "--once", str(tmp_path))[1].startswith(word + "\n")
 
 
-def test_a_stale_run_is_exit_code_1(tmp_path, capsys):
-    write(tmp_path, pid=2**22 + 1)
-    code, text = run(capsys, tmp_path, str(tmp_path))
-    assert (code, text.splitlines()[0]) == (1, "probe: STALE")
-
-
 def test_the_block_shows_the_reward_of_grpo_and_its_spread(tmp_path, capsys):
     write(tmp_path)
     log(tmp_path, train(1, loss=0.5, reward=0.25, reward_std=0.125))

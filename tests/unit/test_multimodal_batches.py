@@ -7,8 +7,8 @@ import itertools
 import pytest
 import torch
 
-from multimodal.datasets import OnePerGroup, Source, Task, collate_views
-from multimodal.pairs.batches import BatchOptions, epoch_of, held_out, split
+from multimodal.datasets import OnePerGroup, Source, collate_views
+from multimodal.pairs.batches import BatchOptions, epoch_of, held_out
 from multimodal.pairs.samples import Counts
 from multimodal.training.schedule import Span, order_of, steps_of_sources
 from shared.checkpoint import Position
@@ -111,15 +111,6 @@ def test_modality_masks_come_in_the_last_stage_and_follow_the_step():
     assert masks != [masks[0]] * len(masks)
     resumed = list(epoch_of(SOURCES, options(), ALONE, SPANS[2], Position(0, 5, 4)))
     assert [batch["modality_mask"].tolist() for _, batch in resumed] == masks[4:]
-
-
-def test_split_cuts_every_tensor_into_chunks():
-    task = Task("large", ("image",), False, "classes")
-    batch = {"images": torch.arange(6.0), "modality_mask": torch.arange(6)}
-    chunks = split(batch, 4, task, torch.device("cpu"))
-    assert [chunk["images"].tolist() for chunk, _ in chunks] == [[0, 1, 2, 3], [4, 5]]
-    assert [chunk["modality_mask"].tolist() for chunk, _ in chunks] == [[0, 1, 2, 3], [4, 5]]
-    assert all(given is task for _, given in chunks)
 
 
 def test_validation_batches_are_the_same_for_any_number_of_processes():

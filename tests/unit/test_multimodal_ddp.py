@@ -4,8 +4,6 @@ The file is also the program of each process: `python test_multimodal_ddp.py RAN
 """
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,6 @@ import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [] if str(ROOT) in sys.path else [str(ROOT)]
-
 from multimodal.datasets import Task
 from multimodal.pairs.batches import with_hidden_parts
 from multimodal.training import grad_cache
@@ -25,6 +20,7 @@ from multimodal.training.losses import LossOptions, loss_of
 from shared.amp import Amp
 from shared.distributed import World
 from tests import multimodal_nano as nano
+from tests.harness import run_ranks
 
 pytestmark = pytest.mark.slow
 
@@ -51,17 +47,7 @@ CASES = {
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     """The largest relative error of the gradients by case and task, from two processes."""
     directory = tmp_path_factory.mktemp("ddp")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    paths = [str(directory / "store"), str(directory / "report.json")]
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(rank), *paths], env=environment)
-        for rank in range(WORLD)
-    ]
-    try:
-        assert [process.wait(timeout=100) for process in processes] == [0] * WORLD
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(__file__, WORLD, directory / "store", directory / "report.json")
     return json.loads((directory / "report.json").read_text())
 
 

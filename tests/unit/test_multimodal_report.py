@@ -51,17 +51,6 @@ def test_the_page_is_the_json_alone(tmp_path):
     assert "| unimodal | 2 | 1.235 |" in text
 
 
-def test_evaluation_adds_its_table_later(tmp_path):
-    path = finished(tmp_path)
-    rows = [{"task": "image-text", "split": "Karpathy test", "N": 5000, "R@1": 0.25, "mAP": None}]
-    add_section(path, "retrieval", rows)
-    assert read_json(path)["retrieval"] == rows
-    text = path.with_suffix(".md").read_text()
-    assert "## Retrieval\n\n| task | split | N | R@1 | mAP |" in text
-    assert "| image-text | Karpathy test | 5000 | 25 % | – |" in text
-    assert text.index("## Retrieval\n") > text.index("## Stages")
-
-
 def test_shares_are_percent_on_the_page_and_stay_shares_in_the_json(tmp_path):
     path = finished(tmp_path)
     row = {"pairs": "coco", "R@1 before": 0.025, "R@1 after": 0.5375, "chance": 0.025}

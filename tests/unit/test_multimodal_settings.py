@@ -125,13 +125,6 @@ def stored(tmp_path) -> Path:
     return path
 
 
-def test_a_checkpoint_brings_its_runs_settings_and_directory(stored, tmp_path):
-    cfg = run_training._read_settings(["--resume", str(stored)])
-    assert (cfg.batch_size, cfg.epochs, cfg.amp) == (3, 7, "off")
-    assert cfg.run_dir == tmp_path
-    assert cfg.tensorboard == tmp_path / "logs" / "tensorboard"
-
-
 def test_a_settings_file_that_would_change_the_resumed_run_is_refused(stored, tmp_path):
     path = tmp_path / "my.yaml"
     path.write_text("training:\n  batch_size: 3\n  workers: 1\n")

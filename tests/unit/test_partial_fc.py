@@ -77,16 +77,6 @@ def test_loss_and_gradients_are_those_of_pytorch_metric_learning(
             torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * max(1, largest))
 
 
-def test_the_margined_cosine_falls_over_the_whole_half_circle() -> None:
-    angles = torch.linspace(0, math.pi, 1001, dtype=torch.float64)
-    moved = add_margin(angles.cos(), 0.5)
-    assert (moved.diff() < 0).all()
-    before = angles < math.pi - 0.5
-    torch.testing.assert_close(moved[before], (angles[before] + 0.5).cos(), rtol=0, atol=2e-8)
-    beyond = angles[~before].cos() - 0.5 * math.sin(math.pi - 0.5)
-    torch.testing.assert_close(moved[~before], beyond, rtol=0, atol=1e-12)
-
-
 def test_the_easy_margin_moves_only_embeddings_within_a_right_angle() -> None:
     angles = torch.tensor([0.4, 1.2, 1.6, 3.0], dtype=torch.float64)
     moved = add_margin(angles.cos(), 0.5, easy=True)

@@ -6,7 +6,6 @@ was found.
 """
 
 import os
-import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
@@ -21,12 +20,12 @@ from torch.nn import functional
 from arcface.inshop_retrieval.partial_fc import CentreRows, PartialFC
 from shared import distributed
 from shared.distributed import World
+from tests.harness import run_ranks
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]
 
 CLASSES, WIDTH, BATCH = 10, 6, 12  # 10 over 3 ranks: shards of 4, 3 and 3
 STEPS, PART = 9, 3  # an uninterrupted run, and what each of 2, 1 and 3 ranks does of it
-ROOT = Path(__file__).resolve().parents[2]
 Report = dict[str, Any]
 
 
@@ -39,17 +38,7 @@ def uninterrupted() -> Report:
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Report]:
     """What ranks found, by how many they were; training goes from 2 ranks to 1 and to 3."""
     directory = tmp_path_factory.mktemp("ranks")
-    environ = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    environ["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, __file__]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(directory)], env=environ) for rank in range(3)
-    ]
-    try:
-        assert [process.wait(timeout=100) for process in processes] == [0, 0, 0]
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(__file__, 3, directory)
     return {size: torch.load(directory / f"{size}.pt", weights_only=True) for size in (1, 2, 3)}
 
 

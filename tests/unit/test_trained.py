@@ -205,8 +205,3 @@ def test_the_tower_is_the_typed_one_or_the_runs_or_the_default(tmp_path):
     assert found(None, "gone") == places["default"]
     with pytest.raises(UserError, match=r"no BLIP-2 tower: .*gone/config\.json missing"):
         found("gone", "stored")
-
-
-def test_the_name_of_the_best_student_is_the_one_that_training_writes():
-
-    assert student_files.BEST == BEST

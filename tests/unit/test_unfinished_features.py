@@ -45,16 +45,6 @@ def test_the_files_are_the_ones_numpy_would_write(tmp_path):
     }  # fmt: skip
 
 
-def test_the_same_plan_continues_behind_the_last_row(tmp_path):
-    written(tmp_path, 3)
-    store = UnfinishedFeatures(tmp_path, PLAN)
-    assert store.begin() == 3
-    store.write(3, EMBEDDINGS[3:], MAPS[3:])
-    store.finish(LABELS)
-    assert np.array_equal(np.load(tmp_path / "teacher_embedding.npy"), EMBEDDINGS)
-    assert UnfinishedFeatures(tmp_path, PLAN).begin() is None
-
-
 def test_a_kill_before_the_note_was_dropped_leaves_a_finished_extraction(tmp_path):
     store = written(tmp_path, 7)
     note = (tmp_path / "unfinished.json").read_bytes()
@@ -68,21 +58,6 @@ def test_no_training_takes_features_that_are_not_finished(tmp_path):
     written(tmp_path, 3)
     with pytest.raises(UserError, match=r"not finished \(3 rows so far\).* it continues"):
         TeacherFeatures(tmp_path)
-
-
-def test_another_plans_rows_and_files_are_moved_aside_with_the_difference(tmp_path, caplog):
-    caplog.set_level("INFO")
-    out = tmp_path / "out"
-    written(out, 7).finish(LABELS)
-    (out / "notes.txt").write_text("the user's own")
-    other = UnfinishedFeatures(out, PLAN | {"map": "features"})
-    assert other.begin() == 0
-    assert "map: probability → features" in caplog.text and "out.1" in caplog.text
-    assert np.array_equal(np.load(tmp_path / "out.1" / "teacher_feat_map.npy"), MAPS)
-    assert "manifest.json" not in names(out) and "notes.txt" in names(out)
-    other.write(0, EMBEDDINGS[:3], MAPS[:3])
-    assert UnfinishedFeatures(out, PLAN).begin() == 0  # and back: nothing of the other is used
-    assert (tmp_path / "out.2" / "unfinished.json").exists()
 
 
 def test_features_of_unknown_origin_are_moved_aside_too(tmp_path):

@@ -10,15 +10,11 @@ from pathlib import Path
 import pytest
 
 from arcface.inshop_retrieval.inshop import read_list
-from face_distill.distill.pairs import read_pairs
 from face_distill.distill.teacher import TeacherFeatures
 from lavic.src.catalogue import read_pictures, read_samples, read_titles
-from lavic.src.recommend.data import read_conversations
 from multimodal.datasets import AudioCaps, Clotho, Coco
 from multimodal.demo_data import demo
 from shared.errors import UserError
-from vasevqa.filter import clip
-from vasevqa.model import training_files
 
 
 @pytest.fixture(scope="module")
@@ -114,13 +110,6 @@ def test_a_table_with_another_separator(made, tmp_path, separator):
 # --- the other recipes ----------------------------------------------------------------------------
 
 
-def test_in_shops_list_with_commas(tmp_path):
-    path = tmp_path / "list_eval_partition.txt"
-    path.write_text("1\nimage_name,item_id,evaluation_status\nimg/a.jpg,id_1,train\n")
-    with pytest.raises(UserError, match=r"partition\.txt: 2 malformed line\(s\)"):
-        read_list(path)
-
-
 def test_in_shops_list_of_no_picture(tmp_path):
     path = tmp_path / "list_eval_partition.txt"
     path.write_text("0\nimage_name item_id evaluation_status\n")
@@ -137,14 +126,6 @@ def test_a_teachers_manifest_without_a_known_name(tmp_path, content):
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=r"manifest\.json: expected a JSON object with map, sel"):
         TeacherFeatures(tmp_path)
-
-
-def test_pairs_without_a_pair(tmp_path):
-    import pickle
-
-    (tmp_path / "lfw.bin").write_bytes(pickle.dumps(([], [])))
-    with pytest.raises(UserError, match=r"lfw\.bin is no verification set"):
-        read_pairs(tmp_path / "lfw.bin")
 
 
 ITEMS = {"B0": {"name": "Sign", "image": "B0_0.jpg"}, "B1": {"name": "Mat"}}
@@ -172,24 +153,3 @@ def test_products_whose_pictures_have_no_address(tmp_path):
     path.write_text(json.dumps(items))
     with pytest.raises(UserError, match=r"item2meta_train\.json: none of 2 pictures has an"):
         read_pictures("train", path)
-
-
-def test_conversations_of_another_schema(tmp_path):
-    (tmp_path / "train.jsonl").write_text('{"dialogue": "hello", "candidates": ["B0"]}\n')
-    with pytest.raises(UserError, match=r"train\.jsonl line 1: no text under 'context'"):
-        read_conversations(tmp_path / "train.jsonl", "candidates_st")
-
-
-def test_rows_about_vases_of_another_schema(tmp_path):
-    (tmp_path / "train.json").write_text('[{"picture": "a.jpg", "question": "?", "answer": "!"}]')
-    found = training_files.open_file(tmp_path / "train.json", [tmp_path], is_grpo=False)
-    assert "train.json, row 1: names a picture under picture: call it images" in found.problems[0]
-    (tmp_path / "train.json").write_text('[{"images": ["a.jpg"], "asked": "?", "said": "!"}]')
-    found = training_files.open_file(tmp_path / "train.json", [tmp_path], is_grpo=False)
-    assert "train.json, row 1: has no conversations" in found.problems[0]
-
-
-def test_prompts_without_groups(tmp_path):
-    (tmp_path / "prompts.txt").write_text("a whole vase\n")
-    with pytest.raises(UserError, match=r"prompts\.txt:1: write \[high\] or \[low\]"):
-        clip.read_prompts(tmp_path / "prompts.txt")

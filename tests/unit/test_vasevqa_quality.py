@@ -64,15 +64,6 @@ def test_the_fixed_preparation_is_resizing_and_imagenets_normalisation():
     assert found.mean((1, 2)).tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_missing_or_empty_label_is_refused_by_name(tmp_path):
-    with pytest.raises(UserError, match=r"/0 is not a folder"):
-        quality.find_labelled(tmp_path)
-    (tmp_path / "0").mkdir()
-    (tmp_path / "1").mkdir()
-    with pytest.raises(UserError, match=r"/0 holds 0 picture\(s\)"):
-        quality.find_labelled(tmp_path)
-
-
 def test_unreadable_pictures_are_left_out_before_the_split(tmp_path, caplog):
     root = write_quality_set(tmp_path, each=5)
     (root / "1" / "03.png").write_bytes(b"<html>")

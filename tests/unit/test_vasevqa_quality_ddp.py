@@ -3,8 +3,6 @@
 The file is also the program of each process: `python test_vasevqa_quality_ddp.py RANK STORE OUT`.
 """
 
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,11 +11,11 @@ import torch
 from torch import Tensor, distributed, nn
 
 from shared.distributed import World
+from tests.harness import run_ranks
 from vasevqa.filter.quality import ImageQualityNet, Learner
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 SIZE, SHARE = 2, 4
 LABELS = [0, 0, 0, 0, 0, 1, 1, 1]  # the first process has one class alone
 
@@ -47,16 +45,7 @@ def gradients(world: World) -> dict[str, Tensor]:
 
 
 def test_two_processes_have_the_gradients_of_one(tmp_path: Path) -> None:
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    env["CUDA_VISIBLE_DEVICES"] = ""
-    paths = [str(tmp_path / "store"), str(tmp_path / "gradients.pt")]
-    command = [sys.executable, __file__]
-    processes = [subprocess.Popen([*command, str(r), *paths], env=env) for r in range(SIZE)]
-    try:
-        assert [process.wait(timeout=120) for process in processes] == [0] * SIZE
-    finally:
-        for process in processes:
-            process.kill()
+    run_ranks(__file__, SIZE, tmp_path / "store", tmp_path / "gradients.pt")
     found, expected = torch.load(tmp_path / "gradients.pt"), gradients(World())
     assert found.keys() == expected.keys() and len(found) > 20
     assert all(gradient.norm() > 0 for gradient in expected.values())
