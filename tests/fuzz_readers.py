@@ -241,8 +241,10 @@ READERS: dict[str, Reader] = {
     ),
     "json": of("a.json", STATUS, files.read_json),
     "json lines": of("a.jsonl", ROWS, _read_lines),
-    "yaml settings": of("c.yaml", YAML, _read_settings),
-    "resumed settings": Reader(put("config.json", SETTINGS), _resume),
+    "yaml settings": Reader(
+        put("c.yaml", YAML), lambda d: _read_settings(d / "c.yaml"), slowness=5
+    ),
+    "resumed settings": Reader(put("config.json", SETTINGS), _resume, slowness=5),
     "checkpoint": of(
         "last.pt", lambda path: torch.save(STATE, path), checkpoint.load, DamagedError
     ),

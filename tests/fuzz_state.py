@@ -369,6 +369,7 @@ READERS: dict[str, Reader] = {
             tensors("model.safetensors", a=(2, 3)),
         ),
         _read_llava,
+        slowness=5,
     ),
     "multimodal settings": of("c.yaml", MM_SETTINGS, _read_mm_settings),
     "multimodal report": Reader(
@@ -424,6 +425,7 @@ READERS: dict[str, Reader] = {
             tensors("one.safetensors", a=(2, 3)),
         ),
         _read_swift_model,
+        slowness=5,
     ),
     "vasevqa merge notes": Reader(
         together(

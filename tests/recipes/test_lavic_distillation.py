@@ -162,6 +162,8 @@ def test_a_stop_in_the_validation_is_answered_at_once_and_the_epoch_is_saved(
     resumed = train(options)
     assert resumed.code == 0 and "continuing from" in resumed.text, resumed.text
     assert train_losses(run_dir) == steps and len(rows(run_dir, "val")) == 1
+    boards = run_dir.parent / "lightning_logs"  # it goes on with its own
+    assert [path.name for path in boards.iterdir()] == ["version_0"]
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Five hundred damaged copies of every reader's input; see tests/fuzzing.py."""
+"""Damaged copies of every reader's input, in the full tier thousands; see tests/fuzzing.py."""
 
 import pytest
 
@@ -8,10 +8,14 @@ from tests.fuzzing import Reader
 READERS = {**fuzz_readers.READERS, **fuzz_recipes.READERS, **fuzz_state.READERS}
 
 
+@pytest.mark.parametrize(
+    ("cases", "timeout"),
+    [(500, 100), pytest.param(10_000, 850, marks=(pytest.mark.full, pytest.mark.limit(900)))],
+)
 @pytest.mark.parametrize("name", READERS)
-def test_damage_ends_in_a_result_or_in_one_line(name):
-    cases = 500 // READERS[name].slowness
-    campaign = fuzzing.run(name, READERS[name], cases=cases, timeout=100)
+def test_damage_ends_in_a_result_or_in_one_line(name, cases, timeout):
+    cases //= READERS[name].slowness
+    campaign = fuzzing.run(name, READERS[name], cases=cases, timeout=timeout)
     assert campaign.faults == []
     assert campaign.cases == cases
 
