@@ -232,6 +232,19 @@ def test_size_counts_the_bytes_of_nested_tensors() -> None:
     assert checkpoint.size_of({**value, "c": 5, "d": "text"}) == 40 + 24 + 8
 
 
+@pytest.mark.parametrize(("free", "fits"), [(3_000_000_000, True), (2_999_999_999, False)])
+def test_room_for_those_kept_and_the_one_being_written_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, fits: bool
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, free))
+    if fits:
+        checkpoint.check_space(tmp_path, 1_000_000_000, keep=2)
+        return
+    with pytest.raises(UserError, match=r"3\.00 GB free, 3\.00 GB needed for 2 checkpoints"):
+        checkpoint.check_space(tmp_path, 1_000_000_000, keep=2)
+
+
 def test_checkpoints_that_are_already_there_need_no_second_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

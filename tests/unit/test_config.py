@@ -161,6 +161,13 @@ def test_a_switch_is_turned_on_and_off(line: str, value: bool) -> None:
     assert read(line).shuffle is value
 
 
+def test_flags_typed_alone_have_a_meaning_of_their_own() -> None:
+    cfg = read("--mode --amp --resume --epochs 1")
+    assert (cfg.mode, cfg.run.amp, cfg.run.resume, cfg.epochs) == ("fast", "auto", "auto", 1)
+    cfg = read("--mode off --amp bf16 --resume never")
+    assert (cfg.mode, cfg.run.amp, cfg.run.resume) == ("off", "bf16", "never")
+
+
 def test_a_typed_path_is_relative_to_where_it_was_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,17 +4,20 @@ A reader that takes such a list for an empty one trains on what the list was to 
 """
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 
 from arcface.inshop_retrieval.inshop import read_list
+from face_distill.distill.pairs import read_pairs
 from face_distill.distill.teacher import TeacherFeatures
 from lavic.src.catalogue import read_pictures, read_samples, read_titles
 from multimodal.datasets import AudioCaps, Clotho, Coco
 from multimodal.demo_data import demo
 from shared.errors import UserError
+from vasevqa.model import training_files
 
 
 @pytest.fixture(scope="module")
@@ -153,3 +156,18 @@ def test_products_whose_pictures_have_no_address(tmp_path):
     path.write_text(json.dumps(items))
     with pytest.raises(UserError, match=r"item2meta_train\.json: none of 2 pictures has an"):
         read_pictures("train", path)
+
+
+def test_pairs_without_a_pair(tmp_path):
+    (tmp_path / "lfw.bin").write_bytes(pickle.dumps(([], [])))
+    with pytest.raises(UserError, match=r"lfw\.bin is no verification set"):
+        read_pairs(tmp_path / "lfw.bin")
+
+
+def test_rows_about_vases_of_another_schema(tmp_path):
+    (tmp_path / "train.json").write_text('[{"picture": "a.jpg", "question": "?", "answer": "!"}]')
+    found = training_files.open_file(tmp_path / "train.json", [tmp_path], is_grpo=False)
+    assert "train.json, row 1: names a picture under picture: call it images" in found.problems[0]
+    (tmp_path / "train.json").write_text('[{"images": ["a.jpg"], "asked": "?", "said": "!"}]')
+    found = training_files.open_file(tmp_path / "train.json", [tmp_path], is_grpo=False)
+    assert "train.json, row 1: has no conversations" in found.problems[0]
