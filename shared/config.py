@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from shared import gone
+from shared import fit, gone
 from shared.device import check_name
 from shared.errors import UserError, did_you_mean, missing_package, one_line, shortened
 from shared.settings import (
@@ -127,6 +127,11 @@ class RunOptions:
     dry_run: bool = free(False, "check settings and data, print the plan, stop")
     print_config: bool = free(False, "print the settings as JSON, stop")
     device: str = free("auto", "auto, cpu, cuda or cuda:N")
+    fit: str | None = free(
+        None,
+        "the same step in this much memory, as 12GB; typed alone: what the smallest GPU has free",
+        const="auto",
+    )
     amp: Literal["off", "bf16", "fp16", "auto"] = option(
         "off", "mixed precision; typed alone: auto", const="auto"
     )
@@ -144,6 +149,8 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_name(self.device)
+        if self.fit not in (None, "auto"):
+            fit.size_of(self.fit)
 
     @property
     def is_explicit_resume(self) -> bool:

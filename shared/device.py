@@ -85,6 +85,22 @@ def gpu_use() -> list[dict[str, float]]:
     return found
 
 
+def free_memory() -> list[int]:
+    """Free bytes of each visible GPU, as a process of its own finds them: asking takes some.
+
+    Raises UserError where torch cannot ask.
+    """
+    sizes = "(torch.cuda.mem_get_info(n)[0] for n in range(torch.cuda.device_count()))"
+    command = [sys.executable, "-c", f"import torch; print(*{sizes})"]
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError, subprocess.SubprocessError):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        found = [int(word) for word in done.stdout.split()]
+    if not found:
+        raise UserError("torch cannot ask the GPUs what is free; type a size, as --fit 12GB")
+    return found
+
+
 def check_mask(environ: Mapping[str, str], present: int) -> None:
     """Raise UserError when CUDA_VISIBLE_DEVICES names no GPU of a machine that has some."""
     mask = environ.get("CUDA_VISIBLE_DEVICES")

@@ -40,10 +40,11 @@ OWNERS = {
         *("shared.launch", "shared.outcome", "shared.supervisor", "shared.stop"),
         *("shared.distributed", "shared.run_directory", "shared.hub"),
         "shared.terminal",  # NO_COLOR
+        "shared.fit",  # the launcher's choice, for its processes
     },
     "processes": {
         "shared.child",
-        "shared.device",  # nvidia-smi
+        "shared.device",  # nvidia-smi, free memory
         "shared.outcome",  # the report is written by a process of its own
         "shared.loader",  # its workers look at the process that forked them
         "shared.tools.doctor_checks",  # whether torchaudio imports, whether torch sees the GPU
