@@ -1,4 +1,4 @@
-"""--estimate: the memory of one step of the distillation, its tensors without values."""
+"""--estimate and --fit: the memory of one step of the distillation, its tensors without values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from face_distill.distill import losses, model
-from shared import memory
+from shared import fit, memory
 from shared.amp import Amp
 from shared.files import read_json
 
@@ -29,6 +29,17 @@ def text(cfg: Config, processes: int) -> str:
     return memory.report(plan(cfg, processes), others, exact)
 
 
+def fitted(cfg: Config, processes: int) -> Config:
+    """`cfg` with the pieces and the checkpointing that --fit has room for. Raises UserError."""
+    ways = [
+        {"gradient_checkpointing": again, "micro_batch": piece}
+        for again in (False, True)
+        for piece in fit.halves(cfg.batch_size // processes)
+    ]
+    tried = ((other, plan(other, processes)) for other in fit.variants(cfg, ways))
+    return fit.first(cfg, tried, "--image-size 112, --batch-size")
+
+
 def plan(cfg: Config, processes: int) -> memory.Plan:
     """What one of `processes` holds at the peak of a step."""
     batch = max(2, cfg.batch_size // processes)
@@ -43,6 +54,7 @@ def plan(cfg: Config, processes: int) -> memory.Plan:
         optimizer = torch.optim.AdamW(trained, lr=cfg.lr, weight_decay=cfg.weight_decay)
         amp = Amp(memory.mode_of(cfg.run.amp), memory.CPU)
         images, labels, embeddings, maps = _faces(batch, student.image_size, kind)
+        _pass_over_equal_pieces(student, images)
         live.begin(student, optimizer)
         with amp.autocast():
             terms = criterion.terms(student(images, labels), (embeddings, maps, kind))
@@ -70,6 +82,22 @@ def _student(cfg: Config) -> model.FaceStudent:
         image_size=cfg.image_size, checkpointing=cfg.gradient_checkpointing,
         micro_batch=cfg.micro_batch,
     )  # fmt: skip
+
+
+def _pass_over_equal_pieces(student: model.FaceStudent, images: Tensor) -> None:
+    """Have the first piece and the last computed alone: those between take what the first takes."""
+    encode, like = student._tokens, dict[str, Any]()
+    *before, _ = images.split(student.micro_batch or len(images))
+    between = {piece.storage_offset() for piece in before[1:]}
+
+    def tokens(images: Tensor) -> Tensor:
+        if images.storage_offset() in between:
+            return torch.empty(**like)
+        found = encode(images)
+        like.update(size=found.shape, dtype=found.dtype)
+        return found
+
+    student._tokens = tokens
 
 
 def _vision(cfg: Config) -> Blip2VisionConfig:

@@ -164,9 +164,13 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.estimate:
         from face_distill import memory
 
-        print(memory.text(cfg, world_size()))
+        print(memory.text(memory.fitted(cfg, world_size()), world_size()))
         return 0
     _check_files(cfg)
+    if cfg.run.fit:
+        from face_distill import memory
+
+        cfg = memory.fitted(cfg, world_size())
     if cfg.run.dry_run:
         print(_plan(cfg))
         return 0

@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from shared.amp import Amp
@@ -55,7 +56,8 @@ def _dropout(values: Any, p: float = 0.5, training: bool = True, inplace: bool =
 def _alive() -> int:
     """Bytes of the tensors there are, without those that processes share."""
     gc.collect()
-    tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+    kinds = ((found, type(found)) for found in gc.get_objects())
+    tensors = [t for t, kind in kinds if issubclass(kind, torch.Tensor) and kind is not FakeTensor]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors}
     return sum(one.nbytes() for one in storages.values() if not one.is_shared())
 
