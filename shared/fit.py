@@ -113,7 +113,7 @@ def _limit(run: Any) -> int:
     if run.fit != "auto":
         return size_of(run.fit)
     why = ""
-    if _is_without_gpu(run):
+    if is_without_gpu(run):
         why = "no GPU is to be used here"
     elif "RANK" in os.environ or run.processes.nnodes > 1:
         why = "processes of another launcher or host measure it at different moments"
@@ -125,14 +125,15 @@ def _limit(run: Any) -> int:
     return min(device.free_memory())
 
 
-def _is_without_gpu(run: Any) -> bool:
+def is_without_gpu(run: Any) -> bool:
+    """Whether a training with these RunOptions runs on the CPU."""
     return run.device == "cpu" or not device.visible_gpus(os.environ, device.present_gpus())
 
 
 def _precisions(run: Any) -> tuple[str, ...]:
     """Values of --amp to try; on a GPU `auto` is half precision anyway, which is the fastest."""
     is_open = run.amp == "auto" and "amp" in run.typed and not run.is_explicit_resume
-    return ("off", "bf16") if is_open and _is_without_gpu(run) else (run.amp,)
+    return ("off", "bf16") if is_open and is_without_gpu(run) else (run.amp,)
 
 
 def _changes(cfg: Any, other: Any) -> dict[str, Any]:

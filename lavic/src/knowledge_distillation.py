@@ -60,6 +60,9 @@ class Config:
     output_dir: Path = free(SRC / "out_distilled", "adapter and run directory")
     batch_size: Count = option(1, "samples of one forward pass, a process")
     grad_accum: Count = option(1, "forward passes of one optimizer step")
+    micro_batch: Count | None = free(
+        None, "samples of a forward pass in place of --batch_size: the same step in other pieces"
+    )
     num_epochs: Count = option(1, "passes over the samples", scope="length")
     patience: Count | None = option(
         None, "epochs without a lower val_loss before training ends", scope="length"
@@ -116,6 +119,11 @@ class Config:
         """Of one process."""
         return self.batch_size * self.grad_accum
 
+    @property
+    def at_once(self) -> int:
+        """Samples of one forward pass."""
+        return min(self.micro_batch or self.batch_size, self.samples_per_step)
+
 
 DEMO = {  # what suits some hundred small pictures and a tower of 0.2 million parameters
     "batch_size": 4,
@@ -132,13 +140,14 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.demo:
         cfg = _with_demo(cfg)
     if cfg.estimate:
-        print(_memory(cfg))
+        print(_memory(_fitted(cfg)))
         return 0
     from lavic.src.vision import adapter_files
 
     adapter_files.check_base(cfg.model_name)
     adapter_files.check_four_bit(cfg.load_in_4bit)
     samples, held_out = _read_samples(cfg)
+    cfg = _fitted(cfg) if cfg.run.fit else cfg
     if cfg.run.dry_run:
         print(_plan(cfg, len(samples), len(held_out)))
         return 0
@@ -174,7 +183,7 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
 
         # the data: prompt, item tokens and description of each picture; then the loss
         fixed = captions.fixed_tokens(processor.tokenizer)
-        collate = captions.Collate(cfg.batch_size, model.pad_id(processor.tokenizer), fixed)
+        collate = captions.Collate(cfg.at_once, model.pad_id(processor.tokenizer), fixed)
         train_set = captions.Captions(samples, processor, cfg.slots, cfg.max_length)
         val_set = captions.Captions(held_out, processor, cfg.slots, cfg.max_length)
         with amp.autocast():
@@ -186,7 +195,7 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
 
         def validate() -> float:
             llava.eval()
-            rest = make_eval_loader(val_set, cfg.batch_size, world, workers=cfg.num_workers,
+            rest = make_eval_loader(val_set, cfg.at_once, world, workers=cfg.num_workers,
                                     collate=collate)  # fmt: skip
             held_out = run.watched(rest, "validation: batch")
             return _reported(run, mean_nll(held_out, nll_of, world, skipped)[0])
@@ -339,11 +348,20 @@ def _memory(cfg: Config) -> str:
     return memory.text(memory_values(cfg), world_size())
 
 
+def _fitted(cfg: Config) -> Config:
+    """`cfg` with the forward passes and the checkpointing that --fit has room for."""
+    from lavic.src.vision import memory
+
+    return memory.fitted(cfg, memory.plan, memory_values, world_size())
+
+
 def memory_values(cfg: Config) -> dict[str, Any]:
     """The settings that decide about memory, by their names."""
-    names = ("model_name", "batch_size", "grad_accum", "lora_r", "lora_dropout", "dtype",
-             "load_in_4bit", "gradient_checkpointing", "reuse_prompt")  # fmt: skip
-    return {name: getattr(cfg, name) for name in names} | {"amp": cfg.run.amp}
+    names = ("model_name", "lora_r", "lora_dropout", "dtype", "load_in_4bit",
+             "gradient_checkpointing", "reuse_prompt")  # fmt: skip
+    passes = -(-cfg.samples_per_step // cfg.at_once)
+    own = {"batch_size": cfg.at_once, "grad_accum": passes, "amp": cfg.run.amp}
+    return {name: getattr(cfg, name) for name in names} | own
 
 
 def _with_demo(cfg: Config) -> Config:

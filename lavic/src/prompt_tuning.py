@@ -77,6 +77,9 @@ class Config:
         "fixed5", "item tokens a picture: five, as published, or one a view"
     )
     grad_accum: Count = option(1, "forward passes a step")
+    micro_batch: Count | None = free(
+        None, "conversations of a forward pass, in place of --batch_size: the same step"
+    )
     clip_norm: Positive = option(1.0, "largest norm of the gradients")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "of the frozen weights; auto: half on a GPU, float32 on the CPU"
@@ -110,9 +113,14 @@ class Config:
         return self.model_dir
 
     @property
-    def samples_a_step(self) -> int:
+    def samples_per_step(self) -> int:
         """Conversations of one process in an optimizer step."""
         return self.batch_size * self.grad_accum
+
+    @property
+    def at_once(self) -> int:
+        """Conversations of one forward pass in training."""
+        return min(self.micro_batch or self.batch_size, self.samples_per_step)
 
     def conversations(self, split: str) -> Path:
         """The file of train, valid or test."""
@@ -135,13 +143,14 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.demo:
         cfg = _with_demo(cfg)
     if cfg.estimate:
-        print(_memory(cfg))
+        print(_memory(_fitted(cfg)))
         return 0
     _check_files(cfg)
     from lavic.src.vision.adapter_files import base_of, check_four_bit
 
     check_four_bit(cfg.load_in_4bit)
     cfg = replace(cfg, model_name=base_of(cfg.adapter, cfg.model_name))
+    cfg = _fitted(cfg) if cfg.run.fit else cfg
     if cfg.run.dry_run:
         print(_plan(cfg))
         return 0
@@ -171,7 +180,7 @@ def train(cfg: Config) -> int:
     with Run(cfg, world, cfg.run_dir, "lavic") as run:
         # the data: requests with their answers; those of the test as users ask
         talks = _read_talks(cfg)
-        steps = steps_per_epoch(len(talks.train), cfg.samples_a_step, world.size, with_rest=True)
+        steps = steps_per_epoch(len(talks.train), cfg.samples_per_step, world.size, with_rest=True)
 
         # the model: frozen, a fresh adapter on the language model, stage 1's vectors as pictures
         (recommender, encoder, processor, vectors), amp_mode = _build(cfg, run, talks, world)
@@ -184,7 +193,7 @@ def train(cfg: Config) -> int:
         adapter, best = AdapterState(recommender.model), Best()
         parts = {"adapter": adapter, "optimizer": optimizer, "amp": amp, "record": best,
                  "requests": SameData("requests", map(repr, talks.train))}  # fmt: skip
-        plan = Plan(cfg.num_epochs * steps, cfg.samples_a_step * world.size, data=talks.counts)
+        plan = Plan(cfg.num_epochs * steps, cfg.samples_per_step * world.size, data=talks.counts)
         position = run.restore(parts, plan)
         if world.is_main:
             results.keep_summary(cfg.run_dir, earlier)
@@ -205,8 +214,8 @@ def train(cfg: Config) -> int:
             if has_stalled(best.epoch, epoch, cfg.patience):
                 break
             recommender.train()
-            collate = partial(prompts.collate_step, size=cfg.batch_size, pad_id=pad)
-            for step in run.batches(train_set, cfg.samples_a_step, workers=cfg.num_workers,
+            collate = partial(prompts.collate_step, size=cfg.at_once, pad_id=pad)
+            for step in run.batches(train_set, cfg.samples_per_step, workers=cfg.num_workers,
                                     collate=collate, with_rest=True):  # fmt: skip
                 labels = int(distributed.total(torch.tensor(prompts.label_tokens(*step)), world))
                 loss = torch.zeros((), device=world.device)
@@ -372,11 +381,21 @@ def _memory(cfg: Config) -> str:
     return memory.text(memory_values(cfg), world_size())
 
 
+def _fitted(cfg: Config) -> Config:
+    """`cfg` with the forward passes and the checkpointing that --fit has room for."""
+    from lavic.src.recommend import memory
+    from lavic.src.vision import memory as of_vision
+
+    return of_vision.fitted(cfg, memory.plan, memory_values, world_size())
+
+
 def memory_values(cfg: Config) -> dict[str, Any]:
     """The settings that decide about memory, by their names."""
-    names = ("model_name", "model_dir", "batch_size", "grad_accum", "max_length", "clip_norm",
-             "dtype", "load_in_4bit", "gradient_checkpointing")  # fmt: skip
-    return {name: getattr(cfg, name) for name in names} | {"amp": cfg.run.amp}
+    names = ("model_name", "model_dir", "max_length", "clip_norm", "dtype", "load_in_4bit",
+             "gradient_checkpointing")  # fmt: skip
+    passes = -(-cfg.samples_per_step // cfg.at_once)
+    own = {"batch_size": cfg.at_once, "grad_accum": passes, "amp": cfg.run.amp}
+    return {name: getattr(cfg, name) for name in names} | own
 
 
 def _with_demo(cfg: Config) -> Config:
@@ -435,7 +454,7 @@ def _plan(cfg: Config) -> str:
     processes = world_size()
     return (
         f"{cfg.num_epochs} epochs over {cfg.conversations('train')} with {cfg.candidate_type}, "
-        f"{processes * cfg.samples_a_step} conversations a step = {processes} process(es) x "
+        f"{processes * cfg.samples_per_step} conversations a step = {processes} process(es) x "
         f"{cfg.batch_size} x {cfg.grad_accum}; vision adapter {cfg.adapter} on {cfg.model_name}; "
         f"results in {cfg.run_dir}"
     )

@@ -12,10 +12,13 @@ import pytest
 
 from face_distill import train_distill
 from face_distill.demo_data import demo as faces_demo
+from lavic.src import knowledge_distillation, prompt_tuning
+from multimodal import run_training
 from shared import fit
 from shared.config import parse
 from shared.errors import UserError
 from shared.files import read_json_lines
+from tests import lavic_nano, lavic_talks, multimodal_data
 from tests.harness import Outcome, run_here
 from tests.memory_peak import peak_of_a_step
 
@@ -167,3 +170,49 @@ def test_alone_it_takes_what_the_smallest_gpu_has_free(
     monkeypatch.setenv("RANK", "0")  # of torchrun, whose other processes take some meanwhile
     with pytest.raises(UserError, match="type a size, for example --fit 12GB"):
         fit.first(parse(train_distill.Config, ["--fit"]), [], "")
+
+
+# --- lavic ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def products(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return lavic_nano.build_nano(tmp_path_factory.mktemp("products"))
+
+
+def test_lavics_first_stage_accumulates_what_fits(products: Any, tmp_path: Path) -> None:
+    flags = [*lavic_nano.flags_of(products, tmp_path / "run"), "--grad_accum", 2]
+    fitted = [*flags, "--fit", "20MB"]  # the step of 8 pictures at once takes 25
+    assert peak_of_a_step(knowledge_distillation.main, fitted) < 20 * MB
+    ended = run_here(knowledge_distillation.main, [*fitted, "--dry-run"])
+    assert chosen(ended) == ["--micro-batch", "2", "--gradient-checkpointing", "off"]
+
+
+def test_lavics_second_stage_accumulates_what_fits(tmp_path: Path) -> None:
+    flags = [*lavic_talks.nano().flags(tmp_path / "run", tmp_path / "vectors")]
+    flags += ["--no-evaluate-before", "--max_length", 512, "--fit", "18MB"]  # at once: 20
+    assert peak_of_a_step(prompt_tuning.main, flags) < 18 * MB
+    ended = run_here(prompt_tuning.main, [*flags, "--dry-run"])
+    assert chosen(ended) == ["--micro-batch", "1", "--gradient-checkpointing", "off"]
+
+
+# --- multimodal -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return multimodal_data.build(tmp_path_factory.mktemp("pairs")).data_root
+
+
+def test_multimodal_computes_chunks_that_fit(pairs: Path, tmp_path: Path) -> None:
+    flags = [
+        "--data-root", pairs, "--output-dir", tmp_path / "out", "--model-size", "nano",
+        "--init", "random", "--datasets", "coco", "--stage-epochs", "0/0/1", "--epochs", 1,
+        "--workers", 0, "--batch-size", 8, "--gradient-accumulation-steps", 2, "--fit", "55MB",
+    ]  # fmt: skip
+    in_chunks = [*flags, "--no-use-checkpoint"]  # at once: 64
+    assert peak_of_a_step(run_training.main, in_chunks) < 55 * MB
+    ended = run_here(run_training.main, [*in_chunks, "--dry-run"])
+    assert chosen(ended) == ["--micro-batch", "4"]
+    # either costs a forward pass: checkpointing of the whole comes first
+    assert chosen(run_here(run_training.main, [*flags, "--dry-run"])) == ["--micro-batch", "16"]

@@ -26,7 +26,7 @@ def text(values: dict[str, Any], processes: int) -> str:
     """
     changes = {
         "--gradient_checkpointing on": {"gradient_checkpointing": "on"},
-        "--batch_size 1": {"batch_size": 1},
+        "--micro-batch 1": {"batch_size": 1, "grad_accum": 2},
         "--load_in_4bit": {"load_in_4bit": True},
         "--max_length 1024": {"max_length": min(1024, values["max_length"])},
     }

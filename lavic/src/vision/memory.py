@@ -16,7 +16,7 @@ from lavic.src.vision import model
 from lavic.src.vision.adapters import adapter_parameters, add_adapter
 from lavic.src.vision.caption_loss import FixedStart, caption_nll, why_not_reusable
 from lavic.src.vision.captions import NO_LABEL, Batch
-from shared import memory
+from shared import fit, memory
 from shared.amp import Amp
 from shared.errors import UserError, one_line
 
@@ -35,7 +35,7 @@ def text(values: dict[str, Any], processes: int) -> str:
     """
     changes = {
         "--gradient_checkpointing on": {"gradient_checkpointing": "on"},
-        "--batch_size 1": {"batch_size": 1},
+        "--micro-batch 1": {"batch_size": 1, "grad_accum": 2},
         "--load_in_4bit": {"load_in_4bit": True},
     }
     return report(plan, values, changes, processes)
@@ -51,7 +51,26 @@ def report(
         for flag, other in others.items()
         if other != values
     }
-    return memory.report(plan_of(**values, processes=processes), plans)
+    return memory.report(plan_of(**values, processes=processes), plans, "--micro-batch 1")
+
+
+def fitted(cfg: Any, plan_of: Any, values_of: Any, processes: int) -> Any:
+    """A stage's `cfg` with the forward passes and the checkpointing that --fit has room for.
+
+    plan_of, values_of: the stage's `plan`, and its arguments of a configuration. Raises UserError.
+    """
+    ways = [
+        {"gradient_checkpointing": again, "micro_batch": size}
+        for again in ("off", "on")
+        for size in fit.halves(cfg.samples_per_step)
+    ]
+    on_cpu = fit.is_without_gpu(cfg.run) and not cfg.estimate
+    here = {"dtype": "float32"} if on_cpu and cfg.dtype == "auto" else {}
+    tried = (
+        (other, plan_of(**(values_of(other) | here), processes=processes))
+        for other in fit.variants(cfg, ways)
+    )
+    return fit.first(cfg, tried, "--load_in_4bit, --dtype bfloat16")
 
 
 def plan(
