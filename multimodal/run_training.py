@@ -98,6 +98,9 @@ class Config:
     gradient_accumulation_steps: Count = option(
         4, "batches a step; gradients as of one large batch"
     )
+    micro_batch: Count | None = free(
+        None, "samples computed at once in place of --batch-size: the same step in other pieces"
+    )
     use_amp: bool = option(True, "bf16 where the GPU has it, else fp16; off on the CPU")
     stage_epochs: str = option("30/40/30", "how the stages share the epochs")
     datasets: tuple[str, ...] = option((), "train on these alone; default: all that are there")
@@ -161,6 +164,11 @@ class Config:
         return self.batch_size * self.gradient_accumulation_steps
 
     @property
+    def at_once(self) -> int:
+        """Samples that are computed at once."""
+        return min(self.micro_batch or self.batch_size, self.step_rows)
+
+    @property
     def model_options(self) -> dict[str, Any]:
         """create_model's arguments."""
         names = ("embed_dim", "use_checkpoint", "dropout", "activation")
@@ -205,11 +213,15 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.estimate:
         from multimodal.training import memory
 
-        print(memory.text(step_of(cfg), world_size()))
+        print(memory.text(step_of(memory.fitted(cfg, step_of, world_size())), world_size()))
         return 0
     _check_batch(cfg, world_size())
     _check_data(cfg)
     own = own_weights(cfg.pretrained, cfg.data_root)
+    if cfg.run.fit:
+        from multimodal.training import memory
+
+        cfg = memory.fitted(cfg, step_of, world_size())
     if cfg.run.dry_run:
         print(_plan(cfg, own))
         return 0
@@ -330,7 +342,7 @@ def _backward(
         tags.update({f"{task.name}/{name}": part for name, part in parts.items()})
         return loss
 
-    chunks = split(batch, cfg.batch_size, task, world.device)
+    chunks = split(batch, cfg.at_once, task, world.device)
     loss, outputs = grad_cache.backward(net, chunks, whole, amp)
     if "scale" in outputs:
         tags[f"{task.name}/scale"] = outputs["scale"]
@@ -520,8 +532,8 @@ def step_of(cfg: Config) -> Step:
     """What decides about the memory of a step."""
     from multimodal.training.memory import Step
 
-    return Step(cfg.model_options, cfg.batch_size, cfg.gradient_accumulation_steps,
-                cfg.clip_seconds, cfg.datasets, cfg.losses, cfg.amp)  # fmt: skip
+    return Step(cfg.model_options, cfg.step_rows, cfg.at_once, cfg.clip_seconds, cfg.datasets,
+                cfg.losses, cfg.amp)  # fmt: skip
 
 
 # --- settings, data, weights ----------------------------------------------------------------------

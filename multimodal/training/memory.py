@@ -1,4 +1,4 @@
-"""--estimate: the memory of steps of the last stage, their tensors without values.
+"""--estimate and --fit: the memory of steps of the last stage, their tensors without values.
 
 That stage trains every part of the model. Each kind of pair has its step; the largest counts.
 """
@@ -20,7 +20,7 @@ from multimodal.pairs.sources import DATA_SETS
 from multimodal.training import grad_cache, schedule
 from multimodal.training.losses import Learner, LossOptions, loss_of
 from multimodal.training.settings_file import MINIMUM_GB
-from shared import memory
+from shared import fit, memory
 from shared.amp import Amp
 from shared.distributed import World
 
@@ -35,8 +35,8 @@ class Step:
     """What decides about the memory of a step. model: create_model's arguments."""
 
     model: Mapping[str, Any]
-    batch_size: int
-    accumulation: int
+    rows: int  # samples of the step
+    at_once: int  # samples computed at once
     clip_seconds: float
     datasets: tuple[str, ...]
     losses: LossOptions
@@ -53,16 +53,40 @@ def text(step: Step, processes: int) -> str:
         for name, other in _smaller(steps[largest]).items()
         if other != steps[largest]
     }
-    said = memory.report(plans[largest], others)
+    exact = next((name for name in others if name.startswith("--micro-batch")), "")
+    said = memory.report(plans[largest], others, exact)
     limit = MINIMUM_GB.get(step.model["size"])
     return said if limit is None else f"{said}\nthe documented minimum is {limit} GB"
 
 
+def fitted(cfg: Any, step_of: Any, processes: int) -> Any:
+    """`cfg` with the chunks and the checkpointing that --fit has room for. Raises UserError.
+
+    step_of: the Step of a configuration. Either costs a forward pass, whatever the chunks' size.
+    """
+    whole, *parts = fit.halves(cfg.step_rows)
+    ways = [{"use_checkpoint": again, "micro_batch": whole} for again in (False, True)]
+    ways += [
+        {"use_checkpoint": again, "micro_batch": size} for again in (False, True) for size in parts
+    ]
+    on_cpu = fit.is_without_gpu(cfg.run) and not cfg.estimate
+    tried = (
+        (other, plan(_as_computed(step_of(other), on_cpu=on_cpu), processes))
+        for other in fit.variants(cfg, ways)
+    )
+    return fit.first(cfg, tried, "--model-size small, --clip-seconds 5")
+
+
+def _as_computed(step: Step, *, on_cpu: bool) -> Step:
+    """`step` with the precision that `auto` means there."""
+    return replace(step, amp="off") if on_cpu and step.amp == "auto" else step
+
+
 def _smaller(step: Step) -> dict[str, Step]:
     """Settings that may save memory, as they would be typed."""
-    half = max(1, step.batch_size // 2)
+    half = max(1, step.at_once // 2)
     return {
-        f"--batch-size {half}": replace(step, batch_size=half),
+        f"--micro-batch {half}": replace(step, at_once=half),
         "--use-checkpoint": replace(step, model={**step.model, "use_checkpoint": True}),
         "--amp bf16": replace(step, amp="auto") if step.amp == "off" else step,
         "--model-size tiny": replace(step, model={**step.model, "size": "tiny"}),
@@ -81,7 +105,7 @@ def plan(step: Step, processes: int) -> memory.Plan:
             _backward(step, learner, Task(name, row.modalities, True, row.labels), amp)
             amp.step(optimizer, learner.parameters(), clip_norm=1.0)
     precision = "float32" if step.amp == "off" else "half precision"
-    title = f"multimodal, {step.model['size']}, batch {step.batch_size}, {precision}"
+    title = f"multimodal, {step.model['size']}, batch {step.at_once}, {precision}"
     recomputed = ", recomputed" * step.model["use_checkpoint"]
     return live.plan(
         title,
@@ -93,21 +117,26 @@ def plan(step: Step, processes: int) -> memory.Plan:
 
 def _backward(step: Step, learner: Learner, task: Task, amp: Amp) -> None:
     """The gradients of a step of this task."""
-    chunks = split(_batch(step, task), step.batch_size, task, memory.CPU)[
-        :2
-    ]  # the others are alike
-    rows = len(chunks) * step.batch_size
-    labels = torch.empty(rows, NUM_LABELS) if task.target else None
+    chunks = split(_batch(step, task), step.at_once, task, memory.CPU)
+    labels = torch.empty(step.rows, NUM_LABELS) if task.target else None
 
     def loss(outputs: Outputs) -> torch.Tensor:
-        return loss_of(task, outputs, labels, step.losses, World())[0]
+        whole = {name: _with_rest(value, step.rows) for name, value in outputs.items()}
+        return loss_of(task, whole, labels, step.losses, World())[0]
 
-    grad_cache.backward(learner, chunks, loss, amp)
+    grad_cache.backward(learner, chunks[:2], loss, amp)  # the others are alike
+
+
+def _with_rest(output: torch.Tensor, rows: int) -> torch.Tensor:
+    """An output with the rows of all chunks, a scalar as it is."""
+    if output.ndim == 0 or len(output) == rows:
+        return output
+    return torch.cat([output, torch.empty(rows - len(output), *output.shape[1:])])
 
 
 def _batch(step: Step, task: Task) -> Batch:
     """The samples of a step, as the loader gives them."""
-    rows = step.batch_size * step.accumulation
+    rows = step.rows
     side = SIZES[step.model["size"]].image_size
     frames = round(step.clip_seconds * FRAMES_PER_SECOND)
     batch: Batch = {}
