@@ -27,6 +27,8 @@ from shared.settings import settings
 log = logging.getLogger(__name__)
 
 SPARE = 0.1  # of the memory, left to what an estimate misses and an allocator cannot use
+# Of recipes that cannot take a batch in pieces.
+AT_ONCE = "; a batch is computed at once, since batch norm ties its pictures together"
 _CHOSEN = "TOOLKIT_FIT"  # in the environment of the processes: what the launcher has chosen
 _SIZE = re.compile(r"(\d{1,9}(?:\.\d{1,9})?) ?([MGT])(i?)B", re.IGNORECASE)
 
@@ -80,7 +82,7 @@ def first(cfg: Any, tried: Iterable[tuple[Any, Sized]], smaller: str, remark: st
 
     Without --fit the settings as they are.
     smaller: flags that make the step itself smaller, for the message where nothing fits.
-    remark: what the line that names the choice ends with. Raises UserError.
+    remark: what is said beside the choice. Raises UserError.
     """
     if cfg.run.fit is None:
         return cfg
@@ -104,7 +106,7 @@ def first(cfg: Any, tried: Iterable[tuple[Any, Sized]], smaller: str, remark: st
     half = "--amp auto, " if cfg.run.amp == "off" else ""
     raise UserError(
         f"--fit {amount(limit)}: nothing fits, a tenth being kept free; the smallest is "
-        f"{amount(sizes[least])}, with {least}; give more, or try {half}{smaller}"
+        f"{amount(sizes[least])}, with {least}; give more, or try {half}{smaller}{remark}"
     )
 
 
