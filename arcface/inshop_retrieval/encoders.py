@@ -19,6 +19,7 @@ from shared import checkpoint, distributed, hub, weights
 from shared.checkpoint import DamagedError, Stateful
 from shared.distributed import World, gather_with_grad
 from shared.errors import UserError, did_you_mean, shown
+from shared.recompute import recompute
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +32,7 @@ _RESNET: dict[
     "style": ("pytorch",),
     "frozen_stages": (-1,),
 }
+_BLOCKS = ("BasicBlock", "Bottleneck", "ResidualAttentionBlock", "Block", "ConvNeXtBlock")
 _KINDS = {"ResNet": ["GlobalAveragePooling"], "OpenClip": []}  # and what has to stand behind each
 _CLASSIFIERS = ("fc.", "head.")  # which an encoder has no use for
 # Where the encoder is in a state dict: of this recipe, mmpretrain, open_clip.
@@ -122,6 +124,11 @@ class Encoder(nn.Module):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
+
+
+def checkpoint_activations(encoder: Encoder) -> None:
+    """Have the encoder's blocks keep their inputs alone in training: computed again."""
+    recompute(part for part in encoder.modules() if type(part).__name__ in _BLOCKS)
 
 
 def build_encoder(settings: Any, init: str) -> Encoder:

@@ -78,6 +78,7 @@ class Config:
     init: Literal["pretrained", "random"] = option(
         "pretrained", "the encoder's weights to begin with: init_cfg's, or none"
     )
+    gradient_checkpointing: bool = free(False, "less memory for the encoder, more time")
     strict_cfg: bool = free(False, "refuse unknown settings in place of naming them")
     pin_memory: bool = free(True, "accepted; memory is pinned where there is a GPU")
     persistent_workers: bool = free(True, "accepted; loader workers start with each epoch")
@@ -95,6 +96,7 @@ class RunSettings:
     recipe: str = option("", "digest of the settings that decide the numbers")
     init: str = option("pretrained", "what the encoder started from")
     epochs: int = option(0, "passes over the training pictures", scope="length")
+    gradient_checkpointing: bool = free(False, "whether activations were computed again")
     configuration: dict[str, Any] = field(default_factory=dict, metadata={"scope": "free"})
     changed: dict[str, Any] = field(default_factory=dict, metadata={"scope": "free"})
     run: RunOptions = field(default_factory=RunOptions)
@@ -125,14 +127,17 @@ def main(argv: list[str] | None = None) -> int:
     for remark in [*settings.remarks, *(remarks if cfg.run.dry_run else ())]:
         log.warning(remark)  # a run makes those of the data when it opens the lists
     _say_changes(cfg, recipe)
+    if cfg.run.fit:
+        from arcface import memory
+
+        cfg = memory.fitted(cfg, recipe, world_size())
     if cfg.run.dry_run:
         print(_plan(cfg, recipe))
         return 0
     os.close(open_lock(_run_dir(cfg)))  # better refused now than after torch was loaded
-    from arcface import memory
     from shared.memory import explained_out_of_memory
 
-    with explained_out_of_memory(lambda: memory.text(recipe, cfg.run.amp, world_size())):
+    with explained_out_of_memory(lambda: _memory(cfg, recipe)):
         return train(cfg, settings)
 
 
@@ -267,10 +272,11 @@ def _encoder(cfg: Config, recipe: Recipe, pictures: InShop, world: World) -> Enc
     """The encoder on its device with the weights to begin from, the same on every rank."""
     import torch
 
-    from arcface.inshop_retrieval.encoders import build_encoder
+    from arcface.inshop_retrieval import encoders
 
     # a run that continues takes its weights from its own checkpoint, wherever the first came from
-    encoder = build_encoder(recipe.encoder, "random" if cfg.run.is_explicit_resume else cfg.init)
+    init = "random" if cfg.run.is_explicit_resume else cfg.init
+    encoder = encoders.build_encoder(recipe.encoder, init)
     size = (pictures.pipeline.height, pictures.pipeline.width)
     if encoder.image_size not in (None, size):
         raise UserError(
@@ -285,6 +291,8 @@ def _encoder(cfg: Config, recipe: Recipe, pictures: InShop, world: World) -> Enc
         if world.device.type != "cuda":
             raise UserError("sync_bn works on GPUs alone: leave it out, or use one process")
         encoder.backbone = torch.nn.SyncBatchNorm.convert_sync_batchnorm(encoder.backbone)
+    if cfg.gradient_checkpointing:
+        encoders.checkpoint_activations(encoder)
     return encoder.to(world.device).to(memory_format=torch.channels_last)
 
 
@@ -411,7 +419,15 @@ def _estimate(cfg: Config) -> str:
     over = recipes.Overrides(cfg.cfg_options)
     recipe = recipes.without_data(read_config(file), over, Path.cwd()).recipe
     amp = cfg.run.amp if "amp" in cfg.run.typed else recipe.amp or cfg.run.amp
-    return memory.text(recipe, amp, world_size())
+    cfg = replace(cfg, run=replace(cfg.run, amp=amp))
+    return _memory(memory.fitted(cfg, recipe, world_size()), recipe)
+
+
+def _memory(cfg: Config, recipe: Recipe) -> str:
+    from arcface import memory
+
+    again = cfg.gradient_checkpointing
+    return memory.text(recipe, cfg.run.amp, world_size(), again=again)
 
 
 def _settings(cfg: Config) -> Settings:
@@ -461,8 +477,9 @@ def _stored(cfg: Config, settings: Settings) -> RunSettings:
     text = json.dumps(deciding(settings.recipe), sort_keys=True)
     digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
     return RunSettings(
-        digest, cfg.init, settings.recipe.epochs, settings.configuration, settings.changed, cfg.run
-    )
+        digest, cfg.init, settings.recipe.epochs, cfg.gradient_checkpointing,
+        settings.configuration, settings.changed, cfg.run,
+    )  # fmt: skip
 
 
 def _check_data(cfg: Config, recipe: Recipe) -> list[str]:

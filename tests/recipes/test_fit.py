@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from arcface.run_scripts import run_arcface
 from face_distill import train_distill
 from face_distill.demo_data import demo as faces_demo
 from lavic.src import knowledge_distillation, prompt_tuning
@@ -17,10 +18,14 @@ from multimodal import run_training
 from shared import fit
 from shared.config import parse
 from shared.errors import UserError
-from shared.files import read_json_lines
+from shared.files import read_json, read_json_lines
 from tests import lavic_nano, lavic_talks, multimodal_data
-from tests.harness import Outcome, run_here
+from tests.arcface_nano import build_inshop, write_config
+from tests.harness import Outcome, run_here, start
 from tests.memory_peak import peak_of_a_step
+from tests.vase_filter_nano import write_quality_set
+from vasevqa.filter import model as quality
+from vasevqa.filter.quality import memory_plan
 
 MB = 10**6
 Main = Callable[[list[str]], int]
@@ -48,9 +53,9 @@ def losses(run_dir: Path, tag: str) -> list[float]:
 def estimated(main: Main, flags: Flags) -> float:
     """Bytes by --estimate."""
     ended = run_here(main, [*flags, "--estimate"])
-    found = re.search(r"in all +([\d.]+) MB", ended.text)
+    found = re.search(r"in all +([\d.]+) ([MG])B", ended.text)
     assert found, ended.text
-    return float(found[1]) * MB
+    return float(found[1]) * {"M": MB, "G": 1000 * MB}[found[2]]
 
 
 # --- sizes ----------------------------------------------------------------------------------------
@@ -216,3 +221,68 @@ def test_multimodal_computes_chunks_that_fit(pairs: Path, tmp_path: Path) -> Non
     assert chosen(ended) == ["--micro-batch", "4"]
     # either costs a forward pass: checkpointing of the whole comes first
     assert chosen(run_here(run_training.main, [*flags, "--dry-run"])) == ["--micro-batch", "16"]
+
+
+# --- arcface and the quality classifier: batch norm ties a batch together -------------------------
+
+
+def test_arcface_takes_checkpointing_alone_and_says_so(tmp_path: Path) -> None:
+    config = write_config(tmp_path / "nano.py")
+    text = config.read_text().replace("batch_size=6", "batch_size=12")
+    config.write_text(text.replace("scale=36", "scale=136").replace("size=32", "size=128"))
+    flags = ["--config", config, "--data-root", build_inshop(tmp_path / "inshop")]
+    flags += ["--init", "random", "--work-dir", tmp_path / "work", "--fit", "215MB"]  # plain: 224
+    assert peak_of_a_step(run_arcface.main, flags) < 215 * MB
+    ended = run_here(run_arcface.main, [*flags, "--dry-run"])
+    assert chosen(ended) == ["--gradient-checkpointing"]
+    assert "a batch is computed at once, since batch norm ties its pictures" in ended.text
+    assert run_here(run_arcface.main, [*flags, "--fit", "100MB"]).code == 2
+
+
+@pytest.fixture
+def quality_flags(tmp_path: Path) -> Flags:
+    return [
+        "--data_dir", write_quality_set(tmp_path / "images"), "--output_dir", tmp_path / "out",
+        "--batch_size", 16, "--workers", 0, "--pretrained", "none", "--device", "cpu",
+        "--resume", "never", "--num_epochs", 1, "--log-every", 1,
+    ]  # fmt: skip
+
+
+def test_the_classifier_takes_checkpointing_alone_and_says_so(quality_flags: Flags) -> None:
+    flags = [*quality_flags, "--arch", "resnet18", "--image_size", 160]
+    flags += ["--fit", "345MB"]  # plain: 357
+    assert peak_of_a_step(quality.main, flags) < 345 * MB
+    ended = run_here(quality.main, [*flags, "--dry-run"])
+    assert chosen(ended) == ["--gradient-checkpointing"]
+    assert "a batch is computed at once, since batch norm ties its pictures" in ended.text
+
+
+@pytest.mark.slow
+@pytest.mark.serial
+def test_every_process_takes_the_launchers_choice_and_the_same_steps(
+    quality_flags: Flags, tmp_path: Path
+) -> None:
+    small = [
+        *quality_flags,
+        "--arch",
+        "resnet10",
+        "--image_size",
+        192,
+        "--nproc",
+        2,
+        "--num_epochs",
+        2,
+    ]
+    plans = [memory_plan("resnet10", 192, 8, 2, again=again).total for again in (False, True)]
+    limit = (sum(plans) / 2 + 600 * MB) / (1 - fit.SPARE)  # in processes of its own: CUDA's share
+    fitted = ["--fit", f"{limit / MB:.1f}MB", "--run-dir", tmp_path / "fitted"]
+    for more in (fitted, ["--run-dir", tmp_path / "plain"]):
+        with start([quality.__file__, *small, *more]) as running:
+            ended = running.finish()
+        assert ended.code == 0, ended.text
+        if more is fitted:
+            assert chosen(ended) == ["--gradient-checkpointing"]
+            assert ended.text.count("--fit: ") == 1
+    assert read_json(tmp_path / "fitted" / "config.json")["settings"]["gradient_checkpointing"]
+    found, plain = (losses(tmp_path / name, "loss") for name in ("fitted", "plain"))
+    assert len(found) > 1 and found == pytest.approx(plain, rel=1e-6)

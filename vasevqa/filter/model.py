@@ -76,6 +76,7 @@ class Config:
     max_unreadable: Share = option(0.5, "share of unreadable files above which it stops")
     workers: Workers = free(8, "loader workers a process")
     split_seed: Seed = option(42, "of the three splits")
+    gradient_checkpointing: bool = free(False, "less memory for more time")
     estimate: bool = free(False, "print the memory that the training takes, stop")
     run: RunOptions = field(default_factory=RunOptions)
 
@@ -98,9 +99,10 @@ def main(argv: list[str] | None = None) -> int:
 
         cfg = replace(cfg, **demo.for_model(cfg.run.typed))
     if cfg.estimate:
-        print(memory_of(cfg, world_size()))
+        print(memory_of(_fitted(cfg, world_size()), world_size()))
         return 0
     _check(cfg)
+    cfg = _fitted(cfg, world_size()) if cfg.run.fit else cfg
     if cfg.run.dry_run:
         print(_plan(cfg))
         return 0
@@ -170,7 +172,7 @@ def train(cfg: Config) -> int:
         steps = steps_per_epoch(len(splits.train), batch, world.size)
 
         # the network and its optimizer
-        net = quality.ImageQualityNet(arch=cfg.arch)
+        net = quality.ImageQualityNet(arch=cfg.arch, again=cfg.gradient_checkpointing)
         if start:
             quality.start_from(net, start)
         log.info("starting from %s", start or "random weights, as asked")
@@ -342,18 +344,33 @@ def _ending(
 def memory_of(cfg: Config, processes: int) -> str:
     """The memory of a step of one process as a table, the document's figure, what would help."""
     from shared import memory
+
+    half = max(1, cfg.batch_size // 2)
+    others = {
+        f"--batch_size {half}": replace(cfg, batch_size=half),
+        "--gradient-checkpointing": replace(cfg, gradient_checkpointing=True),
+    }
+    if cfg.run.amp == "off":
+        others["--amp bf16"] = replace(cfg, run=replace(cfg.run, amp="bf16"))
+    plans = {flag: _memory_plan(other, processes) for flag, other in others.items()}
+    said = memory.report(_memory_plan(cfg, processes), plans)
+    return f"{said}\nthe document's figure: at least {DOCUMENTED_GB} GB"
+
+
+def _memory_plan(cfg: Config, processes: int) -> memory.Plan:
     from vasevqa.filter import quality
 
-    def plan(batch_size: int, amp: str) -> memory.Plan:
-        batch = max(1, batch_size // processes)
-        return quality.memory_plan(cfg.arch, cfg.image_size, batch, processes, amp)
+    batch, again = max(1, cfg.batch_size // processes), cfg.gradient_checkpointing
+    return quality.memory_plan(cfg.arch, cfg.image_size, batch, processes, cfg.run.amp, again=again)
 
-    half, amp = max(1, cfg.batch_size // 2), cfg.run.amp
-    others = {f"--batch_size {half}": plan(half, amp)}
-    if amp == "off":
-        others["--amp bf16"] = plan(cfg.batch_size, "bf16")
-    said = memory.report(plan(cfg.batch_size, amp), others)
-    return f"{said}\nthe document's figure: at least {DOCUMENTED_GB} GB"
+
+def _fitted(cfg: Config, processes: int) -> Config:
+    """`cfg` with the checkpointing and precision that --fit has room for. Raises UserError."""
+    from shared import fit
+
+    ways = [{"gradient_checkpointing": again} for again in (False, True)]
+    tried = ((other, _memory_plan(other, processes)) for other in fit.variants(cfg, ways))
+    return fit.first(cfg, tried, "--image_size 160, --batch_size", fit.AT_ONCE)
 
 
 def one_process(_argv: list[str], _visible: int) -> int:

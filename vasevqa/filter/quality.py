@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from torchvision import models
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.transforms import v2
 
 from shared import checkpoint, distributed, hub, images, memory, weights
@@ -35,6 +35,7 @@ from shared.errors import UserError, one_line
 from shared.files import write_atomic
 from shared.images import Skipped, find_images
 from shared.loader import make_eval_loader
+from shared.recompute import recompute
 
 log = logging.getLogger(__name__)
 
@@ -78,9 +79,14 @@ def device_for(
 
 
 class ImageQualityNet(nn.Module):
-    """Images (B, 3, S, S), normalised → logits (B, num_classes); weights at `resnet.*`."""
+    """Images (B, 3, S, S), normalised → logits (B, num_classes); weights at `resnet.*`.
 
-    def __init__(self, num_classes: int = 2, arch: str = "resnet50") -> None:
+    again: in training the blocks keep their inputs alone, and are computed again.
+    """
+
+    def __init__(
+        self, num_classes: int = 2, arch: str = "resnet50", *, again: bool = False
+    ) -> None:
         super().__init__()
         self.resnet = _backbone(arch)
         features = self.resnet.fc.in_features
@@ -93,6 +99,8 @@ class ImageQualityNet(nn.Module):
             nn.Dropout(0.3),
             nn.Linear(256, num_classes),
         )
+        if again:
+            recompute(m for m in self.modules() if isinstance(m, BasicBlock | Bottleneck))
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits (B, num_classes)."""
@@ -363,11 +371,15 @@ class Learner:
 
 
 def memory_plan(
-    arch: str, image_size: int, batch: int, processes: int, amp: str = "off"
-) -> memory.Plan:
-    """What one of `processes` holds at the peak of a step on `batch` pictures."""
+    arch: str, image_size: int, batch: int, processes: int, amp: str = "off", *,
+    again: bool = False,
+) -> memory.Plan:  # fmt: skip
+    """What one of `processes` holds at the peak of a step on `batch` pictures.
+
+    again: with gradient checkpointing.
+    """
     with memory.counted() as live:
-        net = ImageQualityNet(arch=arch)
+        net = ImageQualityNet(arch=arch, again=again)
         learner = Learner(net, torch.ones(2), World(), epochs=1, lr=1e-3, weight_decay=1e-4,
                           amp=memory.mode_of(amp))  # fmt: skip
         pixels = torch.empty(batch, 3, image_size, image_size)
@@ -375,7 +387,10 @@ def memory_plan(
         learner.step(pixels, torch.zeros(batch, dtype=torch.long))
     title = f"{arch}, {batch} pictures of {image_size} pixels a process, amp {amp}"
     return live.plan(
-        title, "pictures, and all that is kept of them", wrapped=net, processes=processes
+        title,
+        "pictures, and all that is kept of them" + ", recomputed" * again,
+        wrapped=net,
+        processes=processes,
     )
 
 
