@@ -126,6 +126,13 @@ class RunOptions:
     config: Path | None = free(None, "YAML or JSON file of these settings")
     dry_run: bool = free(False, "check settings and data, print the plan, stop")
     print_config: bool = free(False, "print the settings as JSON, stop")
+    prove: bool = free(
+        False, "train the first steps in several ways that must agree, compare them, stop"
+    )
+    replay: Count | None = free(
+        None, "train up to this step of the run once more, write a page of its samples, stop"
+    )
+    stop_after: Count | None = free(None, "save after this optimizer step, and stop")
     device: str = free("auto", "auto, cpu, cuda or cuda:N")
     fit: str | None = free(
         None,

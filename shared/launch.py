@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 Main = Callable[[list[str]], int]
 Fit = Callable[[list[str], int], int]
 
-_WITHOUT_TRAINING = ("-h", "--help", "--dry-run", "--print-config", "--estimate")
+_WITHOUT_TRAINING = ("-h", "--help", "--dry-run", "--print-config", "--estimate", "--prove")
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from shared import (
@@ -34,6 +34,7 @@ from shared import (
     distributed,
     lock,
     outcome,
+    replay,
     run_directory,
     seed,
     status,
@@ -59,7 +60,7 @@ T = TypeVar("T")
 class Run:
     """See the module's docstring.
 
-    Verbs: restore, epochs, batches, step, end_epoch, watched, log, beat, save, finish.
+    Verbs: restore, epochs, batches, step, show, end_epoch, watched, log, beat, save, finish.
     recipe: whose run it is. last: name of the checkpoint that a resume continues from.
     tensorboard: where events go; default: tensorboard/ in the run directory.
     """
@@ -69,9 +70,12 @@ class Run:
         self.position, self.exit_code = Position(), DONE
         self._config, self._world, self._dir, self._recipe = config, world, run_dir, recipe
         self._options, self._plan = config.run, Plan(0)
-        self._last, self._board = run_dir / last, tensorboard
+        self._last = run_dir / last
+        self._board = None if config.run.replay else tensorboard
         self._stopped_by, self._decision, self._parts = 0, Decision(), Parts()
-        self._is_begun = self._listens = False
+        self._is_begun = self._listens = self._is_cut = False
+        self._found = ""  # what a replay has found
+        self._shown: tuple[dict[str, float], list[replay.Sample]] = ({}, [])
         self._unsaved = ""  # why the newest checkpoint is not on the disk
         self._before: dict[str, str] = {}  # files of the run that is to be continued
         self._share = Share()
@@ -141,6 +145,21 @@ class Run:
             with_rest=with_rest,
         )  # fmt: skip
 
+    @property
+    def replays(self) -> bool:
+        """Whether the step at work is the one that --replay shows."""
+        return self.position.step + 1 == self._options.replay
+
+    def show(self, model: nn.Module, samples: list[replay.Sample]) -> None:
+        """The step that is replayed, between backward and optimizer: its gradients and samples.
+
+        samples: this rank's. A collective.
+        """
+        scaler = self._parts["amp"].state_dict()["scaler"] if "amp" in self._parts else {}
+        norms = replay.gradient_norms(model, scaler.get("scale", 1.0))
+        ranks = distributed.gather_objects(samples, self._world)
+        self._shown = norms, [sample for rank in ranks for sample in rank]
+
     def step(
         self, values: Mapping[str, float | Tensor], **splits: Mapping[str, float | Tensor]
     ) -> None:
@@ -148,15 +167,23 @@ class Run:
 
         splits: what else was measured at this step, under the names of the records; may be empty.
         """
+        is_replayed = self.replays
         self.position.advance()
         self.log(values)
         for split, others in splits.items():
             if others:
                 self.log(others, split)
-        is_asked = self._is_asked()
-        if is_asked or self.position.step % self._options.save_every == 0:
+        if is_replayed:
+            numbers = distributed.mean_of(values, self._world)
+            if self._world.is_main:
+                self._found = replay.write_page(
+                    self._dir, self.position.step, numbers, *self._shown
+                )
+        self._is_cut = is_replayed or self.position.step == self._options.stop_after
+        leaves = self._is_asked() or self._is_cut
+        if leaves or self.position.step % self._options.save_every == 0:
             self.save()
-        if is_asked:
+        if leaves:
             self._leave()
 
     def watched(self, batches: Iterable[T], what: str, total: int | None = None) -> Iterator[T]:
@@ -237,6 +264,8 @@ class Run:
         --on-full-disk says stop.
         """
         checkpoint.collect(self._parts)
+        if self._options.replay:
+            return True
         state = self.state()
         problem = self._write(state) if self._world.is_main else None
         problem = distributed.broadcast_object(problem, self._world)
@@ -277,11 +306,15 @@ class Run:
         self._is_asked()  # also of a stop in the last evaluation all shall hear
         step, total = self.position.step, self._plan.total_steps
         code, state, reason = DONE, "done", reason or f"{step} steps"
-        if self._stopped_by:
-            code, state = stop.exit_code_for(self._stopped_by), "stopped"
-            name = stop.name_of(self._stopped_by)
+        if self._stopped_by or self._is_cut:
+            state, name = "stopped", f"--stop-after {step}"
+            if self._stopped_by:
+                name = stop.name_of(self._stopped_by)
+                code = stop.exit_code_for(self._stopped_by)
             how = run_directory.how_to_continue(self._options)
             reason = f"{name}: saved at step {step} of {total}; {how}"
+        if self._found:
+            state, reason = "done", self._found
         if self._reporter:
             ending = {"state": state, "exit_code": code, "reason": reason}
             self._reporter.write_status(
@@ -315,9 +348,13 @@ class Run:
     def _begin(self) -> None:
         """Take the directory, move aside an older run that is not continued, say what begins."""
         self._lock = lock.take(self._dir)
-        self._decision = run_directory.begin(
-            self._dir, self._last.name, self._board, self._config, self._world.size
-        )
+        if self._options.replay:
+            begins_at = replay.nearest(self._dir.parent, self._options.replay)
+            self._decision = Decision(begins_at, is_named=True)
+        else:
+            self._decision = run_directory.begin(
+                self._dir, self._last.name, self._board, self._config, self._world.size
+            )
         is_continued = self._decision.checkpoint is not None
         known = read_object(self._dir / "status.json") if is_continued else {}
         self._before = run_directory.description(self._dir) if is_continued else {}

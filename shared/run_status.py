@@ -349,7 +349,7 @@ def _is_number(value: Any) -> bool:
 def _numbers(rows: _Rows, last: dict[str, Any]) -> dict[str, Any]:
     """The fields of a view that are numbers of the training."""
     values = {name.lower(): value for name, value in {**last, **rows.last}.items()}
-    tag = _loss_tag(rows.last)
+    tag = loss_tag(rows.last)
     losses = [(row["step"], row[tag]) for row in rows.train if _is_number(row.get(tag))]
     judged = [row for row in rows.others if row.get("split") in ("val", "epoch")]
     return {
@@ -377,7 +377,7 @@ def _smoothed(losses: list[float]) -> float | None:
     return total / weight if weight else None
 
 
-def _loss_tag(row: dict[str, Any]) -> str:
+def loss_tag(row: dict[str, Any]) -> str:
     """The name under which a recipe logs its loss."""
     if "loss" in row:
         return "loss"

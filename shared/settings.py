@@ -24,7 +24,10 @@ from shared.files import read_json, read_text
 Scope = Literal["result", "length", "free"]
 
 RESUME_WORDS = ("auto", "latest", "never")
-_ONE_CALL = ("dry_run", "print_config", "config", "allow_reshard", "fit")  # asked for each time
+_ONE_CALL = (  # asked for anew each time
+    *("dry_run", "print_config", "config", "allow_reshard", "fit"),
+    *("prove", "replay", "stop_after"),
+)
 _MOST_BRACKETS = 1_000  # in a file of settings
 _MOST_WHOLE = 2**31 - 1  # what torch, numpy and the operating system take as a count
 _MOST = 10**9  # of other numbers: far from where half and single precision overflow

@@ -30,7 +30,7 @@ LIGHT = {
         "program",
         "run_text",
     )
-} | {"shared.report", "shared.tools.about"}
+} | {"shared.report", "shared.replay", "shared.tools.about"}
 FOREIGN_TO_SHARED = {"transformers", "peft", "swift", "open_clip"}
 # Who in shared may talk to the process and its user, beside the entry scripts and shared/tools.
 OWNERS = {
@@ -38,7 +38,7 @@ OWNERS = {
     "tyro": {"shared.config"},
     "environment": {
         *("shared.launch", "shared.outcome", "shared.supervisor", "shared.stop"),
-        *("shared.distributed", "shared.run_directory", "shared.hub"),
+        *("shared.distributed", "shared.run_directory", "shared.hub", "shared.prove"),
         "shared.terminal",  # NO_COLOR
         "shared.fit",  # the launcher's choice, for its processes
     },
