@@ -22,7 +22,7 @@ if not Path(sys.path[0], "shared").is_dir():  # the directory was copied alone
     sys.stderr.write("error: shared/ is missing beside face_distill/: copy the whole repository\n")
     sys.exit(3)
 
-from shared import stop
+from shared import replay, stop
 
 if __name__ == "__main__":
     stop.listen()
@@ -160,6 +160,8 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Config, argv, __doc__, DEMO)
     if cfg.run.demo:
         cfg = _with_demo(cfg)
+    if cfg.run.replay:
+        cfg = replace(cfg, run=replay.settle(cfg, cfg.run_dir))
     _check_batch_size(cfg.batch_size, world_size())
     if cfg.estimate:
         from face_distill import memory
@@ -174,6 +176,8 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.dry_run:
         print(_plan(cfg))
         return 0
+    if cfg.run.prove:
+        return _prove(cfg)
     os.close(open_lock(cfg.run_dir))  # better refused now than after the tower was loaded
     from face_distill import memory
     from shared.memory import explained_out_of_memory
@@ -246,6 +250,8 @@ def train(cfg: Config) -> int:
                 loss = criterion.total(terms, arc_only=arc_only)
                 pulls = balance.measure(terms, position.step)
                 amp.backward(loss)
+                if run.replays:
+                    run.show(student, _samples(student, criterion, images, labels, wanted))
                 amp.step(optimizer, trainable, clip_norm=cfg.largest_norm)
                 mean_loss.add(loss)
                 shown = {f"Loss/{name}": term for name, term in terms.items()}
@@ -295,6 +301,27 @@ def _validation(
             mean.add(criterion.total(terms, arc_only=arc_only), len(images))
     student.train()
     return mean
+
+
+def _samples(
+    student: FaceStudent, criterion: Distillation, images: Tensor, labels: Tensor, wanted: Any
+) -> list[replay.Sample]:
+    """Each image with its own losses; the relations are of pairs, and are not among them."""
+    import torch
+
+    from face_distill.distill.losses import attention_transfer
+
+    _, maps, kind = wanted
+    samples = []
+    for row, image in enumerate(images):
+        one = slice(row, row + 1)
+        with torch.no_grad():
+            _, tokens, arc = student(images[one], labels[one])
+            attention = attention_transfer(tokens, maps[one], criterion.at_mode, kind)
+        terms = {"ArcFace": float(arc), "AT": float(attention)}
+        losses = {name: criterion.weights[name] * term for name, term in terms.items()}
+        samples.append(replay.Sample(losses, f"identity {int(labels[row])}", replay.png(image)))
+    return samples
 
 
 def _say_balance(
@@ -506,6 +533,26 @@ def _plan(cfg: Config) -> str:
         f"process(es) x {cfg.batch_size // processes}; checkpoints in {cfg.run_dir}, charts in "
         f"{cfg.tensorboard}"
     )
+
+
+def _prove(cfg: Config) -> int:
+    """Hold the ways to take the same step against each other; the exit code."""
+    from shared.prove import NEAR, Case, most_processes, prove
+
+    number, why_not = most_processes(cfg.run)
+    total = max(2, cfg.batch_size // number) * number
+    own = total // world_size()
+    plain = ["--amp", "off", "--no-gradient-checkpointing", "--micro-batch", own,
+             "--batch-size", total, "--warmup-epochs", 0]  # fmt: skip
+    cases = [
+        Case(f"one = {number} processes", [*plain, "--nproc", 1], [*plain, "--nproc", number],
+             why_not=why_not),
+        Case("whole = micro-batches", plain, [*plain, "--micro-batch", max(1, own // 2)]),
+        Case("checkpointed = plain", plain, [*plain, "--gradient-checkpointing"]),
+        Case("bfloat16 near float32", plain, [*plain, "--amp", "bf16"], NEAR),
+    ]  # fmt: skip
+    always = ["--log-dir", "{here}/logs"]
+    return prove(cfg.run, cfg.run_dir, ("student",), cases, always)
 
 
 def processes_that_fit(argv: list[str], visible: int) -> int:

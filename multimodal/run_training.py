@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # repository root, for shared
 sys.path.sort(key=lambda path: path == str(Path(__file__).resolve().parent))  # datasets.py last
 
-from shared import stop
+from shared import replay, stop
 
 if __name__ == "__main__":
     stop.listen()
@@ -210,6 +210,8 @@ def main(argv: list[str] | None = None) -> int:
     cfg = _read_settings(sys.argv[1:] if argv is None else argv)
     if cfg.run.demo:
         cfg = _with_demo(cfg)
+    if cfg.run.replay:
+        cfg = replace(cfg, run=replay.settle(cfg, cfg.run_dir))
     if cfg.estimate:
         from multimodal.training import memory
 
@@ -225,6 +227,8 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.dry_run:
         print(_plan(cfg, own))
         return 0
+    if cfg.run.prove:
+        return _prove(cfg)
     if not cfg.run.is_explicit_resume:
         start_of_words(cfg.pretrained, cfg.data_root)  # fetched now, or refused
     os.close(open_lock(cfg.run_dir))  # better refused now than after the data sets were read
@@ -302,7 +306,10 @@ def train(cfg: Config) -> int:
                             optimizer, stage, epoch, position.batch,
                             peak=cfg.lr, warmup=cfg.warmup, towers=cfg.tower_lr,
                         )  # fmt: skip
+                        labels = batch.get("labels")
                         loss, tags = _backward(cfg, net, task, batch, amp, world)
+                        if run.replays:
+                            run.show(model, _samples(learner, task, batch, labels, world))
                         amp.step(optimizer, learner.parameters(), clip_norm=cfg.clip_norm)
                         model.clamp_temperatures()
                         mean_loss.add(loss)
@@ -347,6 +354,29 @@ def _backward(
     if "scale" in outputs:
         tags[f"{task.name}/scale"] = outputs["scale"]
     return loss, tags
+
+
+def _samples(
+    learner: nn.Module, task: Task, batch: Batch, labels: Tensor | None, world: World
+) -> list[replay.Sample]:
+    """Each sample of this process with its losses, its partner looked for among them."""
+    import torch
+
+    from multimodal.pairs.batches import on_device
+    from multimodal.pairs.samples import caption_of
+    from multimodal.training.losses import of_rows
+
+    learner.eval()
+    with torch.no_grad():
+        outputs = learner(on_device(batch, world.device), task)
+        found = of_rows(task, outputs, None if labels is None else labels.to(world.device))
+    samples = []
+    for row in range(len(next(iter(batch.values())))):
+        losses = {name: float(values[row]) for name, values in found.items()}
+        text = caption_of(batch["input_ids"][row]) if "input_ids" in batch else ""
+        picture = replay.png(batch["images"][row]) if "images" in batch else b""
+        samples.append(replay.Sample(losses, f"{task.name}: {text}", picture))
+    return samples
 
 
 def _close_epoch(
@@ -617,6 +647,25 @@ def _check_data(cfg: Config) -> None:
             f"{cfg.data_root} lacks {', '.join(missing)}: fetch the data by python "
             "download_datasets.py --datasets coco clotho audiocaps, or type --data-root PATH"
         )
+
+
+def _prove(cfg: Config) -> int:
+    """Hold the ways to take the same step against each other; the exit code.
+
+    It is a step of the last stage, which has all losses.
+    """
+    from shared.prove import NEAR, Case, accumulated, prove
+
+    batch = ("--batch-size", max(2, cfg.batch_size))
+    times = ("--gradient-accumulation-steps", cfg.gradient_accumulation_steps)
+    plain = ["--dropout", 0, "--amp", "off", "--stage-epochs", "0/0/1", *batch, *times]
+    opposite = "--no-use-checkpoint" if cfg.use_checkpoint else "--use-checkpoint"
+    cases = [
+        *accumulated(cfg.run, plain, batch, times),
+        Case("checkpointed = plain", plain, [*plain, opposite]),
+        Case("bfloat16 near float32", plain, [*plain, "--amp", "bf16"], NEAR),
+    ]
+    return prove(cfg.run, cfg.run_dir, ("learner",), cases)
 
 
 def _plan(cfg: Config, own: Path | None) -> str:

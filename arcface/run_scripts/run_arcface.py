@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
-from shared import logs
+from shared import logs, replay
 from shared.config import ProcessOptions, RunOptions, dashed, free, option, parse, parse_known
 from shared.device import present_gpus, visible_gpus
 from shared.errors import UserError
@@ -123,6 +123,9 @@ def main(argv: list[str] | None = None) -> int:
         way = ["--resume", recipe.load_from or "auto"]
         return main([*words, *way, "--cfg-options", "resume=False", "load_from=None"])
     cfg = _with_file(cfg, recipe)
+    if cfg.run.replay:
+        options = replay.settle(_stored(cfg, settings), _run_dir(cfg))
+        cfg = replace(cfg, run=options, run_dir=options.run_dir)
     remarks = _check_data(cfg, recipe)
     for remark in [*settings.remarks, *(remarks if cfg.run.dry_run else ())]:
         log.warning(remark)  # a run makes those of the data when it opens the lists
@@ -134,6 +137,8 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.dry_run:
         print(_plan(cfg, recipe))
         return 0
+    if cfg.run.prove:
+        return _prove(cfg, recipe)
     os.close(open_lock(_run_dir(cfg)))  # better refused now than after torch was loaded
     from shared.memory import explained_out_of_memory
 
@@ -143,6 +148,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(cfg: Config, settings: Settings) -> int:
     """The whole training; the exit code."""
+    from torch import nn
+
     from arcface.inshop_retrieval import encoders, epochs, evaluation, schedule
     from arcface.inshop_retrieval.inshop import collate
     from arcface.inshop_retrieval.partial_fc import CentreRows
@@ -210,6 +217,9 @@ def train(cfg: Config, settings: Settings) -> int:
                 with amp.autocast():
                     loss = arcface(embed(preprocess(images, flipped)), labels)
                 amp.backward(loss)
+                if run.replays:
+                    shown = nn.ModuleDict({"encoder": encoder, "head": head})
+                    run.show(shown, _samples(embed, arcface, preprocess, batch, pictures, world))
                 loss = loss.detach()  # its graph must not outlive the sampled centres
                 amp.step(optimizer, schedule.parameters(optimizer), clip_norm=recipe.largest_norm,
                          sharded=(head_optimizer, world) if head_optimizer else None)  # fmt: skip
@@ -338,6 +348,24 @@ def _settle_torch(cfg: Config, recipe: Recipe, world: World) -> None:
 # --- what the log and the report say --------------------------------------------------------------
 
 
+def _samples(
+    embed: Any, arcface: Any, preprocess: Preprocess, batch: Any, pictures: InShop, world: World
+) -> list[replay.Sample]:
+    """Each picture of this process with its loss, the batch's statistics in its embedding."""
+    import torch
+
+    images, labels, flipped = batch.on(world.device)
+    samples = []
+    with torch.no_grad():
+        embeddings = embed(preprocess(images, flipped))
+        for row, index in enumerate(batch.indices.tolist()):
+            one = slice(row, row + 1)
+            losses = {"ArcFace": float(arcface(embeddings[one], labels[one]))}
+            name = f"{pictures.items[index]}: {pictures.names[index]}"
+            samples.append(replay.Sample(losses, name, replay.png(images[row])))
+    return samples
+
+
 def _describe(
     recipe: Recipe, world: World, pictures: InShop, encoder: Encoder, head: PartialFC
 ) -> None:
@@ -368,6 +396,26 @@ def _validated(run: Run, outcome: Outcome) -> dict[str, float]:
     log.info(line)
     run.log(epochs.in_percent(outcome.metrics), split="val")
     return outcome.metrics
+
+
+def _prove(cfg: Config, recipe: Recipe) -> int:
+    """Hold the ways to take the same step against each other; the exit code."""
+    from shared.prove import NEAR, Case, most_processes, prove
+
+    number, why_not = most_processes(cfg.run)
+    if recipe.sample_rate < 1:
+        why_not = "each process samples its own classes"
+    own, size = max(1, recipe.train.batch_size // number), "train_dataloader.batch_size"
+    is_resnet = recipe.encoder[0].get("type") == "ResNet"
+    frozen = ["model.image_encoder.0.norm_eval=True"] if is_resnet else []
+    plain = ["--amp", "off", "--cfg-options", *frozen]
+    cases = [
+        Case(f"one = {number} processes", [*plain, f"{size}={number * own}", "--nproc", 1],
+             [*plain, f"{size}={own}", "--nproc", number], why_not=why_not),
+        Case("whole = accumulated", why_not="batch norm ties a batch together"),
+        Case("bfloat16 near float32", plain, [*plain, "--amp", "bf16"], NEAR),
+    ]  # fmt: skip
+    return prove(cfg.run, _run_dir(cfg), ("encoder", "head"), cases, ["--no-validate"])
 
 
 def _plan(cfg: Config, recipe: Recipe) -> str:

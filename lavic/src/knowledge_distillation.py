@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
-from shared import stop
+from shared import replay, stop
 
 if __name__ == "__main__":
     stop.listen()
@@ -139,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Config, argv, __doc__, DEMO)
     if cfg.run.demo:
         cfg = _with_demo(cfg)
+    if cfg.run.replay:
+        cfg = replace(cfg, run=replay.settle(cfg, cfg.run_dir))
     if cfg.estimate:
         print(_memory(_fitted(cfg)))
         return 0
@@ -151,6 +153,8 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.dry_run:
         print(_plan(cfg, len(samples), len(held_out)))
         return 0
+    if cfg.run.prove:
+        return _prove(cfg)
     os.close(open_lock(cfg.run_dir))  # better refused now than after the model was loaded
     from shared.memory import explained_out_of_memory
 
@@ -227,6 +231,8 @@ def train(cfg: Config, samples: list[Sample], held_out: list[Sample]) -> int:
                     loss += part.detach()
                 if labels:  # of all processes: the same decision on each
                     sum_gradients(trained, world)
+                    if run.replays:
+                        run.show(llava, _samples(step, llava, nll_of, processor.tokenizer))
                     norm = amp.step(optimizer, trained, clip_norm=CLIP_NORM)
                 _count(step, loss * labels, sums, skipped)
                 # the log takes the mean over the processes, of which these are sums
@@ -277,6 +283,22 @@ def _build(cfg: Config, world: World) -> tuple[Any, Any, list[int], str]:
     seed.seed_all(cfg.run.seed, world.rank)  # and dropout of its own
     log.info("weights in %s", dtype)
     return llava, processor, item_ids, amp_mode
+
+
+def _samples(step: Step, llava: Any, nll_of: Any, tokenizer: Any) -> list[replay.Sample]:
+    """Each sample with its loss a token, by the model without dropout."""
+    import torch
+
+    from lavic.src.vision import captions
+
+    llava.eval()
+    samples = []
+    for row in captions.one_by_one(step):
+        with torch.no_grad():
+            loss = float(nll_of(row)) / max(1, row.num_labels)
+        said = tokenizer.decode(row.labels[row.labels != captions.NO_LABEL])
+        samples.append(replay.Sample({"nll a token": loss}, said, replay.png(row.views[0])))
+    return samples
 
 
 def _reported(run: Run, loss: float) -> float:
@@ -392,6 +414,24 @@ def _log_dir(cfg: Config) -> Path:
     numbers = (path.name.removeprefix("version_") for path in beside.glob("version_*"))
     taken = [int(number.partition(".")[0]) for number in numbers if number[:1].isdigit()]
     return beside / f"version_{max(taken, default=-1) + 1}"
+
+
+def _prove(cfg: Config) -> int:
+    """Hold the ways to take the same step against each other; the exit code."""
+    from shared import prove
+
+    batch, times = ("--batch_size", max(2, cfg.batch_size)), ("--grad_accum", cfg.grad_accum)
+    plain = ["--lora_dropout", 0, "--amp", "off", *batch, *times]
+    opposite = ["--gradient_checkpointing", "off" if cfg.gradient_checkpointing == "on" else "on"]
+    single, half = ([*plain, "--dtype", name] for name in ("float32", "bfloat16"))
+    bound = prove.bound_of(cfg.dtype, cfg.run)
+    cases = [
+        *prove.accumulated(cfg.run, plain, batch, times, bound),
+        prove.Case("checkpointed = plain", plain, [*plain, *opposite], bound),
+        prove.Case("bfloat16 near float32", single, half, prove.NEAR),
+    ]
+    always = ["--log_dir", "{here}/logs", "--no-validate-before-training"]
+    return prove.prove(cfg.run, cfg.run_dir, ("adapter",), cases, always)
 
 
 def _plan(cfg: Config, num_train: int, num_valid: int) -> str:

@@ -30,7 +30,7 @@ from shared.config import RunOptions, free, option, parse
 from shared.errors import UserError
 from shared.files import open_lock, write_json
 from shared.launch import launch, world_size
-from shared.settings import Count, Positive, Workers
+from shared.settings import Count, Positive, ShareBelowOne, Workers
 
 if TYPE_CHECKING:  # torch comes after the input is checked
     from lavic.src.recommend.data import Talks
@@ -80,6 +80,7 @@ class Config:
     micro_batch: Count | None = free(
         None, "conversations of a forward pass, in place of --batch_size: the same step"
     )
+    lora_dropout: ShareBelowOne = option(0.1, "dropout before the adapter")
     clip_norm: Positive = option(1.0, "largest norm of the gradients")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "of the frozen weights; auto: half on a GPU, float32 on the CPU"
@@ -154,6 +155,8 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.dry_run:
         print(_plan(cfg))
         return 0
+    if cfg.run.prove:
+        return _prove(cfg)
     os.close(open_lock(cfg.run_dir))  # better refused now than after the model was loaded
     from shared.memory import explained_out_of_memory
 
@@ -279,7 +282,9 @@ def _build(cfg: Config, run: Run, talks: Talks, world: World) -> tuple[Built, st
     )  # fmt: skip
     recommender = built.recommender
     seed.seed_all(cfg.run.seed)  # the same adapter on every process
-    recommender.model = adapters.add_adapter(recommender.model, model.LANGUAGE_TARGETS)
+    recommender.model = adapters.add_adapter(
+        recommender.model, model.LANGUAGE_TARGETS, dropout=cfg.lora_dropout
+    )
     seed.seed_all(cfg.run.seed, world.rank)  # and dropout of its own
     sizes = gpu_bytes(world.device)
     if recomputes(cfg.gradient_checkpointing, model.ROOM_FOR_ALL_FROM, sizes):
@@ -448,6 +453,23 @@ def _check_files(cfg: Config) -> None:
             f"{cfg.image_dir} is missing: fetch the pictures with python crawl_images.py, or type "
             "--image-dir"
         )
+
+
+def _prove(cfg: Config) -> int:
+    """Hold the ways to take the same step against each other; the exit code."""
+    from shared import prove
+
+    batch, times = ("--batch_size", max(2, cfg.batch_size)), ("--grad_accum", cfg.grad_accum)
+    plain = ["--lora_dropout", 0, "--amp", "off", *batch, *times]
+    opposite = ["--gradient_checkpointing", "off" if cfg.gradient_checkpointing == "on" else "on"]
+    single, half = ([*plain, "--dtype", name] for name in ("float32", "bfloat16"))
+    bound = prove.bound_of(cfg.dtype, cfg.run)
+    cases = [
+        *prove.accumulated(cfg.run, plain, batch, times, bound),
+        prove.Case("checkpointed = plain", plain, [*plain, *opposite], bound),
+        prove.Case("bfloat16 near float32", single, half, prove.NEAR),
+    ]
+    return prove.prove(cfg.run, cfg.run_dir, ("adapter",), cases, ["--no-evaluate-before"])
 
 
 def _plan(cfg: Config) -> str:

@@ -342,6 +342,12 @@ def mask_of(ids: Tensor) -> Tensor:
     return torch.arange(ids.shape[1]) <= (ids == END).int().argmax(1, keepdim=True)
 
 
+def caption_of(ids: Tensor) -> str:
+    """The caption of `input_ids` (77)."""
+    text = _tokenizer().decode(ids.tolist())
+    return text.partition("<start_of_text>")[2].partition("<end_of_text>")[0].strip()
+
+
 @functools.cache
 def _tokenizer() -> Any:
     """The tokenizer, from its file alone: the whole of open_clip takes four seconds to import."""

@@ -161,6 +161,28 @@ class Learner(nn.Module):
         return features
 
 
+def of_rows(task: Task, outputs: Outputs, labels: Tensor | None) -> dict[str, Tensor]:
+    """The parts of the loss, as `loss_of` names them, for each row: (b,).
+
+    A contrast is that of finding the partner among these rows, whatever the kind of the loss.
+    """
+    found: dict[str, Tensor] = {}
+    if task.contrasts:
+        one, other = (outputs[f"{name}_features"] for name in task.modalities)
+        scores, truth = outputs["scale"] * one @ other.T, torch.arange(len(one), device=one.device)
+        ways = [
+            functional.cross_entropy(way, truth, reduction="none") for way in (scores, scores.T)
+        ]
+        found["contrast"] = (ways[0] + ways[1]) / 2
+    if task.target == "spectrogram":
+        found["spectrogram"] = outputs["errors"]
+    elif task.target and labels is not None:
+        logits = outputs["logits" if task.target == "classes" else "keywords"]
+        rows = zip(logits, labels, strict=True)
+        found[task.target] = torch.stack([multi_label(one[None], own[None]) for one, own in rows])
+    return found
+
+
 def loss_of(
     task: Task, outputs: Outputs, labels: Tensor | None, options: LossOptions, world: World
 ) -> tuple[Tensor, dict[str, Tensor]]:

@@ -106,6 +106,8 @@ def main(argv: list[str] | None = None) -> int:
     if cfg.run.dry_run:
         print(_plan(cfg))
         return 0
+    if cfg.run.prove:
+        return _prove(cfg)
     os.close(open_lock(cfg.run_dir))  # better refused now than after the pictures were looked at
     from shared.memory import explained_out_of_memory
 
@@ -139,6 +141,25 @@ def _plan(cfg: Config) -> str:
         f"{cfg.num_epochs} epochs of {cfg.data_dir}, {cfg.batch_size} pictures a step = "
         f"{processes} process(es) x {cfg.batch_size // processes}; the model goes to {cfg.best}"
     )
+
+
+def _prove(cfg: Config) -> int:
+    """Hold the ways to take the same step against each other; the exit code."""
+    from shared.device import present_gpus
+    from shared.prove import NEAR, Case, most_processes, prove
+
+    number, why_not = most_processes(cfg.run)
+    if cfg.run.device == "cpu" or not present_gpus():
+        why_not = "batch norm: on CPUs each process has its own"
+    total = max(1, cfg.batch_size // number) * number
+    plain = ["--amp", "off", "--batch_size", total]
+    cases = [
+        Case(f"one = {number} processes", [*plain, "--nproc", 1], [*plain, "--nproc", number],
+             why_not=why_not),
+        Case("whole = accumulated", why_not="batch norm ties a batch together"),
+        Case("bfloat16 near float32", plain, [*plain, "--amp", "bf16"], NEAR),
+    ]  # fmt: skip
+    return prove(cfg.run, cfg.run_dir, ("model",), cases, ["--output_dir", "{here}"])
 
 
 # --- the training ---------------------------------------------------------------------------------

@@ -86,6 +86,19 @@ class Step(NamedTuple):
         return sum(len(batch.tokens) for batch in self.batches)
 
 
+def one_by_one(step: Step) -> Iterator[Batch]:
+    """Each sample of a step as a batch of its own."""
+    for batch in step.batches:
+        views = batch.views.split(batch.num_views.tolist())
+        for row, own in enumerate(views):
+            one = slice(row, row + 1)
+            labels = batch.labels[one]
+            yield batch._replace(
+                tokens=batch.tokens[one], mask=batch.mask[one], labels=labels, views=own,
+                num_views=batch.num_views[one], num_labels=int((labels != NO_LABEL).sum()),
+            )  # fmt: skip
+
+
 class Captions(Dataset[Exercise | LeftOut]):
     """Samples as exercises.
 
