@@ -463,10 +463,10 @@ def _prove(cfg: Config) -> int:
     plain = ["--lora_dropout", 0, "--amp", "off", *batch, *times]
     opposite = ["--gradient_checkpointing", "off" if cfg.gradient_checkpointing == "on" else "on"]
     single, half = ([*plain, "--dtype", name] for name in ("float32", "bfloat16"))
-    bound = prove.bound_of(cfg.dtype, cfg.run)
+    bounds = prove.bounds_of(cfg.dtype, cfg.run)
     cases = [
-        *prove.accumulated(cfg.run, plain, batch, times, bound),
-        prove.Case("checkpointed = plain", plain, [*plain, *opposite], bound),
+        *prove.accumulated(cfg.run, plain, batch, times, bounds),
+        prove.Case("checkpointed = plain", plain, [*plain, *opposite], bounds),
         prove.Case("bfloat16 near float32", single, half, prove.NEAR),
     ]
     return prove.prove(cfg.run, cfg.run_dir, ("adapter",), cases, ["--no-evaluate-before"])

@@ -45,6 +45,12 @@ def main(argv: list[str] | None = None) -> int:
     cfg = parse(Config, argv, __doc__)
     if cfg.run.dry_run:
         return 0
+    if cfg.run.prove:
+        from shared.prove import Case, prove
+
+        one, two = ["--nproc", 1, "--batch-size", 16], ["--nproc", 2, "--batch-size", 8]
+        case = Case("one = 2 processes", [*one, "--dropout", 0], [*two, "--dropout", 0])
+        return prove(cfg.run, cfg.run.run_dir or RUN_DIR, ("model",), [case])
     from tests.faults.probe_training import train
 
     return train(cfg, cfg.run.run_dir or RUN_DIR)

@@ -1,0 +1,146 @@
+"""--prove: what a training must keep, tried by real processes; planted faults are found."""
+
+import json
+import re
+import shutil
+
+import pytest
+
+from shared.files import read_json
+from tests.harness import PROBE, ROOT, start, status_of
+from tests.recipes.test_face_distill import SCRIPT, faces, flags  # noqa: F401  fixtures
+
+pytestmark = [pytest.mark.slow, pytest.mark.limit(300)]
+
+# (file, what stands there, what a fault makes of it, the case that finds it)
+FAULTS = {
+    "a loss scaled by rank": (
+        "tests/faults/probe_training.py",
+        "amp.backward(loss)",
+        "amp.backward(loss * (1 + world.rank))",
+        "one = 2 processes",
+    ),
+    "a generator that is not restored": (
+        "shared/run_directory.py",
+        'seed.set_state(state["generators"][rank])',
+        "pass",
+        "resumed = uninterrupted",
+    ),
+    "gradients that are not averaged": (
+        "shared/distributed.py",
+        "    if world.size == 1:\n        return model\n    ids",
+        "    return model\n    ids",
+        "one = 2 processes",
+    ),
+    "an optimizer that is not saved": (
+        "tests/faults/probe_training.py",
+        '"optimizer": optimizer, ',
+        "",
+        "resumed = uninterrupted",
+    ),
+}
+OFTEN = ("a loss scaled by rank", "a generator that is not restored")
+
+
+def prove(script, *args, patience=280.0):
+    """(exit code, text) of the script with --prove."""
+    with start([script, *args, "--prove"]) as running:
+        outcome = running.finish(patience)
+        assert running.leaves_nothing()
+    return outcome
+
+
+def rows(run_dir):
+    proof = read_json(run_dir / "proof.json")
+    return proof["holds"], {row["case"]: row for row in proof["cases"]}
+
+
+def test_a_sound_training_holds_and_leaves_its_figures_alone(tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "notes.txt").write_text("mine")
+    outcome = prove(PROBE, "--run-dir", run_dir)
+    assert outcome.code == 0, outcome.text
+    assert "every case holds; the figures are in" in outcome.last_line
+    holds, found = rows(run_dir)
+    assert holds and list(found) == ["one = 2 processes", "resumed = uninterrupted"]
+    assert 0 < found["one = 2 processes"]["losses"] < 1e-5  # other sums: not the same run twice
+    assert found["resumed = uninterrupted"]["optimizer"] == 0
+    assert {path.name for path in run_dir.iterdir()} == {"notes.txt", "proof.json"}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [name if name in OFTEN else pytest.param(name, marks=pytest.mark.full) for name in FAULTS],
+)
+def test_a_planted_fault_is_found(tmp_path, fault):
+    file, there, instead, finder = FAULTS[fault]
+    left_out = shutil.ignore_patterns("__pycache__", "docs", "ddp_series", "shell")
+    shutil.copytree(ROOT / "shared", tmp_path / "shared", ignore=left_out)
+    (tmp_path / "tests" / "faults").mkdir(parents=True)
+    for name in ("probe_recipe.py", "probe_training.py"):
+        shutil.copy(PROBE.with_name(name), tmp_path / "tests" / "faults" / name)
+    text = (tmp_path / file).read_text()
+    assert text.count(there) == 1
+    (tmp_path / file).write_text(text.replace(there, instead))
+    run_dir = tmp_path / "run"
+    outcome = prove(tmp_path / "tests" / "faults" / "probe_recipe.py", "--run-dir", run_dir)
+    assert outcome.code == 1, outcome.text
+    assert "not every case holds" in outcome.last_line and "OUT OF BOUNDS" in outcome.text
+    holds, found = rows(run_dir)
+    assert not holds
+    assert [name for name, row in found.items() if not row["holds"]] == [finder]
+    assert (run_dir / "prove" / "log.txt").stat().st_size  # kept, to be looked into
+
+
+def test_a_side_that_does_not_train_fails_the_proof_with_its_last_line(tmp_path):
+    outcome = prove(PROBE, "--run-dir", tmp_path / "run", "--fault", "raise@2")
+    assert outcome.code == 1
+    assert "FAILED: exit 1" in outcome.text and "broken on purpose" in outcome.text
+
+
+@pytest.mark.parametrize("more", [["--nnodes", 2], ["--resume", "run"]])
+def test_where_it_cannot_start_the_processes_it_says_so(tmp_path, more):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "config.json").write_text(json.dumps({"settings": {}}))
+    words = [str(run_dir) if word == "run" else word for word in more]
+    outcome = prove(PROBE, "--run-dir", run_dir, *words)
+    assert outcome.code == 2 and "--prove starts its processes itself" in outcome.last_line
+
+
+def test_face_distills_ways_to_take_a_step_agree(flags, tmp_path):  # noqa: F811
+    """Beside a run that is there, which stays as it is."""
+    with start([SCRIPT, *flags, "--stop-after", 2]) as running:
+        assert running.finish().code == 0
+    run_dir = tmp_path / "checkpoints"
+    before = {path: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
+    outcome = prove(SCRIPT, *flags)
+    assert outcome.code == 0, outcome.text
+    holds, found = rows(run_dir)
+    assert holds and list(found) == [
+        "one = 2 processes", "whole = micro-batches", "checkpointed = plain",
+        "bfloat16 near float32", "resumed = uninterrupted",
+    ]  # fmt: skip
+    assert {path: path.read_bytes() for path in before} == before
+    assert status_of(run_dir)["state"] == "stopped"
+
+
+DEMOS = {
+    "face_distill/train_distill.py": 5,
+    "lavic/src/knowledge_distillation.py": 5,
+    "vasevqa/filter/model.py": 4,
+    "multimodal/run_training.py": 5,
+    "arcface/run_scripts/run_arcface.py": 4,
+}
+
+
+@pytest.mark.full
+@pytest.mark.limit(900)
+@pytest.mark.parametrize("script", DEMOS)
+def test_a_demo_holds(script, tmp_path):
+    outcome = prove(ROOT / script, "--demo", "--run-dir", tmp_path / "run", patience=880.0)
+    assert outcome.code == 0, outcome.text
+    holds, found = rows(tmp_path / "run")
+    assert holds and len(found) == DEMOS[script]
+    assert len(re.findall(r"  ok$", outcome.text, re.M)) >= 2
