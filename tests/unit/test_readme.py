@@ -135,6 +135,20 @@ def test_a_runs_result_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert figures.numbers(figure)[3] == max(pair[1] for pair in figure["seeds"].values())
 
 
+def test_what_contributors_are_sent_to_is_there():
+    requests, plan = pages.tables(text_of("CONTRIBUTING.md"))
+    assert len(requests.rows) == 10
+    named = {span for row in requests.rows for span in spans(" ".join(row)) if "/" in span[1:]}
+    paths = {name for name in named if not name.startswith(("./", "-"))}
+    assert len(paths) > 10
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
+    for room, inside in plan.rows:
+        folder = ROOT / room.strip("`")
+        for name in spans(inside):
+            places = [folder, *(path for path in folder.iterdir() if path.is_dir())]
+            assert any((place / name).exists() for place in places), (room, name)
+
+
 def test_every_page_is_one_that_these_tests_read():
     rooms = ("README.md", "[!.]*/README.md", "shared/*/*.md")  # a run writes its own further below
     found = {str(path.relative_to(ROOT)) for room in rooms for path in ROOT.glob(room)}
