@@ -70,7 +70,7 @@ fail() {
   local advice='check the network and "pip config list"'
   grep -qi 'no space left' "$log" && advice='free some disk space, or name a roomier place: TMPDIR=/path '$self
   grep -v 'is ignored: it is' "$log" | tail -n 15 >&2
-  printf 'setup: %s failed (whole log: %s). %s; a new %s goes on from here\n' "$1" "$log" "$advice" "$self" >&2
+  printf 'setup: %s failed (whole log: %s). %s; run %s again to continue from here\n' "$1" "$log" "$advice" "$self" >&2
   exit 1
 }
 

@@ -207,7 +207,7 @@ def _compare(cfg: Config, sets: Sequence[PairSet], device: torch.device) -> Resu
 def _distances(
     cfg: Config, name: str, sets: Sequence[PairSet], device: torch.device
 ) -> dict[str, NDArray[Any]]:
-    """Squared distances (N,) of each set's pairs in a model's eyes, by the set's name."""
+    """Squared distances (N,) of each set's pairs by one model, under the set's name."""
     from face_distill.distill import verification
 
     if name == TEACHER and cfg.teacher and (cfg.teacher.is_dir() or cfg.teacher.suffix == ".npy"):

@@ -3,7 +3,7 @@
 #   ./face_distill/train.sh                            every visible GPU, the CPU when there is none
 #   ./face_distill/train.sh --demo                     the built-in demo, about two minutes on two cores
 #   ./face_distill/train.sh --nproc 4 --batch-size 64  see --help for every flag
-#   nohup ./face_distill/train.sh > /dev/null 2>&1 &   goes on after logout
+#   nohup ./face_distill/train.sh > /dev/null 2>&1 &   continues after logout
 #   tail -F face_distill/logs/latest.log               follow the newest run (a demo's: face_distill/demo/runs/logs)
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"
 recipe=$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")" && pwd -P) || exit 1

@@ -62,7 +62,7 @@ class Config:
     batch_size: Count = option(64, "pictures or sounds at a time")
     workers: Workers = option(4, "processes that read files; 0: none but this")
     max_seconds: Annotated[float, Range(0, 3600, above=True)] = option(
-        30.0, "of a sound that are heard, from its beginning"
+        30.0, "of a sound that are used, from its beginning"
     )
     tool: ToolOptions = field(default_factory=ToolOptions)
 

@@ -121,7 +121,7 @@ class Family:
             kill_children()
 
     def _tell_the_others(self) -> None:
-        """The program has ended: those it has left behind have no reason to go on."""
+        """The program has ended: those it has left behind have no reason to continue."""
         if not self._asked_at:
             self._kill_at = time.monotonic() + _LEFT_BEHIND
             send(children(), signal.SIGTERM)

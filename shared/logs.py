@@ -24,7 +24,7 @@ _FORMAT_OTHERS = "%(asctime)s | rank {rank} | %(message)s"
 
 
 class _SafeHandler(logging.StreamHandler):  # type: ignore[type-arg]
-    """Drops a line that cannot be written (closed terminal, full disk): training goes on."""
+    """Drops a line that cannot be written (closed terminal, full disk): training continues."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write the line, above the progress bar when there is one on the terminal."""

@@ -63,7 +63,7 @@ def short(seen: View) -> str:
 
 
 def table(views: Sequence[View], root: Path, columns: int = 80) -> str:
-    """Several runs, a row each; a long directory goes on below."""
+    """Several runs, a row each; a long directory continues below."""
     rows: list[tuple[str, ...]] = []
     for seen in views:
         path = Path(seen.run_dir)

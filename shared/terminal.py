@@ -40,7 +40,7 @@ def fitted(text: str, columns: int, indent: int = 0) -> str:
 
 
 def command(text: str, columns: int, indent: int) -> str:
-    """A shell command, indented; a long one goes on behind backslashes and can be copied."""
+    """A shell command, indented; a long one is continued after backslashes and can be copied."""
     lines = textwrap.wrap(
         text, columns - indent - 2, break_long_words=False, break_on_hyphens=False
     )
@@ -50,7 +50,7 @@ def command(text: str, columns: int, indent: int) -> str:
 def table(headers: Sequence[str], rows: Iterable[Sequence[str]], columns: int = 10_000) -> str:
     """Rows of cells as aligned columns below their headers and a line of dashes.
 
-    Of a line that is longer than `columns` the last cell goes on below.
+    Of a line that is longer than `columns` the last cell continues below.
     """
     lines = [list(headers), *map(list, rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(headers))]

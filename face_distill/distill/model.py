@@ -190,7 +190,7 @@ class FaceStudent(nn.Module):
 
         The embedding is the class token after the last layer norm, not unit length; the tokens
         are the patches row by row. Raises ValueError when S is not the student's image size: the
-        tower itself takes smaller images without a word and gives them wrong positions.
+        tower itself takes smaller images silently and gives them wrong positions.
         """
         if images.shape[1:] != (3, self.image_size, self.image_size):
             raise ValueError(

@@ -148,7 +148,7 @@ class Hearing(TypedDict, total=False):
 
 
 class Sounds:
-    """How clips become features (T, 80): a random part while training, else all that is heard.
+    """How clips become features (T, 80): a random part in training, else all up to a limit.
 
     clip_seconds: of the part; of a shorter clip all. eval_seconds: at most, from the beginning.
     cache: directory for whole clips' features; the part is then cut from these.

@@ -99,7 +99,7 @@ def _generators() -> tuple[Tensor, Tensor | None]:
 
 @contextmanager
 def _generators_at(state: tuple[Tensor, Tensor | None]) -> Iterator[None]:
-    """Draw from `state` on; what follows the block goes on from where the block ends."""
+    """Draw from `state` on; what follows the block continues from where the block ends."""
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1])

@@ -3,7 +3,7 @@
     best_model.pt             the lowest validation loss (val/relative) of the last stage reached
     best_retrieval.pt         the highest mean R@1 of the held-out pairs, stages 2 and 3
     final_model.pt            the end of training
-    checkpoint_epoch_N.pt     everything a run needs to go on from there (--resume PATH)
+    checkpoint_epoch_N.pt     everything a run needs to continue from there (--resume PATH)
 
 A plain `torch.load` reads each. They hold `model_state_dict`, which fits into
 `create_model(**checkpoint["model"])`, as CPU tensors and plain values. None is ever deleted.

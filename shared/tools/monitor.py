@@ -193,7 +193,11 @@ def _view_of(word: launched.Word, recipe: Path, is_alive: bool) -> View:
     note = "it ended before its first step"
     if state not in ENDED:
         state = STARTING if is_alive else STALE
-        note = NO_STATUS if is_alive else f"process {word['pid']} ended without a word: see its log"
+        note = (
+            NO_STATUS
+            if is_alive
+            else f"process {word['pid']} ended without writing its status: see its log"
+        )
     return View(
         str(word.get("run_dir") or recipe), str(state), note, recipe.name,
         exit_code=code if isinstance(code, int) else None, pid=word["pid"], **texts,

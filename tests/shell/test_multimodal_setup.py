@@ -52,7 +52,7 @@ def test_a_second_call_asks_pip_nothing_and_changed_requirements_do(site):
 def test_a_failed_installation_names_the_command_that_goes_on(site):
     result = site.run("bash", site.script, env={"PIP_EXIT": "1"})
     assert result.returncode == 1
-    assert "a new multimodal/setup_environment.sh goes on from here" in result.stderr
+    assert "run multimodal/setup_environment.sh again to continue from here" in result.stderr
     assert "ready" not in result.stdout
 
 

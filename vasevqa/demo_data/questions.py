@@ -60,7 +60,7 @@ def caption(vase: Vase) -> str:
 def make_rows(
     vases: Sequence[Vase], images: Path, seed: int, each: int = len(QUESTIONS)
 ) -> Iterator[dict[str, Any]]:
-    """`each` questions a vase, about one of its views, in rows whose pictures lie in `images`."""
+    """`each` questions a vase, about one of its views, in rows whose pictures are in `images`."""
     rng = random.Random(f"questions {seed}")
     for vase in vases:
         view = rng.choice(VIEWS)

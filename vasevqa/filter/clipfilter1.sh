@@ -3,7 +3,7 @@
 #   ./clipfilter1.sh                       on a terminal: asks for an entry
 #   ./clipfilter1.sh 2 --yes               entry 2 without questions
 #   ./clipfilter1.sh 3 --threshold 0.15    entry 3 with its threshold
-#   ./clipfilter1.sh 2 --input_dir DIR     every flag of clipfilter1.py goes on to it (--help lists them)
+#   ./clipfilter1.sh 2 --input_dir DIR     every flag of clipfilter1.py is passed to it (--help lists them)
 #   ./clipfilter1.sh 2 --demo              the built-in pictures
 #   nohup ./clipfilter1.sh 2 > /dev/null 2>&1 &   continues after logout; tail -F logs/latest.log
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"

@@ -254,7 +254,7 @@ class Pass:
 
     @property
     def _asked_to_stop(self) -> bool:
-        """Whether this process heard a stop signal; every rank leaves its own loop for it."""
+        """Whether this process received a stop signal; every rank leaves its own loop for it."""
         return stop.number() != 0
 
     def meet(self) -> bool:

@@ -1,4 +1,4 @@
-"""Rows that are longer than `--max_length`, which swift would leave out without a word.
+"""Rows that are longer than `--max_length`, which swift would drop silently.
 
 A row is counted as the model reads it: Qwen's chat format by the model's own tokenizer, and a
 token for every 28 × 28 pixels of a picture (arXiv 2409.12191, section 2.1). torch is not imported.

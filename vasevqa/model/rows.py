@@ -195,7 +195,7 @@ def _turns(source: dict[str, Any]) -> tuple[Turn, ...]:
         if name in source:
             turns = source[name]
             if not isinstance(turns, list) or not turns:
-                raise RowError(f"{name} is empty: swift would leave the row out without a word")
+                raise RowError(f"{name} is empty: swift would drop the row silently")
             return tuple(_turn(turn, name) for turn in turns)
     asked = _question_of(source)
     if asked is None:

@@ -1,4 +1,4 @@
-"""What earlier runs left in a run directory: checkpoints that are whole, and how to go on.
+"""What earlier runs left in a run directory: checkpoints that are whole, and how to continue.
 
 Standard library only.
 """
@@ -80,7 +80,7 @@ def newest(root: Path) -> Checkpoint | None:
 
 
 def begin(plan: Plan) -> Plan:
-    """`plan` as it goes on from an interrupted run, or anew; an older run is moved aside.
+    """`plan` as it continues an interrupted run, or anew; an older run is moved aside.
 
     Raises UserError for a checkpoint that was named and is not whole.
     """
@@ -147,7 +147,7 @@ def _words(flags: Flags, names: Collection[str] | None = None) -> dict[str, str]
 
 
 def continuation(run_dir: Path, identity: dict[str, Any], resume: str) -> Checkpoint | None:
-    """The checkpoint that the run in `run_dir` goes on from; None to start anew.
+    """The checkpoint that the run in `run_dir` continues from; None to start anew.
 
     resume: auto continues an interrupted run of the same settings; never. An older run that is
     not continued is moved aside, with one line that says why.

@@ -121,7 +121,7 @@ def _run(plan: "Plan", found: "Findings", steps: int) -> int:
     ready, root = training_files.given_to_swift(continued, found.files)
     bar = {} if sys.stderr.isatty() else {"TQDM_MININTERVAL": "30"}  # a log is read line by line
     variables = {"TOKENIZERS_PARALLELISM": "false", **bar, **os.environ}
-    if "demo" in plan.own:  # all that a demo makes lies in its folder
+    if "demo" in plan.own:  # all that a demo makes is in its folder
         variables.setdefault("MODELSCOPE_CACHE", str(HERE.parent / "demo" / "cache"))
     if root:
         variables["ROOT_IMAGE_DIR"] = str(root)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 def sum_gradients(parameters: list[nn.Parameter], world: World) -> None:
     """Add up the processes' gradients, in one exchange; a process without any adds zeros.
 
-    DDP in its place would wait for ever for a process whose samples were all left out, and divide
+    DDP in its place would hang waiting for a process whose samples were all left out, and divide
     by the number of processes in place of the number of labels.
     """
     if world.size == 1:
