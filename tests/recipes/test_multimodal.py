@@ -264,13 +264,6 @@ def test_a_checkpoint_of_weights_alone_cannot_be_continued(whole, tmp_path):
     assert "best_model.pt holds weights and no state of a run" in outcome.last_line
 
 
-def test_a_batch_in_pieces_trains_as_the_whole_batch(whole, data, tmp_path):
-    output = tmp_path / "outputs"
-    more = ("--epochs", 6, "--batch-size", 8, "--gradient-accumulation-steps", 1)
-    assert run_here(run_training.main, flags_for(data, output, *more)).code == 0
-    assert losses(output) == pytest.approx(losses(whole), rel=1e-4)
-
-
 @pytest.mark.slow
 @pytest.mark.serial
 def test_two_processes_train_as_one_does_on_the_same_batches(whole, data, tmp_path):

@@ -75,6 +75,34 @@ def test_processes_come_from_flags_and_gpus(
     assert processes(line, gpus) == expected
 
 
+@pytest.mark.parametrize(
+    ("line", "gpus", "words"),
+    [
+        ("--nproc 5", 4, ["--nproc 5", "4 GPU(s)", "1 to 4", "--device cpu"]),
+        ("--nproc 0", 0, ["nproc must be", "from 1 to", "got 0"]),
+        ("--nproc -1", 2, ["nproc must be", "from 1 to", "got -1"]),
+        ("--nproc 100000", 0, ["--nproc 100000", "no GPU", "allowed: 1 to"]),
+        ("--nproc two", 0, ["nproc must be", "from 1 to", "got 'two'"]),
+        ("--master-port 65536", 0, ["master_port", "1 to 65,535", "got 65536"]),
+        ("--rdzv-endpoint host:0", 0, ["port of rdzv_endpoint", "1 to 65,535", "got 0"]),
+        ("--rdzv-endpoint host:port", 0, ["port of rdzv_endpoint", "got 'port'"]),
+        ("--nnodes 2 --node-rank 2", 0, ["--node-rank 2", "--nnodes 2", "from 0"]),
+        ("--nnodes 0", 0, ["nnodes must be", "from 1 to", "got 0"]),
+    ],
+)
+def test_a_number_that_cannot_be_is_refused_before_anything_starts(
+    processes: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+    line: str,
+    gpus: int,
+    words: list[str],
+) -> None:
+    assert processes(line, gpus) == 0
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert all(word in message for word in words), message
+
+
 @pytest.mark.parametrize(("mask", "expected"), [("0,2", 2), ("", 1), ("1", 1), ("-1", 1)])
 def test_hidden_gpus_are_not_counted(
     processes: Callable[..., int], monkeypatch: pytest.MonkeyPatch, mask: str, expected: int
@@ -281,6 +309,35 @@ def leave_word(
 ) -> None:
     words = {"rank": rank, "code": 2 if kind == "user" else 1, "kind": kind, "message": message}
     (notes / f"failure.{restart}.{rank}.json").write_text(json.dumps(words | {"at": at}))
+
+
+def test_the_earliest_own_error_is_the_cause_and_lost_peers_are_not(tmp_path: Path) -> None:
+    leave_word(tmp_path, 0, "peer_lost", "RuntimeError: Connection closed by peer", at=1.0)
+    leave_word(tmp_path, 1, "error", "ValueError: broken", at=3.0)
+    leave_word(tmp_path, 2, "error", "ValueError: later", at=4.0)
+    first = supervisor.first_failure({0: 1, 1: 1, 2: 1}, tmp_path)
+    assert (first.rank, first.message) == (1, "rank 1: ValueError: broken")
+
+
+def test_a_mistake_of_the_user_keeps_its_code_and_its_words(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        leave_word(tmp_path, rank, "user", "--data /x is not there", at=1.0 + rank)
+    first = supervisor.first_failure({0: 2, 1: 2}, tmp_path)
+    assert (first.code, first.message) == (2, "--data /x is not there")
+
+
+def test_a_killed_process_is_the_cause_of_lost_peers(tmp_path: Path) -> None:
+    leave_word(tmp_path, 0, "peer_lost", "RuntimeError: Connection reset", at=1.0)
+    first = supervisor.first_failure({0: 1, 1: -9}, tmp_path)
+    assert "rank 1 was killed by SIGKILL" in first.message
+
+
+def test_the_rank_that_did_not_answer_is_named_and_not_the_one_that_waited(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        (tmp_path / f"pid.{rank}").write_text("1")
+    leave_word(tmp_path, 0, "timeout", "RuntimeError: Timed out waiting 5000ms", at=1.0)
+    first = supervisor.first_failure({0: 1}, tmp_path)
+    assert first.message.startswith("rank 1 did not answer within --timeout")
 
 
 def test_failures_of_an_earlier_start_are_forgotten(tmp_path: Path) -> None:
