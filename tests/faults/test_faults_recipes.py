@@ -60,6 +60,7 @@ def is_same(one: Any, other: Any) -> bool:
         (signal.SIGKILL, -9, 0, 1 / 2),
         pytest.param(signal.SIGINT, 130, 0, 1 / 3, marks=pytest.mark.full),
     ],
+    ids=["SIGTERM", "SIGKILL", "SIGINT"],
 )
 def test_fault_19_a_run_that_was_ended_becomes_the_undisturbed_one(
     training, whole, tmp_path, number, code, workers, share
