@@ -29,7 +29,9 @@ def fitted(cfg: Config, recipe: Recipe, processes: int) -> Config:
         (other, plan(recipe, other.run.amp, processes, again=other.gradient_checkpointing))
         for other in fit.variants(cfg, ways)
     )
-    return fit.first(cfg, tried, "--cfg-options train_dataloader.batch_size=N", fit.AT_ONCE)
+    return fit.first(
+        cfg, tried, "--amp auto, --cfg-options train_dataloader.batch_size=N", fit.AT_ONCE
+    )
 
 
 def text(recipe: Recipe, amp: str, processes: int, *, again: bool = False) -> str:

@@ -37,7 +37,7 @@ def fitted(cfg: Config, processes: int) -> Config:
         for piece in fit.halves(cfg.batch_size // processes)
     ]
     tried = ((other, plan(other, processes)) for other in fit.variants(cfg, ways))
-    return fit.first(cfg, tried, "--image-size 112, --batch-size")
+    return fit.first(cfg, tried, "--amp auto, --image-size 112, a smaller --batch-size")
 
 
 def plan(cfg: Config, processes: int) -> memory.Plan:

@@ -103,10 +103,9 @@ def first(cfg: Any, tried: Iterable[tuple[Any, Sized]], smaller: str, remark: st
             return other
         sizes[flags] = plan.total
     least = min(sizes, key=lambda flags: sizes[flags])
-    half = "--amp auto, " if cfg.run.amp == "off" else ""
     raise UserError(
         f"--fit {amount(limit)}: nothing fits, a tenth being kept free; the smallest is "
-        f"{amount(sizes[least])}, with {least}; give more, or try {half}{smaller}{remark}"
+        f"{amount(sizes[least])}, with {least}; give more, or try {smaller}{remark}"
     )
 
 

@@ -74,7 +74,7 @@ def fitted(cfg: Any, step_of: Any, processes: int) -> Any:
         (other, plan(_as_computed(step_of(other), on_cpu=on_cpu), processes))
         for other in fit.variants(cfg, ways)
     )
-    return fit.first(cfg, tried, "--model-size small, --clip-seconds 5")
+    return fit.first(cfg, tried, "a smaller --model-size")
 
 
 def _as_computed(step: Step, *, on_cpu: bool) -> Step:

@@ -391,7 +391,7 @@ def _fitted(cfg: Config, processes: int) -> Config:
 
     ways = [{"gradient_checkpointing": again} for again in (False, True)]
     tried = ((other, _memory_plan(other, processes)) for other in fit.variants(cfg, ways))
-    return fit.first(cfg, tried, "--image_size 160, --batch_size", fit.AT_ONCE)
+    return fit.first(cfg, tried, "--amp auto, a smaller --batch_size", fit.AT_ONCE)
 
 
 def one_process(_argv: list[str], _visible: int) -> int:

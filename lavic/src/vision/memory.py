@@ -70,7 +70,7 @@ def fitted(cfg: Any, plan_of: Any, values_of: Any, processes: int) -> Any:
         (other, plan_of(**(values_of(other) | here), processes=processes))
         for other in fit.variants(cfg, ways)
     )
-    return fit.first(cfg, tried, "--load_in_4bit, --dtype bfloat16")
+    return fit.first(cfg, tried, "--dtype bfloat16, --load_in_4bit")
 
 
 def plan(
