@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
-from shared import stop
+from shared import replay, stop
 
 if __name__ == "__main__":
     stop.listen()
@@ -151,6 +151,8 @@ def main(argv: list[str] | None = None) -> int:
 
     check_four_bit(cfg.load_in_4bit)
     cfg = replace(cfg, model_name=base_of(cfg.adapter, cfg.model_name))
+    if cfg.run.replay:
+        cfg = replace(cfg, run=replay.settle(cfg, cfg.run_dir))
     cfg = _fitted(cfg) if cfg.run.fit else cfg
     if cfg.run.dry_run:
         print(_plan(cfg))
@@ -228,6 +230,8 @@ def train(cfg: Config) -> int:
                     amp.backward(part)
                     loss += part.detach()
                 sum_gradients(trained, world)
+                if run.replays:
+                    run.show(recommender.model, _samples(step, recommender, processor.tokenizer))
                 norm = amp.step(optimizer, trained, clip_norm=cfg.clip_norm)
                 # the log takes the mean over the processes, of which the loss is a sum
                 run.step({"train_loss": loss * world.size, "grad_norm": norm, "lr": cfg.lr})
@@ -296,6 +300,22 @@ def _build(cfg: Config, run: Run, talks: Talks, world: World) -> tuple[Built, st
 
 
 # --- what is written ------------------------------------------------------------------------------
+
+
+def _samples(step: list[Any], recommender: Any, tokenizer: Any) -> list[replay.Sample]:
+    """Each forward pass of the step, its answers and its loss a token, without dropout."""
+    import torch
+
+    from lavic.src.recommend.prompts import IGNORED, label_tokens
+
+    recommender.eval()
+    samples = []
+    for batch in step:
+        with torch.no_grad():
+            loss = float(recommender(batch)) / label_tokens(batch)
+        said = " | ".join(tokenizer.decode(row[row != IGNORED]) for row in batch["labels"])
+        samples.append(replay.Sample({"nll a token": loss}, said))
+    return samples
 
 
 def _report_test(run: Run, found: Outcome, when: str) -> None:

@@ -7,14 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from arcface.run_scripts import run_arcface
 from face_distill import train_distill
 from lavic.src import knowledge_distillation
 from multimodal import run_training
 from shared.files import read_json_lines
 from tests import multimodal_data
+from tests.arcface_nano import build_inshop, write_config
 from tests.harness import run_here, status_of
 from tests.lavic_nano import build_nano, flags_of
 from tests.recipes.test_face_distill import faces as drawn_faces  # noqa: F401  a fixture
+from tests.vase_filter_nano import write_quality_set
+from vasevqa.filter import model as quality_model
 
 # 20 images or samples, 4 a step: five steps an epoch
 
@@ -52,13 +56,33 @@ def multimodal_flags(request):
     ]  # fmt: skip
 
 
+def arcface_flags(request):
+    root = request.getfixturevalue("tmp_path_factory").mktemp("arcface")
+    config = write_config(root / "nano.py")
+    inshop = build_inshop(root)
+    return run_arcface.main, ["--config", config, "--data-root", inshop, "--seed", 1]
+
+
+def quality_flags(request):
+    root = request.getfixturevalue("tmp_path_factory").mktemp("quality")
+    data = write_quality_set(root / "images2", each=20)
+    return quality_model.main, [
+        "--arch", "resnet10", "--image_size", 32, "--pretrained", "none", "--workers", 0,
+        "--data_dir", data, "--output_dir", root / "out", "--batch_size", 4, "--num_epochs", 3,
+    ]  # fmt: skip
+
+
 RECIPES = {"face_distill": face_flags, "lavic": lavic_flags, "multimodal": multimodal_flags}
+MORE = {"arcface": arcface_flags, "vasevqa": quality_flags}
 
 
-@pytest.fixture(scope="module", params=RECIPES)
+@pytest.fixture(
+    scope="module",
+    params=[*RECIPES, *(pytest.param(name, marks=pytest.mark.full) for name in MORE)],
+)
 def run(request, tmp_path_factory):
     """(main, flags, run directory): a run that was saved every 4 steps, and stopped at step 12."""
-    main, flags = RECIPES[request.param](request)
+    main, flags = (RECIPES | MORE)[request.param](request)
     run_dir = tmp_path_factory.mktemp(request.param) / "run"
     flags = [*flags, "--run-dir", run_dir, "--log-every", 1, "--save-every", 4, "--keep", 9]
     outcome = run_here(main, [*flags, "--stop-after", 12])
@@ -99,7 +123,7 @@ def test_the_replayed_loss_is_the_logged_one_to_the_bit(run, step, begins_at):
     page = (there / "replay.html").read_text()
     assert "gradients of" in page and "norm before clipping" in page
     samples = int(re.search(r"The (\d+) samples, the highest loss first", page)[1])
-    assert samples == (8 if main is run_training.main else 4)
+    assert samples == {run_training.main: 8, run_arcface.main: 6}.get(main, 4)
     assert page.count("data:image/png") == samples or main is run_training.main
 
 

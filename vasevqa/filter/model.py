@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # repository root, for shared
 
-from shared import stop
+from shared import replay, stop
 
 if __name__ == "__main__":
     stop.listen()
@@ -98,6 +98,9 @@ def main(argv: list[str] | None = None) -> int:
         from vasevqa.filter import demo
 
         cfg = replace(cfg, **demo.for_model(cfg.run.typed))
+    if cfg.run.replay:
+        options = replay.settle(cfg, cfg.run_dir)
+        cfg = replace(cfg, run=options, output_dir=options.run_dir)
     if cfg.estimate:
         print(memory_of(_fitted(cfg, world_size()), world_size()))
         return 0
@@ -219,7 +222,10 @@ def train(cfg: Config) -> int:
                 break
             net.train()
             for images, labels in run.batches(pictures, batch, workers=cfg.workers):
-                loss = learner.step(images, labels)
+                loss = learner.backward(images, labels)
+                if run.replays:
+                    run.show(net, _samples(net, images, labels, world))
+                learner.amp.step(learner.optimizer, net.parameters())
                 mean_loss.add(loss, len(labels))
                 run.step({"loss": loss, "lr": learner.lr})
             run.save()  # a stop in the validation loses nothing
@@ -265,6 +271,23 @@ def _share_statistics(net: nn.Module, world: World) -> None:
     if world.size > 1:
         for buffer in net.buffers():
             dist.broadcast(buffer, src=0)
+
+
+def _samples(net: nn.Module, images: Tensor, labels: Tensor, world: World) -> list[replay.Sample]:
+    """Each picture of this process with its loss, by the running statistics of batch norm."""
+    import torch
+
+    net.eval()
+    with torch.no_grad():
+        logits = net(images.to(world.device))
+        losses = torch.nn.functional.cross_entropy(
+            logits, labels.to(world.device), reduction="none"
+        )
+    rows = zip(images, labels.tolist(), losses.tolist(), strict=True)
+    return [
+        replay.Sample({"loss": loss}, ("low", "high")[label], replay.png(image))
+        for image, label, loss in rows
+    ]
 
 
 def _measured(

@@ -354,7 +354,13 @@ class Learner:
         return float(self.schedule.get_last_lr()[0])
 
     def step(self, images: Tensor, labels: Tensor) -> Tensor:
-        """One optimizer step on images (B, 3, S, S) and labels (B,); its loss, a scalar.
+        """One optimizer step on images (B, 3, S, S) and labels (B,); its loss, a scalar."""
+        loss = self.backward(images, labels)
+        self.amp.step(self.optimizer, self.net.parameters())
+        return loss
+
+    def backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Add the gradients of images (B, 3, S, S) and labels (B,); their loss, a scalar.
 
         The loss is the class-weighted mean over the pictures of all processes: its mean over the
         processes, as DDP takes of the gradients, is that of one process with all the pictures.
@@ -366,7 +372,6 @@ class Learner:
         weight = distributed.mean(self.class_weights[labels].sum(), self._world)
         loss = summed / weight
         self.amp.backward(loss)
-        self.amp.step(self.optimizer, self.net.parameters())
         return loss
 
 
