@@ -303,10 +303,11 @@ def test_several_texts_follow_a_flag_that_may_be_repeated(script: str) -> None:
 def test_flags_typed_alone_mean_auto(script: str) -> None:
     known = settings_of(script)
     bare = [name for name, leaf in known.items() if leaf.field.metadata["const"]]
+    others = {"resume": "never", "fit": "12GB"}
     for name in bare:
         assert printed(script, f"--{name}")[name] == "auto"
         assert printed(script, f"--{name}", "--dry-run")[name] == "auto"
-        assert printed(script, f"--{name}", "never" if name == "resume" else "off")[name] != "auto"
+        assert printed(script, f"--{name}", others.get(name, "off"))[name] != "auto"
     assert ("amp" in known) == ("amp" in bare)
     assert ("resume" in known) == ("resume" in bare)
 
