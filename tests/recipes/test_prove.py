@@ -8,6 +8,7 @@ import pytest
 
 from shared.files import read_json
 from tests.harness import PROBE, ROOT, start, status_of
+from tests.lavic_talks import nano
 from tests.recipes.test_face_distill import SCRIPT, faces, flags  # noqa: F401  fixtures
 
 pytestmark = [pytest.mark.slow, pytest.mark.limit(300)]
@@ -124,6 +125,16 @@ def test_face_distills_ways_to_take_a_step_agree(flags, tmp_path):  # noqa: F811
     ]  # fmt: skip
     assert {path: path.read_bytes() for path in before} == before
     assert status_of(run_dir)["state"] == "stopped"
+
+
+@pytest.mark.full
+def test_prompt_tunings_ways_to_take_a_step_agree(tmp_path):
+    words = nano().flags(tmp_path / "replaced", tmp_path / "cache")
+    script = ROOT / "lavic" / "src" / "prompt_tuning.py"
+    outcome = prove(script, *words, "--run-dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.text
+    holds, found = rows(tmp_path / "run")
+    assert holds and len(found) == 5
 
 
 DEMOS = {

@@ -9,13 +9,14 @@ import torch
 
 from arcface.run_scripts import run_arcface
 from face_distill import train_distill
-from lavic.src import knowledge_distillation
+from lavic.src import knowledge_distillation, prompt_tuning
 from multimodal import run_training
 from shared.files import read_json_lines
 from tests import multimodal_data
 from tests.arcface_nano import build_inshop, write_config
 from tests.harness import run_here, status_of
 from tests.lavic_nano import build_nano, flags_of
+from tests.lavic_talks import nano
 from tests.recipes.test_face_distill import faces as drawn_faces  # noqa: F401  a fixture
 from tests.vase_filter_nano import write_quality_set
 from vasevqa.filter import model as quality_model
@@ -42,8 +43,8 @@ def face_flags(request):
 
 
 def lavic_flags(request):
-    nano = build_nano(request.getfixturevalue("tmp_path_factory").mktemp("nano"))
-    return knowledge_distillation.main, [*flags_of(nano, Path("replaced")), "--num_epochs", 3]
+    drawn = build_nano(request.getfixturevalue("tmp_path_factory").mktemp("nano"))
+    return knowledge_distillation.main, [*flags_of(drawn, Path("replaced")), "--num_epochs", 3]
 
 
 def multimodal_flags(request):
@@ -72,8 +73,16 @@ def quality_flags(request):
     ]  # fmt: skip
 
 
+def tuning_flags(request):
+    root = request.getfixturevalue("tmp_path_factory").mktemp("tuning")
+    return prompt_tuning.main, [
+        *nano().flags(root / "replaced", root / "cache"), "--num_epochs", 3, "--no-evaluate-before",
+        "--batch_size", 4,
+    ]  # fmt: skip
+
+
 RECIPES = {"face_distill": face_flags, "lavic": lavic_flags, "multimodal": multimodal_flags}
-MORE = {"arcface": arcface_flags, "vasevqa": quality_flags}
+MORE = {"arcface": arcface_flags, "vasevqa": quality_flags, "lavic, stage 2": tuning_flags}
 
 
 @pytest.fixture(
@@ -95,6 +104,10 @@ def run(request, tmp_path_factory):
 def content(run_dir):
     """The run's own files: name → bytes."""
     return {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
+
+
+# of a step, where it is not 4; of stage 2 each forward pass is one
+SAMPLES = {run_training.main: 8, run_arcface.main: 6, prompt_tuning.main: 1}
 
 
 def logged(run_dir, step):
@@ -123,8 +136,9 @@ def test_the_replayed_loss_is_the_logged_one_to_the_bit(run, step, begins_at):
     page = (there / "replay.html").read_text()
     assert "gradients of" in page and "norm before clipping" in page
     samples = int(re.search(r"The (\d+) samples, the highest loss first", page)[1])
-    assert samples == {run_training.main: 8, run_arcface.main: 6}.get(main, 4)
-    assert page.count("data:image/png") == samples or main is run_training.main
+    assert samples == SAMPLES.get(main, 4)
+    without = (run_training.main, prompt_tuning.main)  # not every sample has a picture
+    assert page.count("data:image/png") == samples or main in without
 
 
 @pytest.mark.parametrize(
