@@ -89,9 +89,9 @@ def test_a_kill_before_the_best_file_was_written_is_made_good(run_dir):
 def test_a_disk_that_refuses_the_files_stops_no_training(run_dir, monkeypatch, caplog):
     files, record = EpochFiles(run_dir, 2, "Recall@1"), Record()
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("arcface.inshop_retrieval.epochs.write_atomic", refuse)
+    monkeypatch.setattr("shared.checkpoint.write_atomic", refuse)
     finish(files, record, 1, 0.5)
     assert "best_retrieval_Recall@1_epoch_1.pth was not written" in caplog.text
