@@ -1,6 +1,7 @@
 """The CLIP of the filters: where it is looked for, that it is whole, what it agrees with."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +77,16 @@ def test_pictures_are_prepared_as_transformers_prepares_them(their_folder):
     expected = processor(images=image, return_tensors="pt")["pixel_values"][0]
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     assert torch.allclose(own.prepare(tensor), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"resample": {}}, {"resample": 9}, {"image_mean": 5}, {"image_std": [1, 2]}]
+)
+def test_a_preparation_that_nobody_knows_is_refused(wrong, their_folder, tmp_path):
+    folder = shutil.copytree(their_folder, tmp_path / their_folder.name)
+    (folder / "preprocessor_config.json").write_text(json.dumps(wrong))
+    with pytest.raises(UserError, match=r"preprocessor_config.json: .* three numbers"):
+        clip.load(clip.find(folder), CPU)
 
 
 @pytest.mark.full

@@ -302,16 +302,27 @@ def _open_transformers(source: Source) -> Opened:
 
 
 def _prepared_as(folder: Path, size: int) -> PreprocessCfg:
-    """How the folder's preprocessor_config.json prepares pictures; CLIP's own way without one."""
+    """How the folder's preprocessor_config.json prepares pictures; CLIP's own way without one.
+
+    Raises UserError for a file that says it in no known way.
+    """
     from open_clip.transform import PreprocessCfg
 
-    written = read_object(folder / "preprocessor_config.json")
-    names = {"image_mean": "mean", "image_std": "std"}
-    found: dict[str, Any] = {
-        new: tuple(written[old]) for old, new in names.items() if old in written
-    }
-    if written.get("resample") in _RESAMPLE:
-        found["interpolation"] = _RESAMPLE[written["resample"]]
+    path = folder / "preprocessor_config.json"
+    written = read_object(path)
+    found: dict[str, Any] = {}
+    try:
+        for theirs, ours in (("image_mean", "mean"), ("image_std", "std")):
+            if theirs in written:
+                red, green, blue = map(float, written[theirs])
+                found[ours] = (red, green, blue)
+        if "resample" in written:
+            found["interpolation"] = _RESAMPLE[written["resample"]]
+    except (TypeError, ValueError, KeyError):
+        raise UserError(
+            f"{path}: image_mean and image_std must be three numbers, resample one of "
+            f"{', '.join(map(str, _RESAMPLE))}; fetch the file again"
+        ) from None
     return PreprocessCfg(size=size, **found)
 
 
