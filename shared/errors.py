@@ -126,6 +126,7 @@ _HINTS: tuple[tuple[tuple[str, ...], str, tuple[dict[str, str], ...]], ...] = (
         ("out of memory",),
         "the device is full",
         (
+            {"--fit": "type --fit, which takes the same step in less memory"},
             _SMALLER_BATCH,
             {"--amp": "try --amp bf16"},
             {"": "look for other programs on the device"},
