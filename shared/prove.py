@@ -24,9 +24,9 @@ from shared.child import Child
 from shared.config import RunOptions
 from shared.device import present_gpus, visible_gpus
 from shared.errors import DONE, FAILED, UserError
-from shared.files import read_json_lines, write_json
+from shared.files import read_json_lines, read_text, write_json
 from shared.launch import world_size
-from shared.run_status import log_lines, loss_tag
+from shared.status import loss_tag
 
 STEPS, INTERRUPTED_AT = 6, 3
 # the largest relative errors of losses and weights, and of optimizer states, which are gradients
@@ -213,7 +213,8 @@ class _Sides:
                 command, {**os.environ, "TOOLKIT_NO_WORD": "1"}, output=log.fileno()
             )
         if code:
-            raise _FailedError(f"exit {code}, {log_lines(self.log)[-1]}")
+            last = read_text(self.log, errors="replace").split("\n")[-2]
+            raise _FailedError(f"exit {code}, {last}")
         return here
 
     def _compared(self, row: Row, one: Path, other: Path) -> Row:

@@ -21,8 +21,8 @@ from shared.config import HasRunOptions, RunOptions
 from shared.errors import UserError
 from shared.files import read_json_lines, read_object
 from shared.launch import world_size
-from shared.run_status import loss_tag
 from shared.settings import differing, settings
+from shared.status import loss_tag
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

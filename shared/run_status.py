@@ -30,7 +30,7 @@ from shared import lock, processes
 from shared.errors import one_line
 from shared.files import open_regular, read_text
 from shared.progress import span
-from shared.status import SILENCE, heartbeat_age
+from shared.status import SILENCE, heartbeat_age, loss_tag
 
 DONE, FAILED, STOPPED = "done", "failed", "stopped"
 STARTING, RUNNING, SILENT, STALE = "starting", "running", "silent", "stale"
@@ -375,13 +375,6 @@ def _smoothed(losses: list[float]) -> float | None:
         total = _SMOOTHING * total + (1 - _SMOOTHING) * loss
         weight = _SMOOTHING * weight + (1 - _SMOOTHING)
     return total / weight if weight else None
-
-
-def loss_tag(row: dict[str, Any]) -> str:
-    """The name under which a recipe logs its loss."""
-    if "loss" in row:
-        return "loss"
-    return next((name for name in row if "loss" in name.lower()), "loss")
 
 
 def _best(judged: list[dict[str, Any]]) -> dict[str, Any] | None:

@@ -80,6 +80,13 @@ def heartbeat_age(fields: dict[str, Any]) -> float | None:
     return max(0.0, time.time() - updated) if math.isfinite(updated) else None
 
 
+def loss_tag(row: dict[str, Any]) -> str:
+    """The name under which a recipe logs its loss."""
+    if "loss" in row:
+        return "loss"
+    return next((name for name in row if "loss" in name.lower()), "loss")
+
+
 def files_of(run_dir: Path) -> set[str]:
     """Names of what a run of this toolkit wrote into the directory; none when it holds no run."""
     fields, config = read_object(run_dir / "status.json"), read_object(run_dir / "config.json")
