@@ -408,12 +408,14 @@ def _prove(cfg: Config, recipe: Recipe) -> int:
     own, size = max(1, recipe.train.batch_size // number), "train_dataloader.batch_size"
     is_resnet = recipe.encoder[0].get("type") == "ResNet"
     frozen = ["model.image_encoder.0.norm_eval=True"] if is_resnet else []
-    plain = ["--amp", "off", "--cfg-options", *frozen]
+    plain = ["--amp", "off", "--no-gradient-checkpointing", "--cfg-options", *frozen]
+    whole, part = [*plain, f"{size}={number * own}"], [*plain, f"{size}={own}"]
     cases = [
-        Case(f"one = {number} processes", [*plain, f"{size}={number * own}", "--nproc", 1],
-             [*plain, f"{size}={own}", "--nproc", number], why_not=why_not),
+        Case(f"one = {number} processes", [*whole, "--nproc", 1], [*part, "--nproc", number],
+             why_not=why_not),
         Case("whole = accumulated", why_not="batch norm ties a batch together"),
-        Case("bfloat16 near float32", plain, [*plain, "--amp", "bf16"], NEAR),
+        Case("checkpointed = plain", whole, [*whole, "--gradient-checkpointing"]),
+        Case("bfloat16 near float32", whole, [*whole, "--amp", "bf16"], NEAR),
     ]  # fmt: skip
     return prove(cfg.run, _run_dir(cfg), ("encoder", "head"), cases, ["--no-validate"])
 

@@ -155,11 +155,12 @@ def _prove(cfg: Config) -> int:
     if cfg.run.device == "cpu" or not present_gpus():
         why_not = "batch norm: on CPUs each process has its own"
     total = max(1, cfg.batch_size // number) * number
-    plain = ["--amp", "off", "--batch_size", total]
+    plain = ["--amp", "off", "--no-gradient-checkpointing", "--batch_size", total]
     cases = [
         Case(f"one = {number} processes", [*plain, "--nproc", 1], [*plain, "--nproc", number],
              why_not=why_not),
         Case("whole = accumulated", why_not="batch norm ties a batch together"),
+        Case("checkpointed = plain", plain, [*plain, "--gradient-checkpointing"]),
         Case("bfloat16 near float32", plain, [*plain, "--amp", "bf16"], NEAR),
     ]  # fmt: skip
     return prove(cfg.run, cfg.run_dir, ("model",), cases, ["--output_dir", "{here}"])
