@@ -94,6 +94,22 @@ def test_fault_02_second_signal_ends_at_once(tmp_path, ranks, number):
 
 @pytest.mark.limit(180)
 @pytest.mark.parametrize("ranks", [1, 2])
+def test_fault_02_the_same_request_twice_in_a_moment_is_one(tmp_path, ranks):
+    """As SLURM sends it."""
+    run_dir = tmp_path / "run"
+    args = ["--nproc", ranks, "--step-ms", 300, "--run-dir", run_dir]
+    with start([PROBE, *args]) as running:
+        wait_for_step(run_dir, 6, running)
+        running.signal(signal.SIGTERM)
+        time.sleep(0.02)  # within one step
+        running.signal(signal.SIGTERM)
+        outcome = running.finish()
+    assert outcome.code == 143, outcome.text
+    assert position(run_dir / "last.pt") == status_of(run_dir)["step"]
+
+
+@pytest.mark.limit(180)
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_fault_03_run_under_nohup_survives_a_hang_up(tmp_path, ranks):
     run_dir = tmp_path / "run"
     args = [PROBE, "--nproc", ranks, "--step-ms", 50, "--run-dir", run_dir]
