@@ -83,7 +83,8 @@ def test_fault_19_a_run_that_was_ended_becomes_the_undisturbed_one(
     resumed = run_here(training.main, words)
     assert resumed.code == 0, resumed.text
     step = int(resumed.text.partition("continuing from")[2].split(" at step ")[1].split()[0])
-    assert step == status["step"] if code > 0 else step > at - SAVE_EVERY
+    # a step is logged before it is saved: the kill may come between the two
+    assert step == status["step"] if code > 0 else step >= at - SAVE_EVERY
     assert records(run_dir) == records(training.run_dir(whole))
     ours, theirs = weights(place), weights(whole)
     assert ours.keys() == theirs.keys()
