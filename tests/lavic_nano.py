@@ -1,18 +1,21 @@
-"""The lavic demo at nano size: its formats and checkpoint, without the language model's lessons."""
+"""The lavic demo at nano size: its formats and checkpoint, of a model that has learnt nothing."""
 
 from pathlib import Path
 
 import pytest
 
-from lavic.demo_data import demo, lessons
+from lavic.demo_data import demo, lessons, sight
 
 NUM_VALID = 6
+UNTAUGHT = {lessons: {"LESSONS": ()}, sight: {"STEPS": 0}}  # what is patched
 
 
 def build_nano(root: Path) -> demo.DemoPaths:
-    """A demo in two seconds: the language model is arranged but has learnt nothing."""
+    """A demo in two seconds: no lessons."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lessons, "STEPS", 0)
+        for module, sizes in UNTAUGHT.items():
+            for name, value in sizes.items():
+                patch.setattr(module, name, value)
         paths = demo.build(root)
     lines = paths.val_data.read_text(encoding="utf-8").splitlines(keepends=True)
     paths.val_data.write_text("".join(lines[:NUM_VALID]), encoding="utf-8")

@@ -1,20 +1,23 @@
 """What the demo's language model knows before a training: words, and how to look things up.
 
-It learns from words alone: where a picture's vectors will stand, its lessons have the sum of the
-picture's words. Lesson one: say what the vectors say. Lesson two: of ten candidates name the one
-whose vectors say what was asked for, and end there.
+It is trained from random weights, by gradient descent on exercises without pictures: where a
+picture's vectors will stand there is a sum of fixed random vectors, one for each word of its look.
+It learns to describe a look, and to name the candidate that was asked for, first in two words, then
+in the sentences that occur in talks. It never reads stage 2's instruction, nor a comment.
 
-Looking up needs heads that find an earlier token and carry it on, which trained models have and
-random ones learn slowly; `arrange` puts their like in place. R rows of a lesson, L tokens, D the
-width.
+Four things make looking up learnable within a minute: many questions about one list, so that a
+step has hundreds of answers; Muon for the matrices; picture vectors unlike those of words, or else
+a question finds itself; and a second loss, for naming the id at the picture's places after the
+first layer. N picture vectors, D the width.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,56 +29,40 @@ from lavic.demo_data.products import (
     PRODUCT_SHAPES,
     Item,
     Look,
-    all_looks,
     wish,
 )
-from lavic.src.recommend.prompts import RECOMMEND_CANDIDATES, RECOMMEND_HEAD, RECOMMEND_MARK
+from lavic.src.recommend.prompts import RECOMMEND_CANDIDATES, RECOMMEND_MARK
 from lavic.src.vision.captions import ANSWER_MARK, CAPTION_HEAD
 
-ID_DIMS, WORD_DIMS = slice(0, 40), slice(40, 60)  # of the width; the rest is for everything else
-ANY, IS_ID, IS_WORD, IS_SEEN = 60, 61, 62, 63  # flags
-SLOTS = 5
-BLUR = 0.15
-STEPS, SHORT_STEPS, DESCRIPTIONS, CHOICES = 300, 180, 8, 8
-LEARNING_RATE = 3e-3
-
-
-class Words:
-    """Token ids of what the lessons speak of."""
-
-    def __init__(self, tokenizer: Any, items: list[Item]) -> None:
-        self._tokenizer = tokenizer
-        self.ids = [self.of(item.id)[0] for item in items]
-        self.titles = [self.of(f": {item.title}\n") for item in items]
-        everything = (*PRODUCT_COLOURS, *PRODUCT_SHAPES, *PRODUCT_PATTERNS, *BACKGROUNDS)
-        self.look = {word: self.of(f" {word}")[0] for word in everything}
-        self.end = tokenizer.eos_token_id
-        self.slots = [len(tokenizer) + number for number in range(SLOTS)]  # spare rows, as later
-
-    @cache  # noqa: B019, as long-lived as its cache
-    def of(self, text: str) -> list[int]:
-        """The tokens of a text, without a beginning."""
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+LOOK_WORDS = (*PRODUCT_COLOURS, *PRODUCT_SHAPES, *PRODUCT_PATTERNS, *BACKGROUNDS)
+SLOTS = 5  # places of a picture
+ROWS, QUESTIONS, DESCRIPTIONS = 32, 10, 8
+LEARNT = 0.9  # the share of right answers that ends a lesson, but for the last one
+MOST_STEPS, LAST_STEPS = 400, 120
+RATES = (0.01, 3e-3)  # of Muon, of AdamW
+See = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
 class Row:
-    """One exercise: tokens, where which look is seen, and the places of what is to be said."""
+    """One exercise: tokens, the pictures in it, and the places of what is to be said."""
 
-    tokens: list[int] = field(default_factory=list)
-    seen: list[tuple[int, list[int]]] = field(default_factory=list)  # place, the look's words
+    tokens: list[int] = field(default_factory=lambda: [1])
+    places: list[int] = field(default_factory=list)  # of picture vectors
+    seen: list[list[int]] = field(default_factory=list)  # the look's words at each place
+    owners: list[int] = field(default_factory=list)  # the candidate's id at each place
     answers: list[int] = field(default_factory=list)
 
     def read(self, *parts: list[int]) -> None:
         """Add what is given."""
-        for tokens in parts:
-            self.tokens += tokens
+        self.tokens += [token for part in parts for token in part]
 
-    def look_at(self, look: Look, words: Words, views: int) -> None:
-        """Add the five places of a picture, the first `views` of them filled."""
-        shown = [words.look[word] for word in look]
-        self.seen += [(len(self.tokens) + number, shown) for number in range(views)]
-        self.tokens += words.slots
+    def look_at(self, look: Look, slots: list[int], views: int, owner: int = -1) -> None:
+        """Add the places of a picture, the first `views` of them filled."""
+        self.places += range(len(self.tokens), len(self.tokens) + views)
+        self.seen += [[LOOK_WORDS.index(word) for word in look]] * views
+        self.owners += [owner] * views if owner >= 0 else []
+        self.tokens += slots
 
     def say(self, tokens: list[int]) -> None:
         """Add an answer."""
@@ -83,172 +70,194 @@ class Row:
         self.tokens += tokens
 
 
-def arrange(model: Any, words: Words) -> None:
-    """Draw embeddings and attention so that ids and words can be looked up and carried on."""
+class Exercises:
+    """Rows drawn at random. Ids and looks are thrown together anew for every row: there is nothing
+    to learn by heart.
+    """
+
+    def __init__(self, tokenizer: Any, items: list[Item], seed: int) -> None:
+        self._tokenizer, self._rng = tokenizer, random.Random(seed)
+        self._looks = [item.look for item in items]
+        self._ids = [self._of(item.id)[0] for item in items]
+        self._titles = [self._of(f": {item.title}\n") for item in items]
+        self._slots = [len(tokenizer) + number for number in range(SLOTS)]  # spare rows, as later
+        self._end = tokenizer.eos_token_id
+
+    def describing(self) -> Row:
+        """A title, a picture, its description."""
+        row, look = Row(), self._rng.choice(self._looks)
+        row.read(self._of(CAPTION_HEAD[:-2]), self._rng.choice(self._titles))
+        row.look_at(look, self._slots, self._views())
+        row.read(self._of(ANSWER_MARK))
+        row.say(self._of(look.description))
+        return row
+
+    def asked_after(self, candidates: int, kinds: str, questions: int, *, is_short: bool) -> Row:
+        """A list of candidates, then questions of these kinds, each with its answer."""
+        row, listed = Row(), self._listed(candidates)
+        self._show(row, listed, is_short)
+        for _ in range(questions):
+            (name, look), kind = self._rng.choice(listed), self._rng.choice(kinds)
+            row.read(self._question(look, kind))
+            self._answer(row, name, is_marked=kind != "d")
+        return row
+
+    def asked_before(self, candidates: int, kinds: str, *, is_short: bool) -> Row:
+        """A question, a list of candidates, the answer."""
+        row, listed = Row(), self._listed(candidates)
+        name, look = self._rng.choice(listed)
+        row.read(self._question(look, self._rng.choice(kinds)))
+        self._show(row, listed, is_short)
+        self._answer(row, name, is_marked=True)
+        return row
+
+    def _answer(self, row: Row, name: int, *, is_marked: bool) -> None:
+        if is_marked:
+            row.read(self._of(RECOMMEND_MARK))
+        row.say([name, self._end] if is_marked else [name])
+
+    def _question(self, look: Look, kind: str) -> list[int]:
+        """Colour and background: kinds d and w in two words, s in a sentence."""
+        if kind == "s":
+            return self._of(wish(look, self._rng.randrange(4)))
+        two = self._rng.sample([look.colour, look.background], 2)
+        return [token for word in two for token in self._of(f" {word}")]
+
+    def _listed(self, count: int) -> list[tuple[int, Look]]:
+        """Ids with looks of which no two have both colour and background in common."""
+        rng, looks = self._rng, {}
+        while len(looks) < count:
+            look = rng.choice(self._looks)
+            looks.setdefault((look.colour, look.background), look)
+        return list(zip(rng.sample(self._ids, count), looks.values(), strict=True))
+
+    def _show(self, row: Row, listed: list[tuple[int, Look]], is_short: bool) -> None:
+        """The candidates: short with one vector and no title."""
+        row.read(self._of(RECOMMEND_CANDIDATES))
+        for name, look in listed:
+            row.read([name], self._of(":") if is_short else self._rng.choice(self._titles))
+            slots, views = (self._slots[:1], 1) if is_short else (self._slots, self._views())
+            row.look_at(look, slots, views, name)
+            row.read(self._of("\n"))
+
+    def _views(self) -> int:
+        return self._rng.choice((3, 4, 5, 5))
+
+    @cache  # noqa: B019, as long-lived as its cache
+    def _of(self, text: str) -> list[int]:
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+class Lesson(NamedTuple):
+    """Taken until most answers are right. Kinds of questions: d, answered where they end; w, after
+    the assistant's mark; s, in a sentence.
+    """
+
+    candidates: int
+    after: str  # kinds of questions after the list
+    before: str = ""  # and before it, in half of the rows
+    blur: float = 0.1  # of the picture vectors
+    long: int = 0  # of two steps so many have titles and five places a picture
+
+    def rows(self, make: Exercises, step: int) -> list[Row]:
+        """The exercises of a step."""
+        share, is_short = 2 if self.before else 1, step % 2 >= self.long
+        after = partial(make.asked_after, self.candidates, self.after, QUESTIONS // share)
+        before = partial(make.asked_before, self.candidates, self.before)
+        kinds = [after] * (ROWS // share) + [before] * (ROWS - ROWS // share)
+        return [draw(is_short=is_short) for draw in kinds]
+
+
+LESSONS = (
+    *(Lesson(candidates, "d") for candidates in (4, 7, 10)),
+    Lesson(10, "dww"),
+    Lesson(10, "ws", before="w", blur=0.2, long=1),
+    Lesson(10, "ws", before="ws", blur=0.6, long=2),
+)
+
+
+def teach(model: Any, make: Exercises) -> None:
+    """Draw the language model's weights and let it take its lessons, the last at falling rates."""
+    _draw(model)
+    codes = torch.randn(len(LOOK_WORDS), model.lm_head.in_features)
+    optimizers, step = _optimizers(model), 0
+    for lesson in LESSONS:
+        is_last, right, see = lesson is LESSONS[-1], 0.0, partial(as_seen, codes, lesson.blur)
+        for number in range(LAST_STEPS if is_last else MOST_STEPS):
+            loss, share = exercise(model, lesson.rows(make, step), see)
+            loss.backward()
+            if step % 4 == 0:
+                rows = [make.describing() for _ in range(DESCRIPTIONS)]
+                (0.5 * exercise(model, rows, see)[0]).backward()
+            rate = 1.05 - number / LAST_STEPS if is_last else 1.0
+            for optimizer, full in zip(optimizers, RATES, strict=True):
+                optimizer.param_groups[0]["lr"] = full * min((step + 1) / 20, rate)
+                optimizer.step()
+                optimizer.zero_grad()
+            step, right = step + 1, 0.9 * right + 0.1 * share
+            if right > LEARNT and not is_last:
+                break
+
+
+def _optimizers(model: Any) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the layers' matrices, AdamW for everything else."""
+    core = model.model.language_model
+    inner = [p for p in core.layers.parameters() if p.dim() == 2]
+    outer = [p for p in core.parameters() if p.dim() < 2]
+    outer += [core.embed_tokens.weight, model.lm_head.weight]
+    muon = torch.optim.Muon(inner, weight_decay=0.0, adjust_lr_fn="original")
+    return muon, torch.optim.AdamW(outer, weight_decay=0.0, betas=(0.9, 0.98))
+
+
+def _draw(model: Any) -> None:
+    """Random weights: what is read as a word is at first also said as that word, quietly."""
     core = model.model.language_model
     with torch.no_grad():
-        table = core.embed_tokens.weight
-        table.normal_(0, 0.1)
-        table[:, WORD_DIMS] = 0
-        table[:, ID_DIMS] *= 0.3
-        table[:, ANY] = 1
-        table[:, IS_ID : IS_SEEN + 1] = 0
-        ids = torch.tensor(words.ids)
-        table[ids, ID_DIMS] = nn.functional.normalize(torch.randn(len(ids), 40), dim=1) * 2
-        table[ids, IS_ID] = 2
-        look = torch.tensor(list(words.look.values()))
-        basis = nn.init.orthogonal_(torch.empty(20, 20))[: len(look)]
-        table[look, WORD_DIMS] = basis * 1.5
-        table[look, IS_WORD] = 2
-        model.lm_head.weight.copy_(table)
-        model.lm_head.weight[:, ANY:] = 0
+        table = core.embed_tokens.weight.normal_(0, 1)
+        model.lm_head.weight.copy_(0.3 * table.shape[1] ** -0.5 * table)
         for layer in core.layers:
-            _quieten(layer)
-        _carry_ids_to_what_follows(core.layers[0].self_attn, head=0)
-        _carry_words_on(core.layers[0].self_attn, head=1)
-        for head, half in ((0, slice(0, 20)), (1, slice(20, 40))):
-            _match_words_and_name_the_id(core.layers[1].self_attn, head, half)
+            for weight in (p for p in layer.parameters() if p.dim() == 2):
+                weight.normal_(0, weight.shape[1] ** -0.5)
+            layer.self_attn.o_proj.weight.mul_(0.3)
+            layer.mlp.down_proj.weight.mul_(0.3)
 
 
-def _quieten(layer: Any) -> None:
-    """Small random weights, from which what the arrangement leaves open is learnt."""
-    for weight in (p for p in layer.parameters() if p.dim() == 2):
-        weight.normal_(0, 0.3 * weight.shape[1] ** -0.5)
+def exercise(model: Any, rows: list[Row], see: See) -> tuple[Tensor, float]:
+    """The rows' loss, in nats a token, and the share of answers that are right.
 
-
-def _rows(head: int) -> slice:
-    return slice(32 * head, 32 * (head + 1))
-
-
-def _carry_ids_to_what_follows(attention: Any, head: int) -> None:
-    """Every token looks at the latest id: all rotations agree at distance 0 and part beyond."""
-    rows = _rows(head)
-    for name, flag, gain in (("q_proj", ANY, 0.8), ("k_proj", IS_ID, 1.1)):
-        weight = getattr(attention, name).weight
-        weight[rows] = 0
-        weight[rows.start : rows.start + 16, flag] = gain
-    attention.v_proj.weight[rows] = 0
-    attention.v_proj.weight[rows, 0:32] = torch.eye(32)
-    attention.o_proj.weight[:, rows] = 0
-    attention.o_proj.weight[0:32, rows] = torch.eye(32)
-
-
-def _carry_words_on(attention: Any, head: int) -> None:
-    """Every token looks at the words of looks before it; slow rotations: from any distance."""
-    rows = _rows(head)
-    for name, flag, gain in (("q_proj", ANY, 0.5), ("k_proj", IS_WORD, 0.7)):
-        weight = getattr(attention, name).weight
-        weight[rows] = 0
-        weight[rows.start + 13 : rows.start + 16, flag] = gain
-    attention.q_proj.weight[rows.start + 13 : rows.start + 16, IS_SEEN] = -0.5
-    attention.v_proj.weight[rows] = 0
-    attention.v_proj.weight[rows.start : rows.start + 20, WORD_DIMS] = torch.eye(20)
-    attention.o_proj.weight[:, rows] = 0
-    attention.o_proj.weight[WORD_DIMS, rows.start : rows.start + 20] = torch.eye(20)
-
-
-def _match_words_and_name_the_id(attention: Any, head: int, half: slice) -> None:
-    """Every token looks at pictures whose words it carries, and takes over half of their id."""
-    rows = _rows(head)
-    slow = [*range(rows.start + 6, rows.start + 16), *range(rows.start + 22, rows.start + 32)]
-    for name in ("q_proj", "k_proj"):
-        weight = getattr(attention, name).weight
-        weight[rows] = 0
-        weight[slow, WORD_DIMS] = 2.5 * torch.eye(20)
-    attention.q_proj.weight[rows.start + 5, ANY] = 4.0
-    attention.k_proj.weight[rows.start + 5, IS_SEEN] = 4.0
-    attention.v_proj.weight[rows] = 0
-    attention.v_proj.weight[rows.start : rows.start + 20, half] = torch.eye(20)
-    attention.o_proj.weight[:, rows] = 0
-    attention.o_proj.weight[half, rows.start : rows.start + 20] = 4 * torch.eye(20)
-
-
-def describing(words: Words, rng: random.Random) -> Row:
-    """Lesson one: a title, a picture, its description."""
-    look, row = rng.choice(all_looks()), Row()
-    row.read([1], words.of(CAPTION_HEAD[:-2]), rng.choice(words.titles))
-    row.look_at(look, words, rng.choice((3, 4, 5, 5)))
-    row.read(words.of(ANSWER_MARK))
-    row.say(words.of(look.description))
-    return row
-
-
-def choosing(words: Words, rng: random.Random, candidates: int, *, is_short: bool) -> Row:
-    """Lesson two: a wish, candidates of which one fits it, that one's id and the end.
-
-    Ids and looks are thrown together anew for every row: there is nothing to learn by heart.
+    see: (looks (N, words), rows (N,)) → the vectors (N, D) at picture places. Where there are
+    candidates, half the loss of naming them there, after the first layer, is added.
     """
-    looks = _different_looks(rng, candidates)
-    ids = rng.sample(words.ids, candidates)
-    wanted, row = rng.randrange(candidates), Row([1])
-    row.read([] if is_short else words.of(RECOMMEND_HEAD))
-    row.read(words.of(wish(looks[wanted], rng.randrange(4))), words.of(RECOMMEND_CANDIDATES))
-    for name, look in zip(ids, looks, strict=True):
-        row.read([name], rng.choice(words.titles))
-        row.look_at(look, words, rng.choice((3, 4, 5, 5)))
-        row.read(words.of("\n"))
-    row.read(words.of(RECOMMEND_MARK))
-    row.say([ids[wanted], words.end])
-    return row
-
-
-def _different_looks(rng: random.Random, count: int) -> list[Look]:
-    """Looks of which no two have both colour and background in common."""
-    pairs = [(colour, ground) for colour in PRODUCT_COLOURS for ground in BACKGROUNDS]
-    return [
-        Look(colour, rng.choice(PRODUCT_SHAPES), rng.choice(PRODUCT_PATTERNS), ground)
-        for colour, ground in rng.sample(pairs, count)
-    ]
-
-
-def lesson_loss(model: Any, rows: list[Row], pad: int) -> Tensor:
-    """The mean of the answers' token losses, in nats; a scalar."""
     core = model.model.language_model
-    tokens = torch.full((len(rows), max(len(row.tokens) for row in rows)), pad)
+    tokens = torch.zeros(len(rows), max(len(row.tokens) for row in rows), dtype=torch.long)
     for number, row in enumerate(rows):
         tokens[number, : len(row.tokens)] = torch.tensor(row.tokens)
-    embeds = core.embed_tokens(tokens)
-    at = [(number, place) for number, row in enumerate(rows) for place, _ in row.seen]
-    shown = torch.tensor([look for row in rows for _, look in row.seen])
-    embeds = embeds.index_put(_columns(at), as_seen(core.embed_tokens.weight, shown))
-    hidden = core(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    said = [(number, place) for number, row in enumerate(rows) for place in row.answers]
-    numbers, places = _columns(said)
-    logits = model.lm_head(hidden[numbers, places - 1])
-    return nn.functional.cross_entropy(logits, tokens[numbers, places])
+    seen, (numbers, places) = _columns(rows, "places"), _columns(rows, "answers")
+    looks = torch.tensor([look for row in rows for look in row.seen])
+    embeds = core.embed_tokens(tokens).index_put(seen, see(looks, seen[0]))
+    found = core(inputs_embeds=embeds, use_cache=False, output_hidden_states=True)
+    logits, wanted = model.lm_head(found[0][numbers, places - 1]), tokens[numbers, places]
+    loss = nn.functional.cross_entropy(logits, wanted)
+    if owners := [owner for row in rows for owner in row.owners]:
+        early = model.lm_head(core.norm(found.hidden_states[1][seen]))
+        loss = loss + 0.5 * nn.functional.cross_entropy(early, torch.tensor(owners))
+    return loss, float((logits.argmax(1) == wanted).float().mean())
 
 
-def as_seen(table: Tensor, looks: Tensor) -> Tensor:
-    """What stands for a picture in the lessons: its words' sum, louder or softer, blurred; (N, D).
-
-    table: (tokens, D), the embeddings; looks: (N, words), the ids of each picture's words.
-    """
-    clear = torch.zeros(len(looks), table.shape[1])
-    clear[:, WORD_DIMS] = table[looks][..., WORD_DIMS].sum(1)
-    clear[:, ANY], clear[:, IS_SEEN] = 1, 2
-    volume = torch.empty(len(looks), 1).uniform_(0.7, 1.4)
-    return volume * clear + BLUR * torch.randn_like(clear)
-
-
-def _columns(pairs: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+def _columns(rows: list[Row], name: str) -> tuple[Tensor, Tensor]:
+    """(numbers of rows, places in them) of all the rows' lists of places."""
+    pairs = [(number, place) for number, row in enumerate(rows) for place in getattr(row, name)]
     first, second = torch.tensor(pairs).unbind(1)
     return first, second
 
 
-def teach(model: Any, tokenizer: Any, items: list[Item], seed: int) -> None:
-    """Arrange the language model, and let it take its lessons."""
-    words, rng = Words(tokenizer, items), random.Random(seed)
-    arrange(model, words)
-    pupils = [*model.model.language_model.parameters(), *model.lm_head.parameters()]
-    optimizer = torch.optim.AdamW(pupils, lr=LEARNING_RATE, weight_decay=0.0)
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * min((step + 1) / 20, 1.05 - step / STEPS)
-        for rows in (
-            [describing(words, rng) for _ in range(DESCRIPTIONS)],
-            [choosing(words, rng, 10, is_short=step < SHORT_STEPS) for _ in range(CHOICES)],
-        ):
-            lesson_loss(model, rows, tokenizer.pad_token_id).backward()
-        nn.utils.clip_grad_norm_(pupils, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+def as_seen(codes: Tensor, blur: float, looks: Tensor, rows: Tensor) -> Tensor:
+    """What stands for a picture in the lessons, louder or softer, shifted and blurred: (N, D).
+
+    codes: (words, D); looks: (N, words of a look), numbers of LOOK_WORDS; rows: (N,), all vectors
+    of a row are shifted alike.
+    """
+    shift = 2 * blur * torch.randn(int(rows.max()) + 1, codes.shape[1])
+    volume = torch.empty(len(looks), 1).uniform_(-2.5 * blur, 2.5 * blur).exp()
+    clear = volume * (0.5 * codes[looks].sum(1) + shift[rows])
+    return clear + blur * torch.randn_like(clear)

@@ -1,8 +1,8 @@
 """The demo's checkpoint: a tiny LLaVA-NeXT with tokenizer and processor, as the library saves them.
 
-It has traits of trained models that small random numbers lack: filters that see colours and edges,
-places that are told apart, attention that looks words up. Then its language model takes lessons
-(lessons.py); tower and projector stay as they were drawn.
+Its tower has traits of trained ones that small random numbers lack: filters that see colours and
+edges, places that are told apart, and stays as it is drawn. The language model is trained from
+random weights (lessons.py), then the projector with it (sight.py).
 """
 
 from __future__ import annotations
@@ -46,14 +46,17 @@ def write(directory: Path, items: list[Item], seed: int) -> None:
     """Write the checkpoint of a model that has taken its lessons, and tokenizer and processor."""
     import torch
 
-    from lavic.demo_data import lessons
+    from lavic.demo_data import lessons, sight
 
     processor = make_processor(make_tokenizer(items))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = make_model(processor.tokenizer)
         arrange_tower(model.model.vision_tower)
-        lessons.teach(model, processor.tokenizer, items, seed)
+        draw_projector(model.model.multi_modal_projector)
+        make = lessons.Exercises(processor.tokenizer, items, seed)
+        lessons.teach(model, make)
+        sight.teach(model, processor, items, make, seed)
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
 
@@ -148,6 +151,15 @@ def arrange_tower(tower: Any) -> None:
         places = tower.embeddings.position_embedding.weight
         places.normal_(0, 0.1)
         places[1:] = smooth_places(SIDE // PATCH, places.shape[1])
+
+
+def draw_projector(projector: Any) -> None:
+    """Give a random projector vectors about as long as the embeddings of words."""
+    import torch
+
+    with torch.no_grad():
+        for layer, gain in ((projector.linear_1, 1.0), (projector.linear_2, 0.5)):
+            layer.weight.normal_(0, gain * layer.in_features**-0.5)
 
 
 def smooth_filters(count: int) -> Any:

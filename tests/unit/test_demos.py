@@ -10,9 +10,8 @@ import pytest
 from arcface.demo_data import inshop_tree as garments
 from face_distill.demo_data import demo as faces
 from lavic.demo_data import demo as products
-from lavic.demo_data import lessons
 from multimodal.demo_data import demo as pairs
-from tests import multimodal_data
+from tests import lavic_nano, multimodal_data
 from tests.trainings import FEW_FACES
 from vasevqa.demo_data import vases
 
@@ -20,7 +19,7 @@ pytestmark = pytest.mark.slow
 DEMOS = {  # what builds it, the sizes that are patched, a file whose loss is noticed
     "face_distill": (faces.build, {faces: FEW_FACES}, "train.rec"),
     "arcface": (garments.build, {garments: {"NUM_TRAIN_ITEMS": 2, "NUM_TEST_ITEMS": 1}}, "*.jpg"),
-    "lavic": (products.build, {lessons: {"STEPS": 0}}, "model.safetensors"),
+    "lavic": (products.build, lavic_nano.UNTAUGHT, "model.safetensors"),
     "multimodal": (pairs.build, multimodal_data.SMALL, "captions_train2017.json"),
     "vasevqa": (vases.build_images, {vases: {"NUM_VASES": 5, "NUM_LABELLED": 3}}, "*.jpg"),
 }  # fmt: skip

@@ -1,18 +1,17 @@
 """The lavic demo: what its files hold, that a seed gives the same ones, and what can be known."""
 
 import json
-import random
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lavic.demo_data import demo
-from lavic.demo_data.lessons import Words, choosing
+from lavic.demo_data.lessons import LOOK_WORDS, Exercises
 from lavic.demo_data.model import make_tokenizer
-from lavic.demo_data.products import BACKGROUNDS, PRODUCT_COLOURS, SIZES, all_looks, make_items
+from lavic.demo_data.products import PRODUCT_COLOURS, SIZES, all_looks, make_items
 from lavic.src.catalogue import read_samples, read_titles
-from lavic.src.recommend.prompts import RECOMMEND_CANDIDATES
 from shared.drawing import COLOURS
 
 
@@ -122,22 +121,19 @@ def test_the_talks_of_the_test_are_in_no_other_file_and_neither_are_some_of_thei
     assert max(len(talk["context"]) for talk in talks(paths, "train")) > 4000
 
 
-def test_in_the_lesson_of_choosing_one_look_fits_and_the_answer_is_its_id_and_the_end():
-    items = make_items(all_looks(), np.random.default_rng(0))
+def test_in_an_exercise_one_look_fits_the_question_and_the_answer_is_its_id_and_the_end():
+    items = make_items(all_looks()[:200], np.random.default_rng(0))
     tokenizer = make_tokenizer(items)
-    words, rng = Words(tokenizer, items), random.Random(0)
-    named = {token: word for word, token in words.look.items()}
-    for _ in range(20):
-        row = choosing(words, rng, 10, is_short=True)
-        wish = row.tokens[: row.tokens.index(words.of(RECOMMEND_CANDIDATES)[0])]
-        colour, background = (
-            next(named[token] for token in wish if named.get(token) in known)
-            for known in (PRODUCT_COLOURS, BACKGROUNDS)
-        )
+    make = Exercises(tokenizer, items, seed=0)
+    for number in range(20):
+        row = make.asked_before(10, "ws", is_short=number % 2 == 0)
+        asked = re.findall(r"[a-z]+", tokenizer.decode(row.tokens[: row.places[0]]))
+        looks = [tuple(LOOK_WORDS[word] for word in look) for look in row.seen]
+        assert set(looks) <= {tuple(item.look) for item in items}  # no other occurs
         fitting = {
-            row.tokens[max(i for i in range(place) if row.tokens[i] in words.ids)]
-            for place, look in row.seen
-            if (named[look[0]], named[look[3]]) == (colour, background)
+            owner
+            for owner, (colour, _, _, background) in zip(row.owners, looks, strict=True)
+            if colour in asked and background in asked
         }
         said = [row.tokens[place] for place in row.answers]
         assert said == [*fitting, tokenizer.eos_token_id]
