@@ -1,17 +1,18 @@
 """The lavic demo at nano size: its formats and checkpoint, of a model that has learnt nothing."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from lavic.demo_data import demo, lessons, sight
 
 NUM_VALID = 6
-UNTAUGHT = {lessons: {"LESSONS": ()}, sight: {"STEPS": 0}}  # what is patched
 
 
 def build_nano(root: Path) -> demo.DemoPaths:
-    """A demo in two seconds: no lessons."""
+    """A demo in two seconds: the language model is random."""
     with pytest.MonkeyPatch.context() as patch:
         for module, sizes in UNTAUGHT.items():
             for name, value in sizes.items():
@@ -20,6 +21,16 @@ def build_nano(root: Path) -> demo.DemoPaths:
     lines = paths.val_data.read_text(encoding="utf-8").splitlines(keepends=True)
     paths.val_data.write_text("".join(lines[:NUM_VALID]), encoding="utf-8")
     return paths
+
+
+def _draw(model: Any, _make: object) -> None:
+    """Weights of unit gain: what stands at the pictures' places changes what is said."""
+    core = model.model.language_model
+    for weight in (p for p in (*core.parameters(), model.lm_head.weight) if p.dim() == 2):
+        torch.nn.init.normal_(weight, 0, weight.shape[1] ** -0.5)
+
+
+UNTAUGHT: dict[Any, dict[str, Any]] = {lessons: {"teach": _draw}, sight: {"STEPS": 0}}
 
 
 def flags_of(paths: demo.DemoPaths, run_dir: Path) -> list[object]:

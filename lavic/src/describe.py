@@ -58,7 +58,7 @@ class Config:
     tool: ToolOptions = field(default_factory=ToolOptions)
 
 
-DEMO = {"max_tokens": 8}  # the demo's descriptions have no more, and it does not know its end
+DEMO = {"max_tokens": 7}  # the demo's descriptions have no more, and it does not know its end
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -268,6 +268,7 @@ def test_both_stages_of_the_demo_learn():
         status_of(runs / name)["result"] for name in ("out_distilled", "out_finetuned")
     )
     print(f"demo: {first} | {second}, {time.monotonic() - began:.0f} s")
-    assert first["before"] > 0.6 > first["after"]
-    assert second["after"] > second["before"]
+    assert first["after"] < 0.8 * first["before"]
+    assert second["after"] > second["before"] + 0.2
+    assert second["after"] > 3 * second["chance"]
     assert "recall@1" in finished(typed("python evaluate.py --demo", ROOT / "lavic" / "src"))
