@@ -14,9 +14,8 @@ first layer. N picture vectors, D the width.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -40,7 +39,6 @@ ROWS, QUESTIONS, DESCRIPTIONS = 32, 10, 8
 LEARNT = 0.9  # the share of right answers that ends a lesson, but for the last one
 MOST_STEPS, LAST_STEPS = 400, 120
 RATES = (0.01, 3e-3)  # of Muon, of AdamW
-See = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -162,10 +160,14 @@ class Lesson(NamedTuple):
     def rows(self, make: Exercises, step: int) -> list[Row]:
         """The exercises of a step."""
         share, is_short = 2 if self.before else 1, step % 2 >= self.long
-        after = partial(make.asked_after, self.candidates, self.after, QUESTIONS // share)
-        before = partial(make.asked_before, self.candidates, self.before)
-        kinds = [after] * (ROWS // share) + [before] * (ROWS - ROWS // share)
-        return [draw(is_short=is_short) for draw in kinds]
+        after = [
+            make.asked_after(self.candidates, self.after, QUESTIONS // share, is_short=is_short)
+            for _ in range(ROWS // share)
+        ]
+        return after + [
+            make.asked_before(self.candidates, self.before, is_short=is_short)
+            for _ in range(ROWS - ROWS // share)
+        ]
 
 
 LESSONS = (
@@ -182,13 +184,15 @@ def teach(model: Any, make: Exercises) -> None:
     codes = torch.randn(len(LOOK_WORDS), model.lm_head.in_features)
     optimizers, step = _optimizers(model), 0
     for lesson in LESSONS:
-        is_last, right, see = lesson is LESSONS[-1], 0.0, partial(as_seen, codes, lesson.blur)
+        is_last, right = lesson is LESSONS[-1], 0.0
         for number in range(LAST_STEPS if is_last else MOST_STEPS):
-            loss, share = exercise(model, lesson.rows(make, step), see)
+            rows = lesson.rows(make, step)
+            loss, share = exercise(model, rows, as_seen(rows, codes, lesson.blur))
             loss.backward()
             if step % 4 == 0:
                 rows = [make.describing() for _ in range(DESCRIPTIONS)]
-                (0.5 * exercise(model, rows, see)[0]).backward()
+                loss, _ = exercise(model, rows, as_seen(rows, codes, lesson.blur))
+                (0.5 * loss).backward()
             rate = 1.05 - number / LAST_STEPS if is_last else 1.0
             for optimizer, full in zip(optimizers, RATES, strict=True):
                 optimizer.param_groups[0]["lr"] = full * min((step + 1) / 20, rate)
@@ -222,19 +226,18 @@ def _draw(model: Any) -> None:
             layer.mlp.down_proj.weight.mul_(0.3)
 
 
-def exercise(model: Any, rows: list[Row], see: See) -> tuple[Tensor, float]:
+def exercise(model: Any, rows: list[Row], vectors: Tensor) -> tuple[Tensor, float]:
     """The rows' loss, in nats a token, and the share of answers that are right.
 
-    see: (looks (N, words), rows (N,)) → the vectors (N, D) at picture places. Where there are
-    candidates, half the loss of naming them there, after the first layer, is added.
+    vectors: (N, D), what stands at the picture places. Where there are candidates, half the loss of
+    naming them there, after the first layer, is added.
     """
     core = model.model.language_model
     tokens = torch.zeros(len(rows), max(len(row.tokens) for row in rows), dtype=torch.long)
     for number, row in enumerate(rows):
         tokens[number, : len(row.tokens)] = torch.tensor(row.tokens)
     seen, (numbers, places) = _columns(rows, "places"), _columns(rows, "answers")
-    looks = torch.tensor([look for row in rows for look in row.seen])
-    embeds = core.embed_tokens(tokens).index_put(seen, see(looks, seen[0]))
+    embeds = core.embed_tokens(tokens).index_put(seen, vectors)
     found = core(inputs_embeds=embeds, use_cache=False, output_hidden_states=True)
     logits, wanted = model.lm_head(found[0][numbers, places - 1]), tokens[numbers, places]
     loss = nn.functional.cross_entropy(logits, wanted)
@@ -251,13 +254,13 @@ def _columns(rows: list[Row], name: str) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def as_seen(codes: Tensor, blur: float, looks: Tensor, rows: Tensor) -> Tensor:
-    """What stands for a picture in the lessons, louder or softer, shifted and blurred: (N, D).
+def as_seen(rows: list[Row], codes: Tensor, blur: float) -> Tensor:
+    """What stands for pictures in the lessons, louder or softer, shifted and blurred: (N, D).
 
-    codes: (words, D); looks: (N, words of a look), numbers of LOOK_WORDS; rows: (N,), all vectors
-    of a row are shifted alike.
+    codes: (words, D), a vector for each of LOOK_WORDS. All vectors of a row are shifted alike.
     """
-    shift = 2 * blur * torch.randn(int(rows.max()) + 1, codes.shape[1])
+    looks = torch.tensor([look for row in rows for look in row.seen])
+    shift = 2 * blur * torch.randn(len(rows), codes.shape[1])
     volume = torch.empty(len(looks), 1).uniform_(-2.5 * blur, 2.5 * blur).exp()
-    clear = volume * (0.5 * codes[looks].sum(1) + shift[rows])
+    clear = volume * (0.5 * codes[looks].sum(1) + shift[_columns(rows, "places")[0]])
     return clear + blur * torch.randn_like(clear)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lavic.demo_data.lessons import LOOK_WORDS, Exercises, exercise
-from lavic.demo_data.products import SIZES, Item, Look, draw
+from lavic.demo_data.products import SIZES, Item, draw
 from lavic.src.vision.model import cls_vectors, picture_views
 
 STEPS, ROWS, RATE = 150, 16, 3e-3
@@ -25,18 +25,15 @@ def teach(model: Any, processor: Any, items: list[Item], make: Exercises, seed: 
     """Train the projector, in place."""
     shown, rng = _features(model, processor, items, seed), random.Random(seed)
     projector = model.model.multi_modal_projector
-
-    def see(looks: Tensor, _: Tensor) -> Tensor:
-        views = [shown[Look(*(LOOK_WORDS[word] for word in look))] for look in looks.tolist()]
-        return projector(torch.stack([rng.choice(some) for some in views]))
-
     model.requires_grad_(False)
     projector.requires_grad_(True)
     optimizer = torch.optim.AdamW(projector.parameters(), weight_decay=0.0)
     for step in range(STEPS):
         described = [make.describing() for _ in range(ROWS)]
         chosen = [make.asked_before(10, "ws", is_short=step % 2 == 0) for _ in range(ROWS)]
-        (exercise(model, described, see)[0] + exercise(model, chosen, see)[0]).backward()
+        for rows in (described, chosen):
+            views = [rng.choice(shown[tuple(look)]) for row in rows for look in row.seen]
+            exercise(model, rows, projector(torch.stack(views)))[0].backward()
         optimizer.param_groups[0]["lr"] = RATE * min((step + 1) / 10, 1.05 - step / STEPS)
         optimizer.step()
         optimizer.zero_grad()
@@ -44,12 +41,18 @@ def teach(model: Any, processor: Any, items: list[Item], make: Exercises, seed: 
 
 
 @torch.no_grad()
-def _features(model: Any, processor: Any, items: list[Item], seed: int) -> dict[Look, list[Tensor]]:
-    """A picture of each look as the projector gets it: a vector for each of its views."""
+def _features(
+    model: Any, processor: Any, items: list[Item], seed: int
+) -> dict[tuple[int, ...], list[Tensor]]:
+    """A picture of each look as the projector gets it: a vector for each of its views.
+
+    A look is named by the places of its words in LOOK_WORDS.
+    """
     core, rng, found = model.model, np.random.default_rng([seed, 77]), {}
     projector, core.multi_modal_projector = core.multi_modal_projector, torch.nn.Identity()
     for number, item in enumerate(items):
         picture = draw(item.look, SIZES[number % len(SIZES)], rng)
-        found[item.look] = list(cls_vectors(model, picture_views(processor, picture)))
+        look = tuple(LOOK_WORDS.index(word) for word in item.look)
+        found[look] = list(cls_vectors(model, picture_views(processor, picture)))
     core.multi_modal_projector = projector
     return found
