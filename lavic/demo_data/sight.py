@@ -41,13 +41,8 @@ def teach(model: Any, processor: Any, items: list[Item], make: Exercises, seed: 
 
 
 @torch.no_grad()
-def _features(
-    model: Any, processor: Any, items: list[Item], seed: int
-) -> dict[tuple[int, ...], list[Tensor]]:
-    """A picture of each look as the projector gets it: a vector for each of its views.
-
-    A look is named by the places of its words in LOOK_WORDS.
-    """
+def _features(model: Any, processor: Any, items: list[Item], seed: int) -> dict[Any, list[Tensor]]:
+    """Of each look, by its words' places in LOOK_WORDS, the projector's input for its views."""
     core, rng, found = model.model, np.random.default_rng([seed, 77]), {}
     projector, core.multi_modal_projector = core.multi_modal_projector, torch.nn.Identity()
     for number, item in enumerate(items):
