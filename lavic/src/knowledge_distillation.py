@@ -418,20 +418,12 @@ def _log_dir(cfg: Config) -> Path:
 
 def _prove(cfg: Config) -> int:
     """Hold the ways to take the same step against each other; the exit code."""
-    from shared import prove
+    from lavic.src.vision.training import ways
+    from shared.prove import prove
 
-    batch, times = ("--batch_size", max(2, cfg.batch_size)), ("--grad_accum", cfg.grad_accum)
-    plain = ["--lora_dropout", 0, "--amp", "off", *batch, *times]
-    opposite = ["--gradient_checkpointing", "off" if cfg.gradient_checkpointing == "on" else "on"]
-    single, half = ([*plain, "--dtype", name] for name in ("float32", "bfloat16"))
-    bounds = prove.bounds_of(cfg.dtype, cfg.run)
-    cases = [
-        *prove.accumulated(cfg.run, plain, batch, times, bounds),
-        prove.Case("checkpointed = plain", plain, [*plain, *opposite], bounds),
-        prove.Case("bfloat16 near float32", single, half, prove.NEAR),
-    ]
+    cases = ways(cfg.run, cfg.batch_size, cfg.grad_accum, cfg.dtype, cfg.gradient_checkpointing)
     always = ["--log_dir", "{here}/logs", "--no-validate-before-training"]
-    return prove.prove(cfg.run, cfg.run_dir, ("adapter",), cases, always)
+    return prove(cfg.run, cfg.run_dir, ("adapter",), cases, always)
 
 
 def _plan(cfg: Config, num_train: int, num_valid: int) -> str:

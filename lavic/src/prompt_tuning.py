@@ -477,19 +477,11 @@ def _check_files(cfg: Config) -> None:
 
 def _prove(cfg: Config) -> int:
     """Hold the ways to take the same step against each other; the exit code."""
-    from shared import prove
+    from lavic.src.vision.training import ways
+    from shared.prove import prove
 
-    batch, times = ("--batch_size", max(2, cfg.batch_size)), ("--grad_accum", cfg.grad_accum)
-    plain = ["--lora_dropout", 0, "--amp", "off", *batch, *times]
-    opposite = ["--gradient_checkpointing", "off" if cfg.gradient_checkpointing == "on" else "on"]
-    single, half = ([*plain, "--dtype", name] for name in ("float32", "bfloat16"))
-    bounds = prove.bounds_of(cfg.dtype, cfg.run)
-    cases = [
-        *prove.accumulated(cfg.run, plain, batch, times, bounds),
-        prove.Case("checkpointed = plain", plain, [*plain, *opposite], bounds),
-        prove.Case("bfloat16 near float32", single, half, prove.NEAR),
-    ]
-    return prove.prove(cfg.run, cfg.run_dir, ("adapter",), cases, ["--no-evaluate-before"])
+    cases = ways(cfg.run, cfg.batch_size, cfg.grad_accum, cfg.dtype, cfg.gradient_checkpointing)
+    return prove(cfg.run, cfg.run_dir, ("adapter",), cases, ["--no-evaluate-before"])
 
 
 def _plan(cfg: Config) -> str:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from shared import distributed
+from shared import distributed, prove
+from shared.config import RunOptions
 from shared.distributed import World
 from shared.errors import UserError
 from shared.images import Skipped
@@ -156,3 +157,19 @@ class SameData:
                 "with other words: the order would be another one; start anew with --resume never, "
                 "or put the files back as they were"
             )
+
+
+def ways(
+    options: RunOptions, batch_size: int, grad_accum: int, dtype: str, checkpointing: str
+) -> list[prove.Case]:
+    """For --prove: the ways to take the same step that must agree, in both stages."""
+    batch, times = ("--batch_size", max(2, batch_size)), ("--grad_accum", grad_accum)
+    plain = ["--lora_dropout", 0, "--amp", "off", *batch, *times]
+    opposite = ["--gradient_checkpointing", "off" if checkpointing == "on" else "on"]
+    single, half = ([*plain, "--dtype", name] for name in ("float32", "bfloat16"))
+    bounds = prove.bounds_of(dtype, options)
+    return [
+        *prove.accumulated(options, plain, batch, times, bounds),
+        prove.Case("checkpointed = plain", plain, [*plain, *opposite], bounds),
+        prove.Case("bfloat16 near float32", single, half, prove.NEAR),
+    ]
