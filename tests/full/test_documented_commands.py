@@ -48,7 +48,7 @@ HERE = (  # run by the tests below
     "tar -czvf training_results.tar.gz checkpoints/ logs/",
     "python extract_teacher.py --weights backbone.pth",
     "python extract_teacher.py --weights resnet50.pth --arch resnet50 --map features",
-    "python extract_teacher.py --weights teacher.ts --arch torchscript --limit 600",
+    "python extract_teacher.py --weights teacher.ts --arch torchscript --limit 300",
     "python evaluate.py",
     "python evaluate.py --teacher backbone.pth",
     "python evaluate.py --data-root lfw.bin --limit 600",
@@ -204,7 +204,7 @@ def test_training_as_documented(house, command, processes, batch):
     wait_until(ended, "the end of the run", 300)
     status = status_of(recipe / "checkpoints")
     assert (status["state"], status["exit_code"]) == ("done", 0), status["reason"]
-    assert (status["world_size"], status["step"]) == (processes, 2 * (800 // batch))
+    assert (status["world_size"], status["step"]) == (processes, 2 * (400 // batch))
     assert (recipe / "checkpoints" / "best_student_adapter_face.pth").exists()
     assert list((recipe / "logs" / "adapter_face_distill").glob("events.out.tfevents*"))
 
@@ -272,7 +272,7 @@ def test_a_teacher_is_extracted_as_documented(workshop):
         "python extract_teacher.py --weights resnet50.pth --arch resnet50 --map features": (
             *(40, 2048, 7, 7),
         ),
-        "python extract_teacher.py --weights teacher.ts --arch torchscript --limit 600": (600, 49),
+        "python extract_teacher.py --weights teacher.ts --arch torchscript --limit 300": (300, 49),
     }.items():
         assert command in HERE
         outcome = typed(command, workshop)
