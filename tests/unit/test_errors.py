@@ -3,25 +3,19 @@ import re
 import pytest
 import torch
 
-from shared.errors import (
-    MissingToolError,
-    UserError,
-    did_you_mean,
-    hint_for,
-    is_out_of_memory,
-    one_line,
-)
+from shared.errors import did_you_mean, hint_for, is_out_of_memory, one_line
 
 
-def test_a_message_of_several_lines_becomes_one() -> None:
+def test_a_message_becomes_one_line_that_a_terminal_only_shows():
     assert one_line(ValueError("first\n   second\tthird ")) == "first second third"
-
-
-def test_an_error_without_words_is_known_by_its_type() -> None:
     assert one_line(StopIteration()) == "StopIteration"
+    assert one_line(ValueError("red \x1b[31m\n\ttext\x00")) == "red \\x1b[31m text\\x00"
+    assert one_line(ValueError("数据 é half \udc80")) == "数据 é half \\udc80"
+    text = one_line(ValueError("begin " + "x" * 100_000 + " end"))
+    assert text.startswith("begin x") and text.endswith("x end") and len(text) < 3100
 
 
-def test_the_nearest_name_is_offered_and_a_far_one_is_not() -> None:
+def test_the_nearest_name_is_offered_and_a_far_one_is_not():
     names = ["--batch-size", "--epochs", "--lr"]
     assert did_you_mean("--batch-szie", names) == "; did you mean --batch-size?"
     assert did_you_mean("--zzz", names) == ""
@@ -31,21 +25,13 @@ def test_the_nearest_name_is_offered_and_a_far_one_is_not() -> None:
     ("name", "other"),
     [
         ("model-00002-of-00005.safetensors", "model-00003-of-00005.safetensors"),
-        ("pytorch_model-00001-of-00002.bin", "pytorch_model-00002-of-00002.bin"),
         ("student_adapter_face_epoch_10.pth", "student_adapter_face_epoch_5.pth"),
-        ("epoch_2.pth", "epoch_12.pth"),
     ],
 )
-def test_another_of_a_numbered_series_is_not_offered(name: str, other: str) -> None:
+def test_another_of_a_numbered_series_is_not_offered(name, other):
     assert did_you_mean(name, [other, "model.safetensors.index.json"]) == ""
     misspelt = name.replace("-of-", "_of-").replace("epoch", "epcoh")
     assert did_you_mean(misspelt, [other]) == f"; did you mean {other}?"
-
-
-def test_exit_codes_tell_input_from_missing_tools() -> None:
-    assert UserError("x").exit_code == 2
-    assert MissingToolError("x").exit_code == 3
-    assert isinstance(MissingToolError("x"), UserError)
 
 
 WORKER_KILLED = "DataLoader worker (pid 12) is killed by signal: Killed."
@@ -61,56 +47,32 @@ OLD_DRIVER = "The NVIDIA driver on your system is too old (found version 12010).
         (WORKER_KILLED, "--workers"),
         ("DataLoader worker (pid 12) is killed by signal: Bus error. shared memory", "--workers"),
         (SHARED_MEMORY, "--shm-size"),
+        # torch's words when a loader worker cannot put its batch into /dev/shm
+        ("unable to write to file </torch_1_2_3>: No space left on device (28)", "/dev/shm"),
         (DEVICE_FULL, "--batch-size"),
         (RAM_FULL, "RAM is full"),
         ("[Errno 28] No space left on device", "the disk is full"),
         (OLD_DRIVER, "--device cpu"),
     ],
 )
-def test_failures_that_torch_words_badly_get_advice(message: str, advice: str) -> None:
+def test_failures_that_torch_words_badly_get_advice(message, advice):
     assert advice in (hint_for(message, ["--batch-size", "--workers", "--device"]) or "")
 
 
-@pytest.mark.parametrize(
-    "message", [WORKER_KILLED, SHARED_MEMORY, DEVICE_FULL, RAM_FULL, OLD_DRIVER]
-)
-def test_advice_names_no_flag_that_the_script_lacks(message: str) -> None:
-    flags = {"--batch-size", "--workers", "--amp", "--device"}
+@pytest.mark.parametrize("message", [WORKER_KILLED, DEVICE_FULL, OLD_DRIVER])
+def test_advice_names_no_flag_that_the_script_lacks(message):
     alone = hint_for(message)
     assert alone and not set(re.findall(r"--[a-z-]+", alone)) - {"--shm-size"}
-    for flag in flags:
+    for flag in ("--batch-size", "--workers", "--amp", "--device"):
         named = set(re.findall(r"--[a-z-]+", hint_for(message, [flag]) or ""))
         assert named <= {flag, "--shm-size"}
 
 
-def test_of_a_script_with_a_configuration_advice_names_its_settings() -> None:
+def test_of_a_script_with_a_configuration_advice_names_its_settings():
     hint = hint_for(DEVICE_FULL, ["--cfg-options", "--amp"]) or ""
     assert "lower train_dataloader.batch_size by --cfg-options; try --amp bf16" in hint
-    assert "train_dataloader.num_workers" in (hint_for(SHARED_MEMORY, ["--cfg-options"]) or "")
     both = hint_for(DEVICE_FULL, ["--cfg-options", "--batch-size"]) or ""
     assert "lower --batch-size" in both and "train_dataloader" not in both
-
-
-def test_an_unknown_failure_gets_no_advice() -> None:
-    assert hint_for("list index out of range") is None
-
-
-@pytest.mark.parametrize("end", ["", ", shared memory"])
-def test_a_full_dev_shm_is_not_called_a_full_disk(end: str) -> None:
-    """torch's words when a loader worker cannot put its batch into /dev/shm."""
-    message = f"unable to write to file </torch_1_2_3>: No space left on device (28){end}"
-    assert "/dev/shm" in (hint_for(message) or "")
-
-
-def test_one_line_shows_what_a_terminal_would_obey() -> None:
-    assert one_line(ValueError("red \x1b[31m\n\ttext\x00")) == "red \\x1b[31m text\\x00"
-    assert one_line(ValueError("数据 é")) == "数据 é"
-    assert one_line(ValueError("half \udc80")) == "half \\udc80"
-
-
-def test_one_line_leaves_out_the_middle_of_an_endless_message() -> None:
-    text = one_line(ValueError("begin " + "x" * 100_000 + " end"))
-    assert text.startswith("begin x") and text.endswith("x end") and len(text) < 3100
 
 
 def allocation_error() -> BaseException:
@@ -141,23 +103,16 @@ def handled(before: Exception) -> Exception:
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total")
 ERRORS = {
     "the GPU": (CUDA, True),
-    "CUDA itself": (RuntimeError("CUDA error: out of memory"), True),
     "cuBLAS": (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cu`"), True),
-    "another device": (RuntimeError("NPU out of memory. Tried to allocate 20 MiB"), True),
-    "torch in RAM": (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), True),
+    "torch in RAM": (allocation_error(), True),
     "a fork": (OSError(12, "Cannot allocate memory"), True),
     "Python": (MemoryError(), True),
     "inside another error": (wrapped(CUDA), True),
     "one that was dealt with": (handled(CUDA), False),
     "a shape": (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-    "a key": (KeyError("memory"), False),
 }
 
 
 @pytest.mark.parametrize(("error", "expected"), ERRORS.values(), ids=ERRORS)
 def test_a_lack_of_memory_is_known_by_its_wordings(error, expected):
     assert is_out_of_memory(error) == expected
-
-
-def test_the_allocators_own_words_are_known():
-    assert is_out_of_memory(allocation_error())

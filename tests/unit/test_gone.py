@@ -2,41 +2,33 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-TRAINING = "face_distill/train_distill.py"
+from face_distill import train_distill
+from shared.tools import monitor, report
+from tests.harness import run_here
+
+TRAIN = train_distill.main
 TYPED = [  # what was typed, and what to type instead
-    ("shared/tools/monitor.py --notify http://localhost/x", "monitor.py --follow; COMMAND"),
-    ("shared/tools/monitor.py RUN_DIR --notify=http://localhost/x", "monitor.py --follow; COMMAND"),
-    ("shared/tools/report.py compare RUN RUN", "type tensorboard --logdir"),
-    (f"{TRAINING} --shard-head", "--shard-head is gone: leave it out"),
-    (f"{TRAINING} --sample_rate 0.1", "--sample-rate is gone: leave it out"),
-    (f"{TRAINING} --at_mode cosine", "--at-mode cosine is gone: type zagoruyko"),
-    (f"{TRAINING} --at-mode=cosine", "--at-mode cosine is gone: type zagoruyko"),
+    (monitor.main, "--notify http://localhost/x", "monitor.py --follow; COMMAND"),
+    (monitor.main, "RUN_DIR --notify=http://localhost/x", "monitor.py --follow; COMMAND"),
+    (report.main, "compare RUN RUN", "type tensorboard --logdir"),
+    (TRAIN, "--shard-head", "--shard-head is gone: leave it out"),
+    (TRAIN, "--sample_rate 0.1", "--sample-rate is gone: leave it out"),
+    (TRAIN, "--at_mode cosine", "--at-mode cosine is gone: type zagoruyko"),
+    (TRAIN, "--at-mode=cosine", "--at-mode cosine is gone: type zagoruyko"),
+    (TRAIN, "--config {file}", "--shard-head is gone: leave it out"),
 ]
 
 
-@pytest.mark.parametrize(("typed", "instead"), TYPED)
-def test_what_is_gone_names_what_to_type_instead(typed: str, instead: str) -> None:
-    refused(instead, *typed.split())
-
-
-def refused(instead: str, *words: object) -> None:
-    command = [sys.executable, *map(str, words)]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert ended.returncode == 2, ended
-    assert ended.stdout == ""
-    (line,) = ended.stderr.splitlines()
+@pytest.mark.parametrize(("main", "typed", "instead"), TYPED)
+def test_what_is_gone_names_what_to_type_instead(main, typed: str, instead: str, tmp_path: Path):
+    file = tmp_path / "settings.yaml"
+    file.write_text("shard_head: true")
+    ended = run_here(main, typed.format(file=file).split())
+    assert ended.code == 2, ended.text
+    (line,) = ended.text.splitlines()
     assert " is gone: " in line
     assert instead in line
-
-
-def test_a_setting_that_is_gone_is_refused_in_a_file_too(tmp_path: Path) -> None:
-    settings = tmp_path / "settings.yaml"
-    settings.write_text("shard_head: true")
-    refused("--shard-head is gone: leave it out", TRAINING, "--config", settings)
