@@ -28,16 +28,18 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("ranks")]  # the group: 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two ranks saw, by rank."""
-    path = tmp_path_factory.mktemp("ranks") / "report.json"
     from tests.harness import free_port
 
-    port = str(free_port())
-    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": str(WORLD)}
-    processes = []
-    for rank in range(WORLD):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
-        environ = os.environ | common | own | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        processes.append(subprocess.Popen([sys.executable, __file__, str(path)], env=environ))
+    path = tmp_path_factory.mktemp("ranks") / "report.json"
+    common = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(WORLD)}
+    common |= {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(path)],
+            env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(WORLD)
+    ]
     try:
         assert [process.wait(timeout=120) for process in processes] == [0] * WORLD
     finally:
@@ -46,46 +48,22 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return json.loads(path.read_text())
 
 
-def test_each_process_knows_its_place(report: list[dict[str, Any]]) -> None:
-    assert [seen["place"] for seen in report] == [[0, 0, 2, "cpu", True], [1, 1, 2, "cpu", False]]
-
-
-def test_sums_and_means_are_those_of_all_ranks(report: list[dict[str, Any]]) -> None:
-    # rank r gives [r + 1, 10 · r]
-    for seen in report:
-        assert seen["total"] == [3.0, 10.0]
-        assert seen["total of integers"] == [3, 10]
+def test_every_rank_gets_what_the_collectives_say(report: list[dict[str, Any]]) -> None:
+    """Rank r sums [r + 1, 10 · r], and tells 15 · r."""
+    for rank, seen in enumerate(report):
+        assert seen["place"] == [rank, rank, 2, "cpu", rank == 0]
+        assert seen["total"] == seen["total of integers"] == [3, 10]
         assert seen["mean"] == [1.5, 5.0]
-
-
-def test_what_one_rank_tells_all_hear_without_a_collective(report: list[dict[str, Any]]) -> None:
-    assert [seen["told"] for seen in report] == [[False, True], [False, True]]
-
-
-def test_the_mean_of_two_ranks_is_that_of_all_samples(report: list[dict[str, Any]]) -> None:
-    for seen in report:  # 2, and not 2.5, the mean of the means; a share is half of the sums
-        assert seen["means"] == [2.0, 2.0, 9.0, 4.5]
-
-
-def test_the_argument_of_a_sum_stays_as_it_was(report: list[dict[str, Any]]) -> None:
-    assert [seen["argument"] for seen in report] == [[1.0, 0.0], [2.0, 10.0]]
-
-
-def test_the_largest_number_and_any_flag_reach_every_rank(report: list[dict[str, Any]]) -> None:
-    for seen in report:
+        assert seen["argument"] == [rank + 1, 10 * rank]  # of the sum, as it was
         assert seen["largest"] == 15
         assert seen["any"] == [True, False]
-
-
-def test_every_rank_gets_rank_0s_object_or_everyones(report: list[dict[str, Any]]) -> None:
-    for seen in report:
+        assert seen["told"] == [False, True]  # without a collective
         assert seen["broadcast"] == {"from": 0, "path": "/x/0"}
         assert seen["gathered"] == [{"rank": 0}, {"rank": 1}]
-
-
-def test_gathered_rows_stand_in_the_order_of_ranks(report: list[dict[str, Any]]) -> None:
-    for seen in report:
+        # 2, and not 2.5, the mean of the means; a share is half of the sums
+        assert seen["means"] == [2.0, 2.0, 9.0, 4.5]
         assert seen["rows"] == [[0.0, 1.0]] * ROWS + [[100.0, 101.0]] * ROWS
+        assert seen["transposed"] == [[0.0, 2.0], [1.0, 3.0], [10.0, 12.0], [11.0, 13.0]]
 
 
 def test_gathered_gradients_are_those_of_one_process(report: list[dict[str, Any]]) -> None:
@@ -97,11 +75,6 @@ def test_gathered_gradients_are_those_of_one_process(report: list[dict[str, Any]
     for seen in report:
         error = (torch.tensor(seen["gradient"], dtype=torch.float64) - expected).abs().max()
         assert float(error / expected.abs().max()) < 1e-12
-
-
-def test_rows_that_are_not_contiguous_are_gathered_right(report: list[dict[str, Any]]) -> None:
-    for seen in report:
-        assert seen["transposed"] == [[0.0, 2.0], [1.0, 3.0], [10.0, 12.0], [11.0, 13.0]]
 
 
 def test_gathering_leaves_the_gradients_of_others_alone(report: list[dict[str, Any]]) -> None:

@@ -3,7 +3,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -55,14 +54,10 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     ("line", "gpus", "expected"),
     [
         ("", 0, 1),
-        ("", 1, 1),
         ("", 4, 4),
         ("--device cpu", 4, 1),
         ("--device cuda:1", 4, 1),
-        ("--device cuda", 4, 4),
         ("--nproc 2", 0, 2),
-        ("--nproc 2", 4, 2),
-        ("--nproc-per-node 3", 4, 3),
         ("--nproc_per_node=3", 4, 3),
         ("--nproc 2 --device cpu", 1, 2),
         ("--epochs 3 --nproc 2 --unknown x", 0, 2),
@@ -79,15 +74,9 @@ def test_processes_come_from_flags_and_gpus(
     ("line", "gpus", "words"),
     [
         ("--nproc 5", 4, ["--nproc 5", "4 GPU(s)", "1 to 4", "--device cpu"]),
-        ("--nproc 0", 0, ["nproc must be", "from 1 to", "got 0"]),
-        ("--nproc -1", 2, ["nproc must be", "from 1 to", "got -1"]),
         ("--nproc 100000", 0, ["--nproc 100000", "no GPU", "allowed: 1 to"]),
-        ("--nproc two", 0, ["nproc must be", "from 1 to", "got 'two'"]),
-        ("--master-port 65536", 0, ["master_port", "1 to 65,535", "got 65536"]),
         ("--rdzv-endpoint host:0", 0, ["port of rdzv_endpoint", "1 to 65,535", "got 0"]),
-        ("--rdzv-endpoint host:port", 0, ["port of rdzv_endpoint", "got 'port'"]),
         ("--nnodes 2 --node-rank 2", 0, ["--node-rank 2", "--nnodes 2", "from 0"]),
-        ("--nnodes 0", 0, ["nnodes must be", "from 1 to", "got 0"]),
     ],
 )
 def test_a_number_that_cannot_be_is_refused_before_anything_starts(
@@ -103,37 +92,27 @@ def test_a_number_that_cannot_be_is_refused_before_anything_starts(
     assert all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(("mask", "expected"), [("0,2", 2), ("", 1), ("1", 1), ("-1", 1)])
-def test_hidden_gpus_are_not_counted(
-    processes: Callable[..., int], monkeypatch: pytest.MonkeyPatch, mask: str, expected: int
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
-    assert processes("", gpus=4) == expected
-
-
-def test_a_mask_that_names_no_gpu_is_refused(
+def test_hidden_gpus_are_not_counted_and_a_mask_that_names_none_is_refused(
     processes: Callable[..., int],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
-    assert processes("", gpus=4) == 0
+    for mask, expected in (("0,2", 2), ("", 1), ("7", 0)):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
+        assert processes("", gpus=4) == expected
     assert "CUDA_VISIBLE_DEVICES=7" in capsys.readouterr().err
     assert processes("--device cpu", gpus=4) == 1
 
 
-def test_the_variable_counts_unless_a_flag_is_typed(
-    processes: Callable[..., int], monkeypatch: pytest.MonkeyPatch
+def test_a_variable_and_a_settings_file_count_unless_a_flag_is_typed(
+    processes: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("NPROC_PER_NODE", "3")
-    assert processes("", gpus=4) == 3
-    assert processes("--nproc 2", gpus=4) == 2
-
-
-def test_a_settings_file_counts_like_flags(processes: Callable[..., int], tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("nproc: 2\ndevice: cpu\nepochs: 3\n")
     assert processes(f"--config {tmp_path}/a.yaml", gpus=4) == 2
     assert processes(f"--config {tmp_path}/a.yaml --nproc 3", gpus=4) == 3
+    monkeypatch.setenv("NPROC_PER_NODE", "3")
+    assert processes("", gpus=4) == 3
+    assert processes("--nproc 2", gpus=4) == 2
 
 
 def test_the_recipe_may_use_fewer_gpus_than_there_are_unless_a_number_is_typed(
@@ -174,23 +153,7 @@ def test_the_input_is_checked_dry_before_processes_start(
     assert supervised == [["--nproc", "2", "--epochs", "3"]]
 
 
-def test_wrong_input_starts_no_process(
-    supervised: list[list[str]],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    def refuse(_: list[str]) -> int:
-        raise UserError("--data /x is not there")
-
-    monkeypatch.setattr(sys, "argv", ["train.py", "--nproc", "2"])
-    assert launch.launch(refuse) == 2
-    assert capsys.readouterr().err == "error: --data /x is not there\n"
-    assert supervised == []
-
-
-@pytest.mark.parametrize(
-    "flag", ["--help", "-h", "--dry-run", "--dry_run", "--print-config", "--print_config"]
-)
+@pytest.mark.parametrize("flag", ["--help", "-h", "--dry_run", "--print-config"])
 def test_what_trains_nothing_runs_once_and_starts_no_process(
     supervised: list[list[str]], monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
@@ -215,27 +178,20 @@ def test_the_number_of_processes_is_known_while_the_input_is_checked(
 # how a process ended
 
 
+def left_with(code: object) -> int:
+    sys.exit(code)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("code", [0, 1, 143])
-def test_what_main_returns_is_the_code(code: int) -> None:
+def test_what_main_returns_or_leaves_with_is_the_code(code: int) -> None:
     assert run_here(lambda _: code, []).code == code
+    assert run_here(lambda _: left_with(code), []).code == code
+    assert run_here(lambda _: left_with(None), []).code == 0
 
 
-@pytest.mark.parametrize(("left", "code"), [(None, 0), (0, 0), (3, 3), (130, 130)])
-def test_leaving_early_keeps_its_code(left: int | None, code: int) -> None:
-    assert run_here(lambda _: sys.exit(left), []).code == code
-
-
-def test_leaving_with_words_fails_and_says_them(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    def leave(_: list[str]) -> int:
-        sys.exit("the words")
-
-    monkeypatch.setattr(sys, "argv", ["train.py"])
-    assert launch.launch(leave) == 1
-    assert "the words" in caplog.text + capsys.readouterr().err
+def test_leaving_with_words_fails_and_says_them(caplog: pytest.LogCaptureFixture) -> None:
+    assert run_here(lambda _: left_with("the words"), []).code == 1
+    assert "the words" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -245,13 +201,9 @@ def test_leaving_with_words_fails_and_says_them(
         (MissingToolError("x"), 3, "user"),
         (KeyboardInterrupt(), 130, "user"),
         (ModuleNotFoundError("No module named 'peft'", name="peft"), 3, "user"),
-        (ModuleNotFoundError("No module named 'peft.x'", name="peft.x"), 3, "user"),
-        (ModuleNotFoundError("No module named 'shared.x'", name="shared.x"), 3, "user"),
         (ValueError("broken"), 1, "error"),
-        (MemoryError(), 1, "error"),
         (RuntimeError("Timed out waiting 5000ms for recv operation to complete"), 1, "timeout"),
         (RuntimeError("[pair.cc:545] Read error [127.0.0.1]: Connection reset"), 1, "peer_lost"),
-        (RuntimeError("Connection closed by peer [127.0.0.1]:8080"), 1, "peer_lost"),
         (RuntimeError("ncclRemoteError: remote process exited or there was"), 1, "peer_lost"),
     ],
 )
@@ -262,27 +214,23 @@ def test_failures_are_told_apart(error: BaseException, code: int, kind: str) -> 
     assert "\n" not in failure.message
 
 
-def test_a_missing_package_is_named_with_the_way_out() -> None:
-    error = ModuleNotFoundError("No module named 'peft'", name="peft")
-    failure = outcome.failure_of(error)
-    assert "Python package peft is not installed" in failure.message
-    assert "setup.sh" in failure.message
-
-
-def test_a_missing_file_of_ours_is_named_with_its_place() -> None:
-    error = ModuleNotFoundError(
-        "No module named 'face_distill.FaceDataset'", name="face_distill.FaceDataset"
-    )
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("peft", ["Python package peft is not installed", "setup.sh"]),
+        (
+            "face_distill.FaceDataset",
+            [
+                "face_distill/FaceDataset.py is missing in ",
+                "git checkout -- face_distill/FaceDataset.py",
+            ],
+        ),
+    ],
+)
+def test_a_missing_package_or_file_is_named_with_the_way_out(module: str, said: list[str]) -> None:
+    error = ModuleNotFoundError(f"No module named '{module}'", name=module)
     message = outcome.failure_of(error).message
-    assert message.startswith("face_distill/FaceDataset.py is missing in ")
-    assert "git checkout -- face_distill/FaceDataset.py" in message
-
-
-def test_notes_of_the_run_are_part_of_the_message() -> None:
-    error = ValueError("broken")
-    error.add_note("at step 7 of 9")
-    failure = outcome.failure_of(error, rank=1)
-    assert failure.message == "ValueError: broken, at step 7 of 9"
+    assert all(words in message for words in said)
 
 
 def test_a_failure_is_told_once_with_advice_and_closes_the_status(
@@ -320,8 +268,7 @@ def test_the_earliest_own_error_is_the_cause_and_lost_peers_are_not(tmp_path: Pa
 
 
 def test_a_mistake_of_the_user_keeps_its_code_and_its_words(tmp_path: Path) -> None:
-    for rank in (0, 1):
-        leave_word(tmp_path, rank, "user", "--data /x is not there", at=1.0 + rank)
+    leave_word(tmp_path, 0, "user", "--data /x is not there", at=1.0)
     first = supervisor.first_failure({0: 2, 1: 2}, tmp_path)
     assert (first.code, first.message) == (2, "--data /x is not there")
 
@@ -349,16 +296,14 @@ def test_failures_of_an_earlier_start_are_forgotten(tmp_path: Path) -> None:
 # speed of what needs no torch
 
 
-@pytest.mark.parametrize("flag", ["--help", "--print-config", "--dry-run", "--batch-szie=4"])
+@pytest.mark.parametrize("flag", ["--print-config", "--dry-run"])
 def test_what_trains_nothing_imports_nothing_slow(flag: str) -> None:
     command = [sys.executable, "-X", "importtime", str(PROBE), flag]
-    begun = time.monotonic()
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == (2 if "szie" in flag else 0), done.stderr
+    assert done.returncode == 0, done.stderr
     imported = set(re.findall(r"\|\s+(\w+)\s*$", done.stderr, re.MULTILINE))
     assert {"argparse", "dataclasses"} <= imported  # the list is the one that is meant
     assert not imported & {"torch", "numpy", "yaml", "tqdm", "tensorboard"}
-    assert time.monotonic() - begun < 10  # a bound for a hang; the figure is in tests/benchmarks
 
 
 def test_a_script_for_one_process_runs_once_whoever_asks_for_more(

@@ -15,11 +15,8 @@ TRAIN = {
 EVAL = {"eval_loss": 0.25, "epoch": 1.5, "global_step/max_steps": "3/6", "train_speed(s/it)": 2.0}
 END = {"train_runtime": 9.0, "train_loss": 0.4, "global_step/max_steps": "6/6"}
 LAST = {
-    **{
-        "last_model_checkpoint": "/o/v0/checkpoint-6",
-        "best_model_checkpoint": "/o/v0/checkpoint-3",
-    },
-    **{"best_metric": 0.25, "global_step": 6, "log_history": [TRAIN], "memory": 2.0},
+    **{"last_model_checkpoint": "/o/v0/checkpoint-6", "global_step": 6},
+    **{"best_model_checkpoint": "/o/v0/checkpoint-3", "best_metric": 0.25},
 }
 
 
@@ -49,7 +46,7 @@ def test_a_line_becomes_status_and_metrics(tmp_path):
     assert progress() == {}
 
 
-@pytest.mark.parametrize(("behind", "epoch"), [(0.0, 0), (0.5, 0), (1.0, 0), (1.25, 1), (3.0, 2)])
+@pytest.mark.parametrize(("behind", "epoch"), [(0.0, 0), (1.0, 0), (1.25, 1)])
 def test_the_epoch_is_the_one_at_work_from_0(tmp_path, behind, epoch):
     progress = JsonLinesProgress(tmp_path)
     write(tmp_path / "logging.jsonl", TRAIN | {"epoch": behind})
@@ -102,7 +99,7 @@ def test_what_earlier_runs_wrote_is_not_taken_for_this_ones(tmp_path):
     assert (tmp_path / "metrics.2.jsonl").exists()
 
 
-@pytest.mark.parametrize("line", ["rubbish", "[1]", "{}", '{"global_step/max_steps": "x/6"}', ""])
+@pytest.mark.parametrize("line", ["rubbish", "[1]", '{"global_step/max_steps": "x/6"}'])
 def test_lines_of_another_kind_are_passed_over(tmp_path, line):
     progress = JsonLinesProgress(tmp_path)
     (tmp_path / "logging.jsonl").write_bytes(line.encode() + b"\xff\n")

@@ -5,7 +5,6 @@ import time
 
 import pytest
 
-from shared import progress
 from shared.progress import Progress, clock, span
 
 
@@ -30,26 +29,13 @@ def lines(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     return caplog
 
 
-def test_the_time_left_comes_from_the_monotonic_clock(clocks: Clocks) -> None:
-    shown = Progress(100, 0)
-    clocks.monotonic += 20.0
-    clocks.wall -= 3600.0  # someone set the clock back
-    assert shown.speed(10) == 0.5
-    assert shown.eta_s(10) == 180.0
-
-
-def test_a_resumed_run_counts_its_own_steps_alone(clocks: Clocks) -> None:
+def test_the_time_left_is_of_this_starts_own_steps_by_the_monotonic_clock(clocks: Clocks) -> None:
     shown = Progress(100, 60)
     assert shown.eta_s(60) is None
     clocks.monotonic += 5.0
+    clocks.wall -= 3600.0  # someone set the clock back
     assert shown.speed(70) == 2.0
-    assert shown.eta_s(70) == 15.0
-
-
-def test_at_and_beyond_the_last_step_nothing_is_left(clocks: Clocks) -> None:
-    shown = Progress(10, 0)
-    clocks.monotonic += 1.0
-    assert (shown.eta_s(10), shown.eta_s(12)) == (0.0, 0.0)
+    assert [shown.eta_s(step) for step in (70, 100, 102)] == [15.0, 0.0, 0.0]
 
 
 def test_a_line_names_everything_as_key_and_value(
@@ -83,18 +69,6 @@ def test_a_recipe_with_lines_of_its_own_gets_none_from_here(
         shown.show(step, 0, {"loss": 1.0})
     assert lines.messages == []
     assert shown.eta_s(3) == 0.0
-
-
-def test_files_get_no_bar_and_no_control_characters(
-    capsys: pytest.CaptureFixture[str], lines: pytest.LogCaptureFixture
-) -> None:
-    shown = Progress(3, 0)
-    for step in (1, 2, 3):
-        shown.show(step, 0, {"loss": 1.0})
-    shown.close()
-    written = capsys.readouterr()
-    assert written.out == written.err == ""
-    assert all(message.isprintable() for message in lines.messages)
 
 
 class Terminal(io.StringIO):
@@ -136,12 +110,15 @@ def test_a_terminal_that_goes_away_ends_no_training(monkeypatch: pytest.MonkeyPa
     shown.close()
 
 
-def test_a_bar_is_drawn_only_when_both_streams_are_terminals(
-    monkeypatch: pytest.MonkeyPatch,
+def test_where_stdout_is_no_terminal_there_are_lines_of_printable_signs_and_no_bar(
+    monkeypatch: pytest.MonkeyPatch, lines: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    err = Terminal()
+    monkeypatch.setattr(sys, "stderr", err)
     monkeypatch.setattr(sys, "stdout", io.StringIO())
-    assert progress._open_bar(10, 0) is None
+    Progress(10, 0).show(1, 0, {"loss": 1.0})
+    assert err.getvalue() == ""
+    assert len(lines.messages) == 1 and lines.messages[0].isprintable()
 
 
 @pytest.mark.parametrize(

@@ -34,19 +34,22 @@ def leave(run_dir: Path, state: str, step: int = 5, checkpoints: tuple[str, ...]
         (run_dir / name).touch()
 
 
+def decided(run_dir: Path, resume: str = "auto", identity: Any = None, again: bool = False):
+    return decide(run_dir, LAST, resume, IDENTITY if identity is None else identity, again)
+
+
 def test_an_empty_directory_is_begun_in(run_dir: Path) -> None:
-    assert decide(run_dir, LAST, "auto", IDENTITY, restarted=False) == Decision()
+    assert decided(run_dir) == decided(run_dir, again=True) == Decision()
 
 
 def test_never_begins_anew_and_keeps_what_was_there(run_dir: Path) -> None:
     leave(run_dir, "stopped")
-    decision = decide(run_dir, LAST, "never", IDENTITY, restarted=False)
-    assert decision == Decision(move_aside=True)
+    assert decided(run_dir, "never") == Decision(move_aside=True)
 
 
 def test_a_run_without_a_checkpoint_makes_room(run_dir: Path) -> None:
     leave(run_dir, "failed", checkpoints=())
-    decision = decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
+    decision = decided(run_dir)
     assert (decision.checkpoint, decision.move_aside) == (None, True)
 
 
@@ -56,57 +59,43 @@ def test_a_run_that_took_no_step_leaves_nothing_worth_moving(run_dir: Path, resu
     (run_dir / "metrics.jsonl").touch()
     (run_dir / "tensorboard").mkdir()
     (run_dir / "tensorboard" / "events.out.tfevents.1.host.2.0").touch()
-    assert decide(run_dir, LAST, resume, IDENTITY, restarted=False) == Decision()
+    assert decided(run_dir, resume) == Decision()
 
 
-@pytest.mark.parametrize("name", [LAST, "config.json", "status.json", "metrics.jsonl"])
+@pytest.mark.parametrize("name", [LAST, "config.json"])
 def test_other_peoples_files_are_never_overwritten(run_dir: Path, name: str) -> None:
     (run_dir / "thesis.txt").touch()
-    assert decide(run_dir, LAST, "auto", IDENTITY, restarted=False) == Decision()
+    assert decided(run_dir) == Decision()
     (run_dir / name).write_text('{"model_type": "llava"}')
     with pytest.raises(UserError, match=f"holds {name} and no run of this toolkit"):
-        decide(run_dir, LAST, "auto", IDENTITY, restarted=False)
+        decided(run_dir)
 
 
-@pytest.mark.parametrize("state", ["done", "running"])
-def test_a_path_is_taken_whatever_the_run_was(run_dir: Path, tmp_path: Path, state: str) -> None:
-    leave(run_dir, state)
+def test_a_path_is_taken_whatever_the_run_was(run_dir: Path) -> None:
+    leave(run_dir, "done")
     for target in (run_dir, run_dir / LAST):
-        decision = decide(run_dir, LAST, str(target), {"batch_size": 1}, restarted=False)
+        decision = decided(run_dir, str(target), {"batch_size": 1})
         assert decision == Decision(run_dir / LAST, is_named=target.is_file())
 
 
-@pytest.mark.parametrize("resume", ["auto", "never"])
-def test_processes_started_again_continue_whatever_was_typed(run_dir: Path, resume: str) -> None:
-    leave(run_dir, "running")
-    decision = decide(run_dir, LAST, resume, {"batch_size": 1}, restarted=True)
-    assert decision == Decision(run_dir / LAST)
-
-
-def test_processes_started_again_do_not_go_back_to_the_checkpoint_named_at_first(
-    run_dir: Path,
+@pytest.mark.parametrize("resume", ["auto", "never", "last.1.pt"])
+def test_processes_started_again_continue_from_the_newest_whatever_was_typed(
+    run_dir: Path, resume: str
 ) -> None:
     leave(run_dir, "running", checkpoints=(LAST, "last.1.pt"))
-    decision = decide(run_dir, LAST, str(run_dir / "last.1.pt"), IDENTITY, restarted=True)
-    assert decision == Decision(run_dir / LAST)
+    typed = str(run_dir / resume) if resume.endswith("pt") else resume
+    assert decided(run_dir, typed, {"batch_size": 1}, again=True) == Decision(run_dir / LAST)
 
 
-def test_processes_started_again_before_any_checkpoint_begin_anew(run_dir: Path) -> None:
-    leave(run_dir, "running", checkpoints=())
-    assert decide(run_dir, LAST, "auto", IDENTITY, restarted=True) == Decision()
-
-
-def written(path: Path, world_size: int = 1) -> nn.Linear:
+def written(path: Path) -> nn.Linear:
     """The part of a run whose checkpoint, of step 7 in epoch 2, is at `path`."""
     net = nn.Linear(2, 1)
-    generators = [seed.get_state() for _ in range(world_size)]
-    checkpoint.save(path, checkpoint.snapshot({"net": net}, Position(7, 2, 1), generators))
+    checkpoint.save(path, checkpoint.snapshot({"net": net}, Position(7, 2, 1), [seed.get_state()]))
     return net
 
 
-def continued(decision: Decision, net: nn.Module, allow_reshard: bool = False) -> Position:
-    parts = {"net": net}
-    return continue_from(decision, parts, World(), total_steps=7, allow_reshard=allow_reshard)
+def continued(decision: Decision, net: nn.Module) -> Position:
+    return continue_from(decision, {"net": net}, World(), total_steps=7, allow_reshard=False)
 
 
 @pytest.mark.parametrize("decision", [Decision(), Decision(Path("/nowhere/last.pt"))])

@@ -59,21 +59,16 @@ def test_a_live_run_with_a_fresh_status_is_running(tmp_path):
     assert seen.disk_free_bytes
 
 
-@pytest.mark.parametrize(
-    ("state", "code"), [("done", 0), ("stopped", 143), ("failed", 1), ("failed", 2)]
-)
+@pytest.mark.parametrize(("state", "code"), [("done", 0), ("stopped", 143), ("failed", 2)])
 def test_an_ended_run_is_what_its_status_says(tmp_path, gone, state, code):
     seen = view(write(tmp_path, 9999, state=state, exit_code=code, reason="so", pid=gone))
     assert (seen.state, seen.exit_code, seen.reason, seen.eta_s) == (state, code, "so", None)
 
 
-def test_a_run_whose_process_is_gone_is_stale(tmp_path, gone):
+def test_a_run_whose_process_is_gone_or_another_is_stale(tmp_path, gone):
     seen = view(write(tmp_path, pid=gone))
     assert seen.state == "stale"
     assert f"process {gone} not found" in seen.note
-
-
-def test_a_run_whose_number_was_given_out_again_is_stale(tmp_path):
     assert view(write(tmp_path, pid_born="an earlier boot 17")).state == "stale"
     assert view(write(tmp_path, pid_command=["python", "another.py"])).state == "stale"
 
@@ -118,7 +113,7 @@ def test_a_held_directory_whose_run_is_over_has_one_that_starts(tmp_path, gone):
     assert view(tmp_path).state == "done"
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "null"])
+@pytest.mark.parametrize("text", ["{", "null"])
 def test_a_status_that_cannot_be_read_is_stale(tmp_path, text):
     (tmp_path / "status.json").write_text(text)
     assert view(tmp_path).state == "stale"
@@ -145,12 +140,11 @@ def test_training_numbers_are_the_newest_ones(tmp_path):
     assert seen.loss_smoothed == pytest.approx((0.9 * 4.0 + 2.0) / 1.9)
 
 
-@pytest.mark.parametrize(("tag", "rate"), [("Loss/Total", "LR"), ("train_loss", "learning_rate")])
-def test_a_recipes_own_names_of_loss_and_rate_are_known(tmp_path, tag, rate):
+def test_a_recipes_own_names_of_loss_and_rate_are_known(tmp_path):
     write(tmp_path)
-    log(tmp_path, train(1, **{tag: 4.0, rate: 0.1, "samples_per_s": 8.0, "steps_per_s": 2.0}))
+    log(tmp_path, train(1, **{"Loss/Total": 4.0, "learning_rate": 0.1, "steps_per_s": 2.0}))
     seen = view(tmp_path)
-    assert (seen.loss, seen.lr, seen.samples_per_s, seen.steps_per_s) == (4.0, 0.1, 8.0, 2.0)
+    assert (seen.loss, seen.lr, seen.steps_per_s) == (4.0, 0.1, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -172,22 +166,14 @@ def test_the_best_validation_and_its_epoch(tmp_path, values, name, best):
     assert seen.validation == {tag: numbers[-1] for tag, numbers in values.items()}
 
 
-def test_what_is_null_is_no_loss(tmp_path):
-    write(tmp_path)
-    log(tmp_path, train(1, loss=None), {"step": 1, "epoch": 0, "split": "val", "loss": None})
+def test_what_is_null_is_no_loss_and_a_foreign_programs_memory_is_in_its_metrics(tmp_path):
+    seen = view(write(tmp_path, memory_bytes=None))
+    assert (seen.loss, seen.best, seen.curve) == (None, None, [])
+    rows = train(1, loss=None, memory_bytes=3 << 30), {"step": 1, "split": "val", "loss": None}
+    log(tmp_path, *rows)
     seen = view(tmp_path)
     assert (seen.loss, seen.loss_smoothed, seen.curve, seen.best) == (None, None, [], None)
-
-
-def test_the_memory_of_a_foreign_program_stands_in_its_metrics(tmp_path):
-    write(tmp_path, memory_bytes=None)
-    log(tmp_path, train(1, loss=1.0, memory_bytes=3 << 30))
-    assert view(tmp_path).memory_bytes == 3 << 30
-
-
-def test_a_run_without_metrics_has_a_view(tmp_path):
-    seen = view(write(tmp_path))
-    assert (seen.loss, seen.best, seen.curve) == (None, None, [])
+    assert seen.memory_bytes == 3 << 30
 
 
 def test_a_long_runs_file_is_thinned_out_and_read_quickly(tmp_path):
@@ -235,9 +221,3 @@ def test_looking_writes_nothing(tmp_path):
     before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     view(tmp_path)
     assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before
-
-
-def test_a_view_needs_no_torch():
-    code = "import sys, shared.run_status, shared.run_text; sys.exit('torch' in sys.modules)"
-    root = Path(__file__).resolve().parents[2]
-    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0
