@@ -115,7 +115,7 @@ def _count_processes(flags: _Flags, argv: list[str], fit: Fit | None) -> int:
     visible = 0 if flags.device == "cpu" else visible_gpus(os.environ, present)
     if flags.device != "cpu":
         check_mask(os.environ, present)
-    if flags.processes.nnodes < 1 or not 0 <= flags.processes.node_rank < flags.processes.nnodes:
+    if flags.processes.node_rank >= flags.processes.nnodes:
         raise UserError(
             f"--node-rank {flags.processes.node_rank} of --nnodes {flags.processes.nnodes}: hosts "
             "are numbered from 0 to nnodes - 1"
@@ -126,7 +126,7 @@ def _count_processes(flags: _Flags, argv: list[str], fit: Fit | None) -> int:
         typed = number("NPROC_PER_NODE", variable, int, COUNTS)
     if typed is not None:
         limit = visible or PROCESSES.high
-        if not 1 <= typed <= limit:
+        if typed > limit:
             have = f"{visible} GPU(s) are visible" if visible else "no GPU is visible"
             raise UserError(f"--nproc {typed}: {have}; allowed: 1 to {limit}, or --device cpu")
         return typed
