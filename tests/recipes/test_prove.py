@@ -3,13 +3,17 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
 
+from shared import prove as proving
+from shared.config import parse
 from shared.files import read_json
-from tests.harness import PROBE, ROOT, start, status_of
+from tests.faults import probe_recipe
+from tests.harness import PROBE, ROOT, run_here, start, status_of
 from tests.lavic_talks import nano
-from tests.recipes.test_face_distill import SCRIPT, faces, flags  # noqa: F401  fixtures
+from tests.trainings import TRAININGS
 
 pytestmark = [pytest.mark.slow, pytest.mark.limit(300)]
 
@@ -56,41 +60,42 @@ def rows(run_dir):
     return proof["holds"], {row["case"]: row for row in proof["cases"]}
 
 
-def test_a_sound_training_holds_and_leaves_its_figures_alone(tmp_path):
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    (run_dir / "notes.txt").write_text("mine")
-    outcome = prove(PROBE, "--run-dir", run_dir)
+def test_a_sound_training_holds_and_leaves_the_run_that_is_there_alone(tmp_path):
+    assert run_here(probe_recipe.main, ["--run-dir", tmp_path, "--stop-after", 2]).code == 0
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    outcome = prove(PROBE, "--run-dir", tmp_path)
     assert outcome.code == 0, outcome.text
     assert "every case holds; the figures are in" in outcome.last_line
-    holds, found = rows(run_dir)
+    holds, found = rows(tmp_path)
     assert holds and list(found) == ["one = 2 processes", "resumed = uninterrupted"]
     assert 0 < found["one = 2 processes"]["losses"] < 1e-5  # other sums: not the same run twice
     assert found["resumed = uninterrupted"]["optimizer"] == 0
-    assert {path.name for path in run_dir.iterdir()} == {"notes.txt", "proof.json"}
+    assert {path: path.read_bytes() for path in before} == before
+    assert status_of(tmp_path)["state"] == "stopped" and not (tmp_path / "prove").exists()
 
 
 @pytest.mark.parametrize(
-    "fault",
-    [name if name in OFTEN else pytest.param(name, marks=pytest.mark.full) for name in FAULTS],
+    "planted",
+    [OFTEN, pytest.param([name for name in FAULTS if name not in OFTEN], marks=pytest.mark.full)],
 )
-def test_a_planted_fault_is_found(tmp_path, fault):
-    file, there, instead, finder = FAULTS[fault]
+def test_planted_faults_are_found_each_by_its_case(tmp_path, planted):
     left_out = shutil.ignore_patterns("__pycache__", "docs", "ddp_series", "shell")
     shutil.copytree(ROOT / "shared", tmp_path / "shared", ignore=left_out)
     (tmp_path / "tests" / "faults").mkdir(parents=True)
     for name in ("probe_recipe.py", "probe_training.py"):
         shutil.copy(PROBE.with_name(name), tmp_path / "tests" / "faults" / name)
-    text = (tmp_path / file).read_text()
-    assert text.count(there) == 1
-    (tmp_path / file).write_text(text.replace(there, instead))
+    for file, there, instead, _ in (FAULTS[name] for name in planted):
+        text = (tmp_path / file).read_text()
+        assert text.count(there) == 1
+        (tmp_path / file).write_text(text.replace(there, instead))
     run_dir = tmp_path / "run"
     outcome = prove(tmp_path / "tests" / "faults" / "probe_recipe.py", "--run-dir", run_dir)
     assert outcome.code == 1, outcome.text
     assert "not every case holds" in outcome.last_line and "OUT OF BOUNDS" in outcome.text
     holds, found = rows(run_dir)
     assert not holds
-    assert [name for name, row in found.items() if not row["holds"]] == [finder]
+    finders = [FAULTS[name][3] for name in planted]
+    assert [name for name, row in found.items() if not row["holds"]] == finders
     assert (run_dir / "prove" / "log.txt").stat().st_size  # kept, to be looked into
 
 
@@ -101,30 +106,32 @@ def test_a_side_that_does_not_train_fails_the_proof_with_its_last_line(tmp_path)
 
 
 @pytest.mark.parametrize("more", [["--nnodes", 2], ["--resume", "run"]])
-def test_where_it_cannot_start_the_processes_it_says_so(tmp_path, more):
+def test_where_it_cannot_start_the_processes_it_says_so(tmp_path, more, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "config.json").write_text(json.dumps({"settings": {}}))
-    words = [str(run_dir) if word == "run" else word for word in more]
-    outcome = prove(PROBE, "--run-dir", run_dir, *words)
+    outcome = run_here(probe_recipe.main, ["--run-dir", run_dir, *more, "--prove"])
     assert outcome.code == 2 and "--prove starts its processes itself" in outcome.last_line
 
 
-def test_face_distills_ways_to_take_a_step_agree(flags, tmp_path):  # noqa: F811
-    """Beside a run that is there, which stays as it is."""
-    with start([SCRIPT, *flags, "--stop-after", 2]) as running:
-        assert running.finish().code == 0
-    run_dir = tmp_path / "checkpoints"
-    before = {path: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
-    outcome = prove(SCRIPT, *flags)
+@pytest.mark.parametrize("name", TRAININGS)
+def test_every_training_has_cases_of_flags_that_it_takes(name, tmp_path, monkeypatch):
+    """What comes of them on the demos is in the full tier."""
+    training = TRAININGS[name](tmp_path)
+    tried = []
+    monkeypatch.setattr(proving, "prove", lambda *given: tried.extend(given[3]) or 0)
+    words = [*training.flags, training.place, tmp_path / "run"]
+    outcome = run_here(training.main, [*words, "--prove"])
     assert outcome.code == 0, outcome.text
-    holds, found = rows(run_dir)
-    assert holds and list(found) == [
-        "one = 2 processes", "whole = micro-batches", "checkpointed = plain",
-        "bfloat16 near float32", "resumed = uninterrupted",
-    ]  # fmt: skip
-    assert {path: path.read_bytes() for path in before} == before
-    assert status_of(run_dir)["state"] == "stopped"
+    assert len(tried) == 4
+    config = sys.modules[training.main.__module__].Config
+    for case in (case for case in tried if not case.why_not):
+        one, other = (
+            parse(config, [str(word) for word in (*words, *side)])
+            for side in (case.one, case.other)
+        )
+        assert one != other, case.name
 
 
 @pytest.mark.full
@@ -137,13 +144,11 @@ def test_prompt_tunings_ways_to_take_a_step_agree(tmp_path):
     assert holds and len(found) == 5
 
 
-DEMOS = {
-    "face_distill/train_distill.py": 5,
-    "lavic/src/knowledge_distillation.py": 5,
-    "vasevqa/filter/model.py": 4,
-    "multimodal/run_training.py": 5,
-    "arcface/run_scripts/run_arcface.py": 4,
-}
+DEMOS = (
+    *("face_distill/train_distill.py", "lavic/src/knowledge_distillation.py"),
+    *("vasevqa/filter/model.py", "multimodal/run_training.py"),
+    "arcface/run_scripts/run_arcface.py",
+)
 
 
 @pytest.mark.full
@@ -153,5 +158,5 @@ def test_a_demo_holds(script, tmp_path):
     outcome = prove(ROOT / script, "--demo", "--run-dir", tmp_path / "run", patience=880.0)
     assert outcome.code == 0, outcome.text
     holds, found = rows(tmp_path / "run")
-    assert holds and len(found) == DEMOS[script]
+    assert holds and len(found) == 5
     assert len(re.findall(r"  ok$", outcome.text, re.M)) >= 2

@@ -1,8 +1,5 @@
 """What is made once: whole, by one process at a time, anew when anything is amiss."""
 
-import errno
-import fcntl
-import logging
 import os
 import signal
 import subprocess
@@ -141,27 +138,6 @@ def test_a_link_among_the_parts_is_taken_away_and_not_followed(maker, tmp_path):
     assert (elsewhere / "mine.txt").read_text() == "mine"
 
 
-def test_a_make_that_fails_leaves_no_marker(maker):
-    maker.build()
-
-    def fail():
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        build_once(maker.root / "demo.json", {"seed": 1}, [maker.root / "data"], fail)
-    assert not (maker.root / "demo.json").exists()
-
-
-def test_a_file_system_without_locks_costs_the_waiting_alone(maker, monkeypatch, caplog):
-    def refuse(*_):
-        raise OSError(errno.ENOLCK, "no locks available")
-
-    caplog.set_level(logging.INFO)
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    maker.build()
-    assert maker.calls == 1 and not caplog.messages
-
-
 @pytest.mark.parametrize("damaged", ["", '{"version": 1, "seed": 0}', '{"files": 7}'])
 def test_a_marker_that_says_nothing_of_use_is_none(maker, damaged):
     maker.build()
@@ -174,14 +150,3 @@ def test_where_nothing_can_be_written_one_line_says_so(tmp_path):
     (tmp_path / "demo").write_text("a file in the way")
     with pytest.raises(UserError, match="cannot be written"):
         Maker(tmp_path / "demo").build()
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_whole_one_serves_where_nobody_may_write(maker):
-    maker.build()
-    maker.root.chmod(0o500)
-    try:
-        maker.build()
-    finally:
-        maker.root.chmod(0o700)
-    assert maker.calls == 1

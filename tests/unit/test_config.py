@@ -2,14 +2,13 @@
 
 import json
 import shlex
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
 
-from shared.config import RunOptions, ToolOptions, option, parse, parse_known, parse_own
+from shared.config import RunOptions, option, parse, parse_known, parse_own
 from shared.errors import UserError
 from shared.settings import Count, Range, differing, settings
 
@@ -98,54 +97,6 @@ def test_several_texts_come_from_a_file_and_back_out_of_a_run(tmp_path: Path):
     assert read(f"--resume {tmp_path / 'last.pt'} --epochs 9").changes == ("a=1",)
 
 
-@dataclass(frozen=True)
-class OwnConfig:
-    """A recipe whose --config is a file of its own kind."""
-
-    config: str | None = option(None, "a network's description")
-    run: RunOptions = field(default_factory=RunOptions)
-
-
-def test_a_name_of_the_recipe_hides_the_same_name_below_it():
-    cfg = parse(OwnConfig, ["--config", "nets/a.py", "--seed", "3"])
-    assert (cfg.config, cfg.run.config, cfg.run.seed) == ("nets/a.py", None, 3)
-    assert settings(cfg)["config"] == "nets/a.py"
-
-
-@dataclass(frozen=True)
-class Tool:
-    """A script that keeps no run."""
-
-    folder: Path | None = option(None, "what it works on", positional=True)
-    count: int | None = option(None, "how many", positional=True)
-    tool: ToolOptions = field(default_factory=ToolOptions)
-
-
-def test_positional_settings_are_typed_without_a_name_needed_and_checked():
-    cfg = parse(Tool, ["faces", "--amp", "--device", "cpu", "3"])
-    assert (cfg.folder, cfg.count) == (Path.cwd() / "faces", 3)
-    assert (cfg.tool.amp, cfg.tool.device) == ("auto", "cpu")
-    assert cfg.tool.typed == {"folder", "count", "amp", "device"}
-    for line, named in (("faces", "COUNT"), ("faces many", "many")):
-        with pytest.raises(UserError, match=named):
-            parse(Tool, line.split())
-
-
-@dataclass(frozen=True)
-class Several:
-    """Texts without a name, and a flag."""
-
-    files: tuple[str, ...] = option((), "what it works on", positional=True)
-    count: int = option(1, "how many")
-
-
-def test_several_texts_may_be_typed_without_a_name():
-    found = parse(Several, ["a.jpg", "b c.jpg", "--count", "2"])
-    assert found == Several(("a.jpg", "b c.jpg"), 2)
-    with pytest.raises(UserError, match=r"^files is empty, allowed: one or more texts$"):
-        parse(Several, ["--count", "2"])
-
-
 def test_a_typed_path_is_relative_to_where_it_was_typed(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/somebody")
@@ -156,25 +107,7 @@ def test_a_typed_path_is_relative_to_where_it_was_typed(tmp_path: Path, monkeypa
     assert (cfg.run.resume, cfg.run.is_explicit_resume) == ("auto", False)
 
 
-def test_help_shows_defaults_zero_too(capsys: pytest.CaptureFixture[str]):
-    with pytest.raises(SystemExit) as left:
-        parse(Config, ["--help"], usage="How to use it, 100 %.")
-    assert left.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    assert "samples a step (100 % of them) (default: 8)" in shown
-    assert "loader workers (default: 0)" in shown
-    assert "directory of the data (default: none)" in shown
-    assert "mix the samples (default: on)" in shown
-
-
-def test_reading_flags_uses_nothing_that_a_later_python_drops():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert read("--nproc 2").run.processes.nproc == 2
-
-
 def test_the_flags_of_others_are_passed_over_or_given_back_in_their_order():
-    @dataclass(frozen=True)
     class Own:
         names: tuple[str, ...] = option((), "names")
         force: bool = option(False, "force")

@@ -48,24 +48,19 @@ def digests(root: Path) -> dict[str, str]:
     }
 
 
-def test_a_seed_draws_the_same_bytes_and_another_seed_others(demo, tmp_path):
-    build, _ = demo
-    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
-        build(tmp_path / name, seed=seed)
-    first, again, other = (digests(tmp_path / name) for name in ("first", "again", "other"))
-    assert first == again and len(first) > 5
-    assert len(set(first.values()) - set(other.values())) > len(first) / 2
-    build(tmp_path / "first", seed=1)
-    assert digests(tmp_path / "first") == other  # and nothing of the one before is left
-
-
-def test_a_finished_demo_is_kept_and_one_that_lacks_a_file_is_made_again(demo, tmp_path):
+def test_a_finished_demo_is_kept_one_that_lacks_a_file_is_made_again_and_a_seed_draws_its_own(
+    demo, tmp_path
+):
     build, lost = demo
-    build(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in files_of(tmp_path)}
-    build(tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in files_of(tmp_path)} == before
-    whole = digests(tmp_path)
-    next(tmp_path.rglob(lost)).unlink()
-    build(tmp_path)
-    assert digests(tmp_path) == whole and set(files_of(tmp_path)) == set(before)
+    first, other = tmp_path / "first", tmp_path / "other"
+    build(first, seed=0)
+    before = {path: path.stat().st_mtime_ns for path in files_of(first)}
+    build(first, seed=0)
+    assert {path: path.stat().st_mtime_ns for path in files_of(first)} == before
+    whole = digests(first)
+    next(first.rglob(lost)).unlink()
+    build(first, seed=0)
+    assert digests(first) == whole and set(files_of(first)) == set(before)
+    build(other, seed=1)
+    assert len(whole) > 5
+    assert len(set(whole.values()) - set(digests(other).values())) > len(whole) / 2

@@ -79,8 +79,8 @@ def test_an_unknown_device_is_refused_with_those_that_are_known(name: str) -> No
 
 
 def test_auto_falls_back_to_the_cpu_with_one_line_and_never_for_a_mistyped_mask(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    monkeypatch, caplog
+):
     monkeypatch.setattr(device, "present_gpus", lambda: 0)
     with caplog.at_level(logging.INFO, logger="shared.device"):
         assert resolve("auto", 0, {}) == torch.device("cpu")
@@ -94,9 +94,7 @@ def test_auto_falls_back_to_the_cpu_with_one_line_and_never_for_a_mistyped_mask(
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda"])
-def test_a_gpu_that_torch_cannot_use_is_an_error_and_no_fallback(
-    monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_gpu_that_torch_cannot_use_is_an_error_and_no_fallback(monkeypatch, name):
     monkeypatch.setattr(device, "present_gpus", lambda: 2)
     monkeypatch.setattr(device, "driver_version", lambda: "535.104.05")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -119,15 +117,13 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     ("name", "local_rank", "index"), [("auto", 1, 1), ("cuda", 0, 0), ("cuda:1", 0, 1)]
 )
 def test_each_process_takes_the_gpu_of_its_number_or_the_one_that_is_named(
-    two_gpus: list[torch.device], name: str, local_rank: int, index: int
-) -> None:
+    two_gpus, name, local_rank, index
+):
     assert resolve(name, local_rank, {}) == torch.device("cuda", index)
     assert two_gpus == [torch.device("cuda", index)]
 
 
-def test_a_number_beyond_the_last_is_refused_and_cpu_is_the_cpu_whatever_the_mask_says(
-    two_gpus: list[torch.device],
-) -> None:
+def test_a_number_beyond_the_last_is_refused_and_cpu_is_the_cpu_whatever_the_mask_says(two_gpus):
     with pytest.raises(UserError, match="cuda:5 is not there; allowed: cuda:0 to cuda:1"):
         resolve("cuda:5", 0, {})
     assert resolve("cpu", 0, {"CUDA_VISIBLE_DEVICES": "7"}) == torch.device("cpu")

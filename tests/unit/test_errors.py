@@ -82,21 +82,14 @@ def allocation_error() -> BaseException:
     return caught.value
 
 
-def wrapped(cause: Exception) -> Exception:
-    try:
-        raise ValueError("the step failed") from cause
-    except ValueError as error:
-        return error
-
-
-def handled(before: Exception) -> Exception:
-    """An error of its own while `before`, which somebody has caught, was dealt with."""
+def after(before: Exception, *, is_cause: bool) -> Exception:
+    """An error raised from `before`, or one of its own while `before` was dealt with."""
     try:
         try:
             raise before
-        except Exception:
-            raise KeyError("input_ids")  # noqa: B904
-    except KeyError as error:
+        except Exception as error:
+            raise ValueError("the step failed") from (error if is_cause else None)
+    except ValueError as error:
         return error
 
 
@@ -107,8 +100,8 @@ ERRORS = {
     "torch in RAM": (allocation_error(), True),
     "a fork": (OSError(12, "Cannot allocate memory"), True),
     "Python": (MemoryError(), True),
-    "inside another error": (wrapped(CUDA), True),
-    "one that was dealt with": (handled(CUDA), False),
+    "inside another error": (after(CUDA, is_cause=True), True),
+    "one that was dealt with": (after(CUDA, is_cause=False), False),
     "a shape": (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
 }
 

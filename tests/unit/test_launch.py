@@ -1,18 +1,13 @@
 import json
 import os
-import re
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from face_distill import train_distill
 from shared import launch, logs, outcome, supervisor
-from shared.config import parse
 from shared.errors import MissingToolError, UserError
-from shared.outcome import Failure
 from tests.harness import run_here
 
 PROBE = Path(__file__).resolve().parents[1] / "faults" / "probe_recipe.py"
@@ -64,9 +59,7 @@ def processes(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         ("--nnodes 2 --node-rank 1 --nproc 2", 0, 2),
     ],
 )
-def test_processes_come_from_flags_and_gpus(
-    processes: Callable[..., int], line: str, gpus: int, expected: int
-) -> None:
+def test_processes_come_from_flags_and_gpus(processes, line, gpus, expected):
     assert processes(line, gpus) == expected
 
 
@@ -80,12 +73,8 @@ def test_processes_come_from_flags_and_gpus(
     ],
 )
 def test_a_number_that_cannot_be_is_refused_before_anything_starts(
-    processes: Callable[..., int],
-    capsys: pytest.CaptureFixture[str],
-    line: str,
-    gpus: int,
-    words: list[str],
-) -> None:
+    processes, capsys, line, gpus, words
+):
     assert processes(line, gpus) == 0
     message = capsys.readouterr().err
     assert message.count("\n") == 1
@@ -93,10 +82,8 @@ def test_a_number_that_cannot_be_is_refused_before_anything_starts(
 
 
 def test_hidden_gpus_are_not_counted_and_a_mask_that_names_none_is_refused(
-    processes: Callable[..., int],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+    processes, monkeypatch, capsys
+):
     for mask, expected in (("0,2", 2), ("", 1), ("7", 0)):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", mask)
         assert processes("", gpus=4) == expected
@@ -105,8 +92,8 @@ def test_hidden_gpus_are_not_counted_and_a_mask_that_names_none_is_refused(
 
 
 def test_a_variable_and_a_settings_file_count_unless_a_flag_is_typed(
-    processes: Callable[..., int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+    processes, monkeypatch, tmp_path
+):
     (tmp_path / "a.yaml").write_text("nproc: 2\ndevice: cpu\nepochs: 3\n")
     assert processes(f"--config {tmp_path}/a.yaml", gpus=4) == 2
     assert processes(f"--config {tmp_path}/a.yaml --nproc 3", gpus=4) == 3
@@ -115,21 +102,10 @@ def test_a_variable_and_a_settings_file_count_unless_a_flag_is_typed(
     assert processes("--nproc 2", gpus=4) == 2
 
 
-def test_the_recipe_may_use_fewer_gpus_than_there_are_unless_a_number_is_typed(
-    processes: Callable[..., int],
-) -> None:
+def test_the_recipe_may_use_fewer_gpus_than_there_are_unless_a_number_is_typed(processes):
     assert processes("", gpus=4, fit=lambda argv, visible: visible - 1) == 3
     assert processes("--nproc 4", gpus=4, fit=lambda argv, visible: 1) == 4
     assert processes("", gpus=1, fit=lambda argv, visible: 0) == 1
-
-
-def test_restarts_need_the_agent_even_for_one_process(
-    processes: Callable[..., int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    alone: list[int] = []
-    monkeypatch.setattr(launch, "_alone", lambda *_: alone.append(1) or 0)
-    assert processes("--max-restarts 2") == 1
-    assert alone == []
 
 
 # several processes: the input is checked once, here
@@ -143,9 +119,7 @@ def supervised(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return handed
 
 
-def test_the_input_is_checked_dry_before_processes_start(
-    supervised: list[list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_input_is_checked_dry_before_processes_start(supervised, monkeypatch):
     seen: list[list[str]] = []
     monkeypatch.setattr(sys, "argv", ["train.py", "--nproc", "2", "--epochs", "3"])
     assert launch.launch(lambda argv: seen.append(argv) or 0) == 0
@@ -154,25 +128,12 @@ def test_the_input_is_checked_dry_before_processes_start(
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h", "--dry_run", "--print-config"])
-def test_what_trains_nothing_runs_once_and_starts_no_process(
-    supervised: list[list[str]], monkeypatch: pytest.MonkeyPatch, flag: str
-) -> None:
+def test_what_trains_nothing_runs_once_and_starts_no_process(supervised, monkeypatch, flag):
     seen: list[list[str]] = []
     monkeypatch.setattr(sys, "argv", ["train.py", "--nproc", "2", flag])
     assert launch.launch(lambda argv: seen.append(argv) or 0) == 0
     assert len(seen) == 1
     assert supervised == []
-
-
-def test_the_number_of_processes_is_known_while_the_input_is_checked(
-    supervised: list[list[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes: list[int] = []
-    monkeypatch.setattr(sys, "argv", ["train.py", "--nproc", "2", "--nnodes", "3"])
-    launch.launch(lambda _: sizes.append(launch.world_size()) or 0)
-    assert sizes == [6]
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    assert launch.world_size() == 4
 
 
 # how a process ended
@@ -233,22 +194,6 @@ def test_a_missing_package_or_file_is_named_with_the_way_out(module: str, said: 
     assert all(words in message for words in said)
 
 
-def test_a_failure_is_told_once_with_advice_and_closes_the_status(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
-) -> None:
-    (tmp_path / "status.json").write_text('{"state": "running"}')
-    parse(train_distill.Config, [])
-    failure = Failure(0, 1, "error", "OutOfMemoryError: CUDA out of memory.", "Traceback …\n")
-    assert outcome.report(failure, tmp_path) == 1
-    assert capsys.readouterr().err == "Traceback …\n"
-    (line,) = caplog.messages
-    assert line.startswith("failed: OutOfMemoryError")
-    assert "--batch-size" in line
-    assert line.endswith("(exit 1)")
-    status = json.loads((tmp_path / "status.json").read_text())
-    assert (status["state"], status["exit_code"]) == ("failed", 1)
-
-
 # which of several failures came first
 
 
@@ -273,20 +218,6 @@ def test_a_mistake_of_the_user_keeps_its_code_and_its_words(tmp_path: Path) -> N
     assert (first.code, first.message) == (2, "--data /x is not there")
 
 
-def test_a_killed_process_is_the_cause_of_lost_peers(tmp_path: Path) -> None:
-    leave_word(tmp_path, 0, "peer_lost", "RuntimeError: Connection reset", at=1.0)
-    first = supervisor.first_failure({0: 1, 1: -9}, tmp_path)
-    assert "rank 1 was killed by SIGKILL" in first.message
-
-
-def test_the_rank_that_did_not_answer_is_named_and_not_the_one_that_waited(tmp_path: Path) -> None:
-    for rank in (0, 1):
-        (tmp_path / f"pid.{rank}").write_text("1")
-    leave_word(tmp_path, 0, "timeout", "RuntimeError: Timed out waiting 5000ms", at=1.0)
-    first = supervisor.first_failure({0: 1}, tmp_path)
-    assert first.message.startswith("rank 1 did not answer within --timeout")
-
-
 def test_failures_of_an_earlier_start_are_forgotten(tmp_path: Path) -> None:
     leave_word(tmp_path, 0, "error", "ValueError: first start", at=1.0, restart=0)
     leave_word(tmp_path, 1, "error", "ValueError: second start", at=9.0, restart=1)
@@ -296,19 +227,7 @@ def test_failures_of_an_earlier_start_are_forgotten(tmp_path: Path) -> None:
 # speed of what needs no torch
 
 
-@pytest.mark.parametrize("flag", ["--print-config", "--dry-run"])
-def test_what_trains_nothing_imports_nothing_slow(flag: str) -> None:
-    command = [sys.executable, "-X", "importtime", str(PROBE), flag]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    imported = set(re.findall(r"\|\s+(\w+)\s*$", done.stderr, re.MULTILINE))
-    assert {"argparse", "dataclasses"} <= imported  # the list is the one that is meant
-    assert not imported & {"torch", "numpy", "yaml", "tqdm", "tensorboard"}
-
-
-def test_a_script_for_one_process_runs_once_whoever_asks_for_more(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_script_for_one_process_runs_once_whoever_asks_for_more(monkeypatch):
     called: list[list[str]] = []
     monkeypatch.setattr(sys, "argv", ["embed.py", "--batch_size", "4"])
     monkeypatch.setitem(os.environ, "NPROC_PER_NODE", "4")

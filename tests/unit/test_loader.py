@@ -1,6 +1,5 @@
 """Loaders: the order of samples, their random numbers, their shares, their workers."""
 
-import os
 import random
 import time
 from itertools import chain
@@ -15,13 +14,7 @@ from torch.utils.data import Dataset
 from shared import seed
 from shared.distributed import World
 from shared.errors import UserError, hint_for
-from shared.loader import (
-    TrainBatches,
-    eval_indices,
-    make_eval_loader,
-    make_loader,
-    steps_per_epoch,
-)
+from shared.loader import TrainBatches, eval_indices, make_eval_loader, make_loader, steps_per_epoch
 
 
 class Draws(Dataset[Tensor]):
@@ -54,16 +47,6 @@ class DrawsByBatch(Draws):
         self.calls.append(list(indices))
         drawn = float(torch.rand(()))
         return [torch.tensor([float(index), drawn]) for index in indices]
-
-
-class Groups(Dataset[Tensor]):
-    """The process, the process group and the parent of whoever fetches."""
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, index: int) -> Tensor:
-        return torch.tensor([os.getpid(), os.getpgid(0), os.getppid()])
 
 
 def fetch(data: Dataset[Any], workers: int, epoch: int = 1, offset: int = 0) -> list[Tensor]:
@@ -109,18 +92,6 @@ def test_fetching_leaves_the_generators_of_gpus_alone(monkeypatch: pytest.Monkey
     assert seeded == []
 
 
-def test_a_sample_that_fails_leaves_the_generators_alone_too() -> None:
-    class Broken(Draws):
-        def __getitem__(self, index: int) -> Tensor:
-            torch.rand(3)
-            raise ValueError("broken")
-
-    before = states()
-    with pytest.raises(ValueError, match="broken"):
-        fetch(Broken(), workers=0)
-    assert states() == before
-
-
 def test_a_dataset_that_fetches_by_batch_gets_each_batch_in_one_call() -> None:
     data = DrawsByBatch()
     rows = fetch(data, workers=0)
@@ -137,25 +108,6 @@ def test_two_ranks_draw_for_each_sample_what_one_draws() -> None:
 
     both = numbers(World(0, 0, 2), 2) | numbers(World(1, 1, 2), 2)
     assert both == numbers(World(), 4)
-
-
-def test_workers_live_in_process_groups_of_their_own() -> None:
-    loader = make_loader(Groups(), 2, World(), seed=0, workers=2)
-    for pid, group, parent in torch.cat(list(loader)).tolist():
-        assert parent == os.getpid()
-        assert group == pid != os.getpgid(0)
-
-
-def test_evaluation_draws_nothing() -> None:
-    before = states()
-    seen = torch.cat([row for rank in range(3) for row in share(rank)])
-    assert sorted(seen[:, 0].tolist()) == list(range(13))
-    assert states() == before
-
-
-def share(rank: int) -> list[Tensor]:
-    data = [torch.tensor([float(index)]) for index in range(13)]
-    return list(make_eval_loader(data, 2, World(rank, rank, 3)))  # type: ignore[arg-type]
 
 
 def test_a_worker_that_gives_no_batch_ends_the_run_after_the_timeout() -> None:
@@ -182,16 +134,8 @@ def test_two_ranks_together_see_the_global_batches_of_one() -> None:
     assert [a + b for a, b in zip(first, second, strict=True)] == alone
 
 
-def test_an_epoch_holds_every_sample_at_most_once_in_whole_batches() -> None:
-    seen = list(chain.from_iterable(batches(0, 2, 4) + batches(1, 2, 4)))
-    assert len(seen) == len(set(seen)) == 16  # 23 samples: two whole global batches of 8
-    assert set(seen) <= set(range(23))
-
-
 @pytest.mark.parametrize(("size", "num"), [(1, 5), (2, 1), (2, 12), (3, 23)])
-def test_with_the_rest_an_epoch_holds_every_sample_once_in_as_many_steps_on_every_rank(
-    size: int, num: int
-) -> None:
+def test_with_the_rest_an_epoch_holds_every_sample_once_in_as_many_steps_on_every_rank(size, num):
     ranks = [
         list(TrainBatches(num, 2, World(r, r, size), seed=3, epoch=1, with_rest=True))
         for r in range(size)

@@ -11,13 +11,7 @@ import pytest
 
 from tests.arcface_nano import build_inshop, write_config
 from tests.harness import ROOT
-from tests.unit.test_command_lines import (
-    NOT_NUMBERS,
-    POSITIONAL,
-    SCRIPTS,
-    complaints,
-    settings_of,
-)
+from tests.unit.test_command_lines import NOT_NUMBERS, POSITIONAL, SCRIPTS, complaints, settings_of
 
 
 def main_of(script: str):

@@ -38,9 +38,7 @@ def test_the_time_left_is_of_this_starts_own_steps_by_the_monotonic_clock(clocks
     assert [shown.eta_s(step) for step in (70, 100, 102)] == [15.0, 0.0, 0.0]
 
 
-def test_a_line_names_everything_as_key_and_value(
-    clocks: Clocks, lines: pytest.LogCaptureFixture
-) -> None:
+def test_a_line_names_everything_as_key_and_value(clocks, lines):
     shown = Progress(200, 0, samples_per_step=32)
     clocks.monotonic += 10.0
     shown.show(20, 1, {"loss": 0.123456789, "lr": 1e-3})
@@ -49,26 +47,13 @@ def test_a_line_names_everything_as_key_and_value(
     ]
 
 
-def test_lines_come_at_the_first_step_every_ten_seconds_and_at_the_last(
-    clocks: Clocks, lines: pytest.LogCaptureFixture
-) -> None:
+def test_lines_come_at_the_first_step_every_ten_seconds_and_at_the_last(clocks, lines):
     shown = Progress(50, 0)
     for step in range(1, 51):
         clocks.monotonic += 1.0
         shown.show(step, 0, {})
     steps = [message.split("/")[0] for message in lines.messages]
     assert steps == [f"step={step}" for step in (1, 11, 21, 31, 41, 50)]
-
-
-def test_a_recipe_with_lines_of_its_own_gets_none_from_here(
-    clocks: Clocks, lines: pytest.LogCaptureFixture
-) -> None:
-    shown = Progress(3, 0, lines=False)
-    for step in (1, 2, 3):
-        clocks.monotonic += 60.0
-        shown.show(step, 0, {"loss": 1.0})
-    assert lines.messages == []
-    assert shown.eta_s(3) == 0.0
 
 
 class Terminal(io.StringIO):
@@ -85,9 +70,7 @@ class Terminal(io.StringIO):
         return super().write(text)
 
 
-def test_terminals_get_a_bar_and_no_lines(
-    monkeypatch: pytest.MonkeyPatch, lines: pytest.LogCaptureFixture
-) -> None:
+def test_terminals_get_a_bar_and_no_lines(monkeypatch, lines):
     out, err = Terminal(), Terminal()
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stderr", err)
@@ -99,28 +82,6 @@ def test_terminals_get_a_bar_and_no_lines(
     assert lines.messages == []
 
 
-def test_a_terminal_that_goes_away_ends_no_training(monkeypatch: pytest.MonkeyPatch) -> None:
-    err = Terminal()
-    monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setattr(sys, "stderr", err)
-    shown = Progress(10, 0)
-    err.gone = True
-    for step in range(1, 11):
-        shown.show(step, 0, {"loss": 0.5})
-    shown.close()
-
-
-def test_where_stdout_is_no_terminal_there_are_lines_of_printable_signs_and_no_bar(
-    monkeypatch: pytest.MonkeyPatch, lines: pytest.LogCaptureFixture
-) -> None:
-    err = Terminal()
-    monkeypatch.setattr(sys, "stderr", err)
-    monkeypatch.setattr(sys, "stdout", io.StringIO())
-    Progress(10, 0).show(1, 0, {"loss": 1.0})
-    assert err.getvalue() == ""
-    assert len(lines.messages) == 1 and lines.messages[0].isprintable()
-
-
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00:00"), (59.6, "0:01:00"), (3725, "1:02:05"), (90061, "25:01:01")]
 )
@@ -129,8 +90,7 @@ def test_seconds_as_a_clock_shows_them(seconds: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"),
-    [(0, "0 s"), (59, "59 s"), (119, "1 min"), (7200, "2 h"), (200_000, "2 d")],
+    ("seconds", "text"), [(0, "0 s"), (59, "59 s"), (119, "1 min"), (7200, "2 h"), (200_000, "2 d")]
 )
 def test_a_time_is_told_in_its_largest_unit(seconds, text):
     assert span(seconds) == text

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -43,30 +42,15 @@ def targets(text: str, folder: Path) -> set[str]:
     }
 
 
-@pytest.fixture(params=IN_BOTH_LANGUAGES)
-def twins(request: pytest.FixtureRequest) -> tuple[str, str]:
-    """A page in English and in Chinese."""
-    return text_of(request.param), text_of(chinese(request.param))
-
-
-def test_both_languages_have_the_same_commands(twins: tuple[str, str]):
-    english, chinese = map(pages.code_blocks, twins)
-    assert english == chinese
-
-
-def test_both_languages_have_the_same_tables(twins: tuple[str, str]):
-    english, chinese = map(skeleton, twins)
-    assert english == chinese
-
-
-def test_both_languages_have_the_same_names_in_their_text(twins: tuple[str, str]):
-    english, chinese = (set(spans(re.sub(r"^```.*?^```", "", t, flags=re.M | re.S))) for t in twins)
-    assert english == chinese
+def names_in(text: str) -> set[str]:
+    return set(spans(re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)))
 
 
 @pytest.mark.parametrize("page", IN_BOTH_LANGUAGES)
-def test_both_languages_have_the_same_chapters_and_links(page: str):
+def test_both_languages_have_the_same_commands_tables_names_chapters_and_links(page: str):
     english, translated = text_of(page), text_of(chinese(page))
+    for what in (pages.code_blocks, skeleton, names_in):
+        assert what(english) == what(translated)
     levels = [re.findall(r"^#+", text, re.M) for text in (english, translated)]
     assert levels[0] == levels[1]
     folder = (ROOT / page).parent
@@ -120,19 +104,6 @@ def test_the_table_of_figures_is_what_the_recorded_results_say(language: str):
     page = text_of(figures.PAGES[language])
     assert figures.BEGIN in page
     assert figures.written(page, language) == page, "run tests/full/figures.py"
-
-
-def test_a_runs_result_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    content = json.loads(figures.FILE.read_text(encoding="utf-8"))
-    copy = tmp_path / "figures.json"
-    copy.write_text(json.dumps(content), encoding="utf-8")
-    monkeypatch.setattr(figures, "FILE", copy)
-    result = {"before": 0.5, "after": 0.75, "n": 600}
-    (tmp_path / "status.json").write_text(json.dumps({"result": result}), encoding="utf-8")
-    figures.record("face_distill", "7", tmp_path, 0)
-    (figure,) = json.loads(copy.read_text(encoding="utf-8"))["face_distill"]["demo"]
-    assert figure["seeds"]["7"] == [50.0, 75.0]
-    assert figures.numbers(figure)[3] == max(pair[1] for pair in figure["seeds"].values())
 
 
 def test_what_contributors_are_sent_to_is_there():

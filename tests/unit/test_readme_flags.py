@@ -189,12 +189,6 @@ def test_every_flag_of_the_code_is_on_its_page(recipe: str):
         assert own_flags(config_of(recipe, script)) <= named, script
 
 
-def test_every_flag_of_the_monitor_is_on_the_page_of_tools():
-    page = text_of("shared/tools/README.md")
-    own = {dashed(item.name) for item in fields(monitor.Config()) if item.name != "run_dir"}
-    assert [flag for flag in sorted(own) if not re.search(rf"{flag}\b", page)] == []
-
-
 def test_flags_that_all_share_stand_in_one_place_with_their_defaults():
     found = [table for table in tables(text_of(EVERYDAY)) if table.head[:2] == ["Flag", "Default"]]
     assert len(found) == len(COMMON)
@@ -231,12 +225,8 @@ def test_every_flag_that_a_page_mentions_exists(page: str):
         for script in scripts_of(recipe):
             known |= set(flags_of(config_of(recipe, script)))
     if page in SWIFT_TOO:
-        ours = (
-            "estimate",
-            "no_image_check",
-            "skip_bad_rows",
-            "exist_ok",
-        )  # beside swift's, or passed to its export
+        # beside swift's, or passed to its export
+        ours = ("estimate", "no_image_check", "skip_bad_rows", "exist_ok")
         names = (*swift_flags.declared(), *swift_flags.OLD_NAMES, *ours)
         known |= {dashed(name) for name in names}
     used = re.findall(r"(?<![\w-])--((?:no-)?[a-z][\w-]*\w)(?![\w-])", text_of(page))

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torchvision.models import resnet18
 from torchvision.models.resnet import BasicBlock
 
@@ -23,7 +21,7 @@ def step(change: Callable[[nn.Module], None], momentum: float | None = 0.1) -> d
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = momentum
     change(net)
-    images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     nn.functional.cross_entropy(net(images), torch.tensor([0, 1, 2, 0])).backward()
     gradients = {n: p.grad for n, p in net.named_parameters() if p.grad is not None}
     assert len(gradients) == 62
@@ -40,18 +38,7 @@ def test_gradients_and_running_statistics_are_those_of_one_pass(momentum: float 
     assert plain.keys() == again.keys()
     for name, value in plain.items():
         torch.testing.assert_close(again[name], value, rtol=1e-10, atol=0)
-
-
-def test_statistics_would_be_counted_twice_without_care() -> None:
-    """What torch's checkpointing alone does: so the test above can see it."""
-
-    def carelessly(net: nn.Module) -> None:
-        for block in net.modules():
-            if isinstance(block, BasicBlock):
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-
-    name = "layer1.0.bn1.num_batches_tracked"
-    assert (step(in_blocks)[name], step(carelessly)[name]) == (1, 2)
+    assert again["layer1.0.bn1.num_batches_tracked"] == 1  # torch's own checkpointing: 2
 
 
 def test_nothing_is_kept_where_no_gradients_are_asked_for_and_names_stay() -> None:

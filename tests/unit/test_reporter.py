@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from shared.checkpoint import Position
@@ -69,9 +68,7 @@ def test_a_row_torn_by_a_kill_is_cut_away(tmp_path: Path) -> None:
     assert [row["step"] for row in rows(path)] == [1, 3]
 
 
-def test_a_run_goes_on_when_the_board_cannot_be_written(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_run_goes_on_when_the_board_cannot_be_written(tmp_path, caplog):
     (tmp_path / "board").write_text("a file where the directory should be")
     record(tmp_path, 0, range(1, 3))
     assert len(rows(tmp_path / "metrics.jsonl")) == 2
@@ -89,9 +86,7 @@ def full_disk() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_costs_rows_and_charts_and_not_the_run(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_costs_rows_and_charts_and_not_the_run(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     metrics = Metrics(tmp_path / "metrics.jsonl", tmp_path / "board", Position())
     with full_disk():

@@ -67,22 +67,9 @@ def train(run: Run, states: dict[str, Any], until: int) -> None:
     run.save()
 
 
-def test_a_run_that_is_done_says_so_everywhere(tmp_path: Path) -> None:
-    result = {"name": "loss", "before": 1.0, "after": 0.5, "higher_is_better": False}
-    with open_run(tmp_path) as run:
-        train(run, parts(), until=6)
-        run.finish(result=result, outputs=["best.pth"])
-    assert run.exit_code == 0
-    fields = status(tmp_path)
-    assert (fields["state"], fields["exit_code"], fields["step"]) == ("done", 0, 6)
-    assert (fields["result"], fields["outputs"]) == (result, ["best.pth"])
-    assert fields["last"]["seen"] == 2.0
-    assert rows(tmp_path) == [(step, "train") for step in range(1, 7)]
-
-
 def test_a_part_without_steps_keeps_the_status_fresh_and_says_how_far_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+    tmp_path, monkeypatch, caplog
+):
     caplog.set_level(logging.INFO, "shared")
     with open_run(tmp_path) as run:
         clock = time.monotonic()
@@ -99,9 +86,7 @@ def test_a_part_without_steps_keeps_the_status_fresh_and_says_how_far_it_is(
     assert status(tmp_path)["doing"] is None
 
 
-def test_metrics_are_recorded_every_log_every_steps_at_the_last_and_for_other_splits(
-    tmp_path: Path,
-) -> None:
+def test_metrics_are_recorded_every_log_every_steps_at_the_last_and_for_other_splits(tmp_path):
     config = Config(run=RunOptions(log_every=4))
     with open_run(tmp_path, total_steps=6, config=config) as run:
         train(run, parts(), until=5)
@@ -137,9 +122,7 @@ def test_signals_go_back_to_whom_they_belonged(tmp_path: Path, handlers: list[An
     assert [signal.getsignal(number) for number in SIGNALS] == handlers
 
 
-def test_room_on_the_disk_is_asked_for_the_optimizers_memory_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_room_on_the_disk_is_asked_for_the_optimizers_memory_too(tmp_path, monkeypatch):
     """Adam keeps two tensors a parameter, which do not exist yet when a run begins."""
     net = nn.Linear(1000, 1000)
     weights = 4 * (1000 * 1000 + 1000)

@@ -79,9 +79,7 @@ def test_a_path_is_taken_whatever_the_run_was(run_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("resume", ["auto", "never", "last.1.pt"])
-def test_processes_started_again_continue_from_the_newest_whatever_was_typed(
-    run_dir: Path, resume: str
-) -> None:
+def test_processes_started_again_continue_from_the_newest_whatever_was_typed(run_dir, resume):
     leave(run_dir, "running", checkpoints=(LAST, "last.1.pt"))
     typed = str(run_dir / resume) if resume.endswith("pt") else resume
     assert decided(run_dir, typed, {"batch_size": 1}, again=True) == Decision(run_dir / LAST)
@@ -106,9 +104,7 @@ def test_without_a_checkpoint_it_begins_at_the_beginning(decision: Decision) -> 
 @pytest.mark.parametrize(
     "broken", [{"generators": [{"python": [3, [1], None]}]}, {"position": {"page": 3}}]
 )
-def test_states_of_another_form_are_refused_in_one_line(
-    tmp_path: Path, broken: dict[str, Any]
-) -> None:
+def test_states_of_another_form_are_refused_in_one_line(tmp_path, broken):
     net = written(tmp_path / LAST)
     checkpoint.save(tmp_path / LAST, checkpoint.load(tmp_path / LAST) | broken)
     before = seed.get_state()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from shared import processes
-from shared.run_status import View, log_lines, view, warnings_of
+from shared.run_status import View, view, warnings_of
 from tests.harness import wait_until
 
 
@@ -57,12 +57,6 @@ def test_a_live_run_with_a_fresh_status_is_running(tmp_path):
     assert (seen.state, seen.note, seen.percent, seen.epoch) == ("running", "", 25.0, 2)
     assert (seen.world_size, seen.memory_bytes, seen.pid) == (2, 7 << 20, os.getpid())
     assert seen.disk_free_bytes
-
-
-@pytest.mark.parametrize(("state", "code"), [("done", 0), ("stopped", 143), ("failed", 2)])
-def test_an_ended_run_is_what_its_status_says(tmp_path, gone, state, code):
-    seen = view(write(tmp_path, 9999, state=state, exit_code=code, reason="so", pid=gone))
-    assert (seen.state, seen.exit_code, seen.reason, seen.eta_s) == (state, code, "so", None)
 
 
 def test_a_run_whose_process_is_gone_or_another_is_stale(tmp_path, gone):
@@ -140,13 +134,6 @@ def test_training_numbers_are_the_newest_ones(tmp_path):
     assert seen.loss_smoothed == pytest.approx((0.9 * 4.0 + 2.0) / 1.9)
 
 
-def test_a_recipes_own_names_of_loss_and_rate_are_known(tmp_path):
-    write(tmp_path)
-    log(tmp_path, train(1, **{"Loss/Total": 4.0, "learning_rate": 0.1, "steps_per_s": 2.0}))
-    seen = view(tmp_path)
-    assert (seen.loss, seen.lr, seen.steps_per_s) == (4.0, 0.1, 2.0)
-
-
 @pytest.mark.parametrize(
     ("values", "name", "best"),
     [
@@ -178,13 +165,13 @@ def test_what_is_null_is_no_loss_and_a_foreign_programs_memory_is_in_its_metrics
 
 def test_a_long_runs_file_is_thinned_out_and_read_quickly(tmp_path):
     write(tmp_path)
-    log(tmp_path, *(train(step, loss=math.exp(-step / 5e4)) for step in range(100_000)))
+    log(tmp_path, *(train(step, loss=math.exp(-step / 1e4)) for step in range(20_000)))
     began = time.process_time()
     seen = view(tmp_path)
-    assert time.process_time() - began < 3.0
+    assert time.process_time() - began < 1.0
     assert 600 <= len(seen.curve) <= 1300
     assert seen.curve[0] == 1.0
-    assert [step for step, _ in seen.recent_losses] == list(range(99_980, 100_000))
+    assert [step for step, _ in seen.recent_losses] == list(range(19_980, 20_000))
 
 
 # the log
@@ -200,24 +187,9 @@ def test_warnings_are_the_last_five_lines_that_warn(tmp_path):
     assert warnings_of(None) == warnings_of(str(tmp_path / "no.log")) == []
 
 
-def test_of_a_progress_bar_the_last_state_is_a_line(tmp_path):
-    path = tmp_path / "a.log"
-    path.write_bytes(b" 1%|\r 2%|\r 3%|\x1b[A\r\n\xff\xfe next \x1b[1mbold\x1b[0m\r\n\n")
-    assert log_lines(str(path)) == [" 3%|", "\ufffd\ufffd next bold"]
-    assert log_lines(str(path), 1) == ["\ufffd\ufffd next bold"]
-
-
 def test_of_a_huge_log_the_end_alone_is_read(tmp_path):
     path = tmp_path / "a.log"
     with path.open("wb") as stream:
         stream.seek(1 << 33)  # eight gigabytes of nothing
         stream.write(b"\nERROR: the end\n")
     assert warnings_of(str(path)) == ["ERROR: the end"]
-
-
-def test_looking_writes_nothing(tmp_path):
-    write(tmp_path)
-    (tmp_path / "run.lock").touch()
-    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
-    view(tmp_path)
-    assert {path.name: path.stat().st_mtime_ns for path in tmp_path.iterdir()} == before

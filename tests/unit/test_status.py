@@ -2,13 +2,10 @@ import errno
 import json
 import math
 import os
-import re
 import socket
 import time
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 from shared import status
 from shared.status import Status
@@ -38,25 +35,20 @@ def test_the_file_has_every_field_of_the_contract(tmp_path: Path) -> None:
     assert (fields["recipe"], fields["host"]) == ("probe", socket.gethostname())
 
 
-def test_times_are_utc_in_iso_8601_whatever_the_time_zone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_times_are_utc_in_iso_8601_whatever_the_time_zone(tmp_path, monkeypatch):
     monkeypatch.setenv("TZ", "Asia/Shanghai")
     time.tzset()
     try:
-        hours = {time.strftime("%Y-%m-%dT%H", time.gmtime())}
+        before = time.gmtime()
         begin(tmp_path).write()
-        stamp = written(tmp_path)["updated_at"]
-        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", stamp)
-        assert stamp[:13] in hours | {time.strftime("%Y-%m-%dT%H", time.gmtime())}
+        stamp = time.strptime(written(tmp_path)["updated_at"], "%Y-%m-%dT%H:%M:%SZ")
+        assert before[:6] <= stamp[:6] <= time.gmtime()[:6]
     finally:
         monkeypatch.undo()
         time.tzset()
 
 
-def test_it_is_due_at_first_and_then_every_two_seconds(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_is_due_at_first_and_then_every_two_seconds(tmp_path, monkeypatch):
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     kept = begin(tmp_path)
@@ -76,9 +68,7 @@ def test_a_result_of_nan_is_written_as_null(tmp_path: Path) -> None:
     assert written(tmp_path)["result"]["after"] is None
 
 
-def test_a_disk_that_refuses_costs_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_disk_that_refuses_costs_a_warning(tmp_path, monkeypatch, caplog):
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -88,9 +78,7 @@ def test_a_disk_that_refuses_costs_a_warning(
     assert "No space left" in caplog.text
 
 
-def test_a_run_that_could_not_close_itself_is_closed_as_failed_and_one_that_ended_is_not(
-    tmp_path: Path,
-) -> None:
+def test_a_run_that_could_not_close_itself_is_closed_as_failed_and_one_that_ended_is_not(tmp_path):
     kept = begin(tmp_path)
     kept.write(step=4)
     status.close(tmp_path, 1, "rank 1 was killed by SIGKILL")
@@ -101,9 +89,3 @@ def test_a_run_that_could_not_close_itself_is_closed_as_failed_and_one_that_ende
     before = written(tmp_path)
     status.close(tmp_path, 1, "another")
     assert written(tmp_path) == before
-
-
-def test_closing_where_no_run_was_makes_no_file(tmp_path: Path) -> None:
-    status.close(None, 1, "x")
-    status.close(tmp_path, 1, "x")
-    assert list(tmp_path.iterdir()) == []
