@@ -280,6 +280,7 @@ def test_face_distill_needs_no_file_for_an_estimate(tmp_path):
     assert ended.text.count("(saves ") == 3
 
 
+@pytest.mark.full
 def test_arcface_needs_no_data_for_an_estimate():
     options = ["--cfg-options", "train_dataloader.batch_size=2"]
     ended = run_here(run_arcface.main, ["--estimate", *options])
@@ -303,6 +304,13 @@ def test_after_an_out_of_memory_error_the_run_says_what_helps(faces, tmp_path, m
     assert advice.index("--micro-batch 128") < advice.index("--batch-size 256")
     assert re.search(r"what helps most: --\S+ \S* ?\(saves ", ended.text)
     assert "OutOfMemoryError" in ended.last_line
+
+
+def test_every_script_that_estimates_explains_a_lack_of_memory_too():
+    mains = (train_distill, run_arcface, knowledge_distillation, prompt_tuning, quality)
+    for module in (*mains, run_training):
+        text = Path(module.__file__).read_text()
+        assert re.search(r"explained_out_of_memory\((lambda|estimate)", text), module
 
 
 # --- --fit ----------------------------------------------------------------------------------------

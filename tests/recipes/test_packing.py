@@ -87,17 +87,28 @@ def packed(faces, tmp_path_factory) -> Path:
     return archive
 
 
-@pytest.fixture
-def unpacked(packed, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def unpacked(packed, tmp_path_factory) -> Path:
     """`checkpoints/` on the other machine."""
-    subprocess.run(["tar", "-xzf", packed], cwd=tmp_path, check=True)
-    return tmp_path / "checkpoints"
+    machine = tmp_path_factory.mktemp("machine")
+    subprocess.run(["tar", "-xzf", packed], cwd=machine, check=True)
+    return machine / "checkpoints"
 
 
-def test_an_unpacked_run_continues_as_if_nothing_had_happened(faces, undisturbed, unpacked):
-    events = unpacked.parent / "logs" / "adapter_face_distill"
-    packed = {path.name for path in events.glob("events.out.tfevents*")}
-    outcome = train(faces, unpacked)
+def events_of(run_dir: Path) -> set[str]:
+    folder = run_dir.parent / "logs" / "adapter_face_distill"
+    return {path.name for path in folder.glob("events.out.tfevents*")}
+
+
+@pytest.fixture(scope="module")
+def continued(faces, unpacked) -> tuple[Outcome, set[str]]:
+    """The same command on the unpacked run, and the events that were unpacked."""
+    before = events_of(unpacked)
+    return train(faces, unpacked), before
+
+
+def test_an_unpacked_run_continues_as_if_nothing_had_happened(undisturbed, unpacked, continued):
+    outcome, _ = continued
     assert outcome.code == 0, outcome.text
     assert f"continuing from {unpacked}/last.pth at step {STOP_AT} of 15" in outcome.text
     assert recorded(unpacked) == recorded(undisturbed)
@@ -105,10 +116,14 @@ def test_an_unpacked_run_continues_as_if_nothing_had_happened(faces, undisturbed
     assert (unpacked / "best_student_adapter_face.pth").is_file()
     note, whole = (read_json(path / "verification.json") for path in (unpacked, undisturbed))
     assert note == whole and note["after"] is not None
-    assert packed and {path.name for path in events.glob("events.out.tfevents*")} > packed
 
 
-def test_the_unpacked_best_student_embeds(faces, unpacked, tmp_path):
+def test_tensorboard_finds_the_unpacked_events_and_the_continued_ones(unpacked, continued):
+    _, before = continued
+    assert before and events_of(unpacked) > before
+
+
+def test_the_unpacked_best_student_embeds(faces, unpacked, continued, tmp_path):
     folder = tmp_path / "faces"
     folder.mkdir()
     for number in range(3):

@@ -36,10 +36,9 @@ def test_a_seed_sets_all_three_generators_and_ranks_and_seeds_draw_different_num
     assert len(set(values)) == len(values)
 
 
-def test_derived_seeds_fit_63_bits_and_do_not_run_into_each_other() -> None:
-    derived = {seed.derive(a, b, c) for a in range(10) for b in range(10) for c in range(10)}
-    assert len(derived) == 1000
-    assert 0 <= min(derived) <= max(derived) < 2**63
+def test_derived_seeds_do_not_run_into_each_other() -> None:
+    derived = {seed.derive(a, b) for a in range(30) for b in range(30)}
+    assert len(derived) == 900 and 0 <= min(derived) <= max(derived) < 2**63
     assert seed.derive(1, 23) != seed.derive(12, 3)
 
 
