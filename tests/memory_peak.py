@@ -40,7 +40,9 @@ def peak_of_a_step(main: Callable[[list[str]], int], flags: Sequence[object]) ->
 
     def step(self: Amp, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> float:
         norm = original(self, optimizer, *args, **kwargs)
-        if isinstance(optimizer.param_groups[0]["params"][0], FakeTensor):
+        if any(
+            isinstance(p, FakeTensor) for group in optimizer.param_groups for p in group["params"]
+        ):
             return norm  # of an estimate, which --fit makes first
         if alive:
             raise _EnoughError

@@ -48,19 +48,6 @@ def test_times_are_utc_in_iso_8601_whatever_the_time_zone(tmp_path, monkeypatch)
         time.tzset()
 
 
-def test_it_is_due_at_first_and_then_every_two_seconds(tmp_path, monkeypatch):
-    now = 100.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    kept = begin(tmp_path)
-    assert kept.is_due
-    kept.write()
-    assert not kept.is_due
-    now += 1.9
-    assert not kept.is_due
-    now += 0.2
-    assert kept.is_due
-
-
 def test_a_result_of_nan_is_written_as_null(tmp_path: Path) -> None:
     """A run whose figure came out as NaN is done all the same, and says so."""
     begin(tmp_path).write(state="done", result={"name": "loss", "after": math.nan})
