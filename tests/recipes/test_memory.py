@@ -323,20 +323,21 @@ def test_what_is_no_size_is_refused_with_what_is(text: str) -> None:
 
 def test_faces_are_computed_in_pieces_that_fit_and_give_the_same_losses(face_flags, tmp_path):
     assert estimated(train_distill.main, face_flags) > 9 * MB
+    assert chosen(fits(train_distill.main, face_flags, 9)) == ["--micro-batch", "4"]
     ended = run_here(train_distill.main, [*face_flags, "--fit", "9MB", "--resume", "never"])
     assert ended.code == 0, ended.text
-    flags = chosen(ended)
-    assert flags == ["--micro-batch", "4"]
-    assert (
-        run_here(train_distill.main, [*face_flags, "--run-dir", tmp_path / "again", *flags]).code
-        == 0
-    )
+    pieces = [*face_flags, "--run-dir", tmp_path / "again", *chosen(ended)]
+    assert run_here(train_distill.main, pieces).code == 0
     found = losses(tmp_path / "run", "Loss/Total")
     assert len(found) == 2 and found == losses(tmp_path / "again", "Loss/Total")
-    # a resumed run may fit another memory
-    resumed = ["--resume", tmp_path / "run", "--epochs", 2]
-    peak = fits(train_distill.main, resumed, 6)
-    assert chosen(peak) == ["--micro-batch", "2"]
+
+
+def test_a_resumed_run_may_fit_another_memory(face_flags, tmp_path):
+    assert run_here(train_distill.main, [*face_flags, "--micro-batch", 4]).code == 0
+    more = ["--resume", tmp_path / "run", "--epochs", 2, "--fit", "6MB"]
+    ended = run_here(train_distill.main, more)
+    assert ended.code == 0, ended.text
+    assert chosen(ended) == ["--micro-batch", "2"]
     kept = run_here(train_distill.main, ["--resume", tmp_path / "run", "--print-config"])
     assert (json.loads(kept.text)["fit"], json.loads(kept.text)["micro_batch"]) == (None, 2)
 
