@@ -234,6 +234,7 @@ READERS: dict[str, Reader] = {
     "cfg-options": Reader(
         put("options.txt", "model.depth=18\nlist.1.a=[1,(2,'x')]\nmodel.name=dict(a=1)"),
         _read_options,
+        opens=False,
     ),
     "stored configuration": Reader(
         put("config.json", json.dumps({"settings": {"configuration": {"a": {"b": [1, 2]}}}})),

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from face_distill import download_weight, embed
-from face_distill.distill import model, student_files, teacher, verification
+from face_distill.distill import model, teacher, verification
 from lavic.src import catalogue
 from lavic.src.recommend import item_vectors
 from lavic.src.recommend import results as recommend_results
@@ -32,7 +32,7 @@ from multimodal.training import report, settings_file
 from shared import download, hub, lock, settings, stages
 from shared.page import Page
 from shared.program import JsonLinesProgress
-from tests.fuzz_readers import SETTINGS, STATUS, of, picture, put, together
+from tests.fuzz_readers import STATUS, of, picture, put, together
 from tests.fuzzing import Reader
 from vasevqa.filter import clip, place, quality
 from vasevqa.model import memory as swift_memory
@@ -314,7 +314,7 @@ def _run_stages(directory: Path) -> None:
 
 
 READERS: dict[str, Reader] = {
-    "unfinished features": Reader(_make_unfinished, _finish_features),
+    "unfinished features": Reader(_make_unfinished, _finish_features, slowness=2),
     "teacher rows": Reader(
         put("a.npy", lambda path: np.save(path, np.ones((4, 3), np.float32))), _read_teacher_rows
     ),
@@ -329,16 +329,13 @@ READERS: dict[str, Reader] = {
         put("out.json", '{"files": ["a.jpg"]}'),
         lambda d: embed._prepare_out(d / "out.npy", d / "out.json"),
     ),
-    "student's notes": Reader(
-        put("config.json", json.dumps(SETTINGS | {"identity": {"lr": 0.1}})),
-        lambda d: student_files.settings_of(d / student_files.BEST),
-    ),
     "lavic adapter": Reader(
         together(
             put("adapter_config.json", ADAPTER),
             tensors("adapter_model.safetensors", a=(2, 3)),
         ),
         _read_adapter,
+        slowness=5,
     ),
     "lavic vectors": Reader(
         lambda d: item_vectors._Store(d).write({"ab": torch.ones(2, 3), "cd": torch.ones(1, 3)}),
@@ -371,7 +368,9 @@ READERS: dict[str, Reader] = {
         _read_llava,
         slowness=5,
     ),
-    "multimodal settings": of("c.yaml", MM_SETTINGS, _read_mm_settings),
+    "multimodal settings": Reader(
+        put("c.yaml", MM_SETTINGS), lambda d: _read_mm_settings(d / "c.yaml"), slowness=2
+    ),
     "multimodal report": Reader(
         put("report.json", MM_REPORT),
         lambda d: report.add_section(d / "report.json", "left_out", [{"data set": "a"}]),
@@ -442,13 +441,13 @@ READERS: dict[str, Reader] = {
         ),
         lambda d: pictures.check_all([d / "a.png"], d / "seen.json", lambda *_: None),
     ),
-    "swift's log": Reader(put("logging.jsonl", lines(*SWIFT_LOG)), _follow_swift),
+    "swift's log": Reader(put("logging.jsonl", lines(*SWIFT_LOG)), _follow_swift, opens=False),
     "stage markers": Reader(_run_stages, _run_stages),
     "download notes": Reader(
         together(put(download.NOTES, NOTED), put("a.bin", b"0123456789")), _read_notes
     ),
     "Hub's index": Reader(
-        put("index.json", '{"weight_map": {"b.a": "one.safetensors"}}'), _read_index
+        put("index.json", '{"weight_map": {"b.a": "one.safetensors"}}'), _read_index, opens=False
     ),
-    "foreign HTML": Reader(put("page.html", HTML), _read_html),
+    "foreign HTML": Reader(put("page.html", HTML), _read_html, slowness=5, opens=False),
 }

@@ -52,13 +52,14 @@ class Reader:
     """One reader.
 
     allowed: errors that it promises beside UserError. slowness: what the number of cases is divided
-    by.
+    by. opens: whether it opens the files itself, and not what was written here for it.
     """
 
     make: Callable[[Path], Any]
     read: Callable[[Path], Any]
     allowed: tuple[type[BaseException], ...] = ()
     slowness: int = 1
+    opens: bool = True
 
 
 @dataclass
@@ -72,49 +73,15 @@ class Campaign:
 
 
 def run(name: str, reader: Reader, cases: int, timeout: float) -> Campaign:
-    """Try `cases` damaged copies in a process of its own; AssertionError if that dies or hangs."""
+    """Try damaged copies in a process of its own; AssertionError if that dies or hangs.
 
-    def damaged_copies(whole: dict[Path, bytes]) -> Iterator[str]:
-        for number in range(cases):
-            for path, content in damage(whole, random.Random(f"{name} {number}")).items():
-                path.write_bytes(content)
-            yield f"case {number}"
-
-    return _in_child(name, reader, damaged_copies, timeout)
-
-
-def run_without_files(name: str, reader: Reader, timeout: float) -> Campaign:
-    """The same with each file in turn replaced by a pipe, and by a link to a device."""
-
-    def replaced(whole: dict[Path, bytes]) -> Iterator[str]:
-        for path in whole:
-            for kind, put in (("pipe", os.mkfifo), ("device", _link_to_zeros)):
-                _write_anew(whole)
-                path.unlink()
-                put(path)
-                yield f"{path.name} is a {kind}"
-
-    return _in_child(name, reader, replaced, timeout)
-
-
-def _link_to_zeros(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-def _write_anew(files: dict[Path, bytes]) -> None:
-    for path, content in files.items():
-        path.unlink(missing_ok=True)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
-Cases = Callable[[dict[Path, bytes]], Iterator[str]]  # from whole files; names what it prepared
-
-
-def _in_child(name: str, reader: Reader, cases: Cases, timeout: float) -> Campaign:
+    cases: how many, divided by the reader's slowness; after them each file in turn is a pipe, and a
+    link to a device.
+    """
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
     at = context.Value("i", 0)
+    cases //= reader.slowness
     child = context.Process(target=_try_all, args=(name, reader, cases, theirs, at))
     child.start()
     theirs.close()
@@ -130,7 +97,32 @@ def _in_child(name: str, reader: Reader, cases: Cases, timeout: float) -> Campai
     return answer
 
 
-def _try_all(name: str, reader: Reader, cases: Cases, pipe: Any, at: Any) -> None:
+def _prepared(name: str, reader: Reader, cases: int, whole: dict[Path, bytes]) -> Iterator[str]:
+    """Name each case as soon as its files are there."""
+    for number in range(cases):
+        for path, content in damage(whole, random.Random(f"{name} {number}")).items():
+            path.write_bytes(content)
+        yield f"case {number}"
+    for path in whole if reader.opens else ():
+        for kind, put in (("pipe", os.mkfifo), ("device", _link_to_zeros)):
+            _write_anew(whole)
+            path.unlink()
+            put(path)
+            yield f"{path.name} is a {kind}"
+
+
+def _link_to_zeros(path: Path) -> None:
+    path.symlink_to("/dev/zero")
+
+
+def _write_anew(files: dict[Path, bytes]) -> None:
+    for path, content in files.items():
+        path.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+def _try_all(name: str, reader: Reader, cases: int, pipe: Any, at: Any) -> None:
     """In the child: every case, under guard."""
     campaign, started = Campaign(), list[str]()
     sys.addaudithook(lambda event, args: started.append(event) if event in _FORBIDDEN else None)
@@ -141,7 +133,7 @@ def _try_all(name: str, reader: Reader, cases: Cases, pipe: Any, at: Any) -> Non
         whole = _make(reader, directory)
         _limit_memory()
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        for number, case in enumerate(cases(whole)):
+        for number, case in enumerate(_prepared(name, reader, cases, whole)):
             at.value = number
             if fault := _try(reader, directory, campaign):
                 campaign.faults.append(f"{name}, {case}: {fault}")

@@ -35,7 +35,7 @@ from unittest import mock
 
 import torch
 
-from shared import checkpoint, stop
+from shared import checkpoint, outcome, stop
 from shared.launch import launch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -148,6 +148,27 @@ def start(
     return Running(command, environment(**env))
 
 
+def run_to_end(
+    args: Sequence[object], *, program: Sequence[object] | None = None, **env: str
+) -> Outcome:
+    """How a run ended that is left alone; AssertionError when it leaves a process."""
+    with start(args, program=program, **env) as running:
+        outcome = running.finish()
+        assert running.leaves_nothing()
+    return outcome
+
+
+def shell_script(directory: Path, entry: Path) -> Path:
+    """A shell script around an entry script, as recipes have them; it logs to `directory`/logs."""
+    path = directory / "script.sh"
+    path.write_text(
+        f'#!/usr/bin/env bash\nsource "{ROOT}/shared/shell/common.sh"\n'
+        f'PYTHON_FOUND="{sys.executable}"\nstart_log "{directory}/logs" script\n'
+        f'run_python "{entry}" "$@"\n'
+    )
+    return path
+
+
 _PACED = """
 import json, pathlib, runpy, sys, time
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -171,20 +192,30 @@ def paced(script: Path, run_dir: Path, step: int, seconds: float = 0.5) -> list[
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """The environment for a run: this one without what steers runs, with a new token."""
+    """The environment for a run: this one without what steers runs, with a new token.
+
+    The probe leaves report.html only with PROBE_HURRIES="".
+    """
     kept = {name: value for name, value in os.environ.items() if name not in _NOT_INHERITED}
     ours = {"OMP_NUM_THREADS": "1", "TOOLKIT_NO_WORD": "1", _TOKEN: uuid.uuid4().hex}
-    return kept | ours | changes
+    return kept | ours | {"PROBE_HURRIES": "1"} | changes
 
 
-def run_here(main: Callable[[list[str]], int], args: Sequence[object]) -> Outcome:
-    """`launch(main)` with `args` inside this process, as quick as an entry script can be tried."""
+def run_here(
+    main: Callable[[list[str]], int], args: Sequence[object], *, with_page: bool = False
+) -> Outcome:
+    """`launch(main)` with `args` inside this process, as quick as an entry script can be tried.
+
+    with_page: leave report.html at the end, which takes longer than a small run itself.
+    """
     stream = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
+    leave_page = outcome.leave_page if with_page else lambda run_dir: None
     with (
         mock.patch.object(sys, "argv", [str(PROBE), *map(str, args)]),
         mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}),
+        mock.patch.object(outcome, "leave_page", leave_page),
         contextlib.redirect_stdout(stream),
         contextlib.redirect_stderr(stream),
     ):

@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,22 +57,24 @@ def undisturbed(once: Any) -> Callable[[int], dict[int, float]]:
 
 
 @pytest.fixture(scope="session")
-def stopped(once: Any) -> Callable[[int, int], tuple[Path, dict[str, Any]]]:
-    """`stopped(ranks, workers)`: the directory of a run that got SIGTERM in its second epoch, and
+def stopped(once: Any) -> Callable[[int], tuple[Path, dict[str, Any]]]:
+    """`stopped(ranks)`: the directory of a run that got SIGTERM in its second epoch, and
     {code, text, left}: its exit code, its output, whether a process was left.
 
-    With loader workers the signal goes to the whole process group, as from a batch system.
+    Each rank has two loader workers. One process gets the signal with its whole group, as from a
+    terminal; the launcher of two alone, and twice in a moment, as SLURM sends it.
     """
 
-    def build(run_dir: Path, ranks: int, workers: int) -> dict[str, Any]:
-        args = ["--nproc", ranks, "--workers", workers, "--run-dir", run_dir, "--step-ms", 100]
+    def build(run_dir: Path, ranks: int) -> dict[str, Any]:
+        args = ["--nproc", ranks, "--workers", 2, "--run-dir", run_dir, "--step-ms", 100]
         with start([PROBE, *args]) as running:
             wait_for_step(run_dir, 20 // ranks, running)
-            running.signal(signal.SIGTERM, group=workers > 0)
+            running.signal(signal.SIGTERM, group=ranks == 1)
+            if ranks == 2:
+                time.sleep(0.02)  # within one step
+                running.signal(signal.SIGTERM)
             outcome = running.finish()
             left = not running.leaves_nothing()
         return {"code": outcome.code, "text": outcome.text, "left": left}
 
-    return lambda ranks, workers: once(
-        f"stopped-{ranks}-{workers}", lambda run_dir: build(run_dir, ranks, workers)
-    )
+    return lambda ranks: once(f"stopped-{ranks}", lambda run_dir: build(run_dir, ranks))

@@ -1,5 +1,6 @@
 """The probe's data, model and loop, and the faults that can be switched on in it."""
 
+import contextlib
 import os
 import random
 import signal
@@ -67,7 +68,7 @@ def train(cfg: Any, run_dir: Path) -> int:
         stopping = EarlyStopping(cfg.patience or cfg.epochs)
         parts: Parts = {"model": net, "optimizer": optimizer, "schedule": schedule, "amp": amp,
                         "stopping": stopping}  # fmt: skip
-        inject(cfg.fault, 0, world, torch.zeros(()))
+        inject(cfg, 0, world, torch.zeros(()))
         steps = steps_per_epoch(len(data), cfg.batch_size, world.size)
         run.restore(parts, Plan(cfg.epochs * steps))
         model, loss = distributed.wrap(net, world), torch.zeros(())
@@ -77,7 +78,7 @@ def train(cfg: Any, run_dir: Path) -> int:
             for points, labels in run.batches(data, cfg.batch_size, workers=cfg.workers):
                 logits = model(points.to(world.device))
                 loss = nn.functional.cross_entropy(logits, labels.to(world.device))
-                loss = inject(cfg.fault, run.position.step + 1, world, loss)
+                loss = inject(cfg, run.position.step + 1, world, loss)
                 amp.backward(loss)
                 norm = amp.step(optimizer, model.parameters(), clip_norm=1.0)
                 time.sleep(cfg.step_ms / 1000)
@@ -107,16 +108,29 @@ def monitored(fault: str, epoch: int, world: World, loss: Tensor) -> float:
     return float(distributed.mean(value, world))
 
 
-def inject(fault: str, step: int, world: World, loss: Tensor) -> Tensor:
-    """Let go wrong what `fault` asks for at this step (0: before the run); the loss after it."""
+def inject(cfg: Any, step: int, world: World, loss: Tensor) -> Tensor:
+    """Let go wrong what `--fault` asks for at this step (0: before the run); the loss after it."""
     first_start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    for name, at, rank in faults(fault):
+    for name, at, rank in faults(cfg.fault):
         here = rank in (None, world.rank)
         if here and name == "nan-from" and step >= at:
             loss = loss * float("nan")
+        elif here and step == at and name in ("full", "free"):
+            fill_disk(cfg.run.run_dir.parent, is_full=name == "full")
         elif here and step == at and first_start:
             loss = loss * float("nan") if name == "nan" else break_down(name, world, loss)
     return loss
+
+
+def fill_disk(disk: Path, is_full: bool) -> None:
+    """Leave no byte free on the file system of a directory, or free them again."""
+    ballast = disk / "ballast"
+    if not is_full:
+        ballast.unlink()
+        return
+    with ballast.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while True:
+            stream.write(bytes(65536))
 
 
 def break_down(name: str, world: World, loss: Tensor) -> Tensor:

@@ -3,10 +3,8 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,14 +14,11 @@ from shared import lock
 from tests.faults import probe_recipe
 from tests.harness import (
     PROBE,
-    Running,
     killed_saves,
     losses,
     run_here,
-    start,
+    run_to_end,
     status_of,
-    wait_for_step,
-    wait_until,
 )
 
 DAMAGES = {
@@ -46,11 +41,25 @@ def moved_aside(run_dir):
     return sorted(path.name for path in run_dir.parent.glob(f"{run_dir.name}.*"))
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Runs that tests begin with: `interrupted` at step 12 of 48, `finished` after one epoch."""
+    root = tmp_path_factory.mktemp("made")
+    assert probe(root / "interrupted", "--fault", "term@12").code == 143
+    assert probe(root / "finished", "--epochs", 1).code == 0
+    return root
+
+
 @pytest.fixture
-def interrupted(tmp_path):
+def interrupted(made, tmp_path):
     """A run that was stopped at step 12 of 48; its checkpoints are of steps 12 and 10."""
-    assert probe(tmp_path / "run", "--fault", "term@12").code == 143
-    return tmp_path / "run"
+    return shutil.copytree(made / "interrupted", tmp_path / "run")
+
+
+@pytest.fixture
+def finished(made, tmp_path):
+    """A run of one epoch."""
+    return shutil.copytree(made / "finished", tmp_path / "run")
 
 
 def test_fault_10_kill_during_a_save_leaves_a_whole_checkpoint(tmp_path):
@@ -124,72 +133,35 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
-def fill(disk: Path) -> Path:
-    ballast = disk / "ballast"
-    with ballast.open("wb", buffering=0) as stream, pytest.raises(OSError, match="No space left"):
-        while True:
-            stream.write(bytes(65536))
-    return ballast
+FILLING = ["--epochs", 1, "--width", 50000, "--fault"]
+NOT_WRITTEN = "the checkpoint of step 10 was not written: [Errno 28] No space left on device"
 
 
-def fill_beside(running: Running, disk: Path) -> Path:
-    """Fill the disk between two steps of the run."""
-    running.signal(signal.SIGSTOP)
-    ballast = fill(disk)
-    running.signal(signal.SIGCONT)
-    return ballast
-
-
-@pytest.mark.limit(150)
 def test_fault_13_full_disk_costs_a_checkpoint_not_the_run(small_disk):
-    run_dir = small_disk / "run"
-    args = [PROBE, "--epochs", 1, "--width", 50000, "--step-ms", 150, "--run-dir", run_dir]
-    with start(args) as running:
-        wait_for_step(run_dir, 6, running)
-        wait_until((run_dir / "last.pt").exists, "the checkpoint of step 5", running=running)
-        ballast = fill_beside(running, small_disk)
-        running.wait_for_text("the checkpoint of step 10 was not written")
-        assert step_of(run_dir / "last.pt") == 5
-        assert not list(run_dir.glob("*.tmp.*"))
-        ballast.unlink()
-        outcome = running.finish()
+    outcome = probe(small_disk / "run", *FILLING, "full@6,free@12")
     assert outcome.code == 0, outcome.text
-    assert "No space left on device" in outcome.text
+    assert f"WARNING: {NOT_WRITTEN}" in outcome.text
     assert "free some space" in outcome.text
     assert "training continues" in outcome.text
-    assert step_of(run_dir / "last.pt") == 16
-    assert status_of(run_dir)["state"] == "done"
+    assert step_of(small_disk / "run" / "last.pt") == 16
+    assert status_of(small_disk / "run")["state"] == "done"
 
 
-@pytest.mark.limit(150)
-def test_fault_13_full_disk_at_the_end_is_not_called_a_saved_run(small_disk):
-    run_dir = small_disk / "run"
-    args = [PROBE, "--width", 50000, "--step-ms", 150, "--run-dir", run_dir]
-    with start(args) as running:
-        wait_for_step(run_dir, 6, running)
-        fill_beside(running, small_disk)
-        running.wait_for_text("was not written")
-        running.signal(signal.SIGTERM)
-        outcome = running.finish()
-    assert outcome.code == 1, outcome.text  # 143 would promise that it saved
-    assert "No space left on device" in outcome.last_line
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["full@6,term@10"],  # 143 would promise that it saved
+        ["full@6", "--on-full-disk", "stop"],
+    ],
+    ids=["SIGTERM", "--on-full-disk stop"],
+)
+def test_fault_13_a_stop_on_a_full_disk_is_not_called_a_saved_run(small_disk, more):
+    outcome = probe(small_disk / "run", *FILLING, *more)
+    assert outcome.code == 1, outcome.text
+    assert NOT_WRITTEN in outcome.last_line
     assert "free some space" in outcome.last_line
-    assert step_of(run_dir / "last.pt") == 5
-
-
-@pytest.mark.limit(150)
-def test_fault_13_full_disk_stops_the_run_where_that_was_asked_for(small_disk):
-    run_dir = small_disk / "run"
-    args = ["--width", 50000, "--step-ms", 150, "--on-full-disk", "stop", "--run-dir", run_dir]
-    with start([PROBE, *args]) as running:
-        wait_for_step(run_dir, 6, running)
-        ballast = fill_beside(running, small_disk)
-        outcome = running.finish()
-    ballast.unlink()
-    assert outcome.code == 1
-    assert "the checkpoint of step 10 was not written" in outcome.last_line
-    assert "free some space" in outcome.last_line
-    assert step_of(run_dir / "last.pt") == 5
+    assert step_of(small_disk / "run" / "last.pt") == 5
+    assert not list((small_disk / "run").glob("*.tmp.*"))
 
 
 @pytest.mark.limit(150)
@@ -197,8 +169,7 @@ def test_fault_13_limit_on_file_sizes_leaves_no_part_of_a_checkpoint(tmp_path):
     run_dir = tmp_path / "run"
     limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "-", sys.executable]  # 64 KB
     args = ["--width", 1000, "--epochs", 1, "--run-dir", run_dir]
-    with start([PROBE, *args], program=limited) as running:
-        outcome = running.finish()
+    outcome = run_to_end([PROBE, *args], program=limited)
     assert outcome.code == 1, outcome.text  # nothing of what was trained is on the disk
     assert "WARNING: the checkpoint of step 5 was not written: [Errno 27]" in outcome.text
     assert not list(run_dir.glob("last*"))
@@ -219,25 +190,20 @@ def test_fault_14_too_little_disk_is_refused_before_the_first_step(
 
 
 @pytest.mark.limit(240)
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2)])
+@pytest.mark.parametrize("ranks", [1, 2])
 def test_fault_19_resumed_run_has_the_losses_of_an_undisturbed_one(
-    stopped, undisturbed, tmp_path, ranks, workers
+    stopped, undisturbed, tmp_path, ranks
 ):
-    before, _ = stopped(ranks, workers)
-    run_dir = shutil.copytree(before, tmp_path / "run")
+    run_dir = shutil.copytree(stopped(ranks)[0], tmp_path / "run")
     assert 16 // ranks < max(losses(run_dir)) < 48 // ranks, "not stopped on its way"
-    if ranks == 1:
-        outcome = probe(run_dir, "--workers", workers)
-    else:
-        args = ["--nproc", ranks, "--workers", workers, "--run-dir", run_dir]
-        with start([PROBE, *args]) as running:
-            outcome = running.finish()
+    args = ["--nproc", ranks, "--workers", 2, "--run-dir", run_dir]
+    outcome = run_to_end([PROBE, *args])
     assert outcome.code == 0, outcome.text
     assert "continuing from" in outcome.text
     assert losses(run_dir) == undisturbed(ranks)
 
 
-@pytest.mark.parametrize(("step", "workers"), [(1, 0), (16, 0), (16, 2), (48, 0)])
+@pytest.mark.parametrize(("step", "workers"), [(1, 0), (16, 2), (48, 0)])
 def test_fault_19_first_and_last_step_of_an_epoch_and_of_the_run(
     tmp_path, undisturbed, step, workers
 ):
@@ -266,7 +232,7 @@ def test_fault_19_tensorboard_shows_each_step_once_after_a_resume(interrupted):
 
 @pytest.mark.limit(240)
 def test_fault_20_other_number_of_processes_moves_the_run_aside(stopped, tmp_path):
-    run_dir = shutil.copytree(stopped(2, 0)[0], tmp_path / "run")
+    run_dir = shutil.copytree(stopped(2)[0], tmp_path / "run")
     outcome = probe(run_dir, "--nproc", 1)
     assert outcome.code == 0
     assert "world_size: 2 → 1" in outcome.text
@@ -275,27 +241,20 @@ def test_fault_20_other_number_of_processes_moves_the_run_aside(stopped, tmp_pat
 
 @pytest.mark.limit(240)
 def test_fault_20_named_checkpoint_of_another_number_of_processes(stopped, tmp_path):
-    run_dir = shutil.copytree(stopped(2, 0)[0], tmp_path / "run")
+    run_dir = shutil.copytree(stopped(2)[0], tmp_path / "run")
+    names = ("config.json", "status.json", "metrics.jsonl", "last.pt")
+    before = {name: (run_dir / name).read_bytes() for name in names}
     args = ["--nproc", 1, "--resume", run_dir / "last.pt"]
     refused = probe(run_dir, *args)
     assert refused.code == 2
     assert "written by 2 process(es), this run has 1" in refused.last_line
     assert "--nproc 2" in refused.last_line
     assert "--allow-reshard" in refused.last_line
+    # with another config.json the same command as before would no longer continue the run
+    assert {name: (run_dir / name).read_bytes() for name in names} == before
     outcome = probe(run_dir, *args, "--allow-reshard")
     assert outcome.code == 0
     assert "2 → 1 processes" in outcome.text
-
-
-@pytest.mark.limit(240)
-def test_fault_20_refused_resume_leaves_the_run_as_it_was(stopped, tmp_path):
-    run_dir = shutil.copytree(stopped(2, 0)[0], tmp_path / "run")
-    names = ("config.json", "status.json", "metrics.jsonl", "last.pt")
-    before = {name: (run_dir / name).read_bytes() for name in names}
-    assert probe(run_dir, "--nproc", 1, "--resume", run_dir / "last.pt").code == 2
-    changed = [name for name in names if (run_dir / name).read_bytes() != before[name]]
-    # with another config.json the same command as before would no longer continue the run
-    assert not changed
 
 
 def test_fault_20_other_batch_size_is_refused_by_name(interrupted):
@@ -305,35 +264,26 @@ def test_fault_20_other_batch_size_is_refused_by_name(interrupted):
     assert "--resume never" in outcome.last_line
 
 
-def test_fault_21_same_command_after_a_finished_run_starts_a_new_one(tmp_path):
-    run_dir = tmp_path / "run"
-    assert probe(run_dir, "--epochs", 1).code == 0
-    before = losses(run_dir)
-    outcome = probe(run_dir, "--epochs", 1)
+def test_fault_21_same_command_after_a_finished_run_starts_a_new_one(finished):
+    before, aside = losses(finished), finished.with_name("run.1")
+    outcome = probe(finished, "--epochs", 1)
     assert outcome.code == 0
     assert outcome.text.count("a new run starts: the run there is finished") == 1
-    assert str(tmp_path / "run.1") in outcome.text
-    assert losses(tmp_path / "run.1") == before == losses(run_dir)
-    assert step_of(tmp_path / "run.1" / "last.pt") == 16
+    assert str(aside) in outcome.text
+    assert losses(aside) == before == losses(finished)
+    assert step_of(aside / "last.pt") == 16
 
 
-def test_fault_21_resume_of_a_finished_run_says_so(tmp_path):
-    run_dir = tmp_path / "run"
-    probe(run_dir, "--epochs", 1)
-    before = losses(run_dir)
-    outcome = probe(run_dir, "--epochs", 1, "--resume", run_dir / "last.pt")
+def test_fault_21_resume_of_a_finished_run_says_so_and_takes_more_epochs(finished):
+    before = losses(finished)
+    outcome = probe(finished, "--epochs", 1, "--resume", finished / "last.pt")
     assert outcome.code == 0
     assert "this run is finished" in outcome.text
-    assert losses(run_dir) == before
-    assert status_of(run_dir)["state"] == "done"
-    assert not moved_aside(run_dir)
-
-
-def test_fault_21_more_epochs_continue_a_finished_run_that_is_named(tmp_path):
-    run_dir = tmp_path / "run"
-    probe(run_dir, "--epochs", 1)
-    assert probe(run_dir, "--resume", run_dir, "--epochs", 2).code == 0
-    assert max(losses(run_dir)) == 32
+    assert losses(finished) == before
+    assert status_of(finished)["state"] == "done"
+    assert probe(finished, "--resume", finished, "--epochs", 2).code == 0
+    assert max(losses(finished)) == 32
+    assert not moved_aside(finished)
 
 
 def test_fault_22_resume_with_other_settings_lists_them(interrupted):

@@ -39,10 +39,8 @@ face_distill.train_distill
   --batch-size 1                       => the loss compares pairs of images; use 2 or more
   --adapter-layers last:9              => from 1 to 4
   --amp fp16 --device cpu              => --amp fp16 needs a GPU
-  --config /nowhere.yaml               => --config /nowhere.yaml cannot be read
 
 face_distill.extract_teacher
-  --weights /nowhere.pth               => --weights /nowhere.pth is missing
   --weights /nowhere.pth --dry-run     => --weights /nowhere.pth is missing
   --data-root /nowhere                 => /nowhere holds no faces
   --limit 21                           => holds 20 images, 21 were asked for
@@ -76,7 +74,6 @@ arcface.run_scripts.run_arcface
   --launcher slurm                     => SLURM_PROCID is not set
   --launcher none --nnodes 2           => leave out --nnodes
   --amp fp16 --device cpu              => --amp fp16 needs a GPU
-  --cfg-options load_from=/nowhere.pth => /nowhere.pth is missing
   --cfg-options load_from=/nowhere.pth --dry-run => /nowhere.pth is missing
   --cfg-options model.head.margins=/nowhere --dry-run => /nowhere cannot be read
   --cfg-options model.head.num_classes=3 => is 3, the training pictures show 4 items
@@ -111,7 +108,6 @@ lavic.src.knowledge_distillation
   --model_name /                       => /config.json is missing
   --model_name /nowhere --dry-run      => /nowhere
   --max_samples many                   => max_samples (all or a number) must be
-  --max_samples 0                      => max_samples (all or a number) must be
   --dtype float16                      => --dtype float16 needs a GPU
   --amp fp16 --device cpu              => --amp fp16 needs a GPU
   --resume /nowhere                    => no such checkpoint
@@ -127,7 +123,6 @@ lavic.src.prompt_tuning
   --image_dir /nowhere                 => /nowhere is missing: fetch the pictures
   --model-name /nowhere                => /nowhere
   --max_length 40                      => --max-length 40 is too short
-  --max_samples half                   => max_samples (all or a number) must be
   --amp fp16                           => --amp fp16 needs a GPU
 
 lavic.src.evaluate
@@ -145,7 +140,6 @@ lavic.src.crawl_images
   --data-root $tmp                     => item2meta_train.json is missing
   --data-root $tmp --train-only --valid-only => leave nothing to fetch
   --data-root /proc/no --train-only --train-data $tmp/items.json => /proc/no
-  --data-root $tmp/file/data --train-only --train-data $tmp/items.json => file/data
 
 vasevqa.filter.clipfilter1
   --input_dir /nowhere                 => python classifier.py first
@@ -167,7 +161,6 @@ vasevqa.filter.classifier
 vasevqa.filter.model
   --data_dir $tmp                      => /0 is no folder
   --data_dir $tmp/one_label            => 1 holds 0 picture(s)
-  --data_dir $tmp/other_label          => 0 holds 0 picture(s)
   --data_dir $tmp/labels --pretrained /no.pth => is no file; allowed: a weight file, auto, none
 
 vasevqa.model.evaluate
@@ -185,7 +178,6 @@ vasevqa.model.train
 multimodal.run_training
   --data-root /nowhere                 => /nowhere lacks coco, clotho, audiocaps
   --data-root $tmp/file/data           => file/data
-  --output-dir $tmp/file/out           => cannot be
   --datasets flickr                    => flickr is none of coco, clotho
   --stage-epochs 50/50                 => must be like 30/40/30
   --batch-size 1 --gradient-accumulation-steps 1 => others to tell it from
@@ -193,16 +185,13 @@ multimodal.run_training
   --resume /nowhere.pt                 => /nowhere.pt: no such checkpoint
   --pretrained /nowhere.pt             => give an open_clip checkpoint, auto or random
   --amp fp16 --device cpu              => --amp fp16 needs a GPU
-  --config /nowhere.yaml               => /nowhere.yaml cannot be read
 
 multimodal.evaluate
   --checkpoint /nowhere                => no such file, and no checkpoints/best_model
   --checkpoint $tmp/lfs.pt             => lfs.pt
-  --checkpoint $tmp/empty.pt           => empty.pt
   --checkpoint $tmp/x.pt               => x.pt
   --checkpoint $tmp/other.pt           => was not written by run_training.py
   --checkpoint $tmp/alone.pth --data-root /nowhere --dry-run => /nowhere
-  --datasets cocoo                     => cocoo is none of
 
 multimodal.embed
                                        => nothing to embed: give --images, --audio or --texts
@@ -219,8 +208,6 @@ multimodal.download_datasets
   --datasets audiocaps --audiocaps-source local:$tmp/empty => no sounds there; expected files
   --datasets coco --data-root $tmp/file/data => cannot be
   --datasets coco --mirror /nowhere    => begins with http:// or https://
-  --datasets coco --mirror file:///x   => begins with http:// or https://
-  --datasets coco --mirror x.invalid/y => begins with http:// or https://
 
 multimodal.run_all
   --datasets cocoo                     => cocoo is none of
@@ -248,7 +235,7 @@ def _things(tmp: Path) -> None:
     write_views(tmp / "views", 1, 1)
     next((tmp / "views").rglob("*.jpg")).rename(tmp / "pictures" / "a.jpg")
     write_views(tmp / "views", 1, 1)
-    for name, emptied in (("labels", ""), ("one_label", "1"), ("other_label", "0")):
+    for name, emptied in (("labels", ""), ("one_label", "1")):
         data = write_quality_set(tmp / name, 3)
         for path in data.glob(f"{emptied or 'none'}/*.png"):
             path.rename(path.with_suffix(".txt"))
@@ -261,7 +248,7 @@ def _things(tmp: Path) -> None:
     turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "krater"}]
     texts = {
         "file": "", "p.txt": "[high]\na\n", "lines.jsonl": "\n{broken\n", "x.pt": "x",
-        "empty.pt": "", "lfs.pt": "version https://git-lfs.github.com/spec/v1\n",
+        "lfs.pt": "version https://git-lfs.github.com/spec/v1\n",
         "titles.json": '{"B000000000": {"title": "of another shop"}}',
         "items.json": '{"B1": {"images": [{"large": "http://127.0.0.1:9/a.jpg"}]}}',
         "qwen/config.json": "{}", "qwen/pytorch_model.bin": "",
@@ -323,12 +310,7 @@ BASES: dict[str, Callable[[Path], list[Any]]] = {  # what is typed before what i
     "lavic.src.prompt_tuning": _training("lavic_tuning"),
     "lavic.src.evaluate": lambda root: ["--data-root", nano().root / "data", "--out", root / "o"],
     "multimodal.run_training": _training("multimodal"),
-    "multimodal.run_all": lambda root: [
-        "--data-root",
-        root / "d",
-        "--output-dir",
-        root / "outputs",
-    ],
+    "multimodal.run_all": lambda root: ["--data-root", root / "d", "--output-dir", root / "o"],
 }
 
 
@@ -376,11 +358,8 @@ def files_of(root: Path) -> set[Path]:
 @pytest.mark.parametrize("script", PLANNED)
 def test_a_dry_run_says_the_plan_and_writes_nothing(script, base, tmp):
     more, said = PLANNED[script]
-    typed = [
-        *base(script),
-        *shlex.split(Template(more).substitute(tmp=tmp, adapter=nano().adapter)),
-        "--dry-run",
-    ]
+    more = shlex.split(Template(more).substitute(tmp=tmp, adapter=nano().adapter))
+    typed = [*base(script), *more, "--dry-run"]
     before = files_of(tmp.parent)
     outcome = run_here(importlib.import_module(script).main, typed)
     assert outcome.code == 0, outcome.text

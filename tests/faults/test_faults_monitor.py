@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from shared import processes
 from shared.config import ProcessOptions
 from shared.tools import monitor
 from tests.harness import (
@@ -23,6 +24,8 @@ from tests.harness import (
     Running,
     environment,
     losses,
+    run_to_end,
+    shell_script,
     start,
     status_of,
     wait_for_step,
@@ -35,28 +38,15 @@ MONITOR = ROOT / "shared" / "tools" / "monitor.py"
 
 
 def watch(*words: object) -> Outcome:
-    with start([MONITOR, *words]) as watching:
-        return watching.finish(timeout=60)
+    return run_to_end([MONITOR, *words])
 
 
 def seen(run_dir: Path) -> dict[str, Any]:
     return json.loads(watch(run_dir, "--json").text)
 
 
-@pytest.fixture
-def script(tmp_path: Path) -> Path:
-    """The probe behind a script like the recipes'."""
-    path = tmp_path / "train.sh"
-    path.write_text(
-        f'#!/usr/bin/env bash\nsource "{ROOT}/shared/shell/common.sh"\n'
-        f'PYTHON_FOUND="{sys.executable}"\nstart_log "{tmp_path}/logs" training\n'
-        f'run_python "{PROBE}" "$@"\n'
-    )
-    return path
-
-
-def test_a_run_under_nohup_is_watched_to_its_end(tmp_path, script):
-    run_dir = tmp_path / "run"
+def test_a_run_under_nohup_is_watched_to_its_end(tmp_path):
+    run_dir, script = tmp_path / "run", shell_script(tmp_path, PROBE)
     args = ["bash", script, "--step-ms", 80, "--run-dir", run_dir]
     with start(args, program=["nohup"]) as running:
         wait_for_step(run_dir, 3, running)
@@ -86,28 +76,17 @@ def test_a_run_under_nohup_is_watched_to_its_end(tmp_path, script):
     assert view["loss"] == losses(run_dir)[48]
 
 
-def test_ctrl_c_ends_the_watching_and_not_the_run(tmp_path):
-    run_dir = tmp_path / "run"
-    with start([PROBE, "--epochs", 100, "--step-ms", 100, "--run-dir", run_dir]) as running:
-        wait_for_step(run_dir, 2, running)
-        with start([MONITOR, run_dir, "--follow", "--every", 0.2]) as watching:
-            watching.wait_for_text("RUNNING")
-            watching.signal(signal.SIGINT)
-            left = watching.finish(timeout=10)
-        assert (left.code, left.last_line) == (0, "the run is left as it was")
-        reached = max(losses(run_dir))
-        wait_for_step(run_dir, reached + 2, running)
-        running.kill()
-
-
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_stop_lets_the_run_save_and_tells_how_it_ended(tmp_path, ranks):
     run_dir = tmp_path / "run"
     args = ["--epochs", 100, "--step-ms", 100, "--nproc", ranks, "--run-dir", run_dir]
     with start([PROBE, *args]) as running:
         wait_for_step(run_dir, 3, running)
+        noted = status_of(run_dir)
+        assert processes.is_same(noted) and noted["pid"] == running.pid
         stopped = watch(run_dir, "--stop")
         assert running.finish().code == 143
+    assert not processes.is_same(noted)
     assert stopped.code == 0
     assert stopped.text.splitlines()[0] == f"SIGTERM to process {running.pid}: it saves and leaves"
     assert stopped.last_line.startswith("probe: STOPPED: SIGTERM: saved at step")
@@ -118,20 +97,26 @@ def test_stop_lets_the_run_save_and_tells_how_it_ended(tmp_path, ranks):
     assert watch(run_dir).code == 0
 
 
-def test_a_run_that_breaks_is_failed_with_its_last_errors(tmp_path, script):
-    run_dir = tmp_path / "run"
-    with start([script, "--fault", "raise@5", "--run-dir", run_dir], program=["bash"]) as running:
-        assert running.finish().code == 1
-    text = watch(run_dir)
-    assert text.code == 1
-    assert text.text.startswith("probe: FAILED (exit 1)\n")
-    assert "ERROR: failed: ValueError: broken on purpose" in text.text
+def test_a_run_that_breaks_is_failed_with_its_last_errors(tmp_path):
+    run_dir, script = tmp_path / "run", shell_script(tmp_path, PROBE)
+    words = [script, "--fault", "raise@5", "--run-dir", run_dir]
+    assert run_to_end(words, program=["bash"]).code == 1
+    found = watch(run_dir)
+    assert found.code == 1
+    assert found.text.startswith("probe: FAILED (exit 1)\n")
+    assert "ERROR: failed: ValueError: broken on purpose" in found.text
 
 
-def test_a_run_that_was_killed_is_stale_and_cannot_be_stopped(tmp_path):
+def test_ctrl_c_leaves_the_run_and_a_killed_run_is_stale(tmp_path):
     run_dir = tmp_path / "run"
     with start([PROBE, "--epochs", 100, "--step-ms", 100, "--run-dir", run_dir]) as running:
-        wait_for_step(run_dir, 3, running)
+        wait_for_step(run_dir, 2, running)
+        with start([MONITOR, run_dir, "--follow", "--every", 0.2]) as watching:
+            watching.wait_for_text("RUNNING")
+            watching.signal(signal.SIGINT)
+            left = watching.finish(timeout=10)
+        assert (left.code, left.last_line) == (0, "the run is left as it was")
+        wait_for_step(run_dir, max(losses(run_dir)) + 2, running)
         running.signal(signal.SIGKILL)
         running.finish()
     found = watch(run_dir)

@@ -19,6 +19,7 @@ from tests.harness import (
     environment,
     losses,
     run_here,
+    run_to_end,
     start,
     status_of,
     wait_for_step,
@@ -71,9 +72,7 @@ def test_fault_42_loader_workers_in_a_shared_memory_that_is_too_small(tmp_path):
         )
     run_dir = tmp_path / "run"
     args = ["--workers", 2, "--batch-size", 2048, "--num-points", 4096, "--run-dir", run_dir]
-    with start([PROBE, *args], program=[*own, tiny, "-", sys.executable]) as running:
-        outcome = running.finish()
-        assert running.leaves_nothing()
+    outcome = run_to_end([PROBE, *args], program=[*own, tiny, "-", sys.executable])
     assert outcome.code == 1
     assert "unable to allocate shared memory" in outcome.last_line, outcome.text
     assert "--shm-size" in outcome.last_line
@@ -86,8 +85,7 @@ def test_fault_42_loader_workers_in_a_shared_memory_that_is_too_small(tmp_path):
 def test_fault_43_output_that_cannot_be_written_ends_no_training(tmp_path, streams):
     run_dir = tmp_path / "run"
     shell = ["bash", "-c", f'exec "$@" {streams}', "-", sys.executable]
-    with start([PROBE, "--epochs", 1, "--run-dir", run_dir], program=shell) as running:
-        assert running.finish().code == 0
+    assert run_to_end([PROBE, "--epochs", 1, "--run-dir", run_dir], program=shell).code == 0
     assert max(losses(run_dir)) == 16
     assert status_of(run_dir)["state"] == "done"
 
@@ -160,8 +158,7 @@ ASCII = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii"}
 def test_fault_47_ascii_locale_and_a_path_with_chinese_characters(tmp_path):
     run_dir = tmp_path / "数据 集 $(touch X)" / "-run'"
     assert run_here(probe_recipe.main, ["--fault", "term@3", "--run-dir", run_dir]).code == 143
-    with start([PROBE, "--nproc", 2, "--run-dir", run_dir], **ASCII) as running:
-        outcome = running.finish()
+    outcome = run_to_end([PROBE, "--nproc", 2, "--run-dir", run_dir], **ASCII)
     assert outcome.code == 0, outcome.text
     assert f"the run in {run_dir} is now in {run_dir}.1" in outcome.text  # that of one process
     assert max(losses(run_dir)) == 24
@@ -169,7 +166,6 @@ def test_fault_47_ascii_locale_and_a_path_with_chinese_characters(tmp_path):
 
 
 def test_fault_47_message_with_chinese_characters_is_whole_in_an_ascii_locale():
-    with start([PROBE, "--resume", "/数据/没有.pt"], **ASCII) as running:
-        outcome = running.finish()
+    outcome = run_to_end([PROBE, "--resume", "/数据/没有.pt"], **ASCII)
     assert outcome.code == 2
     assert "--resume /数据/没有.pt: no such checkpoint" in outcome.text

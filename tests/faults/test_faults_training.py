@@ -9,7 +9,7 @@ from shared.distributed import World
 from shared.errors import UserError
 from shared.loader import make_loader, steps_per_epoch
 from tests.faults import probe_recipe
-from tests.harness import PROBE, losses, run_here, start, status_of
+from tests.harness import PROBE, losses, run_here, run_to_end, status_of
 
 
 def probe(run_dir, *args):
@@ -59,9 +59,7 @@ def test_fault_18_ranks_with_different_values_stop_in_the_same_epoch(tmp_path):
     # rank 1's value grows from the second epoch on, rank 0's goes on falling
     args = ["--nproc", 2, "--epochs", 8, "--patience", 2, "--fault", "worse@1@1"]
     # 75 points: each rank gets 4 whole batches of 8, and 11 points are left over
-    with start([PROBE, *args, "--num-points", 75, "--run-dir", run_dir]) as running:
-        outcome = running.finish()
-        assert running.leaves_nothing()
+    outcome = run_to_end([PROBE, *args, "--num-points", 75, "--run-dir", run_dir])
     assert outcome.code == 0, outcome.text
     assert "done: stopped early after epoch 3 (exit 0)" in outcome.last_line
     assert status_of(run_dir)["epoch"] == 3
@@ -80,9 +78,7 @@ def test_fault_30_set_without_a_whole_batch_is_refused(tmp_path):
 @pytest.mark.limit(180)
 def test_fault_40_rank_that_leaves_early_is_no_success(tmp_path):
     run_dir = tmp_path / "run"
-    with start([PROBE, "--nproc", 2, "--fault", "leave@6@1", "--run-dir", run_dir]) as running:
-        outcome = running.finish()
-        assert running.leaves_nothing()
+    outcome = run_to_end([PROBE, "--nproc", 2, "--fault", "leave@6@1", "--run-dir", run_dir])
     assert outcome.code == 1, outcome.text
     assert status_of(run_dir)["state"] == "failed"
 
@@ -92,8 +88,7 @@ def test_one_process_trains_as_two_on_the_same_global_batch(tmp_path):
     args = ["--dropout", 0, "--no-augment", "--epochs", 2]
     assert probe(tmp_path / "one", *args, "--batch-size", 16).code == 0
     two = [PROBE, *args, "--batch-size", 8, "--nproc", 2, "--run-dir", tmp_path / "two"]
-    with start(two) as running:
-        assert running.finish().code == 0
+    assert run_to_end(two).code == 0
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert one.keys() == two.keys()
     assert list(one.values()) == pytest.approx(list(two.values()), abs=1e-6)
