@@ -60,13 +60,17 @@ def put(name: str, content: Any) -> Callable[[Path], Any]:
     return make
 
 
-def of(name: str, content: Any, read: Callable[[Path], Any], *allowed: type[Exception]) -> Reader:
+def of(
+    name: str, content: Any, read: Callable[[Path], Any], *allowed: type[Exception], **more: Any
+) -> Reader:
     """A reader of one file of that name."""
-    return Reader(put(name, content), lambda directory: read(directory / name), allowed)
+    return Reader(put(name, content), lambda directory: read(directory / name), allowed, **more)
 
 
-def together(*makers: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    return lambda directory: [make(directory) for make in makers]
+def folder(contents: dict[str, Any], read: Callable[[Path], Any], **more: Any) -> Reader:
+    """A reader of a folder of these files: name → content, as for `put`."""
+    makers = [put(name, content) for name, content in contents.items()]
+    return Reader(lambda directory: [make(directory) for make in makers], read, **more)
 
 
 # --- face_distill ---------------------------------------------------------------------------------
@@ -226,26 +230,24 @@ READERS: dict[str, Reader] = {
     "teacher npy": Reader(_make_features, teacher.TeacherFeatures),
     "pairs bin": of("lfw.bin", _make_pairs, _read_pairs),
     "old pairs bin": of("cfp.bin", _make_old_pairs, _read_pairs),
-    "student's settings": Reader(
-        put("config.json", SETTINGS), lambda d: face_settings.settings_of(d / "x.pth")
+    "student's settings": folder(
+        {"config.json": SETTINGS}, lambda d: face_settings.settings_of(d / "x.pth")
     ),
     "list file": of("list.txt", LIST, _read_list),
-    "recipe": Reader(put("recipe.json", _make_recipe), _read_recipe),
-    "cfg-options": Reader(
-        put("options.txt", "model.depth=18\nlist.1.a=[1,(2,'x')]\nmodel.name=dict(a=1)"),
+    "recipe": folder({"recipe.json": _make_recipe}, _read_recipe),
+    "cfg-options": folder(
+        {"options.txt": "model.depth=18\nlist.1.a=[1,(2,'x')]\nmodel.name=dict(a=1)"},
         _read_options,
         opens=False,
     ),
-    "stored configuration": Reader(
-        put("config.json", json.dumps({"settings": {"configuration": {"a": {"b": [1, 2]}}}})),
+    "stored configuration": folder(
+        {"config.json": {"settings": {"configuration": {"a": {"b": [1, 2]}}}}},
         recipe.stored_configuration,
     ),
     "json": of("a.json", STATUS, files.read_json),
     "json lines": of("a.jsonl", ROWS, _read_lines),
-    "yaml settings": Reader(
-        put("c.yaml", YAML), lambda d: _read_settings(d / "c.yaml"), slowness=5
-    ),
-    "resumed settings": Reader(put("config.json", SETTINGS), _resume, slowness=5),
+    "yaml settings": of("c.yaml", YAML, _read_settings, slowness=5),
+    "resumed settings": folder({"config.json": SETTINGS}, _resume, slowness=5),
     "checkpoint": of(
         "last.pt", lambda path: torch.save(STATE, path), checkpoint.load, DamagedError
     ),
@@ -260,24 +262,24 @@ READERS: dict[str, Reader] = {
     "weights in shards": Reader(_make_shards, weights.read),
     "JPEG": of("a.jpg", picture("JPEG"), images.read_rgb, ValueError),
     "PNG": of("a.png", picture("PNG"), images.read_rgb, ValueError),
-    "other pictures": Reader(
-        together(*(put(f"a.{kind}", picture(kind)) for kind in KINDS)),
+    "other pictures": folder(
+        {f"a.{kind}": picture(kind) for kind in KINDS},
         lambda d: [images.problem(d / f"a.{kind}") for kind in KINDS],
     ),
-    "run report": Reader(
-        together(
-            put("status.json", STATUS),
-            put("config.json", SETTINGS),
-            put("metrics.jsonl", ROWS),
-            put("pages/a.png", picture("PNG")),
-            put("pages/b.html", "<h1>Sheet</h1><table><tr><td>1</td></tr></table>"),
-            put("pages/c.svg", '<svg xmlns="http://www.w3.org/2000/svg"><path d="M0 0"/></svg>'),
-        ),
+    "run report": folder(
+        {
+            "status.json": STATUS,
+            "config.json": SETTINGS,
+            "metrics.jsonl": ROWS,
+            "pages/a.png": picture("PNG"),
+            "pages/b.html": "<h1>Sheet</h1><table><tr><td>1</td></tr></table>",
+            "pages/c.svg": '<svg xmlns="http://www.w3.org/2000/svg"><path d="M0 0"/></svg>',
+        },
         report.write,
         slowness=10,
     ),
-    "run as the monitor sees it": Reader(
-        together(put("status.json", STATUS), put("metrics.jsonl", ROWS)),
+    "run as the monitor sees it": folder(
+        {"status.json": STATUS, "metrics.jsonl": ROWS},
         lambda d: run_text.block(run_status.view(d), 80),
     ),
 }

@@ -16,7 +16,7 @@ from lavic.src.recommend import data as conversations
 from multimodal.pairs import audio, audiocaps, clotho, coco
 from multimodal.pairs.audio import AudioError
 from shared import unpack
-from tests.fuzz_readers import of, put, together
+from tests.fuzz_readers import folder, of
 from tests.fuzzing import Reader
 from vasevqa.filter import clip
 from vasevqa.model import rows
@@ -118,13 +118,14 @@ def _read_coco(directory: Path) -> None:
 
 READERS: dict[str, Reader] = {
     "lavic items": of("items.json", ITEMS, catalogue.read_titles),
-    "lavic descriptions": Reader(
-        together(put("lines.jsonl", LINES), put("images/B1_0.jpg", b"a picture")),
+    "lavic descriptions": folder(
+        {"lines.jsonl": LINES, "images/B1_0.jpg": b"a picture"},
         lambda d: catalogue.read_samples(d / "lines.jsonl", d / "images"),
     ),
-    "lavic conversations": Reader(
-        put("train.jsonl", TALKS),
-        lambda d: conversations.read_conversations(d / "train.jsonl", "candidates_st"),
+    "lavic conversations": of(
+        "train.jsonl",
+        TALKS,
+        lambda path: conversations.read_conversations(path, "candidates_st"),
     ),
     "vasevqa rows": of("rows.json", VASES, _read_vases, RowError),
     "vasevqa row lines": of(
@@ -135,20 +136,20 @@ READERS: dict[str, Reader] = {
         "# what to look for\n[high]\na whole vase\n[low]\na broken vase\n",
         clip.read_prompts,
     ),
-    "multimodal COCO": Reader(
-        together(
-            put("annotations/captions_train2017.json", CAPTIONS),
-            put("annotations/instances_train2017.json", INSTANCES),
-            put("karpathy/dataset_coco.json", {"images": [{"cocoid": 1, "split": "test"}]}),
-        ),
+    "multimodal COCO": folder(
+        {
+            "annotations/captions_train2017.json": CAPTIONS,
+            "annotations/instances_train2017.json": INSTANCES,
+            "karpathy/dataset_coco.json": {"images": [{"cocoid": 1, "split": "test"}]},
+        },
         _read_coco,
     ),
     "multimodal AudioCaps csv": of("train.csv", CLIPS, audiocaps.listed_clips),
-    "multimodal Clotho csv": Reader(
-        together(
-            put("clotho_captions_development.csv", CLOTHO),
-            put("clotho_metadata_development.csv", "file_name,keywords\na.wav,dog;rain\n"),
-        ),
+    "multimodal Clotho csv": folder(
+        {
+            "clotho_captions_development.csv": CLOTHO,
+            "clotho_metadata_development.csv": "file_name,keywords\na.wav,dog;rain\n",
+        },
         lambda d: clotho._clips(d, "development", ("dog", "rain")),
     ),
     "multimodal sound": Reader(_make_sound, _read_sound, (AudioError,)),

@@ -14,6 +14,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from face_distill import download_weight, embed
 from face_distill.distill import model, teacher, verification
@@ -32,7 +33,7 @@ from multimodal.training import report, settings_file
 from shared import download, hub, lock, settings, stages
 from shared.page import Page
 from shared.program import JsonLinesProgress
-from tests.fuzz_readers import STATUS, of, picture, put, together
+from tests.fuzz_readers import STATUS, folder, of, picture
 from tests.fuzzing import Reader
 from vasevqa.filter import clip, place, quality
 from vasevqa.model import memory as swift_memory
@@ -41,11 +42,9 @@ from vasevqa.model import merging, needs, pictures, plan, runs
 CPU = torch.device("cpu")
 
 
-def tensors(name: str, **shapes: tuple[int, ...]) -> Callable[[Path], Any]:
+def tensors(**shapes: tuple[int, ...]) -> Callable[[Path], Any]:
     """What writes a .safetensors file of ones."""
-    from safetensors.torch import save_file
-
-    return put(name, lambda path: save_file({n: torch.ones(s) for n, s in shapes.items()}, path))
+    return lambda path: save_file({n: torch.ones(s) for n, s in shapes.items()}, path)
 
 
 def hollow(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -315,25 +314,22 @@ def _run_stages(directory: Path) -> None:
 
 READERS: dict[str, Reader] = {
     "unfinished features": Reader(_make_unfinished, _finish_features, slowness=2),
-    "teacher rows": Reader(
-        put("a.npy", lambda path: np.save(path, np.ones((4, 3), np.float32))), _read_teacher_rows
+    "teacher rows": folder(
+        {"a.npy": lambda path: np.save(path, np.ones((4, 3), np.float32))}, _read_teacher_rows
     ),
-    "BLIP-2 folder": Reader(
-        together(
-            put("config.json", BLIP),
-            tensors("model.safetensors", **{"vision_model.a": (2, 3), "other": (1,)}),
-        ),
+    "BLIP-2 folder": folder(
+        {
+            "config.json": BLIP,
+            "model.safetensors": tensors(**{"vision_model.a": (2, 3), "other": (1,)}),
+        },
         _read_tower,
     ),
-    "names of embeddings": Reader(
-        put("out.json", '{"files": ["a.jpg"]}'),
+    "names of embeddings": folder(
+        {"out.json": '{"files": ["a.jpg"]}'},
         lambda d: embed._prepare_out(d / "out.npy", d / "out.json"),
     ),
-    "lavic adapter": Reader(
-        together(
-            put("adapter_config.json", ADAPTER),
-            tensors("adapter_model.safetensors", a=(2, 3)),
-        ),
+    "lavic adapter": folder(
+        {"adapter_config.json": ADAPTER, "adapter_model.safetensors": tensors(a=(2, 3))},
         _read_adapter,
         slowness=5,
     ),
@@ -347,107 +343,98 @@ READERS: dict[str, Reader] = {
         lines({"image_name": "B1_0.jpg", "image": "https://images.example/b.jpg"}),
         _read_crawl_list,
     ),
-    "lavic crawl notes": Reader(
-        together(
-            put(picture_store.VERIFIED, lines(*SEEN)),
-            put(picture_store.FAILURES, lines(*LOST)),
-            put("B1_0.jpg", picture("JPEG")),
-        ),
+    "lavic crawl notes": folder(
+        {
+            picture_store.VERIFIED: lines(*SEEN),
+            picture_store.FAILURES: lines(*LOST),
+            "B1_0.jpg": picture("JPEG"),
+        },
         _read_crawl_notes,
     ),
-    "lavic summary": Reader(
-        put("results_summary.csv", "category,run,HitRatio@1\nbeauty,1,0.5\n"),
+    "lavic summary": folder(
+        {"results_summary.csv": "category,run,HitRatio@1\nbeauty,1,0.5\n"},
         recommend_results.read_summary,
     ),
-    "lavic model folder": Reader(
-        together(
-            put("config.json", LLAVA),
-            put("tokenizer_config.json", "{}"),
-            tensors("model.safetensors", a=(2, 3)),
-        ),
+    "lavic model folder": folder(
+        {
+            "config.json": LLAVA,
+            "tokenizer_config.json": "{}",
+            "model.safetensors": tensors(a=(2, 3)),
+        },
         _read_llava,
         slowness=5,
     ),
-    "multimodal settings": Reader(
-        put("c.yaml", MM_SETTINGS), lambda d: _read_mm_settings(d / "c.yaml"), slowness=2
+    "multimodal settings": of("c.yaml", MM_SETTINGS, _read_mm_settings, slowness=2),
+    "multimodal report": of(
+        "report.json",
+        MM_REPORT,
+        lambda path: report.add_section(path, "left_out", [{"data set": "a"}]),
     ),
-    "multimodal report": Reader(
-        put("report.json", MM_REPORT),
-        lambda d: report.add_section(d / "report.json", "left_out", [{"data set": "a"}]),
-    ),
-    "multimodal clips": Reader(put("clips.jsonl", lines(*CLIPS)), _read_clip_ledger),
-    "multimodal speakers": Reader(
-        put("vox1_meta.csv", "id\tname\tset\nid10270\tA\ttest\nid10271\tB\tdev\n"),
+    "multimodal clips": folder({"clips.jsonl": lines(*CLIPS)}, _read_clip_ledger),
+    "multimodal speakers": folder(
+        {"vox1_meta.csv": "id\tname\tset\nid10270\tA\ttest\nid10271\tB\tdev\n"},
         voxceleb._test_speakers,
     ),
-    "multimodal texts": Reader(
-        put("texts.txt", "a dog\n\n a  cat \n"),
-        lambda d: multimodal_embed._lines(d / "texts.txt", "texts"),
+    "multimodal texts": of(
+        "texts.txt", "a dog\n\n a  cat \n", lambda path: multimodal_embed._lines(path, "texts")
     ),
     "multimodal features": Reader(
         _make_features,
         lambda d: audio.FeatureCache(d / "cache").features(d / "a.wav"),
         (audio.AudioError,),
     ),
-    "multimodal checkpoint": Reader(
-        put("best_model.pt", _make_trained),
-        lambda d: trained_models.open_trained(d / "best_model.pt", CPU),
+    "multimodal checkpoint": of(
+        "best_model.pt",
+        _make_trained,
+        lambda path: trained_models.open_trained(path, CPU),
         slowness=5,
     ),
-    "vasevqa filter rows": Reader(put("scores.jsonl", lines(*FOUND)), _read_rows),
+    "vasevqa filter rows": folder({"scores.jsonl": lines(*FOUND)}, _read_rows),
     "vasevqa embeddings": Reader(_make_embeddings, _read_embeddings),
-    "vasevqa quality net": Reader(
-        put("best.pth", _make_net),
-        lambda d: quality.load_trained(d / "best.pth", CPU),
-        slowness=10,
+    "vasevqa quality net": of(
+        "best.pth", _make_net, lambda path: quality.load_trained(path, CPU), slowness=10
     ),
-    "vasevqa CLIP folder": Reader(
-        together(
-            put("config.json", CLIP),
-            put("preprocessor_config.json", PREPARE),
-        ),
-        _read_clip,
+    "vasevqa CLIP folder": folder(
+        {"config.json": CLIP, "preprocessor_config.json": PREPARE}, _read_clip
     ),
-    "vasevqa swift run": Reader(
-        together(
-            put("status.json", STATUS | {"state": "stopped"}),
-            put("config.json", RUN),
-            put("v0/checkpoint-6/trainer_state.json", STATE),
-            tensors("v0/checkpoint-6/model.safetensors", a=(2, 3)),
-        ),
+    "vasevqa swift run": folder(
+        {
+            "status.json": STATUS | {"state": "stopped"},
+            "config.json": RUN,
+            "v0/checkpoint-6/trainer_state.json": STATE,
+            "v0/checkpoint-6/model.safetensors": tensors(a=(2, 3)),
+        },
         _continue_swift,
     ),
-    "vasevqa model folder": Reader(
-        together(
-            put("config.json", QWEN),
-            put("model.safetensors.index.json", '{"weight_map": {"a": "one.safetensors"}}'),
-            tensors("one.safetensors", a=(2, 3)),
-        ),
+    "vasevqa model folder": folder(
+        {
+            "config.json": QWEN,
+            "model.safetensors.index.json": '{"weight_map": {"a": "one.safetensors"}}',
+            "one.safetensors": tensors(a=(2, 3)),
+        },
         _read_swift_model,
         slowness=5,
     ),
-    "vasevqa merge notes": Reader(
-        together(
-            put("config.json", RUN),
-            put("checkpoint-6/args.json", '{"model": "m"}'),
-            put("checkpoint-6/adapter_config.json", ADAPTER),
-        ),
+    "vasevqa merge notes": folder(
+        {
+            "config.json": RUN,
+            "checkpoint-6/args.json": '{"model": "m"}',
+            "checkpoint-6/adapter_config.json": ADAPTER,
+        },
         _read_merge_notes,
     ),
-    "vasevqa checked pictures": Reader(
-        together(
-            put("seen.json", '{"a.png": [[1, 2], null], "b.png": [[3, 4], "empty"]}'),
-            put("a.png", picture("PNG")),
-        ),
+    "vasevqa checked pictures": folder(
+        {
+            "seen.json": '{"a.png": [[1, 2], null], "b.png": [[3, 4], "empty"]}',
+            "a.png": picture("PNG"),
+        },
         lambda d: pictures.check_all([d / "a.png"], d / "seen.json", lambda *_: None),
     ),
-    "swift's log": Reader(put("logging.jsonl", lines(*SWIFT_LOG)), _follow_swift, opens=False),
+    "swift's log": folder({"logging.jsonl": lines(*SWIFT_LOG)}, _follow_swift, opens=False),
     "stage markers": Reader(_run_stages, _run_stages),
-    "download notes": Reader(
-        together(put(download.NOTES, NOTED), put("a.bin", b"0123456789")), _read_notes
+    "download notes": folder({download.NOTES: NOTED, "a.bin": b"0123456789"}, _read_notes),
+    "Hub's index": folder(
+        {"index.json": '{"weight_map": {"b.a": "one.safetensors"}}'}, _read_index, opens=False
     ),
-    "Hub's index": Reader(
-        put("index.json", '{"weight_map": {"b.a": "one.safetensors"}}'), _read_index, opens=False
-    ),
-    "foreign HTML": Reader(put("page.html", HTML), _read_html, slowness=5, opens=False),
+    "foreign HTML": folder({"page.html": HTML}, _read_html, slowness=5, opens=False),
 }

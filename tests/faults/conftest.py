@@ -4,6 +4,7 @@ import fcntl
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,15 @@ import pytest
 
 from shared.files import read_json, write_json
 from tests.faults import probe_recipe
-from tests.harness import PROBE, losses, run_here, start, wait_for_step
+from tests.harness import (
+    PROBE,
+    losses,
+    run_here,
+    shell_script,
+    start,
+    status_of,
+    wait_for_step,
+)
 
 Build = Callable[[Path], Any]
 
@@ -59,15 +68,19 @@ def undisturbed(once: Any) -> Callable[[int], dict[int, float]]:
 @pytest.fixture(scope="session")
 def stopped(once: Any) -> Callable[[int], tuple[Path, dict[str, Any]]]:
     """`stopped(ranks)`: the directory of a run that got SIGTERM in its second epoch, and
-    {code, text, left}: its exit code, its output, whether a process was left.
+    {code, text, pids, left}: its exit code, its output, the process that was signalled and the one
+    that status.json names, whether a process was left.
 
     Each rank has two loader workers. One process gets the signal with its whole group, as from a
-    terminal; the launcher of two alone, and twice in a moment, as SLURM sends it.
+    terminal. Two are started by a shell script, which gets it twice in a moment, as from SLURM.
     """
 
     def build(run_dir: Path, ranks: int) -> dict[str, Any]:
         args = ["--nproc", ranks, "--workers", 2, "--run-dir", run_dir, "--step-ms", 100]
-        with start([PROBE, *args]) as running:
+        entry, program = PROBE, [sys.executable]
+        if ranks == 2:
+            entry, program = shell_script(run_dir.parent, PROBE), ["bash"]
+        with start([entry, *args], program=program, PROBE_HURRIES="") as running:
             wait_for_step(run_dir, 20 // ranks, running)
             running.signal(signal.SIGTERM, group=ranks == 1)
             if ranks == 2:
@@ -75,6 +88,7 @@ def stopped(once: Any) -> Callable[[int], tuple[Path, dict[str, Any]]]:
                 running.signal(signal.SIGTERM)
             outcome = running.finish()
             left = not running.leaves_nothing()
-        return {"code": outcome.code, "text": outcome.text, "left": left}
+        pids = [running.pid, status_of(run_dir)["pid"]]
+        return {"code": outcome.code, "text": outcome.text, "pids": pids, "left": left}
 
     return lambda ranks: once(f"stopped-{ranks}", lambda run_dir: build(run_dir, ranks))

@@ -167,30 +167,22 @@ def test_a_program_that_hears_no_signal_is_killed_when_its_time_is_up(tmp_path):
     assert "killed after SIGTERM" in status_of(tmp_path)["reason"]
 
 
-def test_kill_9_of_the_launcher_lets_the_program_save_and_leaves_nothing(tmp_path):
-    with swift(tmp_path) as running:
+@pytest.mark.parametrize(
+    ("kind", "is_saving"), [("SAVES", False), ("SAVES", True), ("DEAF", False)]
+)
+def test_kill_9_of_the_launcher_lets_the_program_save_and_leaves_nothing(tmp_path, kind, is_saving):
+    """A program that saves already is not hurried; a deaf one is killed when its time is up."""
+    with swift(tmp_path, kind, "--shutdown-timeout", 2 if kind == "DEAF" else 30) as running:
         assert len(running.processes) == 5  # launcher, guard, swift, agent, worker
+        if is_saving:
+            running.signal(signal.SIGTERM)
+            time.sleep(0.1)
         running.signal(signal.SIGKILL)
         assert lock.is_held(tmp_path)  # the guard keeps it until all is over
         assert running.leaves_nothing()
-        assert "saved after [15]" in running.text
+        assert ("saved after [15]" in running.text) == (kind == "SAVES")
     assert status_of(tmp_path)["state"] == "running"  # a monitor sees that the pid is gone
     assert not lock.is_held(tmp_path)
-
-
-def test_kill_9_of_the_launcher_ends_a_deaf_program_too(tmp_path):
-    with swift(tmp_path, "DEAF", "--shutdown-timeout", 1) as running:
-        running.signal(signal.SIGKILL)
-        assert running.leaves_nothing()
-
-
-def test_kill_9_of_the_launcher_while_the_program_saves_does_not_hurry_it(tmp_path):
-    with swift(tmp_path) as running:
-        running.signal(signal.SIGTERM)
-        time.sleep(0.1)
-        running.signal(signal.SIGKILL)
-        assert running.leaves_nothing()
-        assert "saved after [15]" in running.text
 
 
 def test_kill_9_of_the_guard_leaves_nothing_and_is_a_failure(tmp_path):
@@ -221,18 +213,8 @@ def test_what_a_program_leaves_behind_ends_with_it(tmp_path):
 
 
 def test_nohup_holds_for_the_program_and_its_children(tmp_path):
-    with start(
-        [
-            "nohup",
-            sys.executable,
-            LAUNCH,
-            "--run-dir",
-            tmp_path,
-            "--",
-            *python(SWIFT, AGENT, WORKER, tmp_path, "SAVES"),
-        ],
-        program=["env"],
-    ) as running:
+    words = [LAUNCH, "--run-dir", tmp_path, "--", *python(SWIFT, AGENT, WORKER, tmp_path, "SAVES")]
+    with start(words, program=["nohup", sys.executable]) as running:
         wait_until(lambda: status_of(tmp_path).get("step", 0) > 3, "steps", running=running)
         running.signal(signal.SIGHUP, group=True)
         (program,) = children_of(guard_of(running))
@@ -257,17 +239,15 @@ def test_a_scripts_log_has_the_closing_line_too(tmp_path):
 
 def test_a_second_live_run_in_the_directory_is_refused(tmp_path):
     with swift(tmp_path) as first:
-        with launch(tmp_path, "true") as second:
-            outcome = second.finish()
+        outcome = run_to_end([LAUNCH, "--run-dir", tmp_path, "--", "true"])
         assert outcome.code == 2
         assert f"in use by a live run (pid {first.pid})" in outcome.text
         assert status_of(tmp_path)["state"] == "running"
 
 
 def test_the_heartbeat_goes_on_while_the_program_says_nothing(tmp_path):
-    with launch(
-        tmp_path, *python("import time; time.sleep(60)"), flags=("--total-steps", 7)
-    ) as running:
+    silent = python("import time; time.sleep(60)")
+    with launch(tmp_path, *silent, flags=("--total-steps", 7)) as running:
         wait_until(lambda: status_of(tmp_path), "a status", running=running)
         before = status_of(tmp_path)
         wait_until(lambda: status_of(tmp_path)["updated_at"] > before["updated_at"], "a heartbeat")

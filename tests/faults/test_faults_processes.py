@@ -24,7 +24,6 @@ from tests.harness import (
     ranks_of,
     run_here,
     run_to_end,
-    shell_script,
     start,
     status_of,
     wait_for_step,
@@ -119,18 +118,11 @@ def test_fault_03_lost_terminal_saves_and_leaves(tmp_path):
     assert position(run_dir / "last.pt") == status_of(run_dir)["step"]
 
 
-@pytest.mark.limit(180)
-def test_fault_04_sigterm_to_the_shell_script_reaches_the_run(tmp_path):
-    run_dir, script = tmp_path / "run", shell_script(tmp_path, PROBE)
-    args = [script, "--nproc", 2, "--step-ms", 100, "--run-dir", run_dir]
-    with start(args, program=["bash"], PROBE_HURRIES="") as running:
-        wait_for_step(run_dir, 3, running)
-        assert status_of(run_dir)["pid"] == running.pid
-        running.signal(signal.SIGTERM)
-        assert running.finish().code == 143
-        assert running.leaves_nothing()
-    assert status_of(run_dir)["state"] == "stopped"
-    assert position(run_dir / "last.pt") == status_of(run_dir)["step"]
+@pytest.mark.limit(240)
+def test_fault_04_sigterm_to_the_shell_script_reaches_the_run(stopped):
+    run_dir, outcome = stopped(2)
+    script, run = outcome["pids"]
+    assert script == run and outcome["code"] == 143
     assert first_words(run_dir).startswith("Stopped (exit code 143): SIGTERM: saved at")
 
 

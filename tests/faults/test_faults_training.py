@@ -83,17 +83,6 @@ def test_fault_40_rank_that_leaves_early_is_no_success(tmp_path):
     assert status_of(run_dir)["state"] == "failed"
 
 
-@pytest.mark.limit(180)
-def test_one_process_trains_as_two_on_the_same_global_batch(tmp_path):
-    args = ["--dropout", 0, "--no-augment", "--epochs", 2]
-    assert probe(tmp_path / "one", *args, "--batch-size", 16).code == 0
-    two = [PROBE, *args, "--batch-size", 8, "--nproc", 2, "--run-dir", tmp_path / "two"]
-    assert run_to_end(two).code == 0
-    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert one.keys() == two.keys()
-    assert list(one.values()) == pytest.approx(list(two.values()), abs=1e-6)
-
-
 def test_number_of_loader_workers_changes_no_loss(tmp_path, undisturbed):
     assert probe(tmp_path / "run", "--workers", 1).code == 0
     assert losses(tmp_path / "run") == undisturbed(1)
