@@ -140,7 +140,7 @@ def test_fault_46_old_python_is_refused_in_one_line():
     assert ended.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("version", [(3, 10, 13), (3, 6, 15), (2, 7, 18)])
+@pytest.mark.parametrize("version", [(3, 10, 13), (2, 7, 18)])
 def test_fault_46_imitated_old_python_is_refused_in_one_line(monkeypatch, capsys, version):
     monkeypatch.setattr(sys, "version_info", version)
     with pytest.raises(SystemExit) as left:
