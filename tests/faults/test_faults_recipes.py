@@ -134,14 +134,13 @@ def test_fault_13_a_run_whose_last_save_failed_is_not_done(training, whole, tmp_
         assert torch.load(path)["position"]["batch"] == 0
     best = [path.relative_to(whole) for path in whole.rglob("*best*.pt*")]
     assert best or "lavic" in training.script.parts
-    for path in best:  # the first run's
-        (place / path).unlink(missing_ok=True)
-    with refused(*map(place.joinpath, best)):
-        again = run_here(training.main, words)
+    again_at = tmp_path / "beside" if best else place
+    with refused(*map(again_at.joinpath, best)):
+        again = run_here(training.main, training.words(again_at))
     assert again.code == 0, again.text
-    assert status_of(run_dir)["state"] == "done"
+    assert status_of(training.run_dir(again_at))["state"] == "done"
     for path in best:
-        assert f"{path.name} was not written" in again.text and not (place / path).exists()
+        assert f"{path.name} was not written" in again.text and not (again_at / path).exists()
     assert "Traceback" not in again.text
 
 
