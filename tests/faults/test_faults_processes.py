@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shared import stop
+from shared import stop, supervisor
 from tests.faults import probe_recipe
 from tests.faults.test_faults_report import first_words
 from tests.harness import (
@@ -183,11 +183,13 @@ def test_fault_06_killed_rank_ends_the_run_and_is_named(tmp_path):
 
 @pytest.mark.limit(180)
 def test_fault_06_rank_that_is_killed_while_the_others_load_is_named(tmp_path):
-    # rank 0 has no handler yet: it dies of torchrun's SIGTERM, which is not what went wrong
     args = ["--nproc", 2, "--fault", "hang@0@0,kill@0@1", "--run-dir", tmp_path / "run"]
     outcome = run_to_end([PROBE, *args])
     assert outcome.code == 1
     assert "rank 1 was killed by SIGKILL" in outcome.last_line
+    # without a handler yet, rank 0 dies of the agent's SIGTERM, which is not what went wrong
+    both = supervisor.first_failure({0: -signal.SIGTERM, 1: -signal.SIGKILL}, tmp_path)
+    assert both.message.startswith("rank 1 was killed by SIGKILL")
 
 
 @pytest.mark.limit(180)
