@@ -21,6 +21,8 @@ from tests.harness import (
     status_of,
 )
 
+pytestmark = pytest.mark.limit(240)
+
 DAMAGES = {
     "truncated": lambda data: data[: len(data) // 2],
     "empty": lambda data: b"",
@@ -160,7 +162,6 @@ def test_fault_13_a_stop_on_a_full_disk_is_not_called_a_saved_run(small_disk, mo
     assert not list((small_disk / "run").glob("*.tmp.*"))
 
 
-@pytest.mark.limit(150)
 def test_fault_13_limit_on_file_sizes_leaves_no_part_of_a_checkpoint(tmp_path):
     run_dir = tmp_path / "run"
     limited = ["bash", "-c", 'ulimit -f 64; exec "$@"', "-", sys.executable]  # 64 KB
@@ -185,7 +186,6 @@ def test_fault_14_too_little_disk_is_refused_before_the_first_step(
     assert not losses(tmp_path / "other")
 
 
-@pytest.mark.limit(240)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_fault_19_resumed_run_has_the_losses_of_an_undisturbed_one(
     stopped, undisturbed, tmp_path, ranks
@@ -226,7 +226,6 @@ def test_fault_19_tensorboard_shows_each_step_once_after_a_resume(interrupted):
     assert [event.step for event in events.Scalars("loss")] == list(range(1, 49))
 
 
-@pytest.mark.limit(240)
 def test_fault_20_other_number_of_processes_moves_the_run_aside(stopped, tmp_path):
     run_dir = shutil.copytree(stopped(2)[0], tmp_path / "run")
     outcome = probe(run_dir, "--nproc", 1)
@@ -235,7 +234,6 @@ def test_fault_20_other_number_of_processes_moves_the_run_aside(stopped, tmp_pat
     assert moved_aside(run_dir) == ["run.1"]
 
 
-@pytest.mark.limit(240)
 def test_fault_20_named_checkpoint_of_another_number_of_processes(stopped, tmp_path):
     run_dir = shutil.copytree(stopped(2)[0], tmp_path / "run")
     names = ("config.json", "status.json", "metrics.jsonl", "last.pt")

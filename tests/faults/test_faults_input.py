@@ -6,6 +6,8 @@ from shared import device, launch
 from tests.faults import probe_recipe
 from tests.harness import PROBE, losses, run_here, run_to_end, start, status_of, wait_for_step
 
+pytestmark = pytest.mark.limit(240)
+
 
 def probe(*args):
     return run_here(probe_recipe.main, args)
@@ -26,7 +28,6 @@ def test_fault_15_run_directory_that_cannot_be_written_is_refused(tmp_path, plac
     assert "step=" not in outcome.text
 
 
-@pytest.mark.limit(180)
 def test_fault_15_two_processes_say_it_once(tmp_path):
     (tmp_path / "file").write_text("")
     outcome = run_to_end([PROBE, "--nproc", 2, "--run-dir", tmp_path / "file" / "run"])
@@ -78,7 +79,6 @@ def test_fault_37_several_hosts_need_a_meeting_point(tmp_path):
     assert "--nnodes 2 needs a meeting point: --master-addr" in outcome.text
 
 
-@pytest.mark.limit(150)
 def test_fault_39_run_directory_of_a_live_run_is_refused(tmp_path):
     run_dir = tmp_path / "run"
     with start([PROBE, "--step-ms", 50, "--run-dir", run_dir]) as running:

@@ -29,13 +29,14 @@ from tests.harness import (
     wait_for_step,
 )
 
+pytestmark = pytest.mark.limit(240)
+
 
 def position(path: Path) -> int:
     """The step that a checkpoint was written at."""
     return torch.load(path, weights_only=True)["position"]["step"]
 
 
-@pytest.mark.limit(240)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_fault_01_sigterm_saves_and_leaves(stopped, ranks):
     run_dir, outcome = stopped(ranks)
@@ -64,7 +65,6 @@ def test_fault_02_a_first_request_saves_and_leaves(tmp_path, fault, code, said):
     assert f"{said}: saved at step 7" in outcome.last_line
 
 
-@pytest.mark.limit(180)
 @pytest.mark.parametrize(("ranks", "number"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
 def test_fault_02_second_signal_ends_at_once(tmp_path, ranks, number):
     run_dir = tmp_path / "run"
@@ -88,7 +88,6 @@ def test_fault_02_second_signal_ends_at_once(tmp_path, ranks, number):
     assert position(run_dir / "last.pt") == 5
 
 
-@pytest.mark.limit(180)
 def test_fault_03_run_under_nohup_survives_a_hang_up(tmp_path):
     run_dir = tmp_path / "run"
     args = [PROBE, "--nproc", 2, "--step-ms", 50, "--run-dir", run_dir]
@@ -102,7 +101,6 @@ def test_fault_03_run_under_nohup_survives_a_hang_up(tmp_path):
     assert max(losses(run_dir)) == 24
 
 
-@pytest.mark.limit(120)
 def test_fault_03_lost_terminal_saves_and_leaves(tmp_path):
     run_dir = tmp_path / "run"
     ours, theirs = pty.openpty()
@@ -118,7 +116,6 @@ def test_fault_03_lost_terminal_saves_and_leaves(tmp_path):
     assert position(run_dir / "last.pt") == status_of(run_dir)["step"]
 
 
-@pytest.mark.limit(240)
 def test_fault_04_sigterm_to_the_shell_script_reaches_the_run(stopped):
     run_dir, outcome = stopped(2)
     script, run = outcome["pids"]
@@ -126,7 +123,6 @@ def test_fault_04_sigterm_to_the_shell_script_reaches_the_run(stopped):
     assert first_words(run_dir).startswith("Stopped (exit code 143): SIGTERM: saved at")
 
 
-@pytest.mark.limit(180)
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_fault_05_nothing_outlives_a_killed_launcher(tmp_path, ranks):
     run_dir = tmp_path / "run"
@@ -167,7 +163,6 @@ def test_fault_05_loader_worker_that_was_just_started_does_not_outlive_its_proce
         assert running.leaves_nothing()
 
 
-@pytest.mark.limit(180)
 def test_fault_06_killed_rank_ends_the_run_and_is_named(tmp_path):
     run_dir = tmp_path / "run"
     # rank 0, which can no longer say so in the status itself
@@ -181,7 +176,6 @@ def test_fault_06_killed_rank_ends_the_run_and_is_named(tmp_path):
     assert position(run_dir / "last.pt") == 5
 
 
-@pytest.mark.limit(180)
 def test_fault_06_rank_that_is_killed_while_the_others_load_is_named(tmp_path):
     args = ["--nproc", 2, "--fault", "hang@0@0,kill@0@1", "--run-dir", tmp_path / "run"]
     outcome = run_to_end([PROBE, *args])
@@ -192,7 +186,6 @@ def test_fault_06_rank_that_is_killed_while_the_others_load_is_named(tmp_path):
     assert both.message.startswith("rank 1 was killed by SIGKILL")
 
 
-@pytest.mark.limit(180)
 def test_fault_06_restarted_run_has_the_losses_of_an_undisturbed_one(tmp_path, undisturbed):
     run_dir = tmp_path / "run"
     args = ["--nproc", 2, "--max-restarts", 1, "--fault", "kill@12@1", "--run-dir", run_dir]
@@ -203,7 +196,6 @@ def test_fault_06_restarted_run_has_the_losses_of_an_undisturbed_one(tmp_path, u
     assert status_of(run_dir)["state"] == "done"
 
 
-@pytest.mark.limit(180)
 def test_fault_07_killed_loader_worker_ends_the_run_with_a_hint(tmp_path):
     run_dir = tmp_path / "run"
     args = ["--nproc", 2, "--workers", 2, "--step-ms", 100, "--run-dir", run_dir]
@@ -219,7 +211,6 @@ def test_fault_07_killed_loader_worker_ends_the_run_with_a_hint(tmp_path):
     assert status_of(run_dir)["state"] == "failed"
 
 
-@pytest.mark.limit(180)
 def test_fault_08_hanging_rank_is_named_after_the_timeout(tmp_path):
     run_dir = tmp_path / "run"
     args = ["--nproc", 2, "--timeout", 5, "--fault", "hang@6@1", "--run-dir", run_dir]
@@ -235,7 +226,6 @@ def test_fault_08_hanging_rank_is_named_after_the_timeout(tmp_path):
     assert status_of(run_dir)["state"] == "failed"
 
 
-@pytest.mark.limit(180)
 def test_fault_09_traceback_of_the_rank_that_failed_comes_once_and_last(tmp_path):
     run_dir = tmp_path / "run"
     outcome = run_to_end([PROBE, "--nproc", 2, "--fault", "raise@6@1", "--run-dir", run_dir])
@@ -254,7 +244,6 @@ def torchrun(run_dir: Path, *args: object) -> list[object]:
     return [*own, PROBE, "--run-dir", run_dir, *args]
 
 
-@pytest.mark.limit(240)
 def test_torchrun_typed_by_the_user_restarts_after_a_killed_rank(tmp_path, undisturbed):
     run_dir = tmp_path / "run"
     command = torchrun(run_dir, "--fault", "kill@12@1", "--timeout", 30)
@@ -265,7 +254,6 @@ def test_torchrun_typed_by_the_user_restarts_after_a_killed_rank(tmp_path, undis
     assert losses(run_dir) == undisturbed(2)
 
 
-@pytest.mark.limit(240)
 def test_torchrun_typed_by_the_user_trains_stops_and_continues(tmp_path, undisturbed):
     run_dir = tmp_path / "run"
     with start(torchrun(run_dir, "--step-ms", 100)) as running:
@@ -282,7 +270,6 @@ def test_torchrun_typed_by_the_user_trains_stops_and_continues(tmp_path, undistu
     assert losses(run_dir) == undisturbed(2)
 
 
-@pytest.mark.limit(180)
 def test_torchrun_typed_by_the_user_tells_which_rank_failed(tmp_path):
     run_dir = tmp_path / "run"
     outcome = run_to_end(torchrun(run_dir, "--fault", "raise@6@1"))
@@ -298,7 +285,6 @@ def hosts(run_dir: Path, *args: object) -> list[Running]:
     return [start([*common, "--node-rank", number]) for number in (0, 1)]
 
 
-@pytest.mark.limit(240)
 def test_two_hosts_stop_together_and_continue_as_two_processes_of_one(tmp_path, undisturbed):
     run_dir = tmp_path / "run"
     first, second = hosts(run_dir, "--step-ms", 100)

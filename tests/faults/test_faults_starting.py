@@ -7,6 +7,8 @@ import pytest
 
 from tests.harness import PROBE, start, status_of, wait_until
 
+pytestmark = [pytest.mark.slow, pytest.mark.limit(240)]
+
 MOMENTS = [0.1, 0.3, 0.5, 0.7, 0.9, 1.1, 1.3, 1.5, 1.7, 1.9,
            2.2, 2.5, 2.8, 3.1, 3.5, 3.9, 4.3, 4.8, 5.4, 6.0]  # fmt: skip
 FEW = {(0.3, 1), (0.7, 1), (0.9, 2), (1.5, 2), (2.2, 2)}  # of them in the default tier
@@ -21,8 +23,6 @@ def every_moment():
             yield pytest.param(moment, ranks, sent, marks=marks, id=f"{moment}-{ranks}-{sent.name}")
 
 
-@pytest.mark.slow
-@pytest.mark.limit(180)
 @pytest.mark.parametrize(("moment", "ranks", "sent"), [*every_moment()])
 def test_a_stop_signal_at_any_moment_of_a_start_is_answered_with_one_line(
     tmp_path, moment, ranks, sent
@@ -45,8 +45,6 @@ def test_a_stop_signal_at_any_moment_of_a_start_is_answered_with_one_line(
         assert (status["state"], status["exit_code"]) == ("stopped", code)
 
 
-@pytest.mark.slow
-@pytest.mark.limit(180)
 def test_a_stop_in_an_evaluation_of_uneven_length_leaves_on_every_rank(tmp_path):
     """Rank 1 has half of rank 0's batches: no exchange between the ranks may wait in the loop."""
     run_dir = tmp_path / "run"

@@ -25,12 +25,13 @@ from tests.harness import (
     wait_for_step,
 )
 
+pytestmark = pytest.mark.limit(240)
+
 
 def probe(run_dir, *args):
     return run_here(probe_recipe.main, ["--run-dir", run_dir, *args])
 
 
-@pytest.mark.limit(240)
 def test_fault_38_two_runs_at_once_while_the_usual_port_is_taken(tmp_path):
     with socket.socket() as usual:
         usual.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -62,7 +63,6 @@ def test_fault_42_small_shared_memory_ends_the_run_with_a_hint(tmp_path):
     assert "--shm-size" in outcome.last_line
 
 
-@pytest.mark.limit(150)
 def test_fault_42_loader_workers_in_a_shared_memory_that_is_too_small(tmp_path):
     own = ["unshare", "--mount", "bash", "-c"]
     tiny = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
@@ -80,7 +80,6 @@ def test_fault_42_loader_workers_in_a_shared_memory_that_is_too_small(tmp_path):
     assert status_of(run_dir)["state"] == "failed"
 
 
-@pytest.mark.limit(150)
 @pytest.mark.parametrize("streams", ["<&- >&- 2>&-", ">/dev/full 2>&1"])
 def test_fault_43_output_that_cannot_be_written_ends_no_training(tmp_path, streams):
     run_dir = tmp_path / "run"
@@ -90,7 +89,6 @@ def test_fault_43_output_that_cannot_be_written_ends_no_training(tmp_path, strea
     assert status_of(run_dir)["state"] == "done"
 
 
-@pytest.mark.limit(180)
 def test_fault_43_reader_that_goes_away_ends_no_training(tmp_path):
     run_dir = tmp_path / "run"
     command = [sys.executable, str(PROBE), "--nproc", "2", "--step-ms", "50"]
@@ -154,7 +152,6 @@ def test_fault_46_imitated_old_python_is_refused_in_one_line(monkeypatch, capsys
 ASCII = {"LC_ALL": "C", "LANG": "C", "PYTHONIOENCODING": "ascii"}
 
 
-@pytest.mark.limit(180)
 def test_fault_47_ascii_locale_and_a_path_with_chinese_characters(tmp_path):
     run_dir = tmp_path / "数据 集 $(touch X)" / "-run'"
     assert run_here(probe_recipe.main, ["--fault", "term@3", "--run-dir", run_dir]).code == 143

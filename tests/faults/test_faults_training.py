@@ -11,6 +11,8 @@ from shared.loader import make_loader, steps_per_epoch
 from tests.faults import probe_recipe
 from tests.harness import PROBE, losses, run_here, run_to_end, status_of
 
+pytestmark = pytest.mark.limit(240)
+
 
 def probe(run_dir, *args):
     return run_here(probe_recipe.main, ["--run-dir", run_dir, *args])
@@ -53,7 +55,6 @@ def test_fault_16_bad_steps_before_an_interruption_still_count(tmp_path):
     assert max(losses(run_dir)) == 10  # seven bad steps are in the checkpoint, the next is the last
 
 
-@pytest.mark.limit(180)
 def test_fault_18_ranks_with_different_values_stop_in_the_same_epoch(tmp_path):
     run_dir = tmp_path / "run"
     # rank 1's value grows from the second epoch on, rank 0's goes on falling
@@ -75,7 +76,6 @@ def test_fault_30_set_without_a_whole_batch_is_refused(tmp_path):
         steps_per_epoch(2, 1, 4)
 
 
-@pytest.mark.limit(180)
 def test_fault_40_rank_that_leaves_early_is_no_success(tmp_path):
     run_dir = tmp_path / "run"
     outcome = run_to_end([PROBE, "--nproc", 2, "--fault", "leave@6@1", "--run-dir", run_dir])
