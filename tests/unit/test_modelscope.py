@@ -50,16 +50,8 @@ def open_it(server, revision="master"):
 def test_files_are_listed_and_fetched_whole(server, tmp_path):
     repository = open_it(server)
     assert repository.files.keys() == FILES.keys()
-    names = [
-        "config.json",
-        *download_weight.weight_files(repository, "vision_model."),
-        list(FILES)[-1],
-    ]
-    repository.fetch(repository.plan(names, tmp_path))
-    assert {name for name in FILES if (tmp_path / name).exists()} == set(FILES) - {
-        SHARDS[1], "preprocessor_config.json"
-    }  # fmt: skip
-    assert all((tmp_path / name).read_bytes() == FILES[name] for name in names)
+    repository.fetch(repository.plan(FILES, tmp_path))
+    assert all((tmp_path / name).read_bytes() == content for name, content in FILES.items())
 
 
 def test_an_unknown_revision_names_host_and_way_out(server):
@@ -86,9 +78,12 @@ def test_a_host_that_cannot_be_reached_is_named():
 
 
 @pytest.mark.parametrize("repo_id", ["", "owner", "a/b/c", "/b", "a/\n", "../b"])
-def test_what_is_no_repository_is_refused(repo_id):
+def test_what_is_no_repository_is_refused_and_leads_out_of_no_cache(repo_id, tmp_path):
     with pytest.raises(UserError, match="no owner/name"):
         hub.open_modelscope(repo_id, "master", endpoint="http://127.0.0.1:1")
+    with pytest.raises(UserError, match="no owner/name"):
+        hub.local_copy(repo_id, {"MODELSCOPE_CACHE": str(tmp_path / "cache")})
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(
@@ -175,12 +170,6 @@ def test_a_local_copy_that_is_not_whole_does_not_serve(model_server, tmp_path):
         local_copy(model_server.url, tmp_path)
     with pytest.raises(DownloadError, match="cannot be reached"):
         local_copy(f"http://127.0.0.1:{free_port()}", tmp_path)
-
-
-def test_no_local_copy_leaves_the_cache(tmp_path):
-    with pytest.raises(UserError, match="no owner/name"):
-        hub.local_copy("../b", {"MODELSCOPE_CACHE": str(tmp_path / "cache")})
-    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Blip2VisionModel
 
 from face_distill.demo_data import demo
 from face_distill.distill import student_files
-from face_distill.distill.images import CLIP_MEAN, CLIP_STD
 from face_distill.distill.model import (
     FaceEmbedder,
     FaceStudent,
@@ -35,27 +33,24 @@ def faces() -> torch.Tensor:
     return torch.randint(0, 256, (3, 3, 112, 112), dtype=torch.uint8, generator=generator)
 
 
+NAME = "vit.encoder.layers.{}.mlp.adapter.down_proj.weight"
+
+
 def test_adapter_shape_is_read_from_names_and_shapes(tower):
-    shape = adapter_shape(trainable_state(student_of(tower)), Path("x.pth"))
-    assert (shape.layers, shape.bottleneck) == (LAYERS, BOTTLENECK)
-    full = adapter_shape(student_of(tower).state_dict(), Path("x.pth"))
-    assert full == shape
-
-
-def test_adapter_shape_sorts_layers_as_numbers():
-    names = [f"vit.encoder.layers.{i}.mlp.adapter.down_proj.weight" for i in (10, 9, 0)]
-    assert adapter_shape({n: torch.zeros(2, 4) for n in names}, Path("x")).layers == [0, 9, 10]
+    student = student_of(tower)
+    for state in (trainable_state(student), student.state_dict()):
+        shape = adapter_shape(state, Path("x.pth"))
+        assert (shape.layers, shape.bottleneck) == (LAYERS, BOTTLENECK)
+    many = {NAME.format(layer): torch.zeros(2, 4) for layer in (10, 9, 0)}
+    assert adapter_shape(many, Path("x")).layers == [0, 9, 10]
 
 
 @pytest.mark.parametrize(
     "state",
     [
         {"vit.post_layernorm.weight": torch.zeros(4)},
-        {"vit.encoder.layers.1.mlp.adapter.down_proj.weight": torch.tensor(1.0)},
-        {
-            "vit.encoder.layers.1.mlp.adapter.down_proj.weight": torch.zeros(2, 4),
-            "vit.encoder.layers.2.mlp.adapter.down_proj.weight": torch.zeros(3, 4),
-        },
+        {NAME.format(1): torch.tensor(1.0)},
+        {NAME.format(1): torch.zeros(2, 4), NAME.format(2): torch.zeros(3, 4)},
     ],
     ids=["no adapter", "no matrix", "two widths"],
 )
@@ -72,20 +67,11 @@ def test_settings_come_from_a_run_and_from_an_export_and_nothing_else(tmp_path):
         ('{"settings": {"image_size": 56}, "identity": {}}', {"image_size": 56}),
         ('{"image_size": 28, "schema": 1}', {"image_size": 28, "schema": 1}),
         ('{"settings": 3}', {}),
-        ("[1]", {}),
         ("{", {}),
     ]:
         (run.parent / "config.json").write_text(text)
         assert student_files.settings_of(run) == expected
         assert student_files.settings_of(run.parent) == expected
-
-
-def test_the_untrained_student_is_the_bare_tower_bit_for_bit(tower, faces):
-    embedder = FaceEmbedder(open_student(tower), torch.device("cpu"))
-    bare = Blip2VisionModel.from_pretrained(tower, key_mapping={r"^vision_model\.": ""}).eval()
-    images = embedder._preprocess(faces)
-    with torch.inference_mode():
-        assert torch.equal(embedder(faces), bare(images).last_hidden_state[:, 0])
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["trained parts", "whole student"])
@@ -99,18 +85,6 @@ def test_an_opened_student_is_the_saved_one_frozen_and_without_its_head(
     own = opened.state_dict()
     assert own and all(torch.equal(own[n], t) for n, t in saved.state_dict().items() if n in own)
     assert saved.state_dict().keys() - own.keys() == {"head.weight"}
-
-
-def test_the_embedder_gives_the_class_token_of_clip_normalised_faces(tower, tmp_path, faces):
-    student = open_student(tower, write_run(tmp_path, tower))
-    found = FaceEmbedder(student, torch.device("cpu"))(faces)
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
-    saved = student_of(tower).eval()
-    with torch.no_grad():
-        expected = saved((faces / 255 - mean) / std)[0]
-    assert found.shape == (3, 64) and found.dtype == torch.float32
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert not torch.allclose(found, FaceEmbedder(open_student(tower), torch.device("cpu"))(faces))
 
 
 def test_bf16_stays_near_float32_and_comes_back_as_float32(tower, tmp_path, faces):
@@ -129,7 +103,7 @@ def test_the_input_has_the_side_of_the_run_unless_another_is_given(tower, tmp_pa
     assert FaceEmbedder(open_student(tower, path), torch.device("cpu"))(faces).shape == (3, 64)
 
 
-@pytest.mark.parametrize("size", ["112", -16, 1.5, True, [112]])
+@pytest.mark.parametrize("size", ["112", -16, True])
 def test_a_side_that_is_no_number_is_refused(tower, tmp_path, size):
     path = write_run(tmp_path, tower)
     write_json(tmp_path / "config.json", {"settings": {"image_size": size}})
@@ -137,29 +111,19 @@ def test_a_side_that_is_no_number_is_refused(tower, tmp_path, size):
         open_student(tower, path)
 
 
-def test_a_tower_with_fewer_layers_or_another_width_is_refused(tower, tmp_path):
+def test_a_tower_with_fewer_layers_is_refused(tower, tmp_path):
     path = write_run(tmp_path, tower)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(demo.TOWER, "num_hidden_layers", 2)
         demo.write_tower(tmp_path / "short", 0)
     with pytest.raises(UserError, match=r"adapter in layer 2, the tower in .*short has 2: give"):
         open_student(tmp_path / "short", path)
-    state = {
-        name: tensor.repeat_interleave(2, 1) if name.endswith("down_proj.weight") else tensor
-        for name, tensor in trainable_state(student_of(tower)).items()
-    }
-    torch.save(state, tmp_path / "wide.pth")
-    with pytest.raises(UserError, match=r"wide\.pth does not fit FaceStudent"):
-        open_student(tower, tmp_path / "wide.pth")
 
 
 def test_the_checkpoint_a_run_resumes_from_is_refused_with_the_file_to_give(tower, tmp_path):
     torch.save({"position": {}, "parts": {"optimizer": {}}}, tmp_path / "last.pth")
     with pytest.raises(UserError, match=rf"resumes from .*give {tmp_path}/{BEST}"):
         open_student(tower, tmp_path / "last.pth")
-    torch.save({"epoch": 3}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="holds no state dict"):
-        open_student(tower, tmp_path / "other.pth")
 
 
 def test_wrapped_names_are_read_as_plain_ones(tower, tmp_path):

@@ -4,6 +4,8 @@ import io
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tarfile
 import zipfile
 from collections import namedtuple
@@ -44,8 +46,8 @@ def test_zip_is_unpacked_beside_what_is_there(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["annotations", "val2017"]
 
 
-@pytest.mark.parametrize("mode", ["w", "w:gz", "w:bz2", "w:xz"])
-def test_tar_in_every_compression(tmp_path, mode):
+@pytest.mark.parametrize("mode", ["w", "w:xz"])
+def test_tar_plain_and_compressed(tmp_path, mode):
     with tarfile.open(tmp_path / "a.tar", mode) as archive:
         for name, content in FILES.items():
             member = tarfile.TarInfo(name)
@@ -55,12 +57,10 @@ def test_tar_in_every_compression(tmp_path, mode):
     assert tree(tmp_path / "out") == FILES
 
 
-@pytest.mark.parametrize("size", [1, 7, 100, 4096])
-def test_parts_of_a_zip_are_read_as_one(tmp_path, size):
+def test_parts_of_a_zip_are_read_as_one(tmp_path):
     files = {f"wav/{number}.wav": os.urandom(1000) for number in range(9)}
     content = zipped(tmp_path / "whole.zip", files).read_bytes()
-    size = max(size, len(content) // 50)
-    parts = []
+    parts, size = [], len(content) // 50
     for number, start in enumerate(range(0, len(content), size)):
         parts.append(tmp_path / f"part{number:03}")
         parts[-1].write_bytes(content[start : start + size])
@@ -71,42 +71,45 @@ def test_parts_of_a_zip_are_read_as_one(tmp_path, size):
 HOSTILE_NAMES = ["../out.txt", "a/../../out.txt", "/tmp/out.txt", "C:\\out.txt", "..\\out.txt"]
 
 
-@pytest.mark.parametrize("name", [*HOSTILE_NAMES, "a\nb"])
-def test_fault_25_zip_that_leads_out_is_refused(tmp_path, name):
-    archive = zipped(tmp_path / "a.zip", {"good.txt": b"1", name: b"2"})
+def tar_with(path, member):
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(member, io.BytesIO())
+    return path
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+@pytest.mark.parametrize("name", HOSTILE_NAMES)
+def test_fault_25_archive_that_leads_out_is_refused(tmp_path, kind, name):
+    path = tmp_path / "a.archive"
+    if kind == "zip":
+        zipped(path, {"good.txt": b"1", name: b"2"})
+    else:
+        tar_with(path, tarfile.TarInfo(name))
     with pytest.raises(UserError, match="nothing was unpacked"):
-        unpack([archive], tmp_path / "in/out")
-    assert tree(tmp_path) == {"a.zip": archive.read_bytes()}
+        unpack([path], tmp_path / "in/out")
+    assert tree(tmp_path).keys() == {"a.archive"}
 
 
-@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFIFO])
+def test_a_name_with_a_line_end_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nothing was unpacked"):
+        unpack([zipped(tmp_path / "a.zip", {"a\nb": b"2"})], tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", [stat.S_IFLNK, stat.S_IFCHR])
 def test_fault_25_zip_with_a_link_or_device_is_refused(tmp_path, kind):
     info = zipfile.ZipInfo("a")
     info.external_attr = (kind | 0o777) << 16
-    archive = zipped(tmp_path / "a.zip", {})
-    with zipfile.ZipFile(archive, "a") as stream:
-        stream.writestr(info, "/etc/passwd")
+    archive = zipped(tmp_path / "a.zip", {info: "/etc/passwd"})
     with pytest.raises(UserError, match="'a', which is a link or a device"):
         unpack([archive], tmp_path / "out")
-
-
-@pytest.mark.parametrize("name", HOSTILE_NAMES)
-def test_fault_25_tar_that_leads_out_is_refused(tmp_path, name):
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        archive.addfile(tarfile.TarInfo(name), io.BytesIO())
-    with pytest.raises(UserError, match="nothing was unpacked"):
-        unpack([tmp_path / "a.tar"], tmp_path / "out")
-    assert tree(tmp_path).keys() == {"a.tar"}
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
 def test_fault_25_tar_with_a_link_or_device_is_refused(tmp_path, kind):
     member = tarfile.TarInfo("a")
     member.type, member.linkname = kind, "/etc/passwd"
-    with tarfile.open(tmp_path / "a.tar", "w") as archive:
-        archive.addfile(member)
     with pytest.raises(UserError, match="'a', which is a link or a device"):
-        unpack([tmp_path / "a.tar"], tmp_path / "out")
+        unpack([tar_with(tmp_path / "a.tar", member)], tmp_path / "out")
 
 
 def test_fault_26_archive_that_grows_beyond_measure_is_refused(tmp_path):
@@ -141,13 +144,6 @@ def test_damaged_zip_leaves_nothing_and_says_what_to_do(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>log in</html>"])
-def test_what_is_no_archive_is_said(tmp_path, content):
-    (tmp_path / "a.zip").write_bytes(content)
-    with pytest.raises(UserError, match="is no zip, tar or 7z archive"):
-        unpack([tmp_path / "a.zip"], tmp_path / "out")
-
-
 def test_what_a_killed_process_left_is_swept(tmp_path):
     archive = zipped(tmp_path / "a.zip", {"a": b"1"})
     (tmp_path / "out/.unpacking.a.zip/half").mkdir(parents=True)
@@ -156,17 +152,21 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a"]
 
 
+def test_what_is_no_archive_is_said(tmp_path):
+    (tmp_path / "a.zip").write_bytes(b"<html>log in</html>")
+    with pytest.raises(UserError, match="is no zip, tar or 7z archive"):
+        unpack([tmp_path / "a.zip"], tmp_path / "out")
+
+
 def program_in(directory, monkeypatch, name, code):
     directory.mkdir()
     (directory / name).write_text(f"#!/bin/sh\n{code}\n")
     (directory / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{directory}:/usr/bin:/bin")
-    monkeypatch.setitem(__import__("sys").modules, "py7zr", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "py7zr", None)  # as if it were not installed
 
 
 def run(command):
-    import subprocess
-
     return subprocess.run(command, check=False).returncode
 
 
@@ -200,11 +200,3 @@ def test_seven_zip_without_any_way_is_a_missing_tool(tmp_path, monkeypatch):
     (tmp_path / "a.7z").write_bytes(SEVEN_ZIP)
     with pytest.raises(MissingToolError, match="pip install py7zr"):
         unpack([tmp_path / "a.7z"], tmp_path / "out", run)
-
-
-def test_seven_zip_by_py7zr(tmp_path):
-    py7zr = pytest.importorskip("py7zr")
-    with py7zr.SevenZipFile(tmp_path / "a.7z", "w") as archive:
-        archive.writestr("sound", "development/a b.wav")
-    assert unpack([tmp_path / "a.7z"], tmp_path / "out") == 1
-    assert tree(tmp_path / "out") == {"development/a b.wav": b"sound"}

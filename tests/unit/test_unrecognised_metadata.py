@@ -8,6 +8,7 @@ import pickle
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from arcface.inshop_retrieval.inshop import read_list
@@ -15,14 +16,14 @@ from face_distill.distill.pairs import read_pairs
 from face_distill.distill.teacher import TeacherFeatures
 from lavic.src.catalogue import read_pictures, read_samples, read_titles
 from multimodal.datasets import AudioCaps, Clotho, Coco
-from multimodal.demo_data import demo
 from shared.errors import UserError
+from tests import multimodal_data
 from vasevqa.model import training_files
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return demo.build(tmp_path_factory.mktemp("multimodal"))
+    return multimodal_data.build(tmp_path_factory.mktemp("multimodal"))
 
 
 @pytest.fixture
@@ -30,30 +31,31 @@ def coco(made, tmp_path):
     return shutil.copytree(made.coco, tmp_path / "coco")
 
 
-@pytest.fixture
-def clotho(made, tmp_path):
-    return shutil.copytree(made.clotho, tmp_path / "clotho")
-
-
-def changed(path: Path, change) -> None:
+def renumber(path: Path, kind: str, key: str) -> None:
+    """Have the entries of a JSON list speak of other pictures."""
     content = json.loads(path.read_text())
-    change(content)
+    for entry in content[kind]:
+        entry[key] += 1_000_000
     path.write_text(json.dumps(content))
 
 
-def renumber(entries: list[dict], key: str) -> None:
-    for entry in entries:
-        entry[key] += 1_000_000
+# --- multimodal -----------------------------------------------------------------------------------
 
 
-# --- COCO -----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("split", ["train", "val", "test"])
-def test_karpathys_list_of_other_pictures(coco, split):
-    changed(coco / "karpathy/coco_test_karpathy.json", lambda c: renumber(c["images"], "id"))
-    with pytest.raises(UserError, match=r"coco_test_karpathy\.json: of 100 pictures .* none is"):
-        Coco(coco, split)
+@pytest.mark.parametrize(
+    ("files", "kind", "key", "said"),
+    [
+        ("karpathy/coco_test_karpathy.json", "images", "id", "of 8 pictures .* none is"),
+        ("annotations/captions_val2017.json", "annotations", "image_id", r"none of \d+ captions"),
+        ("annotations/instances_*2017.json", "annotations", "image_id", "no image_id is one of"),
+    ],
+)
+def test_lists_of_other_pictures_than_cocos(coco, files, kind, key, said):
+    for path in coco.glob(files):
+        renumber(path, kind, key)
+    name = Path(files).name.replace("*", r"\*")
+    with pytest.raises(UserError, match=rf"{name}: {said}"):
+        Coco(coco, "train")
 
 
 @pytest.mark.parametrize("name", ["validation", None])
@@ -66,34 +68,18 @@ def test_karpathys_list_with_other_names_of_the_splits(coco, name):
         Coco(coco, "train")
 
 
-def test_captions_of_other_pictures(coco):
-    path = coco / "annotations/captions_val2017.json"
-    changed(path, lambda content: renumber(content["annotations"], "image_id"))
-    with pytest.raises(UserError, match=r"captions_val2017\.json: none of \d+ captions"):
-        Coco(coco, "train")
-
-
-def test_instances_of_other_pictures(coco):
-    for path in (coco / "annotations").glob("instances_*.json"):
-        changed(path, lambda content: renumber(content["annotations"], "image_id"))
-    with pytest.raises(UserError, match=r"instances_\*2017\.json: no image_id is one of"):
-        Coco(coco, "train")
-
-
-# --- Clotho, AudioCaps ----------------------------------------------------------------------------
-
-
-def test_clothos_metadata_of_other_clips(clotho):
+def test_clothos_metadata_of_other_clips(made, tmp_path):
+    clotho = shutil.copytree(made.clotho, tmp_path / "clotho")
     path = clotho / "clotho_metadata_evaluation.csv"
     shutil.copy(clotho / "clotho_metadata_development.csv", path)
-    with pytest.raises(
-        UserError, match=r"metadata_evaluation\.csv has keywords for none of the 60"
-    ):
+    with pytest.raises(UserError, match=r"metadata_evaluation\.csv has keywords for none of the 6"):
         Clotho(clotho, "test")
 
 
-@pytest.mark.parametrize(("data_set", "name"), [(Clotho, "clotho_captions_development.csv"),
-                                                (AudioCaps, "train.csv")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("data_set", "name"),
+    [(Clotho, "clotho_captions_development.csv"), (AudioCaps, "train.csv")],
+)
 def test_a_table_of_a_header_alone(made, tmp_path, data_set, name):
     root = made.clotho if data_set is Clotho else made.audiocaps
     header = (root / name).read_text(encoding="utf-8").splitlines()[0]
@@ -102,9 +88,8 @@ def test_a_table_of_a_header_alone(made, tmp_path, data_set, name):
         data_set(tmp_path, "train")
 
 
-@pytest.mark.parametrize("separator", ["\t", ";", "|"])
-def test_a_table_with_another_separator(made, tmp_path, separator):
-    text = (made.audiocaps / "train.csv").read_text().replace(",", separator)
+def test_a_table_with_another_separator(made, tmp_path):
+    text = (made.audiocaps / "train.csv").read_text().replace(",", ";")
     (tmp_path / "train.csv").write_text(text)
     with pytest.raises(UserError, match=r"train\.csv has no column audiocap_id"):
         AudioCaps(tmp_path, "train")
@@ -113,17 +98,8 @@ def test_a_table_with_another_separator(made, tmp_path, separator):
 # --- the other recipes ----------------------------------------------------------------------------
 
 
-def test_in_shops_list_of_no_picture(tmp_path):
-    path = tmp_path / "list_eval_partition.txt"
-    path.write_text("0\nimage_name item_id evaluation_status\n")
-    with pytest.raises(UserError, match=r"partition\.txt: no line has the status train"):
-        read_list(path).split("train")
-
-
 @pytest.mark.parametrize("content", [{}, {"maps": "features"}])
 def test_a_teachers_manifest_without_a_known_name(tmp_path, content):
-    import numpy as np
-
     np.save(tmp_path / "teacher_embedding.npy", np.ones((2, 4), np.float32))
     np.save(tmp_path / "teacher_feat_map.npy", np.full((2, 49), 1 / 49, np.float32))
     (tmp_path / "manifest.json").write_text(json.dumps(content))
@@ -131,31 +107,35 @@ def test_a_teachers_manifest_without_a_known_name(tmp_path, content):
         TeacherFeatures(tmp_path)
 
 
-ITEMS = {"B0": {"name": "Sign", "image": "B0_0.jpg"}, "B1": {"name": "Mat"}}
+ITEMS = json.dumps({"B0": {"name": "Sign", "image": "B0_0.jpg"}, "B1": {"name": "Mat"}})
+NO_ADDRESS = json.dumps({"B0": {"title": "x", "images": [{"hi_res": "https://x.example/1"}]}})
+FOREIGN = {  # file: its content, its reader, and what is said
+    "titles.json": (ITEMS, read_titles, "gives none of its 2 items a title"),
+    "samples.json": (
+        ITEMS,
+        lambda path: read_samples(path, path.parent),
+        "no usable sample: it describes 0 pictures",
+    ),
+    "addresses.json": (ITEMS, lambda path: read_pictures("train", path), "names no picture"),
+    "other.json": (
+        NO_ADDRESS,
+        lambda path: read_pictures("train", path),
+        "none of 1 pictures has an",
+    ),
+    "list_eval_partition.txt": (
+        "0\nimage_name item_id evaluation_status\n",
+        lambda path: read_list(path).split("train"),
+        "no line has the status train",
+    ),
+}
 
 
-@pytest.mark.parametrize(
-    ("read", "message"),
-    [
-        (lambda path: read_titles(path), "gives none of its 2 items a title"),
-        (lambda path: read_samples(path, path.parent), "no usable sample: it describes 0 pictures"),
-        (lambda path: read_pictures("train", path), "names no picture"),
-    ],
-    ids=["titles", "samples", "addresses"],
-)
-def test_products_of_another_schema(tmp_path, read, message):
-    path = tmp_path / "item2meta_train.json"
-    path.write_text(json.dumps(ITEMS))
-    with pytest.raises(UserError, match=rf"item2meta_train\.json.* {message}"):
-        read(path)
-
-
-def test_products_whose_pictures_have_no_address(tmp_path):
-    path = tmp_path / "item2meta_train.json"
-    items = {item: {"title": "x", "images": [{"hi_res": "https://x.example/1"}]} for item in ITEMS}
-    path.write_text(json.dumps(items))
-    with pytest.raises(UserError, match=r"item2meta_train\.json: none of 2 pictures has an"):
-        read_pictures("train", path)
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_list_of_another_schema(tmp_path, name):
+    content, read, said = FOREIGN[name]
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}.* {said}"):
+        read(tmp_path / name)
 
 
 def test_pairs_without_a_pair(tmp_path):
@@ -164,10 +144,17 @@ def test_pairs_without_a_pair(tmp_path):
         read_pairs(tmp_path / "lfw.bin")
 
 
-def test_rows_about_vases_of_another_schema(tmp_path):
-    (tmp_path / "train.json").write_text('[{"picture": "a.jpg", "question": "?", "answer": "!"}]')
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"picture": "a.jpg", "question": "?", "answer": "!"},
+            "names a picture under picture: call it images",
+        ),
+        ({"images": ["a.jpg"], "asked": "?", "said": "!"}, "has no conversations"),
+    ],
+)
+def test_rows_about_vases_of_another_schema(tmp_path, row, said):
+    (tmp_path / "train.json").write_text(json.dumps([row]))
     found = training_files.open_file(tmp_path / "train.json", [tmp_path], is_grpo=False)
-    assert "train.json, row 1: names a picture under picture: call it images" in found.problems[0]
-    (tmp_path / "train.json").write_text('[{"images": ["a.jpg"], "asked": "?", "said": "!"}]')
-    found = training_files.open_file(tmp_path / "train.json", [tmp_path], is_grpo=False)
-    assert "train.json, row 1: has no conversations" in found.problems[0]
+    assert f"train.json, row 1: {said}" in found.problems[0]
