@@ -1,7 +1,7 @@
 """Rankings and metrics against integers and fractions of Python; two ranks against one.
 
 The file is also the program of two kinds of process: `test_retrieval.py ranks REPORT`, under
-torchrun's variables, and `test_retrieval.py peak CHUNK`.
+torchrun's variables, and `test_retrieval.py peak`.
 """
 
 import json
@@ -65,12 +65,6 @@ def test_the_nearest_rows_are_those_of_float64() -> None:
     assert scores.dtype == torch.float32
 
 
-def test_differences_below_half_precision_are_seen() -> None:
-    queries, gallery = rows(10, 64), rows(1, 64, seed=1) + 1e-3 * rows(2000, 64, seed=2)
-    wide = [torch.nn.functional.normalize(side.double()) for side in (queries, gallery)]
-    assert search(queries, gallery, 1)[1][:, 0].tolist() == (wide[0] @ wide[1].T).argmax(1).tolist()
-
-
 def test_known_angles_give_known_cosines() -> None:
     gallery = torch.tensor([[0.0, 5.0], [3.0, 4.0], [-2.0, 0.0], [10.0, 0.0]])
     scores, indices = search(torch.tensor([[2.0, 0.0]]), gallery, 4)
@@ -78,7 +72,7 @@ def test_known_angles_give_known_cosines() -> None:
     assert scores[0].tolist() == pytest.approx([1.0, 0.6, 0.0, -1.0], abs=1e-7)
 
 
-@pytest.mark.parametrize("k", [1, 5, 90, 100])
+@pytest.mark.parametrize("k", [1, 90])
 def test_near_ties_are_ranked_exactly(k: int) -> None:
     queries, gallery = rows(6), near_ties(100)
     assert search(queries, gallery, k)[1].tolist() == ranking(queries, gallery, k)
@@ -94,14 +88,17 @@ def test_equal_scores_stand_by_ascending_row(copies: int, k: int) -> None:
     assert scores[0].unique().numel() == 1
 
 
-def test_more_equal_scores_than_places_at_the_end_leave_the_higher_rows_out() -> None:
-    query = torch.tensor([[1.0, 0.0]])
-    gallery = torch.tensor([[1.0, 1.0]]).repeat(50, 1)
-    gallery[[20, 30]] = torch.tensor([[1.0, 0.0], [1.0, 0.5]])
-    assert search(query, gallery, 5)[1].tolist() == [[20, 30, 0, 1, 2]]
+def test_equal_scores_below_better_ones_stand_by_ascending_row_too() -> None:
+    gallery = torch.tensor([[1.0, 1.0]]).repeat(200, 1)
+    gallery[[150, 160]] = torch.tensor([[1.0, 0.0], [1.0, 0.5]])
+    query = gallery[150:151]
+    assert search(query, gallery, 5)[1].tolist() == [[150, 160, 0, 1, 2]]
+    assert search(query, gallery, 2, exclude=torch.tensor([150]))[1].tolist() == [[160, 0]]
+    found = search(gallery[:3], gallery[:60], 4, exclude=torch.arange(3))[1]
+    assert found.tolist() == [[1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4]]
 
 
-@pytest.mark.parametrize("gallery", [rows(500), near_ties(500), rows(7).repeat(70, 1)])
+@pytest.mark.parametrize("gallery", [near_ties(500), rows(7).repeat(70, 1)])
 def test_chunks_and_threads_do_not_change_a_digit(gallery: Tensor) -> None:
     queries = torch.cat([rows(30, seed=2), gallery[:30]])
     expected = search(queries, gallery, 10)
@@ -127,29 +124,12 @@ def test_a_query_can_be_kept_from_finding_itself() -> None:
     assert mixed == [second[4] if row == 4 else row for row in range(30)]
 
 
-def test_itself_is_left_out_among_its_own_duplicates_too() -> None:
-    gallery = rows(1).repeat(60, 1)
-    found = search(gallery[:3], gallery, 4, exclude=torch.arange(3))[1]
-    assert found.tolist() == [[1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4]]
-
-
-def test_equal_scores_below_the_excluded_row_stand_by_ascending_row() -> None:
-    gallery = torch.tensor([[1.0, 1.0]]).repeat(200, 1)
-    gallery[[150, 160]] = torch.tensor([[1.0, 0.0], [1.0, 0.5]])
-    found = search(gallery[150:151], gallery, 2, exclude=torch.tensor([150]))[1]
-    assert found.tolist() == [[160, 0]]
-
-
 def test_a_gallery_smaller_than_k_is_filled_up_with_no_row() -> None:
     gallery = torch.eye(3)
     scores, indices = search(gallery[:2], gallery, 5, exclude=torch.tensor([-1, 1]))
     assert indices.tolist() == [[0, 1, 2, -1, -1], [0, 2, -1, -1, -1]]
     assert scores[:, 2:].tolist() == [[0.0, -torch.inf, -torch.inf], [-torch.inf] * 3]
-
-
-def test_no_queries_give_no_rows() -> None:
-    scores, indices = search(torch.empty(0, 16), rows(5), 3)
-    assert scores.shape == indices.shape == (0, 3)
+    assert search(gallery[:0], gallery, 2)[0].shape == (0, 2)
 
 
 def test_length_and_kind_of_the_rows_do_not_matter() -> None:
@@ -219,14 +199,11 @@ def test_rows_that_are_not_finite_are_refused_by_number(value: float) -> None:
         search(rows(5), bad, 1)
 
 
-def test_an_empty_gallery_is_refused() -> None:
-    with pytest.raises(UserError, match="the gallery is empty"):
-        search(rows(2), torch.empty(0, 16), 1)
-
-
 def test_arguments_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"\(2, 16\) and \(2, 8\)"):
         search(rows(2), rows(2, 8), 1)
+    with pytest.raises(UserError, match="the gallery is empty"):
+        search(rows(2), torch.empty(0, 16), 1)
     with pytest.raises(ValueError, match="k is 0"):
         search(rows(2), rows(2), 0)
     with pytest.raises(ValueError, match="exclude has shape"):
@@ -238,33 +215,24 @@ def test_arguments_that_do_not_fit_are_refused() -> None:
 # metrics
 
 
-def test_metrics_of_one_query_by_hand() -> None:
-    hits = torch.tensor([[0, 1, 0, 1, 1, 0]]).bool()
-    found = per_query(hits, torch.tensor([4]), recall_at=(1, 2, 6), map_at=(2, 5))
-    assert {name: value.item() for name, value in found.items()} == pytest.approx(
-        {
-            "Recall@1": 0,
-            "Recall@2": 1,
-            "Recall@6": 1,
-            "mAP@2": 1 / 2 / 4,
-            "mAP@2_min": 1 / 2 / 2,
-            "mAP@5": (1 / 2 + 2 / 4 + 3 / 5) / 4,
-            "mAP@5_min": (1 / 2 + 2 / 4 + 3 / 5) / 4,
-        }
-    )
-
-
-def test_more_relevant_rows_than_k_keep_the_first_definition_below_one() -> None:
-    all_found = torch.ones(1, 10, dtype=torch.bool)
-    found = per_query(all_found, torch.tensor([25]), recall_at=(), map_at=(10,))
-    assert found["mAP@10"].item() == pytest.approx(0.4)
-    assert found["mAP@10_min"].item() == 1.0
-
-
-def test_only_one_relevant_row_counts_by_its_rank() -> None:
-    hits = torch.eye(4).bool()
-    found = per_query(hits, torch.ones(4).long(), map_at=(4,), recall_at=())
-    assert found["mAP@4"].tolist() == found["mAP@4_min"].tolist() == [1, 1 / 2, 1 / 3, 1 / 4]
+def test_metrics_by_hand() -> None:
+    """Hits at places 2, 4 and 5 of six, and everywhere, of more relevant rows than k."""
+    hits = torch.tensor([[0, 1, 0, 1, 1, 0], [1, 1, 1, 1, 1, 1]]).bool()
+    found = per_query(hits, torch.tensor([4, 25]), recall_at=(1, 2, 6), map_at=(2, 5))
+    by_hand = {
+        "Recall@1": [0, 1],
+        "Recall@2": [1, 1],
+        "Recall@6": [1, 1],
+        "mAP@2": [1 / 2 / 4, 2 / 25],
+        "mAP@2_min": [1 / 2 / 2, 1],
+        "mAP@5": [(1 / 2 + 2 / 4 + 3 / 5) / 4, 5 / 25],
+        "mAP@5_min": [(1 / 2 + 2 / 4 + 3 / 5) / 4, 1],
+    }
+    assert found.keys() == by_hand.keys()
+    for name, values in by_hand.items():
+        assert found[name].tolist() == pytest.approx(values), name
+    with pytest.raises(ValueError, match="depth 7 is outside 1 to 6"):
+        per_query(hits, torch.tensor([4, 25]), recall_at=(7,), map_at=(2,))
 
 
 def test_a_query_without_relevant_rows_has_no_value() -> None:
@@ -274,13 +242,7 @@ def test_a_query_without_relevant_rows_has_no_value() -> None:
         assert value[1] == 1
 
 
-def test_depths_that_were_not_searched_are_refused() -> None:
-    with pytest.raises(ValueError, match="5"):
-        per_query(torch.zeros(1, 4).bool(), torch.ones(1), recall_at=(5,), map_at=(1,))
-    with pytest.raises(ValueError, match="0"):
-        per_query(torch.zeros(1, 4).bool(), torch.ones(1), recall_at=(0,), map_at=(1,))
-
-
+@pytest.mark.slow
 def test_the_whole_ranking_gives_the_average_precision_of_scikit_learn() -> None:
     reference = pytest.importorskip("sklearn.metrics").average_precision_score
     queries, gallery, ids = rows(12), rows(60, seed=1), torch.arange(60) % 5
@@ -340,17 +302,10 @@ def test_a_shop_has_the_metrics_of_brute_force() -> None:
     assert found.without_positive == [3, 15, 27]
     assert found.num_queries == 28
     assert found.indices.tolist() == expected
-
-
-def test_what_each_query_found_is_there_for_a_contact_sheet() -> None:
-    queries, gallery, query_ids, gallery_ids = shop()
-    found = evaluate(queries, gallery, Positives.same_id(query_ids, gallery_ids), ALONE)
-    assert found.numbers.tolist() == list(range(31))
-    for query in range(31):
-        hits = [gallery_ids[row] == query_ids[query] for row in found.indices[query]]
-        assert found.hits[query].tolist() == hits
-    judged = found.values["mAP@10"][~found.values["mAP@10"].isnan()]
-    assert found.metrics["mAP@10"] == pytest.approx(judged.mean().item(), abs=1e-12)
+    good = [
+        [row in good for row in row_of] for good, row_of in zip(relevant, expected, strict=True)
+    ]
+    assert found.hits.tolist() == good
 
 
 def test_leaving_itself_out_takes_it_from_the_relevant_rows_too() -> None:
@@ -371,21 +326,6 @@ def test_a_small_gallery_is_scored_at_any_depth() -> None:
     assert found.metrics["mAP@10"] == pytest.approx((1 / 2 + (1 + 2 / 3) / 2) / 2, abs=1e-12)
 
 
-def test_captions_are_found_in_both_directions() -> None:
-    images, noise = rows(8, seed=7), rows(40, seed=8)
-    captions = images.repeat_interleave(5, 0) + 1.2 * noise
-    captions_of = [list(range(5 * image, 5 * image + 5)) for image in range(8)]
-    to_text = evaluate(images, captions, Positives.listed(captions_of, 40), ALONE)
-    image_of = [[caption // 5] for caption in range(40)]
-    to_image = evaluate(captions, images, Positives.listed(image_of, 8), ALONE)
-    for found, relevant in ((to_text, captions_of), (to_image, image_of)):
-        table = found.indices.tolist()
-        expected = brute_force(table, [set(one) for one in relevant], 10)
-        names = ("Recall@10", "mAP@10", "mAP@10_min")
-        assert [found.metrics[name] for name in names] == pytest.approx(expected, abs=1e-12)
-    assert to_text.metrics["Recall@1"] != to_image.metrics["Recall@1"]
-
-
 def test_ids_lists_and_csr_say_the_same() -> None:
     ids = Positives.same_id(torch.tensor([7, 9, 8]), torch.tensor([9, 7, 9, 9]))
     lists = Positives.listed([[1], [3, 0, 2, 0], []], 4)
@@ -399,12 +339,7 @@ def test_ids_lists_and_csr_say_the_same() -> None:
             [0, 0, 0, 0, 0],
         ]
         assert positives.of(torch.tensor([1])).counts().tolist() == [3]
-
-
-def test_lists_without_any_row_are_lists_too() -> None:
-    empty = Positives.listed([[], []], 3)
-    assert empty.counts().tolist() == [0, 0]
-    assert not empty.hits(torch.zeros(2, 3).long()).any()
+    assert Positives.listed([[], []], 3).counts().tolist() == [0, 0]
 
 
 def test_lists_that_name_no_gallery_row_are_refused() -> None:
@@ -430,12 +365,9 @@ def test_positives_of_other_data_are_refused() -> None:
 # rows of several ranks
 
 
-def test_rows_are_put_in_their_places_once() -> None:
+def test_rows_are_put_in_their_places_once_and_missing_ones_are_refused() -> None:
     found = gather_rows(torch.tensor([[3.0], [1.0], [9.0]]), torch.tensor([1, 0, 1]), 2, ALONE)
     assert found.tolist() == [[1.0], [3.0]]
-
-
-def test_missing_and_impossible_rows_are_refused() -> None:
     with pytest.raises(UserError, match=r"2 of 4 are on no rank \(row 0, 3\)"):
         gather_rows(rows(2), torch.tensor([1, 2]), 4, ALONE)
     with pytest.raises(ValueError, match="row number 4 is outside 0 to 3"):
@@ -491,44 +423,24 @@ def start(*arguments: str, environ: dict[str, str]) -> "subprocess.Popen[str]":
 
 @RANKS
 @pytest.mark.slow
-def test_two_ranks_give_the_digits_of_one(report: list[dict[str, Any]]) -> None:
+def test_two_ranks_give_the_digits_of_one_and_refuse_together(report: list[dict[str, Any]]) -> None:
     expected = json.loads(json.dumps(answer(ALONE)))
     assert report[0]["answer"] == report[1]["answer"] == expected
-
-
-@RANKS
-@pytest.mark.slow
-def test_queries_that_a_sampler_gave_twice_count_once(report: list[dict[str, Any]]) -> None:
-    expected = answer(ALONE)
-    for seen in report:
+    for seen in report:  # queries that a sampler gave twice count once
         assert seen["padded"] == [expected["metrics"], expected["counts"][0]]
-    assert sorted(report[0]["own"] + report[1]["own"]) == list(range(31))
-
-
-@RANKS
-@pytest.mark.slow
-def test_uneven_and_padded_rows_are_joined_in_order(report: list[dict[str, Any]]) -> None:
-    for seen in report:
         assert seen["rows"] == [[10.0 * row, 0.0] for row in range(5)]  # rank 0 comes first
         assert seen["labels"] == list(range(5))
         assert seen["one rank has none"] == [[0.0], [1.0]]
-
-
-@RANKS
-@pytest.mark.slow
-def test_what_is_wrong_on_one_rank_is_refused_on_both(report: list[dict[str, Any]]) -> None:
-    for seen in report:
         assert "query row 7: the embedding holds NaN or inf" in seen["not finite"]
         assert "1 of 5 are on no rank (row 4)" in seen["missing"]
         assert "differ in shape or dtype" in seen["shapes"]
+    assert sorted(report[0]["own"] + report[1]["own"]) == list(range(31))
 
 
 @pytest.mark.slow
 def test_memory_stays_bounded() -> None:
-    by_chunk, at_once = (
-        float(start("peak", chunk, environ={}).communicate(timeout=60)[0])
-        for chunk in ("0", "9000")
-    )
+    printed = start("peak", environ={}).communicate(timeout=60)[0]
+    by_chunk, at_once = map(float, printed.split())
     matrix = 9000 * 6000 * 4 / 2**20  # MiB of all scores
     assert at_once > matrix  # what is measured is measured
     assert by_chunk < 0.6 * matrix
@@ -589,13 +501,14 @@ def refusal(function: Any, *arguments: Any) -> str:
     return "nothing was refused"
 
 
-def peak(chunk: int) -> None:
-    """Print the MiB by which a search raises the highest memory of the process."""
+def peak() -> None:
+    """Print the MiB by which searches raise the memory of the process: in chunks, then at once."""
     queries, gallery = rows(9000, 32), rows(6000, 32, seed=1)
     search(queries[:50], gallery[:50], 5)
     before = highest_memory()
-    search(queries, gallery, 5, chunk=chunk or None)
-    print(highest_memory() - before)
+    for chunk in (None, 9000):
+        search(queries, gallery, 5, chunk=chunk)
+        print(highest_memory() - before)
 
 
 def highest_memory() -> float:
@@ -608,4 +521,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "ranks":
         ranks(Path(sys.argv[2]))
     else:
-        peak(int(sys.argv[2]))
+        peak()
