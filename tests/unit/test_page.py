@@ -72,17 +72,11 @@ def full_page(text: str = "words") -> Page:
     return page
 
 
-def test_a_page_is_whole_html_with_its_title_as_heading():
-    page = full_page("Results").render()
-    read = Reader(page)
-    assert page.startswith("<!doctype html>")
-    assert read.texts["title"] == read.texts["h1"] == read.texts["h2"] == ["Results"]
-    assert {"charset": "utf-8"} in read.named("meta")
-
-
 def test_text_is_escaped_wherever_it_comes_in():
     page = full_page(HOSTILE).render()
     read = Reader(page)
+    assert page.startswith("<!doctype html>")
+    assert {"charset": "utf-8"} in read.named("meta")
     assert not read.named("script")
     assert "<script" not in page
     assert "".join(read.texts["title"]) == HOSTILE
@@ -123,16 +117,11 @@ def test_a_table_shows_numbers_dashes_and_pictures():
     assert read.named("img")[0]["alt"] == "c"
 
 
-@pytest.mark.parametrize(
-    ("content", "kind"),
-    [(PNG, "png"), (b"\xff\xd8\xff\xe0", "jpeg"), (b"<?xml version='1.0'?><svg/>", "svg+xml")],
-)
-def test_a_picture_holds_the_bytes_themselves(content, kind):
-    start, data = Picture(content, "a dot").address.split(";base64,")
-    assert (start, base64.b64decode(data)) == (f"data:image/{kind}", content)
-
-
-def test_what_is_no_picture_is_refused():
+def test_a_picture_holds_the_bytes_themselves_and_is_one():
+    jpeg, svg = b"\xff\xd8\xff\xe0", b"<?xml version='1.0'?><svg/>"
+    for content, kind in ((PNG, "png"), (jpeg, "jpeg"), (svg, "svg+xml")):
+        start, data = Picture(content, "a dot").address.split(";base64,")
+        assert (start, base64.b64decode(data)) == (f"data:image/{kind}", content)
     with pytest.raises(ValueError, match="no PNG, JPEG or SVG"):
         Picture(b"<html><p onload=alert(1)>", "x")
 
@@ -182,13 +171,6 @@ def test_logarithmic_points_lie_where_a_hand_calculation_puts_them():
     assert {"0.001", "0.01", "0.1", "1", "10", "100"} <= set(texts(root))
 
 
-def test_text_is_text_with_names_title_and_borders():
-    lines = {"train": ([1, 2], [1, 2]), "val": ([1, 2], [2, 1])}
-    named = {"x_label": "step", "y_label": "loss", "title": "a $title$", "borders": {2: "stage 2"}}
-    found = texts(ElementTree.fromstring(line_chart(lines, **named)))
-    assert {"train", "val", "step", "loss", "a $title$", " stage 2"} <= set(found)
-
-
 def test_no_line_crosses_a_gap_and_a_lone_point_is_a_dot():
     inf = math.inf
     values = [*range(60), NAN, 5.0, inf, *range(60)]
@@ -217,8 +199,8 @@ def test_a_long_line_is_thinned_without_losing_extremes_ends_and_gaps():
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize(
     "values",
-    [[], [0.0], [7.0], [-3.0, -3.0], [1e-320], [5e-324, 0], [1e200, -1e200], [1e308, 1e-308, 3.0],
-     [10**400], [1.0, 1.0 + 2e-16], [1e-200, 1e200], [123456789, 123456790], [NAN, NAN]],
+    [[], [0.0], [-3.0, -3.0], [5e-324, 0], [1e200, -1e200], [1e308, 1e-308, 3.0], [10**400],
+     [1.0, 1.0 + 2e-16], [NAN, NAN]],
 )  # fmt: skip
 def test_odd_values_still_give_a_chart(values, log):
     svg = line_chart({"a": (values, values)}, log_x=log, log_y=log)
@@ -239,18 +221,14 @@ def test_colours_stand_out_from_a_light_and_a_dark_page():
         light, dark = sorted((luminance(one), luminance(other)), reverse=True)
         return (light + 0.05) / (dark + 0.05)
 
+    page = full_page().render()
+    assert "currentColor" in page and "#777777" not in page and "fill: #ffffff" not in page
     style = (ROOT / "shared" / "page.jinja").read_text()
     papers, inks, quiets = (re.findall(rf"--{n}: (#\w+)", style) for n in ("paper", "ink", "quiet"))
     assert len(papers) == 2
     for paper, ink, quiet in zip(papers, inks, quiets, strict=True):
         assert min(contrast(paper, ink), contrast(paper, quiet)) >= 4.5
         assert all(contrast(paper, colour) >= 3 for colour in COLOURS)
-
-
-def test_a_chart_takes_the_pages_colour_of_text_and_no_background():
-    page = full_page().render()
-    assert "currentColor" in page and "#777777" not in page
-    assert "fill: #ffffff" not in page
 
 
 def test_series_are_told_apart_by_colour_and_by_dashes():
@@ -274,6 +252,7 @@ def test_a_chart_that_cannot_be_drawn_is_one_warning(caplog):
     assert [record.levelname for record in caplog.records] == ["WARNING"]
 
 
+@pytest.mark.slow
 def test_charts_are_drawn_where_no_cache_can_be_written_and_without_a_word(tmp_path):
     (tmp_path / "file").write_text("")
     code = (

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shared import processes, report, settings, status
-from shared.errors import UserError
+from shared import processes, report, status
 from shared.page import Page, Picture, line_chart
 from shared.tools import report as tool
 from tests.unit.test_page import PNG, Reader
@@ -137,8 +136,10 @@ def test_a_result_says_unit_number_and_chance_as_far_as_they_are_known(run_dir):
 
 def test_warnings_come_before_everything_but_how_the_run_ended(run_dir):
     (run_dir / "config.json").unlink()
-    (run_dir / "train.log").write_text("fine\nx | WARNING: 3 pictures <b>skipped\nfine\n")
+    log = b"fine\nx | WARNING: 3 pictures <b>skipped\n\r10%\r55%\rdone <b>\nlast\n"
+    (run_dir / "train.log").write_bytes(log)
     page = page_of(run_dir)
+    assert "skipped\ndone &lt;b&gt;\nlast" in page  # of a progress bar what was left standing
     said = ["Not shown: config.json is missing.", "x | WARNING: 3 pictures <b>skipped"]
     assert [text for text in Reader(page).texts["li"] if text.strip()] == said
     ends = [page.index(words) for words in ("Finished: 40", "config.json is missing", "accuracy (")]
@@ -172,22 +173,20 @@ def test_pictures_of_a_recipe_are_inside(run_dir):
     sheet.table(["query"], [[Picture(PNG, "a shirt")]])
     sheet.write(pages / "3_sheet.html")
     (run_dir / "out.jpg").write_bytes(b"no picture at all")
-    status = STATUS | {"outputs": [str(run_dir / "out.jpg"), "gone.png", str(run_dir / "last.pt")]}
-    (run_dir / "status.json").write_text(json.dumps(status))
+    evaluation = run_dir / "evaluation"
+    evaluation.mkdir()
+    (evaluation / "sheet.html").write_text("<p>ten queries</p>")
+    (evaluation / "far.svg").write_text("<svg/>")  # its page holds it
+    outputs = [str(run_dir / "out.jpg"), "gone.png", str(run_dir / "last.pt"), "/elsewhere/x.pth"]
+    (run_dir / "status.json").write_text(json.dumps(STATUS | {"outputs": outputs}))
     page = page_of(run_dir)
     read = Reader(page)
     assert [image["alt"] for image in read.named("img")] == ["1_sheet", "2_roc"]
-    assert [frame["srcdoc"] for frame in read.named("iframe")] == [sheet.render()]
+    frames = [frame["srcdoc"] for frame in read.named("iframe")]
+    assert frames == [sheet.render(), "<p>ten queries</p>"]
     assert "Not shown: out.jpg: no PNG, JPEG or SVG" in page
-
-
-def test_pages_of_an_evaluation_are_inside(run_dir):
-    (run_dir / "evaluation").mkdir()
-    (run_dir / "evaluation" / "sheet.html").write_text("<p>ten queries</p>")
-    (run_dir / "evaluation" / "roc.svg").write_text("<svg/>")  # the pages hold it
-    page = page_of(run_dir)
-    (frame,) = Reader(page).named("iframe")
-    assert frame["srcdoc"] == "<p>ten queries</p>" and "roc.svg" not in page
+    assert "far.svg" not in page
+    assert "<td>last.pt</td>" in page and "<td>/elsewhere/x.pth</td>" in page
 
 
 def test_a_refresh_never_raises_and_warns_once(run_dir, tmp_path, caplog):
@@ -223,14 +222,20 @@ def test_a_loss_over_more_than_two_decades_has_a_logarithmic_axis_and_a_rate_nev
     assert ">0.5<" in rate or ">0.4<" in rate
 
 
-def test_the_steps_at_which_a_stage_begins_are_marked(run_dir):
+@pytest.mark.slow
+def test_charts_mark_stages_and_name_what_never_changes_and_what_is_left_out(run_dir):
     rows = [
-        {"step": s, "split": "train", "loss": 1.0 / s, "stage": 1 + s // 4} for s in range(1, 9)
+        {"step": s, "loss": 1.0 / s, "lr": 0.1, "clip": 0, "stage": 1 + s // 4}
+        | {f"x{n}": s * n for n in range(1, 31)}
+        for s in range(1, 9)
     ]
     write_rows(run_dir, rows)
     read = Reader(page_of(run_dir))
-    assert charts(read) == ["loss"]
-    assert [text for text in read.texts["text"] if "stage" in text] == [" stage 2", " stage 3"]
+    drawn = charts(read)
+    assert drawn[0] == "loss" and len(drawn) == 24
+    assert {text for text in read.texts["text"] if "stage" in text} == {" stage 2", " stage 3"}
+    assert "Never changed: clip 0, lr 0.1." in read.texts["p"]
+    assert "Not shown: 7 more curves of metrics.jsonl." in read.texts["p"]
 
 
 def test_no_line_crosses_the_steps_without_a_value(run_dir):
@@ -239,12 +244,6 @@ def test_no_line_crosses_the_steps_without_a_value(run_dir):
     styles = [(p.get("style") or "", p["d"]) for p in Reader(page_of(run_dir)).named("path")]
     (path,) = [d for style, d in styles if "fill: none" in style and "stroke: #2878c8" in style]
     assert path and path.count("M") == 2
-
-
-def test_of_very_many_curves_the_first_are_drawn_and_the_rest_counted(run_dir):
-    write_rows(run_dir, [{"step": s} | {f"x{n}": s * n for n in range(1, 31)} for s in (1, 2)])
-    page = page_of(run_dir)
-    assert len(charts(Reader(page))) == 24 and "Not shown: 6 more curves" in page
 
 
 @pytest.mark.parametrize(
@@ -265,21 +264,6 @@ def test_they_stand_together_whatever_a_recipe_calls_them(run_dir, train, val):
     assert "best" not in read.texts["text"]
 
 
-def test_what_never_changes_is_named_and_not_drawn(run_dir):
-    rows = [{"step": s, "split": "train", "loss": 1.0 / s, "lr": 0.1, "clip": 0} for s in (1, 2)]
-    write_rows(run_dir, rows)
-    read = Reader(page_of(run_dir))
-    assert charts(read) == ["loss"]
-    assert "Never changed: clip 0, lr 0.1." in read.texts["p"]
-
-
-def test_an_output_in_the_run_directory_is_named_from_there(run_dir):
-    outputs = [str(run_dir / "best.pth"), "/elsewhere/x.pth"]
-    (run_dir / "status.json").write_text(json.dumps(STATUS | {"outputs": outputs}))
-    page = page_of(run_dir)
-    assert "<td>best.pth</td>" in page and "<td>/elsewhere/x.pth</td>" in page
-
-
 NOW = object()  # when the test runs, not when it is collected
 
 
@@ -287,11 +271,6 @@ NOW = object()  # when the test runs, not when it is collected
     ("changes", "said", "kind"),
     [
         ({}, "Finished: 40 steps", "good"),
-        (
-            {"state": "failed", "exit_code": 1, "reason": "rank 1: RuntimeError: x"},
-            "Failed (exit code 1): rank 1: RuntimeError: x",
-            "bad",
-        ),
         (
             {"state": "stopped", "exit_code": 143, "reason": "SIGTERM: saved at step 7"},
             "Stopped (exit code 143): SIGTERM: saved at step 7",
@@ -330,38 +309,27 @@ def test_the_first_line_says_how_the_run_ended(tmp_path, changes, said, kind):
     assert {"class": f"banner {kind}"} in read.named("p")
 
 
-def test_the_log_of_a_progress_bar_shows_what_was_left_standing(run_dir):
-    (run_dir / "train.log").write_bytes(b"begun\n\r10%\r55%\rdone <b>\nlast\n")
-    page = page_of(run_dir)
-    assert "begun\ndone &lt;b&gt;\nlast" in page
-
-
 @pytest.mark.parametrize("name", ["status.json", "config.json", "metrics.jsonl"])
 def test_a_missing_file_is_named(run_dir, name):
     (run_dir / name).unlink()
     assert f"Not shown: {name} is missing." in page_of(run_dir)
+    if name == "metrics.jsonl":  # a run without losses has none to miss
+        (run_dir / "status.json").write_text(json.dumps(STATUS | {"last": {}}))
+        assert "metrics.jsonl" not in page_of(run_dir)
 
 
-def test_a_run_without_losses_has_no_metrics_to_miss(run_dir):
-    (run_dir / "metrics.jsonl").unlink()
-    (run_dir / "status.json").write_text(json.dumps(STATUS | {"last": {}}))
-    assert "metrics.jsonl" not in page_of(run_dir)
-
-
-@pytest.mark.parametrize("words", [["nowhere"], ["."]])
-def test_no_run_is_one_line_and_exit_2(words, capsys, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.mark.parametrize(
+    "words", [["nowhere"], ["."], ["a run", "--out", "file/page.html"]], ids=" ".join
+)
+def test_a_mistake_is_one_line_and_exit_2(words, capsys, run_dir, monkeypatch):
+    monkeypatch.chdir(run_dir.parent)
+    Path("file").touch()
     assert tool.main(words) == 2
     written = capsys.readouterr()
     assert written.out == "" and written.err.startswith("error: ") and written.err.count("\n") == 1
 
 
-def test_an_unwritable_page_is_one_line(run_dir, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        report.write(run_dir, tmp_path / "file" / "page.html")
-
-
+@pytest.mark.slow
 def test_a_day_of_steps_is_written_in_two_seconds(run_dir):
     row = {"step": 1, "epoch": 0, "split": "train", "time": 1.0, "loss": 0.5, "lr": 1e-3}
     with (run_dir / "metrics.jsonl").open("w") as lines:
@@ -371,7 +339,3 @@ def test_a_day_of_steps_is_written_in_two_seconds(run_dir):
     page = page_of(run_dir)
     assert time.process_time() - began < 5.0  # measured: 1.5 s with matplotlib's import
     assert len(page) < 200_000
-
-
-def test_flat_settings_have_dotted_names():
-    assert settings.flat({"a": {"b": 1, "c": {}}, "d": [2]}) == {"a.b": 1, "a.c": {}, "d": [2]}
