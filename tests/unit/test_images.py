@@ -10,7 +10,7 @@ from PIL import Image
 
 from shared.errors import UserError
 from shared.images import FORMATS, Skipped, decode_rgb, find_images, printable, problem, read_rgb
-from tests.pictures import claiming, damaged, encoded, picture, with_pillow
+from tests.pictures import claiming, encoded, picture, with_pillow
 
 # --- which files ----------------------------------------------------------------------------------
 
@@ -85,32 +85,30 @@ def exif(orientation):
     return note
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize(("kind", "mode"), [(k, mode) for k in FORMATS for mode in MODES[k]])
-def test_every_format_mode_and_orientation_gives_pillows_picture(kind, mode, orientation):
-    content = encoded(coloured(mode), kind, exif=exif(orientation))
-    image = decode_rgb(content)
-    assert image.dtype == torch.uint8 and image.stride() == (1, 3 * image.shape[2], 3)
-    assert torch.equal(image, with_pillow(content))
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_and_mode_gives_pillows_picture(kind):
+    for mode in MODES[kind]:
+        for orientation in (1, 6):
+            content = encoded(coloured(mode), kind, exif=exif(orientation))
+            image = decode_rgb(content)
+            assert image.dtype == torch.uint8 and image.stride() == (1, 3 * image.shape[2], 3)
+            assert torch.equal(image, with_pillow(content)), mode
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "MPO", "PNG", "WEBP", "TIFF", "AVIF"])
-def test_a_sideways_photograph_is_turned_upright(kind):
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])  # decoded by torchvision, by Pillow
+def test_a_sideways_photograph_is_turned_upright_and_a_damaged_note_says_nothing(kind):
     for orientation in range(1, 9):
-        height, width = decode_rgb(encoded(coloured("RGB"), kind, exif=exif(orientation))).shape[1:]
-        assert (height, width) == ((32, 48) if orientation < 5 else (48, 32))
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_damaged_exif_note_leaves_the_picture_as_it_is(kind):
+        content = encoded(coloured("RGB"), kind, exif=exif(orientation))
+        image = decode_rgb(content)
+        assert torch.equal(image, with_pillow(content))
+        assert image.shape[1:] == ((32, 48) if orientation < 5 else (48, 32))
     content = encoded(coloured("RGB"), kind, exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert torch.equal(decode_rgb(content), decode_rgb(encoded(coloured("RGB"), kind)))
 
 
-@pytest.mark.parametrize("background", [0, 7])
-def test_transparent_pixels_of_a_gif_keep_their_colour_and_the_first_frame_counts(background):
+def test_transparent_pixels_of_a_gif_keep_their_colour_and_the_first_frame_counts():
     first, second = (picture(seed).quantize(16) for seed in range(2))
-    colours = {"transparency": 3, "background": background}
+    colours = {"transparency": 3, "background": 7}
     content = encoded(first, "GIF", save_all=True, append_images=[second], **colours)
     assert torch.equal(decode_rgb(content), with_pillow(content))
 
@@ -127,12 +125,10 @@ def test_sixteen_bits_become_eight():
         (b"", "the file is empty"),
         (bytes(500), "zeros alone"),
         (b"<!DOCTYPE html><html></html>", "no picture: it begins with '<!DOCTYPE html>"),
-        (encoded(picture())[:300], "(?i)truncated|not processed"),
         (encoded(picture())[:-20], "(?i)truncated|not processed"),
         (encoded(picture(), "PNG")[:200], "."),
         (b"\xff\xd8\xff", "."),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "begins with '%!PS-Adobe"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "begins with 'version https://git-"),
     ],
 )
 def test_what_is_no_whole_picture_is_refused_in_one_line(content, reason):
@@ -141,26 +137,25 @@ def test_what_is_no_whole_picture_is_refused_in_one_line(content, reason):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("side", [11_000, 20_000])
-def test_a_small_file_that_claims_to_be_enormous_is_refused(side):
-    bomb = encoded(Image.new("1", (side, side)), "PNG")
+def icon_of(inner):
+    return struct.pack(">4sI4sI", b"icns", 16 + len(inner), b"ic07", 8 + len(inner)) + inner
+
+
+BOMBS = {
+    "PNG": lambda: encoded(Image.new("1", (11_000, 11_000)), "PNG"),
+    "PNG that Pillow refuses": lambda: encoded(Image.new("1", (20_000, 20_000)), "PNG"),
+    "JPEG": lambda: claiming(encoded(picture()), 65_000, 65_000),
+    "progressive JPEG": lambda: claiming(encoded(picture(), progressive=True), 65_000, 65_000),
+    "icon": lambda: icon_of(encoded(Image.new("1", (20_000, 20_000)), "PNG")),
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_small_file_that_claims_to_be_enormous_is_refused(kind):
+    bomb = BOMBS[kind]()
     assert len(bomb) < 1 << 17
     with pytest.raises(ValueError, match="more than 100,000,000 pixels"):
         decode_rgb(bomb)
-
-
-@pytest.mark.parametrize("settings", [{}, {"progressive": True}])
-def test_a_small_jpeg_that_claims_to_be_enormous_is_refused(settings):
-    bomb = claiming(encoded(picture(), **settings), 65_000, 65_000)
-    with pytest.raises(ValueError, match="more than 100,000,000 pixels"):
-        decode_rgb(bomb)
-
-
-def test_an_icon_that_holds_an_enormous_picture_is_refused():
-    inner = encoded(Image.new("1", (20_000, 20_000)), "PNG")
-    icon = struct.pack(">4sI4sI", b"icns", 16 + len(inner), b"ic07", 8 + len(inner)) + inner
-    with pytest.raises(ValueError, match="more than 100,000,000 pixels"):
-        decode_rgb(icon)
 
 
 def test_a_texture_of_an_unknown_kind_is_refused():
@@ -168,19 +163,6 @@ def test_a_texture_of_an_unknown_kind_is_refused():
     content[80:88] = struct.pack("<I4s", 4, b"ATI9")  # a pixel format by name
     with pytest.raises(ValueError, match="damaged"):
         decode_rgb(bytes(content))
-
-
-@pytest.mark.parametrize("kind", FORMATS)
-def test_damage_is_a_reason_whatever_the_decoder_raises(kind):
-    whole = encoded(picture(), kind)
-    refused = 0
-    for seed in range(200):
-        try:
-            assert decode_rgb(damaged(whole, seed)).dtype == torch.uint8
-        except ValueError as error:
-            assert str(error) and "\n" not in str(error)
-            refused += 1
-    assert refused
 
 
 # --- files and what is left out -------------------------------------------------------------------
@@ -196,7 +178,11 @@ def test_a_file_gives_the_picture_of_its_bytes(tmp_path):
 def test_files_that_give_no_picture_say_why(tmp_path):
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "link.jpg").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")
+    assert problem(tmp_path / "zero.jpg") == "cannot be read: not a regular file"
+    assert problem(tmp_path / "folder.jpg") == "cannot be read: Is a directory"
     assert problem(tmp_path / "empty.jpg") == "the file is empty"
     assert problem(tmp_path / "link.jpg") == "a link that leads nowhere"
     assert problem(tmp_path / "pipe.jpg") == "cannot be read: not a regular file"
@@ -206,34 +192,13 @@ def test_files_that_give_no_picture_say_why(tmp_path):
             read_rgb(tmp_path / name)
 
 
-def test_a_device_in_place_of_a_picture_is_not_read(tmp_path):
-    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
-    (tmp_path / "folder.jpg").mkdir()
-    assert problem(tmp_path / "zero.jpg") == "cannot be read: not a regular file"
-    assert problem(tmp_path / "folder.jpg") == "cannot be read: Is a directory"
-
-
-def test_damage_anywhere_in_a_png_is_a_reason_and_never_the_end_of_the_process():
-    whole = encoded(picture(), "PNG")
-    rng = np.random.default_rng(0)
-    for position in rng.integers(33, len(whole) - 40, 60):  # in the pixels
-        flipped = bytearray(whole)
-        flipped[position] ^= 1 << int(rng.integers(8))
-        with pytest.raises(ValueError, match=r"."):
-            decode_rgb(bytes(flipped))
-        with pytest.raises(ValueError, match=r"."):
-            decode_rgb(whole[:position])
-
-
 def test_what_is_skipped_is_named_once_and_counted_by_reason(caplog):
     skipped = Skipped()
     for name, reason in [("a", "missing"), ("b", "empty"), ("c", "missing"), ("a", "empty")]:
         skipped.add(name, reason)
     assert skipped.count == 3 and skipped.reasons == {"missing": 2, "empty": 1}
     assert caplog.messages == [
-        "left out: a (missing)",
-        "left out: b (empty)",
-        "left out: c (missing)",
+        f"left out: {n}" for n in ("a (missing)", "b (empty)", "c (missing)")
     ]
 
 
