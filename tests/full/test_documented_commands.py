@@ -10,7 +10,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from pathlib import Path
 
@@ -313,18 +312,8 @@ def test_the_slurm_line_starts_each_host_with_its_number(house, tmp_path):
         ["bash", "-c", line], cwd=house, env=environment(PATH=path, PYTHON=str(shown)),
         capture_output=True, text=True, check=False,
     )  # fmt: skip
-    words = outcome.stdout.split()
-    expected = [
-        "--nnodes",
-        "2",
-        "--node-rank",
-        "1",
-        "--master-addr",
-        "alpha",
-        "--master-port",
-        "29500",
-    ]
-    assert words[-8:] == expected, outcome
+    expected = "--nnodes 2 --node-rank 1 --master-addr alpha --master-port 29500"
+    assert outcome.stdout.split()[-8:] == expected.split(), outcome
 
 
 @pytest.mark.limit(2700)
@@ -339,14 +328,19 @@ def test_every_demo_ends_well_and_says_what_it_gained():
     without_gain = [row.split()[0] for row in rows if "(no gain)" in row]
     # vasevqa's base model knows the content before: fine-tuning teaches it the form alone
     assert set(without_gain) <= {"vasevqa"} and "FAILED" not in outcome.stdout
+    faces = status_of(ROOT / "face_distill" / "demo" / "runs" / "checkpoints")["result"]
+    assert faces["after"] >= faces["before"] + 0.15
+    garments = status_of(ROOT / "arcface" / "demo" / "runs" / "resnet18-arcface_demo")["result"]
+    assert garments["after"] >= 90
+    outcome = typed("python evaluate.py --demo", ROOT / "arcface")
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
-@pytest.mark.parametrize("words", ["./train.sh --demo", "./train.sh --demo --seed 1"])
-def test_the_demo_learns_to_tell_strangers_apart(words):
-    outcome = typed(words, ROOT / "face_distill")
+def test_the_demo_learns_to_tell_strangers_apart_with_another_seed():
+    outcome = typed("./train.sh --demo --seed 1", ROOT / "face_distill")
     assert outcome.returncode == 0, outcome.stdout[-2000:] + outcome.stderr[-2000:]
     result = status_of(ROOT / "face_distill" / "demo" / "runs" / "checkpoints")["result"]
-    print(f"{words}: {result['before']} -> {result['after']}")
+    print(f"another seed: {result['before']} -> {result['after']}")
     assert result["after"] >= result["before"] + 0.15
     outcome = typed("python evaluate.py --demo", ROOT / "face_distill")
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
@@ -371,17 +365,6 @@ def test_the_tools_look_at_machine_and_runs_as_documented(tmp_path):
         assert outcome.stdout or "report" in line
     for page in (runs[0] / "report.html", tmp_path / "page.html"):
         assert page.read_text(encoding="utf-8").startswith("<!doctype html>")
-
-
-def test_garments_that_were_never_seen_are_found_again():
-    began = time.monotonic()
-    outcome = typed("python run_scripts/run_arcface.py --demo", ROOT / "arcface")
-    assert outcome.returncode == 0, outcome.stdout[-2000:] + outcome.stderr[-2000:]
-    result = status_of(ROOT / "arcface" / "demo" / "runs" / "resnet18-arcface_demo")["result"]
-    print(f"garments: {result['before']} -> {result['after']}, {time.monotonic() - began:.0f} s")
-    assert result["after"] >= 90
-    outcome = typed("python evaluate.py --demo", ROOT / "arcface")
-    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
 
 
 def test_the_demo_learns_from_other_faces_too(tmp_path):

@@ -91,25 +91,16 @@ def put_data(site) -> None:
         path.write_text("{}", encoding="utf-8")
 
 
-def test_help_says_what_it_needs(site):
+def test_it_says_what_it_needs_and_would_do_and_runs_nothing(site):
+    gpu_python(site, gpu=False)
     result = site.run(site.script, "--help")
     assert result.returncode == 0
-    assert "NEEDS A DOWNLOAD" in result.stdout
-    assert "GPU" in result.stdout
-
-
-def test_what_is_missing_is_one_line_before_anything_runs(site):
-    gpu_python(site, gpu=False)
+    assert "NEEDS A DOWNLOAD" in result.stdout and "GPU" in result.stdout
     result = site.run(site.script)
     assert result.returncode == 3
     (line,) = result.stderr.splitlines()
     assert line.startswith("missing: an NVIDIA GPU")
     assert all(Path(name).name in line for name in DATA[site.recipe][:1])
-    assert not site.calls.exists()
-
-
-def test_a_dry_run_shows_the_commands_and_runs_none(site):
-    gpu_python(site, gpu=False)
     result = site.run(site.script, "--dry-run", "--seed", "7")
     assert result.returncode == 0, result.stderr
     assert "missing: an NVIDIA GPU" in result.stderr
@@ -117,7 +108,7 @@ def test_a_dry_run_shows_the_commands_and_runs_none(site):
     assert not site.calls.exists()
 
 
-def test_the_chain_ends_with_a_line_to_paste(site):
+def test_the_chain_ends_with_a_line_to_paste_or_with_the_code_of_what_failed(site):
     put_data(site)
     name, content, said = FIGURES[site.recipe]
     file = site.root / site.recipe / name
@@ -130,10 +121,6 @@ def test_the_chain_ends_with_a_line_to_paste(site):
     assert last.startswith(f"to paste: | {site.recipe} | ")
     assert said in last
     assert len(site.calls.read_text(encoding="utf-8").splitlines()) >= 2
-
-
-def test_a_step_that_fails_ends_it_with_its_code(site):
-    put_data(site)
     text = PYTHON.format(gpu=0, python=sys.executable, calls=site.calls) + "exit 2\n"
     site.write("python", text, site.bin)
     result = site.run(site.script)

@@ -86,14 +86,11 @@ def test_files_left_in_the_tree_are_a_failure(tmp_path):
     assert "in HOME now: ./.crumb" in output
 
 
-def test_keep_leaves_the_clone(tmp_path):
-    code, output, base = rehearse(make(tmp_path / "repository"), "--keep")
+def test_keep_leaves_the_clone_and_a_dry_run_runs_neither(tmp_path):
+    code, output, base = rehearse(make(tmp_path / "kept" / "repository"), "--keep")
     assert code == 0, output
     assert f"the clone stays: {base / '训练 场'}" in output
     assert (base / "训练 场" / "run_tests.sh").exists()
-
-
-def test_a_dry_run_runs_neither(tmp_path):
     code, output, base = rehearse(make(tmp_path / "repository"), "--dry-run")
     assert code == 0, output
     assert output.count("would run") == 2

@@ -68,26 +68,16 @@ def test_first_use_installs_the_lock_and_says_so(site):
     assert "ignored" not in result.stdout + result.stderr
     assert site.stamp.exists()
     assert not list(site.root.parent.rglob("pwned"))
-
-
-def test_the_users_pip_configuration_decides_where_packages_come_from(site):
-    site.run(site.setup)
-    (call,) = pip_calls(site)
+    (call,) = pip_calls(site)  # the user's configuration decides where packages come from
     assert call.endswith(f"-r {site.root}/requirements/lock.txt")
     assert not [word for word in call.split() if "index" in word or "://" in word]
 
 
-def test_a_second_call_is_silent_and_asks_pip_nothing(site):
+def test_a_second_call_is_silent_until_the_lock_changes_or_python_is_gone(site):
     site.run(site.setup)
-    started = time.monotonic()
     result = site.run(site.setup)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
     assert len(pip_calls(site)) == 1
-    assert time.monotonic() - started < 10  # 0.1 s on a quiet machine
-
-
-def test_a_changed_lock_is_installed_into_the_same_environment(site):
-    site.run(site.setup)
     keepsake = site.write(".venv/keepsake", "")
     site.write("requirements/lock.txt", "alpha==1.1\n")
     result = site.run(site.setup)
@@ -96,9 +86,13 @@ def test_a_changed_lock_is_installed_into_the_same_environment(site):
     assert len(pip_calls(site)) == 2
     assert keepsake.exists()
     assert site.run(site.setup).stdout == ""
+    (site.root / ".venv/bin/python").unlink()
+    result = site.run(site.setup)
+    assert result.returncode == 0
+    assert "creating .venv" in result.stdout
 
 
-@pytest.mark.parametrize("shell", [["sh"], ["bash"], ["env", "-i", "LC_ALL=C", "PATH={}", "sh"]])
+@pytest.mark.parametrize("shell", [["sh"], ["env", "-i", "LC_ALL=C", "PATH={}", "sh"]])
 def test_any_shell_and_a_bare_environment_will_do(site, shell):
     words = [word.format(site.bin) for word in shell]
     result = site.run(*words, site.setup, env={"PIP_CALLS": ""}, cwd="/")
@@ -106,34 +100,39 @@ def test_any_shell_and_a_bare_environment_will_do(site, shell):
     assert site.stamp.exists()
 
 
-def test_an_older_python_is_refused_in_one_line_with_version_and_cause(site):
-    site.write("python3", stub("3.9.18 old"), site.bin)
-    line = refused(site.run(site.setup))
-    assert "python3 is 3.9.18" in line
-    assert "3.11 or newer" in line
+@pytest.mark.parametrize(
+    ("verdict", "said"),
+    [
+        ("3.9.18 old", "python3 is 3.9.18, and torch and numpy need Python 3.11 or newer"),
+        ("3.11.2 no-venv", "apt install python3-venv"),
+        (None, "no Python found"),
+    ],
+)
+def test_a_machine_without_the_right_python_is_refused_in_one_line(site, verdict, said):
+    (site.bin / "python3").unlink()
+    if verdict:
+        site.write("python3", stub(verdict), site.bin)
+    assert said in refused(site.run(site.setup))
     assert not pip_calls(site)
 
 
-def test_a_python_without_venv_is_refused_with_the_apt_line(site):
-    site.write("python3", stub("3.11.2 no-venv"), site.bin)
-    assert "apt install python3-venv" in refused(site.run(site.setup))
+BROKEN = "#!/bin/sh\necho 'no such version' >&2; exit 127\n"
 
 
-def test_no_python_at_all_is_said(site):
-    (site.bin / "python3").unlink()
-    assert "no Python found" in refused(site.run(site.setup))
-
-
-def test_a_newer_python_beside_an_old_python3_is_taken(site):
-    site.write("python3", stub("3.9.18 old"), site.bin)
-    site.write("python3.12", stub("3.12.1 yes"), site.bin)
-    site.write("python3.13", "#!/bin/sh\necho 'no such version' >&2; exit 127\n", site.bin)
-    assert "with python3.12 (3.12.1)" in site.run(site.setup).stdout
-
-
-def test_a_python_with_venv_is_taken_before_a_newer_one_without(site):
-    site.write("python3.13", stub("3.13.0 no-venv"), site.bin)
-    assert "with python3 (3.11.4)" in site.run(site.setup).stdout
+@pytest.mark.parametrize(
+    ("others", "taken"),
+    [
+        (  # a newer one beside an old python3, and a version manager's empty shim
+            {"python3": stub("3.9.18 old"), "python3.12": stub("3.12.1 yes"), "python3.13": BROKEN},
+            "python3.12 (3.12.1)",
+        ),
+        ({"python3.13": stub("3.13.0 no-venv")}, "python3 (3.11.4)"),
+    ],
+)
+def test_of_several_pythons_the_first_that_will_do_is_taken(site, others, taken):
+    for name, text in others.items():
+        site.write(name, text, site.bin)
+    assert f"with {taken}" in site.run(site.setup).stdout
 
 
 def test_the_named_python_is_taken_or_refused_by_name(site):
@@ -144,9 +143,7 @@ def test_the_named_python_is_taken_or_refused_by_name(site):
     assert f"{old} is 3.10.1" in refused(site.run(site.setup, env={"PYTHON": str(old)}))
 
 
-@pytest.mark.parametrize(
-    ("version", "verdict"), [((3, 10, 12), "old"), ((3, 11, 0), "yes"), ((3, 13, 1), "yes")]
-)
+@pytest.mark.parametrize(("version", "verdict"), [((3, 10, 12), "old"), ((3, 11, 0), "yes")])
 def test_the_probe_judges_real_version_numbers(site, version, verdict):
     """The stubs above answer for the probe; here its own text runs, in a Python that lies."""
     liar = f"import sys; sys.version_info = {version}; exec(sys.argv.pop(1))"
@@ -181,17 +178,15 @@ def test_a_failing_pip_shows_its_last_lines_and_the_next_call_goes_on(site):
     assert result.returncode == 1
     assert "ERROR: no such alpha" in result.stderr
     assert "is ignored" not in result.stderr
-    assert str(site.root / ".venv/setup.log") in result.stderr.splitlines()[-1]
+    log = site.root / ".venv/setup.log"
+    assert str(log) in result.stderr.splitlines()[-1] and "no such alpha" in log.read_text()
     assert not site.stamp.exists()
-    again = site.run(site.setup)
-    assert again.returncode == 0
-    assert "creating" not in again.stdout
-
-
-def test_a_full_disk_during_the_installation_is_explained(site):
     says = "OSError: [Errno 28] No space left on device"
     result = site.run(site.setup, env={"PIP_EXIT": "1", "PIP_SAYS": says})
     assert "TMPDIR=" in result.stderr.splitlines()[-1]
+    again = site.run(site.setup)
+    assert again.returncode == 0
+    assert "creating" not in again.stdout
 
 
 def wait_for(condition, seconds: float = 60) -> None:
@@ -236,14 +231,6 @@ def test_a_half_installed_package_is_not_taken_for_a_whole_one(site):
     assert whole.exists()
 
 
-def test_an_environment_whose_python_is_gone_is_made_anew(site):
-    site.run(site.setup)
-    (site.root / ".venv/bin/python").unlink()
-    result = site.run(site.setup)
-    assert result.returncode == 0
-    assert "creating .venv" in result.stdout
-
-
 def test_a_venv_of_an_old_python_is_left_alone(site):
     theirs = site.write(".venv/bin/python", stub("3.10.4 old"))
     assert "move it away" in refused(site.run(site.setup))
@@ -251,18 +238,13 @@ def test_a_venv_of_an_old_python_is_left_alone(site):
 
 
 def test_two_setups_at_once_install_once(site):
-    first = site.start(site.setup, env={"PIP_SECONDS": "1"})
+    first = site.start(site.setup, env={"PIP_SECONDS": "0.5"})
     wait_for(lambda: pip_calls(site))
     second = site.start(site.setup)
     outputs = [process.communicate(timeout=20)[0] for process in (first, second)]
     assert (first.returncode, second.returncode) == (0, 0)
     assert len(pip_calls(site)) == 1
     assert "waiting" in outputs[1]
-
-
-def test_the_log_of_the_installation_keeps_pips_words(site):
-    site.run(site.setup, env={"PIP_SAYS": "Collecting alpha"})
-    assert "Collecting alpha" in (site.root / ".venv/setup.log").read_text()
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
-import huggingface_hub
 import pytest
 
 from face_distill.download_weight import weight_files
@@ -95,15 +94,6 @@ def without_shards(hub: HubServer) -> None:
 # --- what is fetched ------------------------------------------------------------------------------
 
 
-def test_the_server_of_these_tests_is_a_hub_to_huggingface_hub_itself(hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    path = huggingface_hub.hf_hub_download(
-        REPO_ID, SHARD, revision="main", endpoint=hub.url, local_dir=tmp_path, token=False
-    )
-    assert (tmp_path / SHARD).read_bytes() == WEIGHTS
-    assert path == str(tmp_path / SHARD)
-
-
 def test_the_shards_follow_the_index_and_not_their_numbers(hub):
     moved = {"vision_model.a": SHARDS[1], "vision_model.b": SHARDS[1], "qformer.c": SHARD}
     hub.files[INDEX] = json.dumps({"weight_map": moved}).encode()
@@ -161,15 +151,6 @@ def test_a_file_without_content_and_one_in_a_folder_are_fetched_too(hub, tmp_pat
 # --- what is there already ------------------------------------------------------------------------
 
 
-def test_what_is_there_is_not_fetched_again_and_read_only_once(hub, tmp_path, caplog):
-    (tmp_path / SHARD).write_bytes(WEIGHTS)
-    with caplog.at_level("INFO"):
-        fetch(hub, tmp_path, SHARD)
-        fetch(hub, tmp_path, SHARD)
-    assert caplog.messages.count(f"checking {tmp_path / SHARD} (300 kB)") == 1
-    assert hub.asked(SHARD) == []
-
-
 def test_a_file_changed_after_it_was_verified_is_checked_and_fetched_again(hub, tmp_path):
     fetch(hub, tmp_path, SHARD)
     path = tmp_path / SHARD
@@ -178,22 +159,6 @@ def test_a_file_changed_after_it_was_verified_is_checked_and_fetched_again(hub, 
     fetch(hub, tmp_path, SHARD)
     assert path.read_bytes() == WEIGHTS
     assert hub.asked(SHARD) == [None, None]
-
-
-def test_a_plan_says_what_is_missing_and_writes_nothing(hub, tmp_path):
-    (tmp_path / "config.json").write_bytes(CONFIG)
-    plan = opened(hub).plan(["config.json", SHARD, SHARD], tmp_path)
-    assert [file.name for file in plan.present] == ["config.json"]
-    assert [file.name for file in plan.missing] == [SHARD]
-    assert plan.remaining == len(WEIGHTS)
-    assert names_in(tmp_path) == {"config.json"}
-
-
-def test_damaged_notes_cost_a_check_and_no_more(hub, tmp_path):
-    fetch(hub, tmp_path, SHARD)
-    (tmp_path / download.NOTES).write_text('{"files": 3, "parts": [1]}')
-    fetch(hub, tmp_path, SHARD)
-    assert hub.asked(SHARD) == [None]
 
 
 # --- interruptions --------------------------------------------------------------------------------
@@ -280,14 +245,6 @@ def test_retry_after_may_be_a_date():
     date = time.strftime("%a, %d %b %Y %H:%M:%S GMT", time.gmtime(time.time() + 30))
     assert 25 < (web.retry_after({"Retry-After": date}) or 0) <= 30
     assert web.retry_after({"Retry-After": "soon"}) is None
-
-
-def test_a_server_that_stays_busy_is_given_up_in_one_line(hub):
-    hub.misbehave("api", hub_server.status(503), times=ALWAYS)
-    with pytest.raises(DownloadError, match="answered 503, 3 times in a row") as caught:
-        opened(hub)
-    assert caught.value.exit_code == 1
-    assert len(hub.requests) == 3
 
 
 @pytest.mark.parametrize(("name", "code"), [("api", 401), ("api", 404), (SHARD, 403), (SHARD, 404)])
@@ -424,13 +381,6 @@ def test_a_listing_that_leads_out_of_the_directory_is_refused(hub, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("index", [b"<html>", b'{"weight_map": []}', b'{"weight_map": {}}'])
-def test_an_index_without_the_tower_is_refused(hub, index):
-    hub.files[INDEX] = index
-    with pytest.raises(UserError, match=r"no readable weight_map|holds no weights whose names"):
-        weight_files(opened(hub), "vision_model.")
-
-
 # --- the user's mistakes, and the disk ------------------------------------------------------------
 
 
@@ -481,12 +431,6 @@ def test_a_write_that_fails_half_way_is_one_line_and_keeps_the_part(hub, tmp_pat
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (tmp_path / (SHARD + download.PART)).stat().st_size > 100_000
-
-
-def test_a_directory_that_cannot_be_is_refused(hub, tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be used"):
-        fetch(hub, tmp_path / "file" / "weights", "config.json")
 
 
 def test_a_second_download_waits_for_the_first_and_takes_what_it_brought(hub, tmp_path, caplog):

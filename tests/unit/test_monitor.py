@@ -326,18 +326,6 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     process.stderr.close()
 
 
-def test_help_and_a_snapshot_are_quick(tmp_path):
-    write(tmp_path)
-    times = []
-    for words in ("--help", str(tmp_path)):
-        before = os.times()
-        subprocess.run([sys.executable, str(MONITOR), words], check=True, capture_output=True)
-        after = os.times()
-        times.append(after.children_user + after.children_system)
-        times[-1] -= before.children_user + before.children_system
-    assert max(times) < 0.3
-
-
 @pytest.mark.parametrize(
     ("values", "width", "expected"),
     [

@@ -17,7 +17,7 @@ from face_distill.distill.model import (
 )
 from shared.errors import UserError
 from shared.files import write_json
-from tests.face_students import BEST, BOTTLENECK, LAYERS, student_of, write_run
+from tests.face_students import BEST, LAYERS, student_of, write_run
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +36,6 @@ def faces() -> torch.Tensor:
 NAME = "vit.encoder.layers.{}.mlp.adapter.down_proj.weight"
 
 
-def test_adapter_shape_is_read_from_names_and_shapes(tower):
-    student = student_of(tower)
-    for state in (trainable_state(student), student.state_dict()):
-        shape = adapter_shape(state, Path("x.pth"))
-        assert (shape.layers, shape.bottleneck) == (LAYERS, BOTTLENECK)
-    many = {NAME.format(layer): torch.zeros(2, 4) for layer in (10, 9, 0)}
-    assert adapter_shape(many, Path("x")).layers == [0, 9, 10]
-
-
 @pytest.mark.parametrize(
     "state",
     [
@@ -57,21 +48,6 @@ def test_adapter_shape_is_read_from_names_and_shapes(tower):
 def test_a_state_without_regular_adapters_is_refused_by_the_name_of_its_file(state):
     with pytest.raises(UserError, match=r"some\.pth holds no face adapters"):
         adapter_shape(state, Path("some.pth"))
-
-
-def test_settings_come_from_a_run_and_from_an_export_and_nothing_else(tmp_path):
-    (tmp_path / "run").mkdir()
-    run = tmp_path / "run" / BEST
-    assert student_files.settings_of(run) == {}
-    for text, expected in [
-        ('{"settings": {"image_size": 56}, "identity": {}}', {"image_size": 56}),
-        ('{"image_size": 28, "schema": 1}', {"image_size": 28, "schema": 1}),
-        ('{"settings": 3}', {}),
-        ("{", {}),
-    ]:
-        (run.parent / "config.json").write_text(text)
-        assert student_files.settings_of(run) == expected
-        assert student_files.settings_of(run.parent) == expected
 
 
 @pytest.mark.parametrize("full", [False, True], ids=["trained parts", "whole student"])
