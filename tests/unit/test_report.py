@@ -3,7 +3,6 @@
 import json
 import os
 import socket
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -198,13 +197,6 @@ def write_rows(run_dir: Path, rows: list[dict[str, object]]) -> None:
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def test_a_quantity_is_one_chart_with_train_and_val(run_dir):
-    read = Reader(page_of(run_dir))
-    assert charts(read) == ["loss"]
-    texts = read.texts["text"]
-    assert texts.count("train") == texts.count("val") == 1
-
-
 def test_a_loss_over_more_than_two_decades_has_a_logarithmic_axis_and_a_rate_never(run_dir):
     rows = [{"step": s, "split": "train", "loss": 10.0**-s, "lr": 10.0**-s} for s in range(5)]
     write_rows(run_dir, rows)
@@ -238,7 +230,7 @@ def test_charts_mark_stages_and_name_what_never_changes_and_what_is_left_out(run
         ("Loss/Total", "val/loss"),
     ],
 )
-def test_they_stand_together_whatever_a_recipe_calls_them(run_dir, train, val):
+def test_train_and_val_stand_together_whatever_a_recipe_calls_them(run_dir, train, val):
     rows = [{"step": s, "split": "train", train: 1.0, "lr": 0.1 / s} for s in (1, 2)]
     rows += [{"step": s, "split": "val", val: 2.0} for s in (1, 2)]
     rows += [{"step": s, "split": "best", "loss": 2.0} for s in (1, 2)]
@@ -250,6 +242,7 @@ def test_they_stand_together_whatever_a_recipe_calls_them(run_dir, train, val):
 
 
 NOW = object()  # when the test runs, not when it is collected
+LIVE = {"state": "running", **processes.describe(os.getpid())}
 
 
 @pytest.mark.parametrize(
@@ -257,18 +250,7 @@ NOW = object()  # when the test runs, not when it is collected
     [
         ({}, "Finished: 40 steps", "good"),
         (
-            {"state": "stopped", "exit_code": 143, "reason": "SIGTERM: saved at step 7"},
-            "Stopped (exit code 143): SIGTERM: saved at step 7",
-            "open",
-        ),
-        (
-            {
-                "state": "running",
-                **processes.describe(os.getpid()),
-                "eta_s": 200.0,
-                "started_at": NOW,
-                "updated_at": NOW,
-            },
+            {**LIVE, "eta_s": 200.0, "started_at": NOW, "updated_at": NOW},
             "Still running when this page was written: at step 40 of 40, 0:03:20 left.",
             "open",
         ),
@@ -312,15 +294,3 @@ def test_a_mistake_is_one_line_and_exit_2(words, capsys, run_dir, monkeypatch):
     assert tool.main(words) == 2
     written = capsys.readouterr()
     assert written.out == "" and written.err.startswith("error: ") and written.err.count("\n") == 1
-
-
-@pytest.mark.slow
-def test_a_day_of_steps_is_written_in_two_seconds(run_dir):
-    row = {"step": 1, "epoch": 0, "split": "train", "time": 1.0, "loss": 0.5, "lr": 1e-3}
-    with (run_dir / "metrics.jsonl").open("w") as lines:
-        for step in range(20_000):
-            lines.write(json.dumps(row | {"step": step, "loss": 1 / (step + 1)}) + "\n")
-    began = time.process_time()
-    page = page_of(run_dir)
-    assert time.process_time() - began < 5.0  # measured: 1.5 s with matplotlib's import
-    assert len(page) < 200_000
