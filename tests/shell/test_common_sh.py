@@ -96,6 +96,13 @@ def test_an_active_environment_without_the_packages_is_passed_over(recipe):
     assert answer(recipe.run(recipe.script, env=env))["env"]["NOTE"] == "root"
 
 
+def test_a_folder_named_like_a_package_is_not_the_package(recipe, tmp_path):
+    recipe.write("demo/go.sh", SCRIPT.replace("json string", "json only_here"))
+    (tmp_path / "only_here").mkdir()
+    (tmp_path / "only_here" / "__init__.py").touch()
+    assert recipe.run(recipe.script, cwd=tmp_path).returncode == 3
+
+
 def test_without_an_interpreter_one_line_names_both_ways_out(recipe):
     (recipe.root / ".venv/bin/python").unlink()
     result = recipe.run(recipe.script, env={"VIRTUAL_ENV": "/nowhere"})

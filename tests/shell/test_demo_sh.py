@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from shared import report
+from shared.status import now
 from shared.tools import run_demos
 from tests.harness import wait_until
 
@@ -158,6 +159,14 @@ def test_on_a_terminal_one_line_tells_how_far_it_is(site):
     assert process.wait(20) == 1
     assert b"\r\x1b[2K  0:00:01  step 7\r\x1b[2K" in text
     assert text.count(b"\n") <= 15
+
+
+def test_a_killed_demo_is_stale(two, capfd):
+    status = {"state": "running", "pid": 2**22 + 1, "step": 3, "total_steps": 9}
+    pretend(two, "one", {**status, "updated_at": now()}, code=137)
+    assert run_demos.main(["one"], two) == 1
+    row = on_one_line(capfd.readouterr().out)
+    assert "STALE: process 4194305 not found, last heartbeat" in row
 
 
 @pytest.mark.parametrize(("after", "higher", "gained"), [(0.5, True, False), (0.5, False, True)])

@@ -266,5 +266,7 @@ def test_every_recipe_says_what_it_needs_and_names_scripts_that_are_there():
         assert (ROOT / name / "README.md").is_file()
         assert (ROOT / name / recipe.demo_command.split()[0]).is_file()
         for need in needs_of(recipe):
+            assert need.what and (need.command or need.hint) and bool(need.path) != bool(need.name)
+            assert not need.path.startswith("/")
             for script in re.findall(r"\bpython (\S+\.py)", need.command):
                 assert (ROOT / script).is_file(), need

@@ -381,6 +381,13 @@ def test_a_listing_that_leads_out_of_the_directory_is_refused(hub, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("index", [b"<html>", b'{"weight_map": {}}'])
+def test_an_index_without_the_tower_is_refused(hub, index):
+    hub.files[INDEX] = index
+    with pytest.raises(UserError, match=r"no readable weight_map|holds no weights whose names"):
+        weight_files(opened(hub), "vision_model.")
+
+
 # --- the user's mistakes, and the disk ------------------------------------------------------------
 
 

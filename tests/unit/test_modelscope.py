@@ -143,6 +143,13 @@ def test_a_model_is_fetched_in_one_form_by_the_tool(model_server, tmp_path):
     assert not any((tmp_path / name).exists() for name in PICKLED)
 
 
+def test_the_tool_takes_the_hub_too(tmp_path):
+    with hub_server.HubServer({"config.json": b"{}", "pytorch_model.bin": b"weights"}) as there:
+        ended = run_here(fetch_model.main, [REPO_ID, tmp_path, "--endpoint", there.url])
+    assert ended.code == 0, ended.text
+    assert (tmp_path / "pytorch_model.bin").read_bytes() == b"weights"  # in its only form
+
+
 def local_copy(url, cache):
     environ = {"MODELSCOPE_CACHE": str(cache), "MODELSCOPE_ENDPOINT": url}
     return hub.local_copy(REPO_ID, environ)

@@ -124,6 +124,15 @@ def test_tables_equal_the_files(run_dir):
     }
 
 
+def test_a_result_says_unit_number_and_chance_as_far_as_they_are_known(run_dir):
+    result = STATUS["result"] | {"unit": "share", "n": 256, "chance": 0.00390625, "control": None}
+    (run_dir / "status.json").write_text(json.dumps(STATUS | {"result": result}))
+    tables = Tables(page_of(run_dir))
+    found = tables.named("result", "before", "after", "N", "chance", "control")
+    row = ["10.0 %", "75.1 %", "256", "0.4 %", "–"]
+    assert found == {"accuracy (higher is better)": row}
+
+
 def test_warnings_come_before_everything_but_how_the_run_ended(run_dir):
     (run_dir / "config.json").unlink()
     log = b"fine\nx | WARNING: 3 pictures <b>skipped\n\r10%\r55%\rdone <b>\nlast\n"

@@ -113,16 +113,26 @@ def test_a_query_can_be_kept_from_finding_itself() -> None:
     assert found == [second[4] if row == 4 else row for row in range(30)]
 
 
-def test_lower_precision_asked_for_elsewhere_changes_nothing_and_stays() -> None:
-    expected = ranking(rows(5), near_ties(50), 5)
-    before = torch.get_float32_matmul_precision()
+def test_lower_precision_asked_for_elsewhere_stays_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[tuple[Any, ...]] = []
+    original, before = nearest._nearest, torch.get_float32_matmul_precision()
+
+    def watched(queries: Tensor, gallery: Tensor, *rest: Any) -> Any:
+        cuda = torch.backends.cuda.matmul.fp32_precision
+        seen.append((cuda, (queries @ gallery.T).dtype))
+        return original(queries, gallery, *rest)
+
+    monkeypatch.setattr(nearest, "_nearest", watched)
     torch.set_float32_matmul_precision("medium")
     try:
         with torch.autocast("cpu", torch.bfloat16):
-            assert search(rows(5), near_ties(50), 5)[1].tolist() == expected
+            search(rows(5), near_ties(50), 5)
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+    assert seen == [("ieee", torch.float32)]
 
 
 def test_a_gallery_smaller_than_k_is_filled_up_with_no_row() -> None:

@@ -78,7 +78,7 @@ def tar_with(path, member):
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-@pytest.mark.parametrize("name", HOSTILE_NAMES)
+@pytest.mark.parametrize("name", [*HOSTILE_NAMES, "a\nb"])
 def test_fault_25_archive_that_leads_out_is_refused(tmp_path, kind, name):
     path = tmp_path / "a.archive"
     if kind == "zip":

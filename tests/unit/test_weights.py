@@ -236,3 +236,8 @@ def test_load_strict_refuses_to_leave_a_buffer_without_values() -> None:
     state = {"weight": torch.ones(2, 2), "bias": torch.ones(2)}
     with pytest.raises(ValueError, match="positions"):
         weights.load_strict(model, state)
+
+
+def test_strip_wrappers_removes_what_ddp_and_compile_add() -> None:
+    state = {"module._orig_mod.a.weight": torch.ones(1), "module.b._orig_mod.c": torch.ones(1)}
+    assert list(weights.strip_wrappers(state)) == ["a.weight", "b.c"]
