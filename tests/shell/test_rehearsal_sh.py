@@ -67,23 +67,17 @@ def test_both_commands_meet_a_fresh_machine(tmp_path):
     assert [path.name for path in base.iterdir()] == ["logs"]
 
 
-def test_a_command_that_fails_is_named_and_its_clone_stays(tmp_path):
-    repository = make(tmp_path / "repository", demo="#!/bin/sh\necho broken\nexit 3\n")
+def test_a_command_that_fails_or_leaves_files_is_named_and_its_clone_stays(tmp_path):
+    demo, run_tests = "#!/bin/sh\necho broken\nexit 3\n", "#!/bin/sh\ntouch crumb ~/.crumb\n"
+    repository = make(tmp_path / "repository", demo, run_tests)
     code, output, base = rehearse(repository)
     assert code == 1
     assert "demo.sh: exit 3" in output
     assert "  | broken" in output
     assert "run_tests.sh: exit 0" in output
-    assert output.endswith("failed: demo.sh\n")
+    assert output.endswith("failed: demo.sh the tree\n")
+    assert "?? crumb" in output and "in HOME now: ./.crumb" in output
     assert (base / "训练 场" / "demo.sh").exists()
-
-
-def test_files_left_in_the_tree_are_a_failure(tmp_path):
-    repository = make(tmp_path / "repository", run_tests="#!/bin/sh\ntouch crumb ~/.crumb\n")
-    code, output, _ = rehearse(repository)
-    assert code == 1
-    assert "?? crumb" in output
-    assert "in HOME now: ./.crumb" in output
 
 
 def test_keep_leaves_the_clone_and_a_dry_run_runs_neither(tmp_path):
