@@ -28,6 +28,7 @@ def test_the_recipes_warm_up_rises_every_step_and_its_cosine_falls_every_epoch()
     # 30 steps of warm-up: the first has 0.01, the last, step 29, has 1
     assert at(0) == 0.01
     assert at(11) == pytest.approx(0.01 + 0.99 * 11 / 29)
+    assert f"{0.02 * at(11):.4e}" == "7.7103e-03"  # as mm's log has it at a rate of 0.02
     assert at(29) == at(30) == at(35) == pytest.approx(1.0)
     # epoch 6 and 27 (from 0): one and 22 of 45 epochs into the cosine
     assert at(36) == at(41) == pytest.approx((1 + math.cos(math.pi / 45)) / 2)
@@ -36,20 +37,15 @@ def test_the_recipes_warm_up_rises_every_step_and_its_cosine_falls_every_epoch()
     assert at(6 * 49 + 5) == at(6 * 60) == pytest.approx((1 + math.cos(math.pi * 44 / 45)) / 2)
 
 
-def test_the_line_that_users_know_comes_out():
-    """The 12th of 12 steps, 6 an epoch, at a rate of 0.02: `lr: 7.7103e-03`."""
-    assert f"{0.02 * factor(LINEAR, COSINE, steps=6)(11):.4e}" == "7.7103e-03"
-
-
-def test_the_shipped_configurations_have_their_schedules():
-    for name, epochs in (
-        ("resnet50-arcface_8xb32_inshop", 50),
-        ("vit-b16-arcface_8xb32_inshop", 32),
-    ):
-        config = read_config(RECIPE / "config" / "arcface" / f"{name}.py")
-        at = learning_rate_factor(config["param_scheduler"], 100, 1.0)
-        assert at(0) == 0.01 and max(map(at, range(100 * epochs))) == pytest.approx(1.0)
-        assert 0 < at(100 * epochs - 1) < 0.004
+@pytest.mark.parametrize(
+    ("name", "epochs"),
+    [("resnet50-arcface_8xb32_inshop", 50), ("vit-b16-arcface_8xb32_inshop", 32)],
+)
+def test_the_shipped_configurations_have_their_schedules(name, epochs):
+    config = read_config(RECIPE / "config" / "arcface" / f"{name}.py")
+    at = learning_rate_factor(config["param_scheduler"], 100, 1.0)
+    assert at(0) == 0.01 and max(map(at, range(100 * epochs))) == pytest.approx(1.0)
+    assert 0 < at(100 * epochs - 1) < 0.004
 
 
 def test_a_cosine_by_steps_and_to_a_floor():
@@ -61,22 +57,23 @@ def test_a_cosine_by_steps_and_to_a_floor():
     assert factor(entry, steps=4)(20) == pytest.approx(0.5)
 
 
-def test_entries_wait_for_their_begin():
-    assert factor({**LINEAR, "begin": 2}, steps=3)(5) == 1.0
-    assert factor({**LINEAR, "begin": 2}, steps=3)(6) == 0.01
+CONSTANT = {"type": "ConstantLR", "factor": 0.25, "by_epoch": False, "begin": 0, "end": 4}
+STEPS = {"type": "MultiStepLR", "milestones": [2, 3], "gamma": 0.1}
 
 
-def test_constant_and_multi_step():
-    constant = {"type": "ConstantLR", "factor": 0.25, "by_epoch": False, "begin": 0, "end": 4}
-    assert [factor(constant)(step) for step in range(5)] == [0.25, 0.25, 0.25, 1, 1]
-    steps = {"type": "MultiStepLR", "milestones": [2, 3], "gamma": 0.1}
-    assert [factor(steps, steps=2)(step) for step in range(8)] == pytest.approx(
-        [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]
-    )
-
-
-def test_no_schedule_is_a_constant_rate():
-    assert factor()(1000) == 1.0
+@pytest.mark.parametrize(
+    ("entries", "expected"),
+    [
+        ([], [1, 1, 1]),
+        ([{**LINEAR, "begin": 2}], [1, 1, 1, 1, 0.01]),
+        ([CONSTANT], [0.25, 0.25, 0.25, 1, 1]),
+        ([STEPS], [1, 1, 1, 1, 0.1, 0.1, 0.01, 0.01]),
+    ],
+    ids=["none", "waits for its begin", "constant", "multi-step"],
+)
+def test_two_steps_an_epoch_by_hand(entries, expected):
+    at = factor(*entries, steps=2)
+    assert [at(step) for step in range(len(expected))] == pytest.approx(expected)
 
 
 WRONG = {
