@@ -4,9 +4,11 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -18,7 +20,6 @@ from shared.files import read_json_lines
 from tests.arcface_nano import EPOCHS, SCRIPT, STEPS_AN_EPOCH, build_inshop, write_config
 from tests.harness import ROOT, losses, run_here, start, status_of
 
-STEPS = EPOCHS * STEPS_AN_EPOCH
 TRAIN_LINE = re.compile(
     r"Epoch\(train\) \[(\d+)\]\[(\d+)/(\d+)\]  lr: (\d\.\d{4}e[+-]\d\d)  eta: (\d+:\d\d:\d\d)  "
     r"time: (\d+\.\d{4})  data_time: (\d+\.\d{4})  loss: (\d+\.\d{4})$"
@@ -38,27 +39,23 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def inshop(tmp_path_factory) -> Path:
     return build_inshop(tmp_path_factory.mktemp("nano"))
 
 
-@pytest.fixture
-def config(tmp_path) -> Path:
-    return write_config(tmp_path / "nano.py")
+def flags_of(place, inshop):
+    config = write_config(place / "nano.py")
+    return ["--config", config, "--data-root", inshop, "--work-dir", place / "work", "--seed", 1]
 
 
 @pytest.fixture
-def flags(inshop, config, tmp_path):
-    return ["--config", config, "--data-root", inshop, "--work-dir", tmp_path / "work", "--seed", 1]
+def flags(inshop, tmp_path):
+    return flags_of(tmp_path, inshop)
 
 
 def train(*args):
     return run_here(run_arcface.main, args)
-
-
-def names(run_dir):
-    return {path.name for path in run_dir.glob("*.pth")}
 
 
 def final_weights(run_dir):
@@ -72,20 +69,43 @@ def same(one, other):
 # --- a run ----------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_the_documented_files_and_lines(flags, tmp_path):
-    outcome = train(*flags)
+class Whole(NamedTuple):
+    """A run of three epochs that nothing happened to: its directory, and what it has written."""
+
+    run_dir: Path
+    text: str
+
+
+@pytest.fixture(scope="module")
+def whole(inshop, tmp_path_factory) -> Whole:
+    place = tmp_path_factory.mktemp("whole")
+    flags = flags_of(place, inshop)
+    with (place / "nano.py").open("a") as config:
+        config.write("import sys\nsys.modules['of_the_file'] = sys\n")
+    outcome = train(*flags, "--log-every", 1)
     assert outcome.code == 0, outcome.text
-    run_dir = tmp_path / "work"
-    best = [name for name in names(run_dir) if name.startswith("best_retrieval_Recall@1_epoch_")]
-    assert names(run_dir) == {"epoch_2.pth", "epoch_3.pth", *best} and len(best) == 1
-    found = [TRAIN_LINE.search(line) for line in outcome.text.splitlines()]
+    assert sys.modules.pop("of_the_file", None)
+    return Whole(place / "work", outcome.text)
+
+
+@pytest.fixture
+def copied(whole, tmp_path) -> Path:
+    """The same run where `flags` would put one."""
+    return Path(shutil.copytree(whole.run_dir, tmp_path / "work"))
+
+
+def test_a_run_leaves_the_documented_files_and_lines(whole):
+    run_dir = whole.run_dir
+    (best,) = (path.name for path in run_dir.glob("best_retrieval_Recall@1_epoch_*.pth"))
+    assert {path.name for path in run_dir.glob("*.pth")} == {"epoch_2.pth", "epoch_3.pth", best}
+    found = [TRAIN_LINE.search(line) for line in whole.text.splitlines()]
     places = [tuple(map(int, match.groups()[:3])) for match in found if match]
     assert places == [(epoch, step, 4) for epoch in (1, 2, 3) for step in (2, 4)]
-    validated = [VAL_LINE.search(line) for line in outcome.text.splitlines()]
+    validated = [VAL_LINE.search(line) for line in whole.text.splitlines()]
     assert [int(match[1]) for match in validated if match] == [0, 1, 2, 3]
     status = status_of(run_dir)
     shown = [float(match[4]) for match in validated if match]
-    assert status["state"] == "done" and status["step"] == STEPS
+    assert status["state"] == "done" and status["step"] == EPOCHS * STEPS_AN_EPOCH
     assert status["result"] == {
         "name": "Recall@1",
         "before": pytest.approx(shown[0], abs=1e-4),
@@ -100,37 +120,24 @@ def test_a_run_leaves_the_documented_files_and_lines(flags, tmp_path):
     assert list((run_dir / "tensorboard").glob("events.out.tfevents*"))
 
 
-def test_the_best_file_holds_the_weights_of_its_epoch_and_the_head(flags, tmp_path):
-    assert train(*flags).code == 0
-    run_dir = tmp_path / "work"
-    (path,) = run_dir.glob("best_*.pth")
+def test_the_best_file_holds_the_weights_of_its_epoch_and_the_head(whole):
+    (path,) = whole.run_dir.glob("best_*.pth")
     content = torch.load(path)
     epoch = content["meta"]["epoch"]
-    rows = [row for row in read_json_lines(run_dir / "metrics.jsonl") if row["split"] == "val"]
-    reached = [row["retrieval/Recall@1"] for row in rows][1:]
+    rows = read_json_lines(whole.run_dir / "metrics.jsonl")
+    reached = [row["retrieval/Recall@1"] for row in rows if row["split"] == "val"][1:]
     assert reached.index(max(reached)) + 1 == epoch
     assert content["meta"]["metrics"]["Recall@1"] == pytest.approx(max(reached) / 100)
-    assert content["state_dict"]["head.weight"].shape == (4, 512)
-    if (run_dir / f"epoch_{epoch}.pth").exists():
-        whole = torch.load(run_dir / f"epoch_{epoch}.pth")["parts"]["encoder"]
-        own = {
-            name.removeprefix("encoder."): tensor
-            for name, tensor in content["state_dict"].items()
-            if name != "head.weight"
-        }
-        assert same(own, whole)
+    own = {name.removeprefix("encoder."): t for name, t in content["state_dict"].items()}
+    assert own.pop("head.weight").shape == (4, 512)
+    if (whole.run_dir / f"epoch_{epoch}.pth").exists():
+        parts = torch.load(whole.run_dir / f"epoch_{epoch}.pth")["parts"]
+        assert same(own, parts["encoder"])
 
 
-def test_the_learning_rate_follows_the_schedule_and_the_total_batch(flags, tmp_path):
-    options = ["auto_scale_lr.enable=True", "auto_scale_lr.base_batch_size=12"]
-    assert train(*flags, "--cfg-options", *options, "train_cfg.max_epochs=2", "--log-every", 1,
-                 "--no-validate").code == 0  # fmt: skip
-    rows = list(read_json_lines(tmp_path / "work" / "metrics.jsonl"))
-    expected = [0.02 * 6 / 12 * factor for factor in [1.0] * 4 + [0.75] * 4]  # cosine over 3 epochs
-    assert [row["lr"] for row in rows] == pytest.approx(expected, rel=1e-6)
-
-
-def test_statistics_are_averaged_over_ranks_before_each_validation(flags, monkeypatch):
+def test_the_rate_follows_schedule_and_batch_and_statistics_are_averaged_before_a_validation(
+    flags, tmp_path, monkeypatch
+):
     calls = []
     average, evaluate = encoders.RankBuffers.average, evaluation.evaluate
 
@@ -144,122 +151,86 @@ def test_statistics_are_averaged_over_ranks_before_each_validation(flags, monkey
 
     monkeypatch.setattr(encoders.RankBuffers, "average", averaged)
     monkeypatch.setattr(evaluation, "evaluate", evaluated)
-    assert train(*flags, "--cfg-options", "train_cfg.max_epochs=2").code == 0
+    options = ["auto_scale_lr.enable=True", "auto_scale_lr.base_batch_size=12"]
+    outcome = train(*flags, "--log-every", 1, "--cfg-options", *options, "train_cfg.max_epochs=2")
+    assert outcome.code == 0
     assert calls == ["validate", "average", "validate", "average", "validate"]
+    rows = read_json_lines(tmp_path / "work" / "metrics.jsonl")
+    expected = [0.02 * 6 / 12 * factor for factor in [1.0] * 4 + [0.75] * 4]  # cosine over 3 epochs
+    rates = [row["lr"] for row in rows if row["split"] == "train"]
+    assert rates == pytest.approx(expected, rel=1e-6)
 
 
+ADAPTIVE = 'custom_hooks=[{"type": "SetAdaptiveMarginsHook", "margin_max": 0.3}]'
 HEADS = {
-    "sub-centres": ["model.head.num_subcenters=2", "model.head.easy_margin=True"],
-    "adaptive margins": ['custom_hooks=[{"type": "SetAdaptiveMarginsHook", "margin_max": 0.3}]'],
+    "sub-centres and adaptive margins": ["model.head.num_subcenters=2", ADAPTIVE],
     "sharded": ["model.head.shard=True"],
     "sampled": ["model.head.sample_rate=0.5", "model.head.num_subcenters=2"],
 }
 
 
-@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
-def test_heads_of_every_kind_train_and_resume_exactly(options, flags, tmp_path):
-    options = ["train_cfg.max_epochs=2", "train_cfg.val_before_train=False", *options]
+@pytest.mark.parametrize("kind", HEADS)
+def test_heads_of_every_kind_train_and_resume_exactly(kind, flags, whole, tmp_path):
+    options = ["train_cfg.max_epochs=2", "train_cfg.val_before_train=False", *HEADS[kind]]
     assert train(*flags, "--log-every", 1, "--cfg-options", *options).code == 0
     before = losses(tmp_path / "work")
     resumed = train("--resume", tmp_path / "work" / "epoch_1.pth", "--log-every", 1)
     assert resumed.code == 0 and "at step 4 of 8" in resumed.text, resumed.text
     assert losses(tmp_path / "work") == before and len(before) == 8
+    of_plain_head = {step: loss for step, loss in losses(whole.run_dir).items() if step <= 8}
+    assert (before == of_plain_head) is (kind == "sharded")
 
 
 # --- stopping and continuing ----------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def undisturbed(inshop, tmp_path_factory):
-    """Losses and final weights of a run that nothing happened to."""
-    place = tmp_path_factory.mktemp("undisturbed")
-    file = write_config(place / "nano.py")
-    args = ["--config", file, "--data-root", inshop, "--work-dir", place / "work", "--seed", 1]
-    assert train(*args, "--log-every", 1).code == 0
-    return losses(place / "work"), final_weights(place / "work")
-
-
-def test_without_resume_the_same_command_starts_anew_and_keeps_the_old_run(flags, tmp_path):
-    short = [*flags, "--no-validate", "--cfg-options", "train_cfg.max_epochs=1"]
-    assert train(*short).code == 0
-    again = train(*short)
+def test_without_resume_the_same_command_starts_anew_and_keeps_the_old_run(flags, copied):
+    again = train(*flags, "--no-validate", "--cfg-options", "train_cfg.max_epochs=1")
     assert again.code == 0 and "a new run starts: --resume auto was not typed" in again.text
-    assert (tmp_path / "work.1" / "epoch_1.pth").exists()
-    assert (tmp_path / "work" / "epoch_1.pth").exists()
+    assert (copied.with_name("work.1") / "epoch_3.pth").exists()
+    assert (copied / "epoch_1.pth").exists()
 
 
-def test_an_epochs_file_is_resumed_with_nothing_else_typed(flags, undisturbed, tmp_path):
-    run_dir = tmp_path / "work"
-    assert train(*flags, "--log-every", 1).code == 0
-    resumed = train("--resume", run_dir / "epoch_2.pth", "--log-every", 1)
+def test_an_epochs_file_is_resumed_with_nothing_else_typed(copied, whole):
+    resumed = train("--resume", copied / "epoch_2.pth", "--log-every", 1)
     assert resumed.code == 0, resumed.text
     assert "at step 8 of 12" in resumed.text
-    assert losses(run_dir) == undisturbed[0]
-    assert same(final_weights(run_dir), undisturbed[1])
-    assert (run_dir / "epoch_3.pth.old").exists()  # what the first continuation had left
-    assert len(list(run_dir.glob("best_*.pth"))) == 1
+    assert "of_the_file" not in sys.modules  # no file of the user's was run
+    assert losses(copied) == losses(whole.run_dir)
+    assert same(final_weights(copied), final_weights(whole.run_dir))
+    assert (copied / "epoch_3.pth.old").exists()  # what the first continuation had left
+    assert len(list(copied.glob("best_*.pth"))) == 1
 
 
-def test_other_settings_are_refused_by_name_on_an_explicit_resume(flags, tmp_path):
-    short = ["--cfg-options", "train_cfg.max_epochs=1"]
-    assert train(*flags, "--no-validate", *short).code == 0
-    run_dir = tmp_path / "work"
-    other = train("--resume", run_dir, "--cfg-options", "model.head.scale=32.0")
+def test_other_settings_are_refused_by_name_on_an_explicit_resume(copied):
+    other = train("--resume", copied, "--cfg-options", "model.head.scale=32.0")
     assert other.code == 2
     assert "model.head.scale: 16.0 → 32.0" in other.last_line
-    longer = train("--resume", run_dir, "--no-validate", "--cfg-options", "train_cfg.max_epochs=2")
+    longer = train("--resume", copied, "--no-validate", "--cfg-options", "train_cfg.max_epochs=4")
     assert longer.code == 0, longer.text
-    assert status_of(run_dir)["step"] == 2 * STEPS_AN_EPOCH
+    assert status_of(copied)["step"] == 4 * STEPS_AN_EPOCH
 
 
-def test_directory_resume_and_load_from_of_a_file_count(flags, config, tmp_path):
-    text, there = config.read_text(), tmp_path / "of the file"
-    words = [word for word in flags if word not in ("--work-dir", tmp_path / "work")]
-    config.write_text(f"{text}work_dir = {str(there)!r}\ntrain_cfg['max_epochs'] = 1\n")
-    assert train(*words, "--no-validate").code == 0
-    last = str(there / "epoch_1.pth")
-    config.write_text(f"{text}work_dir = {str(there)!r}\nresume = True\nload_from = {last!r}\n")
-    resumed = train(*words, "--no-validate", "--cfg-options", "train_cfg.max_epochs=2")
-    assert resumed.code == 0 and "at step 4 of 8" in resumed.text, resumed.text
-    assert (there / "epoch_2.pth").exists()
+def test_directory_resume_and_load_from_of_a_file_count(flags, copied, tmp_path):
+    words = [word for word in flags if word not in ("--work-dir", copied)]
+    with (tmp_path / "nano.py").open("a") as config:
+        config.write(f"work_dir = {str(copied)!r}\nresume = True\n")
+        config.write(f"load_from = {str(copied / 'epoch_2.pth')!r}\n")
+    resumed = train(*words, "--no-validate")
+    assert resumed.code == 0 and "at step 8 of 12" in resumed.text, resumed.text
+    assert (copied / "epoch_3.pth.old").exists()
 
 
-def test_a_run_that_is_continued_runs_no_file(flags, config, tmp_path):
-    config.write_text(config.read_text() + "import sys\nsys.modules['of_the_file'] = sys\n")
-    assert train(*flags, "--no-validate", "--cfg-options", "train_cfg.max_epochs=1").code == 0
-    assert sys.modules.pop("of_the_file", None)
-    options = ["--no-validate", "--cfg-options", "train_cfg.max_epochs=2"]
-    assert train("--resume", tmp_path / "work", *options).code == 0
-    assert "of_the_file" not in sys.modules
-
-
-def test_automatic_resume_after_a_change_starts_anew_and_says_what_changed(flags, tmp_path):
-    short = [*flags, "--no-validate", "--cfg-options", "train_cfg.max_epochs=1"]
-    assert train(*short).code == 0
-    (tmp_path / "work" / "status.json").write_text(json.dumps({"state": "stopped", "step": 4}))
-    changed = train(*short, "model.head.scale=32.0", "--resume")
+def test_automatic_resume_after_a_change_starts_anew_and_says_what_changed(flags, copied):
+    (copied / "status.json").write_text(json.dumps({"state": "stopped", "step": 4}))
+    options = ["train_cfg.max_epochs=1", "model.head.scale=32.0"]
+    changed = train(*flags, "--no-validate", "--cfg-options", *options, "--resume")
     assert changed.code == 0
     assert "not as in the run there: model.head.scale: 16.0 → 32.0" in changed.text
-    assert (tmp_path / "work.1").is_dir()
+    assert copied.with_name("work.1").is_dir()
 
 
-# --- several processes ----------------------------------------------------------------------------
-
-
-@pytest.mark.serial
-def test_two_processes_train_as_one_does_on_the_same_batches(flags, tmp_path):
-    """With batch norm kept as it is: its statistics are those of a process's own pictures."""
-    frozen = ["model.image_encoder.0.norm_eval=True", "train_cfg.max_epochs=2"]
-    options = ["--log-every", 1, "--cfg-options", *frozen]
-    assert train(*flags, "--work-dir", tmp_path / "1", *options).code == 0
-    extra = ["--nproc", 2, "--work-dir", tmp_path / "2"]
-    with start([SCRIPT, *flags, *extra, *options, "train_dataloader.batch_size=3"]) as running:
-        assert running.finish().code == 0, running.text
-    one, two = losses(tmp_path / "1"), losses(tmp_path / "2")
-    assert len(one) == 8
-    assert two == pytest.approx(one, rel=2e-5)
-    results = [status_of(tmp_path / str(n))["result"]["before"] for n in (1, 2)]
-    assert results[0] == results[1]
+# --- as documented --------------------------------------------------------------------------------
 
 
 DOCUMENTED = """\
@@ -332,8 +303,9 @@ def test_a_process_count_of_another_machine_is_lowered_and_one_for_this_machine_
     settle = run_arcface.settle_processes
     assert settle(["--nproc-per-node", "4"], {})[-2:] == ["--nproc", "1"]
     assert "4 processes were asked for" in capsys.readouterr().err
-    assert settle(["--nproc", "2"], {}) == ["--nproc", "2"]
     assert settle(["--launcher", "none"], {})[-2:] == ["--nproc", "1"]
+    for words in (["--nproc", "2"], ["--nnodes", "2", "--node-rank", "1"]):
+        assert settle(words, {}) == words
     assert settle(["--nproc-per-node", "4"], {"RANK": "0"}) == ["--nproc-per-node", "4"]
 
 
@@ -376,11 +348,12 @@ def test_help_and_dry_run_do_not_load_torch(flags, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_unknown_settings_are_named_once_and_refused_when_strict(flags, config):
+def test_unknown_settings_are_named_once_and_refused_when_strict(flags, tmp_path):
     typo = ["--cfg-options", "train_cfg.max_epohcs=1", "--dry-run"]
     strict = train(*flags, *typo, "--strict-cfg")
     assert strict.code == 2 and "max_epohcs" in strict.last_line
-    config.write_text(config.read_text() + "model['head']['scael'] = 3\ncustom_imports = ['x']\n")
+    with (tmp_path / "nano.py").open("a") as config:
+        config.write("model['head']['scael'] = 3\ncustom_imports = ['x']\n")
     planned = train(*flags, *typo)
     assert planned.code == 0
     for remark in ("max_epohcs is not known and has no effect; did you mean max_epochs?",
