@@ -78,14 +78,13 @@ def test_addresses_are_fetched_into_torchs_cache(flags, tmp_path):
 
 
 @pytest.mark.parametrize("key", ["load_from", "model.image_encoder.0.init_cfg"])
-def test_without_a_network_address_and_place_are_named_in_seconds(key, flags, tmp_path):
+def test_without_a_network_address_and_place_are_named(key, flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _seconds: None)  # between the tries
     url = f"http://127.0.0.1:{free_port()}/resnet18.pth"
     init_cfg = f"{{'type': 'Pretrained', 'checkpoint': '{url}'}}"
-    began = time.monotonic()
-    outcome = run_here(
-        run_arcface.main, [*flags, f"{key}={url if key == 'load_from' else init_cfg}"]
-    )
-    assert outcome.code == 2 and time.monotonic() - began < 40, outcome.text
+    value = url if key == "load_from" else init_cfg
+    outcome = run_here(run_arcface.main, [*flags, f"{key}={value}"])
+    assert outcome.code == 2
     place = tmp_path / "torch" / "hub" / "checkpoints" / "resnet18.pth"
     assert url in outcome.last_line and str(place) in outcome.last_line
 
@@ -111,6 +110,8 @@ def test_checkpoints_that_mmpretrain_wrote_for_this_recipe_load(flags, inshop, t
     conv1 = trained["encoder"]["backbone.conv1.weight"]
     assert torch.allclose(conv1, backbone["conv1.weight"], atol=1e-6)
     assert torch.allclose(trained["head"]["weight"], centres, atol=1e-6)
+    # no run is beside it: the configuration is typed
     again = ["--checkpoint", path, "--config", tmp_path / "nano.py", "--data-root", inshop]
-    evaluated = run_here(evaluate.main, [*again, "--out", tmp_path / "out"])
+    evaluated = run_here(evaluate.main, again)
     assert evaluated.code == 0, evaluated.text
+    assert (tmp_path / "evaluation" / "retrieval.json").exists()
