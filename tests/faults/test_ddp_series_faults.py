@@ -59,33 +59,34 @@ def undisturbed(tmp_path_factory) -> Path:
     return snapshot
 
 
-def same(left: object, right: object) -> bool:
+def same(left: Any, right: Any) -> bool:
     """Whether two snapshots agree to the bit: weights, momentum, epochs."""
-    if isinstance(left, torch.Tensor) and isinstance(right, torch.Tensor):
+    if isinstance(left, torch.Tensor):
         return torch.equal(left, right)
-    if isinstance(left, dict) and isinstance(right, dict):
+    if isinstance(left, dict):
         return left.keys() == right.keys() and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, (list, tuple)) and isinstance(right, (list, tuple)):
+    if isinstance(left, list):
         return len(left) == len(right) and all(map(same, left, right))
     return left == right
 
 
 RENDEZVOUS = [
-    pytest.param(["--standalone"], id="standalone"),
-    pytest.param(
-        ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"],
-        id="c10d",
-        marks=pytest.mark.full,
+    "--standalone",
+    *(
+        pytest.param(flags, marks=pytest.mark.full)
+        for flags in (
+            "--rdzv-backend=c10d --rdzv-endpoint=localhost:0",
+            "--nnodes=1 --master-port={port}",
+        )
     ),
-    pytest.param(["--nnodes=1", "--master-port=0"], id="static", marks=pytest.mark.full),
 ]
 
 
 @pytest.mark.parametrize("flags", RENDEZVOUS)
 def test_group_whose_worker_is_killed_ends_as_an_undisturbed_one(tmp_path, undisturbed, flags):
     snapshot = tmp_path / "snapshot.pt"
-    flags = [f"--master-port={free_port()}" if f == "--master-port=0" else f for f in flags]
-    with torchrun("multigpu_torchrun", snapshot, *flags, "--max-restarts=3") as running:
+    words = [*flags.format(port=free_port()).split(), "--max-restarts=3"]
+    with torchrun("multigpu_torchrun", snapshot, *words) as running:
         running.wait_for_text("[rank 0] Epoch 3 |")
         os.kill(ranks_of(running)[1], signal.SIGKILL)
         outcome = running.finish()
@@ -98,17 +99,24 @@ def test_group_whose_worker_is_killed_ends_as_an_undisturbed_one(tmp_path, undis
     assert same(load(snapshot), load(undisturbed))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopped_group_ends_and_the_same_command_continues(tmp_path, undisturbed, number):
-    snapshot = tmp_path / "snapshot.pt"
+def stopped_at_epoch_3(snapshot: Path, number: int = signal.SIGTERM) -> int:
+    """How many epochs two processes have run and saved that were stopped in the fourth."""
     with torchrun("multigpu_torchrun", snapshot, "--standalone") as running:
         running.wait_for_text("[rank 0] Epoch 3 |")
         running.signal(number)
-        first = running.finish()
-        assert first.code != 0
+        assert running.finish().code != 0
         assert running.leaves_nothing()
     stopped = load(snapshot)["EPOCHS_RUN"]
     assert 3 <= stopped < EPOCHS
+    return stopped
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.full)]
+)
+def test_stopped_group_ends_and_the_same_command_continues(tmp_path, undisturbed, number):
+    snapshot = tmp_path / "snapshot.pt"
+    stopped = stopped_at_epoch_3(snapshot, number)
     with torchrun("multigpu_torchrun", snapshot, "--standalone") as running:
         then = running.finish()
         assert then.code == 0, then.text
@@ -133,7 +141,7 @@ def test_snapshot_is_whole_whenever_the_group_is_killed(tmp_path, undisturbed):
     assert same(load(snapshot), load(undisturbed))
 
 
-@pytest.mark.parametrize("victim", ["script", "worker"])
+@pytest.mark.parametrize("victim", ["script", pytest.param("worker", marks=pytest.mark.full)])
 def test_nothing_is_left_of_processes_that_the_script_started(tmp_path, victim):
     words = [SERIES / "multigpu.py", 2000, 2000, "--nproc", 2]
     with start([*words, "--checkpoint_path", tmp_path / "checkpoint.pt"]) as running:
@@ -153,21 +161,14 @@ def command_of(pid: int) -> str:
     return Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8")
 
 
-def hosts(folder: Path, *flags: object, **env: str) -> list[Running]:
+def hosts(folder: Path) -> list[Running]:
     """An agent a host, both on the loopback; each with a directory that the other does not see."""
-    port = free_port()
-    meeting = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={port}"]
+    meeting = ["--nnodes=2", "--master-addr=127.0.0.1", f"--master-port={free_port()}"]
     return [
-        torchrun(
-            "multinode_torchrun",
-            folder / f"host{number}" / "snapshot.pt",
-            *meeting,
-            f"--node-rank={number}",
-            *flags,
-            **env,
-        )
+        torchrun("multinode_torchrun", folder / f"host{number}" / "snapshot.pt", *meeting,
+                 f"--node-rank={number}")
         for number in (0, 1)
-    ]
+    ]  # fmt: skip
 
 
 def test_two_hosts_without_a_common_disk_stop_and_end_as_two_processes(tmp_path, undisturbed):
@@ -213,11 +214,7 @@ def test_two_hosts_start_again_when_a_worker_of_one_is_killed(tmp_path, undistur
 @pytest.mark.full
 def test_fewer_processes_continue_from_the_snapshot_of_more(tmp_path):
     snapshot = tmp_path / "snapshot.pt"
-    with torchrun("multigpu_torchrun", snapshot, "--standalone") as running:
-        running.wait_for_text("[rank 0] Epoch 3 |")
-        running.signal(signal.SIGTERM)
-        running.finish()
-    stopped = load(snapshot)["EPOCHS_RUN"]
+    stopped = stopped_at_epoch_3(snapshot)
     words = [SERIES / "multigpu_torchrun.py", EPOCHS, 1, "--snapshot_path", snapshot]
     one = ["--standalone", "--nproc_per_node=1", *words]
     with start(one, program=TORCHRUN) as running:
@@ -237,7 +234,9 @@ os.write(1, f"left behind: {[name for name in names if 'gloo' in name]}\\n".enco
 """
 
 
-@pytest.mark.parametrize("step", ["multigpu_torchrun", "multinode_torchrun"])
+@pytest.mark.parametrize(
+    "step", ["multigpu_torchrun", pytest.param("multinode_torchrun", marks=pytest.mark.full)]
+)
 def test_the_threads_of_the_group_end_with_it(tmp_path, step):
     """One that is alive while the interpreter ends can abort the process: a finished run failed."""
     driver = tmp_path / "driver.py"

@@ -124,18 +124,19 @@ def test_each_class_has_its_own_margin() -> None:
 
 @pytest.mark.parametrize("sub_centres", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_the_loss_is_finite_where_an_embedding_meets_its_centre_or_its_opposite(
-    sign: float, dtype: torch.dtype, sub_centres: int
+def test_the_loss_is_finite_where_an_embedding_meets_its_centre_or_its_opposite_or_is_zero(
+    dtype: torch.dtype, sub_centres: int
 ) -> None:
     centres = make(4, 4, sub_centres=sub_centres).to(dtype)
     axes = torch.eye(4, dtype=dtype)  # along the axes the cosines are exactly 1 and -1
     centres.weight.data = axes.repeat_interleave(sub_centres, 0)
-    embeddings = (sign * axes * 3).requires_grad_()
-    loss = centres(embeddings, torch.arange(4))
-    assert loss.isfinite()
-    for gradient in torch.autograd.grad(loss, [embeddings, centres.weight]):
-        assert gradient.isfinite().all()
+    for length in (3.0, -3.0, 0.0):
+        embeddings = (length * axes).requires_grad_()
+        loss = centres(embeddings, torch.arange(4))
+        assert loss.isfinite()
+        gradients = torch.autograd.grad(loss, [embeddings, centres.weight])
+        assert gradients[1].isfinite().all()
+        assert length == 0 or gradients[0].isfinite().all()
 
 
 def test_the_loss_is_right_where_the_targets_share_is_too_small_for_a_float() -> None:
@@ -144,14 +145,6 @@ def test_the_loss_is_right_where_the_targets_share_is_too_small_for_a_float() ->
     embeddings = torch.tensor([[-1.0, 0.0]], requires_grad=True)
     loss = centres(embeddings, torch.tensor([0]))  # e^-128 is 0 in float32
     assert loss.item() == pytest.approx(128, rel=1e-6)
-
-
-def test_a_zero_embedding_gives_finite_gradients() -> None:
-    centres = make(5, 3)
-    embeddings = torch.zeros(2, 3, requires_grad=True)
-    centres(embeddings, torch.tensor([0, 4])).backward()
-    assert centres.weight.grad is not None
-    assert centres.weight.grad.isfinite().all()
 
 
 def test_the_loss_is_float32_under_autocast() -> None:
