@@ -44,18 +44,14 @@ Find = Callable[[str], Path | None]
 class Preprocess(nn.Module):
     """uint8 pictures → the model's float32 input, (level - mean) / std, channels last.
 
-    mean, std: of R, G and B in grey levels (0..255). direction: what a flipped picture is mirrored
-    along, "horizontal" or "vertical".
+    mean, std: of R, G and B in grey levels (0..255). A flipped picture is mirrored left to right.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self, mean: Sequence[float], std: Sequence[float], direction: str = "horizontal"
-    ) -> None:
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        self._axis = {"vertical": 1, "horizontal": 2}[direction]  # of (B, H, W, 3)
         self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.tensor(std, dtype=torch.float32), persistent=False)
 
@@ -76,7 +72,7 @@ class Preprocess(nn.Module):
     def _all_at_once(self, levels: Tensor, flipped: Tensor | None) -> Tensor:
         """levels: (B, H, W, 3) uint8. Mirrored and normalised, without a wait for the device."""
         if flipped is not None:
-            mirrored = levels.flip(self._axis)
+            mirrored = levels.flip(2)
             levels = torch.where(flipped.view(-1, 1, 1, 1), mirrored, levels)
         return self._normalise(levels.float())
 
@@ -85,7 +81,7 @@ class Preprocess(nn.Module):
         out = torch.empty(levels.shape, dtype=torch.float32)
         flags = [False] * len(levels) if flipped is None else flipped.tolist()
         for i, is_flipped in enumerate(flags):
-            out[i] = levels[i].flip(self._axis - 1) if is_flipped else levels[i]
+            out[i] = levels[i].flip(1) if is_flipped else levels[i]
             self._normalise(out[i : i + 1])
         return out
 

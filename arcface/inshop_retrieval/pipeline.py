@@ -39,23 +39,20 @@ class PackInputs:
 
 @dataclass(frozen=True)
 class RandomFlip:
-    """Mirror a picture with probability `prob`."""
+    """Mirror a picture, left to right, with probability `prob`."""
 
     prob: float = 0.5
     direction: str = "horizontal"
 
     def __post_init__(self) -> None:
-        _check("direction", self.direction, ("horizontal", "vertical"))
+        _check("direction", self.direction, ("horizontal",))
         if not Range(0, 1).fits(self.prob, float):
             raise ValueError(f"prob is {shown(self.prob)}, expected a number from 0 to 1")
 
 
 @dataclass(frozen=True)
 class Resize:
-    """Resize to `scale`: both sides (a number), or (width, height).
-
-    keep_ratio: to the largest size of the same shape that fits into scale, turned or not.
-    """
+    """Resize to `scale`: both sides (a number), or (width, height)."""
 
     scale: Any
     keep_ratio: bool = False
@@ -65,17 +62,13 @@ class Resize:
     def __post_init__(self) -> None:
         _check("interpolation", self.interpolation, ("bilinear", "bicubic"))
         _sides("scale", self.scale)
+        if self.keep_ratio:
+            raise ValueError("keep_ratio is True, allowed: False; ResizeEdge keeps the shape")
 
     def size(self, height: int | None, width: int | None) -> Size:
         """Height and width after this step."""
         wide, high = _sides("scale", self.scale)
-        if not self.keep_ratio:
-            return high, wide
-        if height is None or width is None:
-            return None, None
-        own = (height, width)
-        factor = min(max(wide, high) / max(own), min(wide, high) / min(own))
-        return _scaled(height, width, factor)
+        return high, wide
 
     def __call__(self, image: Tensor) -> Tensor:
         """The picture, uint8 (3, H, W), at that size."""
@@ -92,7 +85,7 @@ class ResizeEdge:
     backend: str = ""  # of no effect here
 
     def __post_init__(self) -> None:
-        _check("edge", self.edge, ("short", "long", "width", "height"))
+        _check("edge", self.edge, ("short", "long"))
         _check("interpolation", self.interpolation, ("bilinear", "bicubic"))
         if not SIZES.fits(self.scale, int):
             raise ValueError(f"scale is {shown(self.scale)}, expected {SIZES.describe(int)}")
@@ -101,10 +94,8 @@ class ResizeEdge:
         """Height and width after this step."""
         if height is None or width is None:
             return None, None
-        edges = {"short": min(height, width), "long": max(height, width)}
-        return _scaled(
-            height, width, self.scale / (edges | {"width": width, "height": height})[self.edge]
-        )
+        factor = self.scale / (min if self.edge == "short" else max)(height, width)
+        return max(1, round(height * factor)), max(1, round(width * factor))
 
     def __call__(self, image: Tensor) -> Tensor:
         """The picture, uint8 (3, H, W), at that size."""
@@ -273,10 +264,6 @@ def _sides(name: str, value: Any) -> tuple[int, int]:
             f"{name} is {shown(value)}, expected {SIZES.describe(int)} (pixels), or two of them"
         )
     return pair[0], pair[1]
-
-
-def _scaled(height: int, width: int, factor: float) -> Size:
-    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def _cut_size(height: int | None, width: int | None, high: int, wide: int) -> Size:

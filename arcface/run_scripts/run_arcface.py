@@ -168,7 +168,7 @@ def train(cfg: Config, settings: Settings) -> int:
                 for part in (recipe.query, recipe.gallery) if cfg.validate]  # fmt: skip
         steps = steps_per_epoch(len(pictures), recipe.train.batch_size, world.size)
         batch_size = recipe.train.batch_size * world.size
-        preprocess = _preprocess(recipe, pictures).to(world.device)
+        preprocess = encoders.Preprocess(recipe.mean, recipe.std).to(world.device)
 
         # the model: an encoder, and ArcFace's class centres; sharded ones stay outside DDP
         encoder = _encoder(cfg, recipe, pictures, world)
@@ -324,12 +324,6 @@ def _amp(cfg: Config, recipe: Recipe, world: World) -> Amp:
             "off, or leave out model.head.shard and sample_rate"
         )
     return amp
-
-
-def _preprocess(recipe: Recipe, pictures: InShop) -> Preprocess:
-    from arcface.inshop_retrieval.encoders import Preprocess
-
-    return Preprocess(recipe.mean, recipe.std, pictures.pipeline.flip.direction)
 
 
 def _settle_torch(cfg: Config, recipe: Recipe, world: World) -> None:
