@@ -1,9 +1,10 @@
-"""multimodal/setup_environment.sh, with the stub interpreters of test_setup.py."""
+"""multimodal/setup_environment.sh on the stubs of test_setup.py, which holds setup.sh itself."""
 
 from __future__ import annotations
 
 import pytest
 
+from tests.harness import ROOT
 from tests.shell.test_setup import stub
 
 NEEDED = ("setup.sh", "multimodal/setup_environment.sh", "requirements/multimodal.txt")
@@ -20,33 +21,22 @@ def site(house):
     return house
 
 
-def pip_calls(site):
-    return site.calls.read_text().splitlines() if site.calls.exists() else []
-
-
 def test_it_makes_venv_beside_the_script_from_the_recipes_requirements(site):
     result = site.run("bash", site.script, cwd=site.root / "multimodal")
     assert result.returncode == 0, result.stderr
     assert "creating multimodal/venv with python3 (3.11.4)" in result.stdout
     assert result.stdout.splitlines()[-1] == "ready: source venv/bin/activate"
-    (call,) = pip_calls(site)
+    (call,) = site.calls.read_text().splitlines()
     assert call.endswith(f"-r {site.root}/requirements/multimodal.txt")
     assert not [word for word in call.split() if "index" in word or "://" in word]
     assert (site.root / "multimodal/venv/bin/python").exists()
     assert not (site.root / ".venv").exists()
     assert not list(site.root.parent.rglob("pwned"))
-
-
-def test_a_second_call_asks_pip_nothing_and_changed_requirements_do(site):
-    site.run("bash", site.script)
-    assert site.run("bash", site.script).returncode == 0 and len(pip_calls(site)) == 1
     with (site.root / "requirements/multimodal.txt").open("a") as lines:
         lines.write("gamma\n")
-    site.run("bash", site.script)
-    assert len(pip_calls(site)) == 2
-    site.write("requirements/lock.txt", "alpha==1.1\n")
-    site.run("bash", site.script)
-    assert len(pip_calls(site)) == 3
+    for _ in range(2):  # what has changed is installed once
+        assert site.run("bash", site.script).returncode == 0
+    assert len(site.calls.read_text().splitlines()) == 2
 
 
 def test_a_failed_installation_names_the_command_that_goes_on(site):
@@ -54,13 +44,6 @@ def test_a_failed_installation_names_the_command_that_goes_on(site):
     assert result.returncode == 1
     assert "run multimodal/setup_environment.sh again to continue from here" in result.stderr
     assert "ready" not in result.stdout
-
-
-def test_an_old_python_is_a_missing_tool(site):
-    site.write("python3", stub("3.9.18 old"), site.bin)
-    result = site.run("bash", site.script)
-    assert result.returncode == 3
-    assert "PYTHON=/path/to/python multimodal/setup_environment.sh" in result.stderr
 
 
 def test_a_torchaudio_that_does_not_import_is_named(site):
@@ -74,8 +57,6 @@ def test_a_torchaudio_that_does_not_import_is_named(site):
 
 
 def test_no_requirement_pulls_torchaudio():
-    from tests.harness import ROOT
-
     for path in (ROOT / "requirements").glob("*.txt"):
         names = [line.split("#")[0] for line in path.read_text().splitlines()]
         assert not [name for name in names if "torchaudio" in name], path

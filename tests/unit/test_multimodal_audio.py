@@ -20,13 +20,6 @@ def pitch_of(waveform):
     return spectrum.argmax() * RATE / len(waveform)
 
 
-@pytest.fixture(scope="session")
-def whisper():
-    from transformers import WhisperFeatureExtractor
-
-    return WhisperFeatureExtractor(feature_size=80)
-
-
 def by_whisper(extractor, waveform):
     """Its torch path on the real length: no padding, no cut."""
     found = extractor(
@@ -35,22 +28,18 @@ def by_whisper(extractor, waveform):
     return found["input_features"][0].T
 
 
-LENGTHS = [400, 401, 559, 560, 12_345, 143_185, 160_000, 160_180, 386_722, 480_000]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("kind", ["noise", "tone", "silence"])
-def test_log_mel_has_the_bits_of_whispers_extractor(whisper, length, kind):
-    generator = torch.Generator().manual_seed(length)
-    waveform = {
-        "noise": 0.1 * torch.randn(length, generator=generator),
-        "tone": torch.from_numpy(tone(length / RATE + 1)[:length]),
-        "silence": torch.zeros(length),
-    }[kind]
-    expected = by_whisper(whisper, waveform)
-    assert log_mel(waveform).shape == expected.shape == (length // 160, 80)
-    assert (log_mel(waveform) - expected).abs().max() == 0.0
+@pytest.mark.parametrize("length", [400, 559, 560, 12_345, 143_185, 480_000])
+def test_log_mel_has_the_bits_of_whispers_extractor(length):
+    from transformers import WhisperFeatureExtractor
+
+    extractor = WhisperFeatureExtractor(feature_size=80)
+    noise = 0.1 * torch.randn(length, generator=torch.Generator().manual_seed(length))
+    sound = torch.from_numpy(tone(length / RATE + 1)[:length])
+    for waveform in (noise, sound, torch.zeros(length)):
+        expected = by_whisper(extractor, waveform)
+        assert log_mel(waveform).shape == expected.shape == (length // 160, 80)
+        assert (log_mel(waveform) - expected).abs().max() == 0.0
 
 
 def test_less_than_a_window_is_filled_up():
@@ -60,8 +49,10 @@ def test_less_than_a_window_is_filled_up():
     )
 
 
-@pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg", ".mp3"])
-@pytest.mark.parametrize("rate", [8_000, 16_000, 32_000, 44_100, 48_000])
+FORMATS = [(".wav", 8_000), (".wav", 48_000), (".flac", 32_000), (".ogg", 44_100), (".mp3", 16_000)]
+
+
+@pytest.mark.parametrize(("suffix", "rate"), FORMATS)
 def test_every_format_and_rate_gives_the_same_tone(tmp_path, suffix, rate):
     path = tmp_path / f"a{suffix}"
     soundfile.write(path, tone(rate=rate), rate)
@@ -79,6 +70,13 @@ def test_channels_are_averaged(tmp_path):
     np.testing.assert_allclose(found, 0.25 * tone(), atol=1e-6)
 
 
+def test_channels_of_opposite_phase_are_not_silence(tmp_path):
+    for name, right in (("opposite", -tone()), ("alike", tone())):
+        soundfile.write(tmp_path / f"{name}.wav", np.stack([tone(), right], 1), RATE)
+    opposite, alike = (read_waveform(tmp_path / f"{n}.wav") for n in ("opposite", "alike"))
+    torch.testing.assert_close(opposite.abs(), alike.abs(), atol=1e-3, rtol=0)
+
+
 def test_part_of_a_file_is_that_part(tmp_path):
     soundfile.write(tmp_path / "a.wav", tone(3.0), RATE, subtype="FLOAT")
     whole = read_waveform(tmp_path / "a.wav")
@@ -87,32 +85,25 @@ def test_part_of_a_file_is_that_part(tmp_path):
     assert len(read_waveform(tmp_path / "a.wav", start=2.5, seconds=5.0)) == 8_000
 
 
-BROKEN = {
-    "empty.wav": (b"", "the file is empty"),
-    "page.wav": (b"<!doctype html><title>Log in</title>", "no readable sound"),
-    "cut.wav": (b"RIFF\x24\x00\x00\x00WA", "no readable sound"),
-    "note.flac": (b"fLaC", "no readable sound"),
-    "voice.m4a": (b"\0\0\0\x18ftypM4A ", "m4a is not read; ffmpeg -i"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_fault_27_broken_file_is_named_with_its_reason(tmp_path, name):
-    content, reason = BROKEN[name]
-    (tmp_path / name).write_bytes(content)
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("gone.wav", None, "no such file"),
+        ("empty.wav", b"", "the file is empty"),
+        ("cut.wav", b"RIFF\x24\x00\x00\x00WA", "no readable sound"),
+        ("voice.m4a", b"\0\0\0\x18ftypM4A ", "m4a is not read; ffmpeg -i"),
+        ("nan.wav", np.array([0, np.nan], "f4"), ".* no numbers"),
+        ("none.wav", np.zeros(0, "f4"), "the file holds no sound"),
+    ],
+)
+def test_fault_27_broken_file_is_named_with_its_reason(tmp_path, name, content, reason):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        soundfile.write(path, content, RATE, subtype="FLOAT")
     with pytest.raises(AudioError, match=f"{name}: {reason}"):
-        read_waveform(tmp_path / name)
-
-
-def test_fault_27_missing_cut_and_endless_files(tmp_path):
-    with pytest.raises(AudioError, match=r"gone\.wav: no such file"):
-        read_waveform(tmp_path / "gone.wav")
-    soundfile.write(tmp_path / "nan.wav", np.array([0, np.nan], "f4"), RATE, subtype="FLOAT")
-    with pytest.raises(AudioError, match=r"nan\.wav: .* no numbers"):
-        read_waveform(tmp_path / "nan.wav")
-    soundfile.write(tmp_path / "none.wav", np.zeros(0, "f4"), RATE)
-    with pytest.raises(AudioError, match=r"none\.wav: the file holds no sound"):
-        read_waveform(tmp_path / "none.wav")
+        read_waveform(path)
 
 
 # --- cache ----------------------------------------------------------------------------------------
@@ -120,17 +111,12 @@ def test_fault_27_missing_cut_and_endless_files(tmp_path):
 
 def test_cache_gives_the_same_numbers_cold_and_warm(tmp_path, monkeypatch):
     soundfile.write(tmp_path / "a.wav", tone(), RATE)
+    exact = log_mel(read_waveform(tmp_path / "a.wav"))
     cache = FeatureCache(tmp_path / "cache")
     cold = cache.features(tmp_path / "a.wav")
+    assert cold.dtype == torch.float32 and (cold - exact).abs().max() <= 2**-10
     monkeypatch.setattr(audio, "read_waveform", lambda _: pytest.fail("read again"))
     assert torch.equal(cache.features(tmp_path / "a.wav"), cold)
-    assert cold.dtype == torch.float32 and cold.shape == (100, 80)
-
-
-def test_cache_is_within_half_precision_of_the_features(tmp_path):
-    soundfile.write(tmp_path / "a.wav", tone(), RATE)
-    found = FeatureCache(tmp_path / "cache").features(tmp_path / "a.wav")
-    assert (found - log_mel(read_waveform(tmp_path / "a.wav"))).abs().max() <= 2**-10
 
 
 def test_cache_notices_that_a_file_has_changed(tmp_path):
@@ -148,14 +134,6 @@ def test_cache_passes_over_a_torn_file(tmp_path):
     (stored,) = (tmp_path / "cache").rglob("*.npy")
     stored.write_bytes(stored.read_bytes()[:50])
     assert torch.equal(cache.features(tmp_path / "a.wav"), before)
-
-
-def test_channels_of_opposite_phase_are_not_silence(tmp_path):
-    tone = np.sin(np.arange(RATE) * 0.2).astype(np.float32) * 0.3
-    soundfile.write(tmp_path / "opposite.wav", np.stack([tone, -tone], 1), RATE)
-    soundfile.write(tmp_path / "alike.wav", np.stack([tone, tone], 1), RATE)
-    opposite, alike = (read_waveform(tmp_path / f"{n}.wav") for n in ("opposite", "alike"))
-    torch.testing.assert_close(opposite.abs(), alike.abs(), atol=1e-3, rtol=0)
 
 
 def test_a_cut_file_is_heard_as_far_as_it_goes_and_never_as_silence(tmp_path, caplog):

@@ -67,8 +67,7 @@ def test_an_epoch_takes_the_sources_in_the_seeded_order():
     assert sum(counts) == 17 and counts[1] > 4  # the small source comes more often than once
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("batch", [0, 1, 9, 14])
+@pytest.mark.parametrize(("batch", "workers"), [(1, 0), (9, 0), (14, 2)])
 def test_the_rest_of_an_epoch_is_the_same_after_a_stop(batch, workers):
     assert drawn(start=(3, batch), workers=workers) == drawn(start=(3, 0))[batch:]
 
@@ -82,13 +81,7 @@ def test_passes_go_on_through_epochs_and_draw_other_random_numbers():
         items = [int(number - 1000) for number, _ in one]
         assert sorted(items) == list(range(12))  # a pass takes every item once
     assert len({tuple(map(tuple, one)) for one in passes}) == len(passes)
-
-
-def test_no_batch_holds_two_items_of_one_group():
-    for name, rows in drawn(rows=6):
-        if name == "small":
-            groups = [int(number - 1000) // 2 for number, _ in rows]
-            assert len(set(groups)) == len(groups)
+    assert drawn(start=(2, 0)) != drawn(start=(5, 0))  # nor do two stages draw the same
 
 
 def test_two_processes_take_the_halves_of_what_one_takes():
@@ -97,10 +90,6 @@ def test_two_processes_take_the_halves_of_what_one_takes():
     assert [name for name, _ in whole] == [name for name, _ in halves[0]]
     for (_, rows), (_, first), (_, second) in zip(whole, *halves, strict=True):
         assert rows == first + second
-
-
-def test_stages_never_draw_the_same_random_numbers():
-    assert drawn(start=(2, 0)) != drawn(start=(5, 0))
 
 
 def test_modality_masks_come_in_the_last_stage_and_follow_the_step():
@@ -122,11 +111,8 @@ def test_validation_batches_are_the_same_for_any_number_of_processes():
     assert whole == [[float(i) for i in range(start, start + 6)] for start in range(0, 36, 6)]
     parts = [taken(World(rank=rank, size=2)) for rank in range(2)]
     assert sorted(parts[0] + parts[1]) == whole
-
-
-def test_a_short_validation_set_is_one_batch():
-    found = list(held_out(SOURCES[1], 64, ALONE, workers=0))
-    assert [len(batch["images"]) for batch in found] == [6]
+    (short,) = held_out(SOURCES[1], 64, ALONE, workers=0)  # less than a batch is one
+    assert len(short["images"]) == 6
 
 
 def test_validation_takes_the_first_item_of_each_group():
@@ -134,9 +120,9 @@ def test_validation_takes_the_first_item_of_each_group():
     assert [int(items[place]["images"][0]) for place in range(3)] == [0, 4, 8]
 
 
-@pytest.mark.parametrize(("speakers", "rows", "batches"), [(12, 8, 6), (12, 5, 9), (12, 12, 4)])
-def test_a_pass_takes_every_utterance_and_no_batch_has_a_speaker_twice(speakers, rows, batches):
-    items = OnePerGroup(Items(4 * speakers, 4))
+@pytest.mark.parametrize(("rows", "batches"), [(8, 6), (5, 9), (12, 4)])
+def test_a_pass_takes_every_utterance_and_no_batch_has_a_speaker_twice(rows, batches):
+    items = OnePerGroup(Items(48, 4))
     assert items.steps(rows) == batches
     passes = []
     for number in (0, 1):
@@ -158,7 +144,7 @@ def test_a_speaker_with_most_of_the_utterances_is_in_every_batch_once():
 
     items = OnePerGroup(Uneven(24))
     assert items.steps(2) == 4  # four others, one for each batch
-    assert items.steps(6) == 0
+    assert items.steps(6) == 0  # too few for a batch
 
 
 class Sounds(Items):
@@ -181,8 +167,3 @@ def test_pairs_of_sounds_are_of_one_group_and_never_the_same_sound():
         assert batch[name].shape[:2] == batch[mask].shape
         lengths = [int(rows[0, 0]) + 3 for rows in batch[name]]
         assert batch[mask].sum(dim=1).tolist() == lengths
-
-
-def test_a_source_too_small_for_a_batch_has_no_steps():
-    assert SOURCES[1].steps(7) == 0
-    assert SOURCES[1].steps(2 * 3) == 2
