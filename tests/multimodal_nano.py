@@ -5,8 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from multimodal.datasets import Task
 from multimodal.model import create_model
-from multimodal.training.losses import Learner
+from multimodal.pairs.batches import with_hidden_parts
+from multimodal.training import grad_cache
+from multimodal.training.losses import Learner, LossOptions, loss_of
+from shared.amp import Amp
+from shared.distributed import World
 
 IMAGE_TEXT, AUDIO_TEXT, IMAGE_AUDIO = ("image", "text"), ("audio", "text"), ("image", "audio")
 
@@ -47,6 +52,28 @@ def double(batch: dict[str, Tensor]) -> dict[str, Tensor]:
         name: value.double() if value.is_floating_point() else value
         for name, value in batch.items()
     }
+
+
+def step(
+    module: torch.nn.Module,
+    batch: dict[str, Tensor],
+    task: Task,
+    size: int,
+    options: LossOptions,
+    *,
+    world: World | None = None,
+    amp: Amp | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and outputs of a step in chunks of `size` rows; the gradients are added to `module`."""
+    world, batch = world or World(), dict(batch)
+    labels, rows = batch.pop("labels"), len(batch["images"])
+    if task.target == "spectrogram":
+        batch = with_hidden_parts(batch, 0, world, torch.Generator().manual_seed(0))
+    chunks = [(rows_of(batch, i, i + size), task) for i in range(0, rows, size)]
+    return grad_cache.backward(
+        module, chunks, lambda found: loss_of(task, found, labels, options, world)[0],
+        amp or Amp("off", torch.device("cpu")),
+    )  # fmt: skip
 
 
 def gradients(module: torch.nn.Module) -> dict[str, Tensor]:

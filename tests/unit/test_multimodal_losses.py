@@ -29,13 +29,9 @@ def test_info_nce_by_hand():
     for local in (False, True):
         value = losses.info_nce(one, one, torch.tensor(1.0), ALONE, local=local)
         assert value.item() == pytest.approx(expected, abs=1e-12)
-
-
-def test_info_nce_at_chance_is_the_logarithm_of_the_batch():
-    same = functional.normalize(torch.ones(8, 4), dim=1)
-    assert losses.info_nce(same, same, torch.tensor(14.0), ALONE).item() == pytest.approx(
-        math.log(8), rel=1e-6
-    )
+    same = functional.normalize(torch.ones(8, 4), dim=1)  # nobody is told apart: chance
+    chance = losses.info_nce(same, same, torch.tensor(14.0), ALONE)
+    assert chance.item() == pytest.approx(math.log(8), rel=1e-6)
 
 
 @pytest.mark.slow
@@ -66,27 +62,18 @@ def test_the_multi_label_loss_by_hand():
     assert losses.multi_label(logits.bfloat16(), labels).dtype == torch.float32
 
 
-def test_a_task_with_labels_adds_their_loss_with_its_weight():
+def test_labels_beside_pairs_are_weighted_and_labels_alone_are_not():
     one, other = pairs()
+    outputs = {"image_features": one, "text_features": other, "scale": torch.tensor(10.0)}
+    outputs["logits"] = labels = torch.zeros(5, 3)
+    options = LossOptions(label_weight=0.5)
     task = Task("coco", ("image", "text"), True, "classes")
-    outputs = {
-        "image_features": one,
-        "text_features": other,
-        "scale": torch.tensor(10.0),
-        "logits": torch.zeros(5, 3),
-    }
-    labels = torch.zeros(5, 3)
-    total, parts = loss_of(task, outputs, labels, LossOptions(label_weight=0.5), ALONE)
+    total, parts = loss_of(task, outputs, labels, options, ALONE)
     contrast = losses.info_nce(one, other, torch.tensor(10.0), ALONE).item()
     assert parts["contrast"].item() == pytest.approx(contrast)
     assert parts["classes"].item() == pytest.approx(3 * math.log(2))
     assert total.item() == pytest.approx(contrast + 0.5 * 3 * math.log(2), rel=1e-6)
-
-
-def test_labels_alone_have_their_full_weight():
-    task = Task("coco", ("image",), False, "classes")
-    outputs, labels = {"logits": torch.zeros(5, 3)}, torch.zeros(5, 3)
-    total, _ = loss_of(task, outputs, labels, LossOptions(label_weight=0.1), ALONE)
+    total, _ = loss_of(Task("coco", ("image",), False, "classes"), outputs, labels, options, ALONE)
     assert total.item() == pytest.approx(3 * math.log(2))
 
 
@@ -105,26 +92,24 @@ def test_modality_dropout_leaves_one_of_the_two_and_never_none():
     assert masks(ALONE, 100, 0.0)[:, 1:].all()
 
 
-def test_two_processes_draw_the_halves_of_what_one_draws():
-    whole = masks(ALONE, 8, 0.5)
-    halves = [masks(World(rank=rank, size=2), 4, 0.5) for rank in range(2)]
-    assert torch.equal(torch.cat(halves), whole)
-
-
 def test_one_modality_is_never_dropped():
     task = Task("coco", ("image",), False, "classes")
     mask = modality_dropout(task, 50, ALONE, torch.Generator().manual_seed(0), 0.9)
     assert mask.tolist() == [[True, False, False]] * 50
 
 
-def test_hidden_parts_are_four_of_five_and_the_halves_of_two_processes():
-    whole = hidden_parts(8, 500, ALONE, torch.Generator().manual_seed(0))
-    assert whole.double().mean().item() == pytest.approx(0.8, abs=0.02)
-    halves = [
-        hidden_parts(4, 500, World(rank=rank, size=2), torch.Generator().manual_seed(0))
-        for rank in range(2)
-    ]
-    assert torch.equal(torch.cat(halves), whole)
+def hidden(world: World, rows: int) -> torch.Tensor:
+    return hidden_parts(rows, 500, world, torch.Generator().manual_seed(0))
+
+
+def test_four_of_five_parts_are_hidden():
+    assert hidden(ALONE, 8).double().mean().item() == pytest.approx(0.8, abs=0.02)
+
+
+@pytest.mark.parametrize("draw", [lambda world, rows: masks(world, rows, 0.5), hidden])
+def test_two_processes_draw_the_halves_of_what_one_draws(draw):
+    halves = [draw(World(rank=rank, size=2), 4) for rank in range(2)]
+    assert torch.equal(torch.cat(halves), draw(ALONE, 8))
 
 
 def test_the_error_of_hidden_parts_by_hand():
@@ -144,14 +129,15 @@ def test_the_error_of_hidden_parts_by_hand():
 
 
 def test_hidden_parts_are_not_heard():
-    learner, batch = nano.learner().eval(), nano.double(nano.inputs(1, frames=12))
-    batch["audio_mask"] = torch.ones(1, 12, dtype=torch.bool)
-    hidden = torch.tensor([[False, True, False]])
-    other = batch["audio"].clone()
-    other[:, 4:8] = 9.0
-    guesses = []
-    for audio in (batch["audio"], other):
-        kept = learner.mel_head.register_forward_hook(lambda *a: guesses.append(a[2].detach()))
-        learner._fill_in(audio, batch["audio_mask"], hidden)
-        kept.remove()
+    learner, guesses = nano.learner().eval(), []
+    learner.mel_head.register_forward_hook(lambda *a: guesses.append(a[2].detach()))
+    audio, hidden = (
+        nano.double(nano.inputs(1, frames=12))["audio"],
+        torch.tensor([[0, 1, 0]]).bool(),
+    )
+    task = Task("audiocaps", ("audio",), False, "spectrogram")
+    for value in (0.0, 9.0):
+        audio[:, 4:8] = value
+        mask = torch.ones(1, 12, dtype=torch.bool)
+        learner({"audio": audio, "audio_mask": mask, "hidden": hidden}, task)
     assert torch.equal(guesses[0], guesses[1])

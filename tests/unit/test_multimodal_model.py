@@ -2,8 +2,6 @@
 
 import itertools
 import math
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from torch import nn
 
 from multimodal import model as models
 from multimodal.model import MODALITIES, create_model
-from tests.harness import ROOT
 
 INPUTS = {"image": ("images",), "text": ("input_ids", "attention_mask"), "audio": ("audio",)}
 SUBSETS = [s for n in (1, 2, 3) for s in itertools.combinations(MODALITIES, n)]
@@ -44,48 +41,22 @@ def test_sizes_have_the_documented_numbers_of_parameters(size, millions):
     assert count == pytest.approx(millions * 1e6, rel=0.05)
 
 
-@pytest.mark.parametrize("subset", SUBSETS, ids="-".join)
-def test_any_choice_of_modalities_gives_features_of_unit_norm_and_logits(subset):
+def test_any_choice_of_modalities_gives_features_of_unit_norm_and_logits():
     model, inputs = nano(num_classes=7).eval(), batch()
-    chosen = {name: inputs[name] for one in subset for name in INPUTS[one]}
-    outputs = model(**chosen)
-    assert set(outputs) == {"fused_features", "logits", *(f"{one}_features" for one in subset)}
-    assert outputs["fused_features"].shape == (2, 512)
-    assert outputs["logits"].shape == (2, 7)
-    for one in subset:
-        features = outputs[f"{one}_features"]
-        assert features.shape == (2, 512)
-        assert features.norm(dim=1).tolist() == pytest.approx([1, 1], abs=1e-6)
+    for subset in SUBSETS:
+        outputs = model(**{name: inputs[name] for one in subset for name in INPUTS[one]})
+        assert set(outputs) == {"fused_features", "logits", *(f"{one}_features" for one in subset)}
+        assert outputs["fused_features"].shape == (2, 512)
+        assert outputs["logits"].shape == (2, 7)
+        for one in subset:
+            features = outputs[f"{one}_features"]
+            assert features.shape == (2, 512)
+            assert features.norm(dim=1).tolist() == pytest.approx([1, 1], abs=1e-6)
 
 
-def test_without_any_modality_the_call_is_refused():
-    with pytest.raises(ValueError, match="at least one of images, input_ids and audio"):
-        nano()()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"size": "huge"}, "size is 'huge', allowed: nano, tiny, small, base, large"),
-        ({"activation": "relu"}, "activation is 'relu', allowed: gelu, quick_gelu"),
-    ],
-)
-def test_a_name_that_is_not_there_is_refused_with_those_that_are(options, message):
-    with pytest.raises(ValueError, match=message):
-        create_model(**{"size": "nano"} | options)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ({"images": torch.zeros(1, 3, 32, 32)}, r"\(1, 3, 32, 32\), expected \(B, \*\(3, 64, 64\)"),
-        ({"input_ids": torch.zeros(1, 78, dtype=torch.long)}, "78 tokens, at most 77"),
-        ({"audio": torch.zeros(1, 40, 64)}, r"\(1, 40, 64\), expected \(B, T, 80\)"),
-    ],
-)
-def test_a_wrong_shape_is_named_with_the_right_one(inputs, message):
-    with pytest.raises(ValueError, match=message):
-        nano()(**inputs)
+def test_a_size_that_is_not_there_is_refused_with_those_that_are():
+    with pytest.raises(ValueError, match="size is 'huge', allowed: nano, tiny, small, base, large"):
+        create_model("huge")
 
 
 IDS = torch.tensor([[49406, 320, 49407]])
@@ -94,19 +65,18 @@ IDS = torch.tensor([[49406, 320, 49407]])
 @pytest.mark.parametrize(
     ("inputs", "message"),
     [
+        ({}, "at least one of images, input_ids and audio"),
+        ({"images": torch.zeros(1, 3, 32, 32)}, r"\(1, 3, 32, 32\), expected \(B, \*\(3, 64, 64\)"),
+        ({"input_ids": torch.zeros(1, 78, dtype=torch.long)}, "78 tokens, at most 77"),
+        ({"audio": torch.zeros(1, 40, 64)}, r"\(1, 40, 64\), expected \(B, T, 80\)"),
         (
             {"images": torch.zeros(2, 3, 64, 64), "audio": torch.zeros(3, 40, 80)},
             "same number of samples, got images 2, audio 3",
         ),
         ({"input_ids": IDS + 1}, "run from 321 to 49408, the vocabulary from 0 to 49407"),
-        ({"input_ids": IDS - 400}, "run from -80 to 49007, the vocabulary"),
         (
             {"input_ids": IDS, "attention_mask": torch.ones(1, 4)},
             r"attention_mask is \(1, 4\), expected \(1, 3\)",
-        ),
-        (
-            {"audio": torch.zeros(1, 40, 80), "audio_mask": torch.ones(2, 40)},
-            r"audio_mask is \(2, 40\), expected \(1, 40\)",
         ),
         (
             {"input_ids": IDS, "modality_mask": torch.ones(1, 2)},
@@ -114,7 +84,7 @@ IDS = torch.tensor([[49406, 320, 49407]])
         ),
     ],
 )
-def test_inputs_that_do_not_fit_together_are_named(inputs, message):
+def test_inputs_that_do_not_fit_are_named(inputs, message):
     with pytest.raises(ValueError, match=message):
         nano()(**inputs)
 
@@ -127,21 +97,14 @@ def test_a_block_computes_what_torchs_own_layer_computes():
         32, 4, 128, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
     )
     state = ours.state_dict()
-    names = {
-        "self_attn.in_proj_weight": "attn.in_proj_weight",
-        "self_attn.in_proj_bias": "attn.in_proj_bias",
-        "self_attn.out_proj.weight": "attn.out_proj.weight",
-        "self_attn.out_proj.bias": "attn.out_proj.bias",
-        "linear1.weight": "mlp.c_fc.weight",
-        "linear1.bias": "mlp.c_fc.bias",
-        "linear2.weight": "mlp.c_proj.weight",
-        "linear2.bias": "mlp.c_proj.bias",
-        "norm1.weight": "ln_1.weight",
-        "norm1.bias": "ln_1.bias",
-        "norm2.weight": "ln_2.weight",
-        "norm2.bias": "ln_2.bias",
-    }
-    theirs.load_state_dict({new: state[old] for new, old in names.items()})
+    parts = {"attn": "self_attn", "mlp.c_fc": "linear1", "mlp.c_proj": "linear2",
+             "ln_1": "norm1", "ln_2": "norm2"}  # fmt: skip
+    theirs.load_state_dict({
+        name.replace(one, other): tensor
+        for name, tensor in state.items()
+        for one, other in parts.items()
+        if name.startswith(one)
+    })  # fmt: skip
     x = torch.randn(2, 6, 32)
     torch.testing.assert_close(ours(x, None), theirs(x), atol=1e-6, rtol=1e-5)
 
@@ -170,48 +133,41 @@ def test_gradient_checkpointing_changes_no_gradient(dropout):
         torch.testing.assert_close(gradient, found[1][name], atol=1e-6, rtol=1e-5)
 
 
+def same(found, expected):
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=1e-6, rtol=1e-5)
+
+
 def test_padding_of_sound_has_no_influence():
     model, inputs = nano().eval(), batch(frames=22)
-    alone = model(audio=inputs["audio"])
     padded = torch.cat([inputs["audio"], torch.randn(2, 18, 80)], dim=1)
     mask = (torch.arange(40) < 22).expand(2, 40)
-    together = model(audio=padded, audio_mask=mask)
-    for name, expected in alone.items():
-        torch.testing.assert_close(together[name], expected, atol=1e-6, rtol=1e-5)
+    same(model(audio=padded, audio_mask=mask), model(audio=inputs["audio"]))
 
 
 def test_padding_of_text_has_no_influence_and_the_mask_is_found_without_one():
     model, inputs = nano().eval(), batch()
     ids = inputs["input_ids"]
-    short = model(input_ids=ids[:, :8])
     for mask in (None, inputs["attention_mask"]):
-        padded = model(input_ids=ids, attention_mask=mask)
-        for name, expected in short.items():
-            torch.testing.assert_close(padded[name], expected, atol=1e-6, rtol=1e-5)
+        same(model(input_ids=ids, attention_mask=mask), model(input_ids=ids[:, :8]))
 
 
 def test_an_exclamation_mark_is_a_word_though_its_id_is_0():
     model, inputs = nano().eval(), batch(1)
-    ids = inputs["input_ids"].clone()
-    with_mark = ids.clone()
-    with_mark[0, 3] = 0
-    other = ids.clone()
-    other[0, 3] = 5
-    features = [model.encode_text(one) for one in (with_mark, other)]
+    features = []
+    for word in (0, 5):
+        inputs["input_ids"][0, 3] = word
+        features.append(model.encode_text(inputs["input_ids"]))
     assert (features[0] - features[1]).abs().max() > 1e-4
 
 
 def test_a_missing_modality_of_one_sample_is_as_if_it_were_never_given():
     model, inputs = nano().eval(), batch()
-    both = model(images=inputs["images"], audio=inputs["audio"], modality_mask=MASKS)
-    image_alone = model(images=inputs["images"])
-    audio_alone = model(audio=inputs["audio"])
-    for name in ("fused_features", "logits"):
-        torch.testing.assert_close(both[name][0], image_alone[name][0], atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(both[name][1], audio_alone[name][1], atol=1e-6, rtol=1e-5)
-
-
-MASKS = torch.tensor([[1, 0, 0], [0, 0, 1]])
+    given = {name: inputs[name] for name in ("images", "audio")}
+    both = model(**given, modality_mask=torch.tensor([[1, 0, 0], [0, 0, 1]]))
+    for row, name in enumerate(given):
+        alone = model(**{name: given[name]})
+        same({n: both[n][row] for n in both}, {n: alone[n][row] for n in alone})
 
 
 def test_rows_without_any_token_stay_finite():
@@ -245,16 +201,3 @@ def test_bf16_autocast_keeps_features_in_float32():
         features = model.encode_image(inputs["images"])
     assert features.dtype == torch.float32
     assert features.norm(dim=1).tolist() == pytest.approx([1, 1], abs=1e-6)
-
-
-def test_the_file_stands_alone_on_torch():
-    code = (
-        "import sys; from model import create_model; create_model('nano');"
-        "print(sorted({n.partition('.')[0] for n in sys.modules} & {'shared', 'multimodal', "
-        "'datasets', 'open_clip', 'transformers'}))"
-    )
-    shown = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT / "multimodal", capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert shown.stdout.strip() == "[]"

@@ -5,18 +5,9 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from multimodal.training import schedule
-from multimodal.training.schedule import (
-    Span,
-    Stage,
-    apportion,
-    learning_rate,
-    order_of,
-    spans,
-    steps_of_sources,
-)
+from multimodal.training.schedule import Span, Stage, learning_rate, order_of, steps_of_sources
 from shared.distributed import World
 from tests import multimodal_nano as nano
 
@@ -24,30 +15,19 @@ SHARES, ALL = (30, 40, 30), (True, True, True)
 
 
 @pytest.mark.parametrize(
-    ("epochs", "expected"),
-    [(100, [30, 40, 30]), (50, [15, 20, 15]), (10, [3, 4, 3]), (3, [1, 1, 1]), (7, [2, 3, 2])],
+    ("epochs", "ends"),
+    [(100, [30, 70, 100]), (10, [3, 7, 10]), (3, [1, 2, 3]), (7, [2, 5, 7]), (1, [0, 1, 1])],
 )
-def test_epochs_are_divided_30_40_30(epochs, expected):
-    found = spans(epochs, SHARES, ALL)
-    assert [span.end - span.first for span in found] == expected
-    assert [span.stage for span in found] == [0, 1, 2]
-
-
-def test_numbering_goes_on_through_the_stages():
-    assert spans(10, SHARES, ALL) == [Span(0, 0, 3), Span(1, 3, 7), Span(2, 7, 10)]
-
-
-def test_one_epoch_is_alignment():
-    assert spans(1, SHARES, ALL) == [Span(1, 0, 1)]
+def test_epochs_are_divided_30_40_30(epochs, ends):
+    """And numbered on through the stages; a single one is alignment."""
+    expected = [Span(*one) for one in zip(range(3), [0, *ends], ends, strict=False)]
+    assert schedule.spans(epochs, SHARES, ALL) == [
+        span for span in expected if span.end > span.first
+    ]
 
 
 def test_a_stage_without_work_leaves_its_epochs_to_the_others():
-    assert spans(7, SHARES, (False, True, True)) == [Span(1, 0, 4), Span(2, 4, 7)]
-
-
-def test_apportion_refuses_to_give_to_nobody():
-    with pytest.raises(ValueError, match="above 0"):
-        apportion(3, [0, 0])
+    assert schedule.spans(7, SHARES, (False, True, True)) == [Span(1, 0, 4), Span(2, 4, 7)]
 
 
 def test_balance_1_takes_each_source_once_and_0_all_alike():
@@ -95,18 +75,11 @@ def trained_parts(stage: int) -> set[str]:
     return found & PARTS
 
 
-def test_the_first_stage_leaves_texts_and_temperatures():
+def test_each_stage_trains_its_parts():
+    """Texts and temperatures wait in the first, fusion and heads in the second."""
     assert trained_parts(0) == PARTS - {"text", "logit_scale"}
-
-
-def test_alignment_leaves_fusion_and_heads():
     assert trained_parts(1) == {"image", "text", "audio", "logit_scale"}
-
-
-def test_fine_tuning_trains_everything():
-    learner = nano.learner()
-    schedule.enter(Stage(Span(2, 0, 1), (), 1), learner, World())
-    assert all(parameter.requires_grad for parameter in learner.parameters())
+    assert trained_parts(2) == PARTS
 
 
 def test_gains_biases_and_temperatures_have_no_weight_decay():
@@ -153,15 +126,3 @@ def test_small_sources_are_left_out_with_the_reason():
         "7 samples are too few for one step: 1 process(es) x batch 2"
         in sources.notes[0]["left_out"]
     )
-
-
-def test_a_frozen_part_takes_no_step():
-    learner = nano.learner()
-    optimizer = schedule.optimizer_for(learner, 1e-4, 0.1)
-    schedule.enter(Stage(Span(1, 0, 1), (), 1), learner, World())
-    batch = nano.double(nano.inputs(3))
-    before = {name: p.detach().clone() for name, p in learner.named_parameters()}
-    learner.model(images=batch["images"])["logits"].square().sum().backward()
-    optimizer.step()
-    changed = {n for n, p in learner.named_parameters() if not torch.equal(p, before[n])}
-    assert changed and all(name.startswith("model.image.") for name in changed)

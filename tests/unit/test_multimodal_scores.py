@@ -43,8 +43,7 @@ def map_at_10(similarity, belongs):
     return np.mean(values)
 
 
-@pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize(("seed", "ragged"), [(0, False), (1, True)])
 def test_retrieval_with_several_captions_is_that_of_clip_benchmark(seed, ragged):
     rows, texts, owners = random_case(seed, ragged=ragged)
     belongs = np.arange(len(rows))[:, None] == np.array(owners)[None]
@@ -98,16 +97,9 @@ def test_mean_average_precision_is_scikit_learns(ties):
     labels = (torch.rand(200, 12, generator=generator) < 0.15).float()
     labels[:, 4] = 0  # occurs nowhere: left out
     value, occurring = evaluation.mean_average_precision(found, labels)
-    wanted = [
-        average_precision_score(labels[:, c].numpy(), found[:, c].numpy())
-        for c in range(12)
-        if c != 4
-    ]
+    wanted = [average_precision_score(labels[:, c], found[:, c]) for c in range(12) if c != 4]
     assert occurring == 11 and value == pytest.approx(np.mean(wanted), abs=1e-9)
-
-
-def test_mean_average_precision_without_labels_is_nothing():
-    assert evaluation.mean_average_precision(torch.randn(3, 2), torch.zeros(3, 2)) == (0.0, 0)
+    assert evaluation.mean_average_precision(found, torch.zeros(200, 12)) == (0.0, 0)
 
 
 @pytest.mark.full
