@@ -115,8 +115,6 @@ def from_directory(root: Path, directory: Path, source: str) -> None:
 
     Raises UserError when it holds none of them.
     """
-    if not directory.is_dir():
-        raise UserError(f"--audiocaps-source {source}: {directory} is no directory")
     wanted = missing(root)
     found = files_of([item.clip for item in wanted], directory)
     ledger, count = Ledger(root), 0

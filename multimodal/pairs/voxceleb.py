@@ -40,7 +40,7 @@ class VoxCeleb(Dataset[Sample]):
     split: by speakers: test is VoxCeleb's, one of twenty others validates (of twelve, four).
     Only utterances of videos with frames are items where any frames are there: `has_faces`.
     train: random part of the sound and random frame; default: for the split train alone.
-    Also `counts`, `num_speakers` (`speaker` runs from 0), and `path(index)`, `group_of(index)`.
+    Also `counts`, and of an item `path(index)`, `group_of(index)`; `speaker` runs from 0.
     Raises UserError.
     """
 
@@ -74,11 +74,6 @@ class VoxCeleb(Dataset[Sample]):
     def has_faces(self) -> bool:
         """Whether items hold `images`."""
         return bool(self._faces)
-
-    @property
-    def num_speakers(self) -> int:
-        """How many people speak in this split."""
-        return len(self._numbers)
 
     def __len__(self) -> int:
         return len(self._items)
