@@ -12,7 +12,6 @@ import re
 import shutil
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +19,7 @@ import pytest
 
 from shared.files import read_json
 from tests import multimodal_data
-from tests.harness import ROOT, environment, finished, free_port, status_of, wait_until
+from tests.harness import ROOT, environment, finished, status_of
 
 pytestmark = [pytest.mark.full, pytest.mark.serial, pytest.mark.limit(1800)]
 
@@ -33,7 +32,6 @@ SMALLER = {
 TRAINED = "python run_training.py --model-size base --batch-size 8 --epochs 100"
 RESUMED = "python run_training.py --resume outputs/checkpoints/checkpoint_epoch_50.pt"
 TORCHRUN = "torchrun --nproc_per_node=4 run_training.py"
-BOARD = "tensorboard --logdir=./outputs/logs/tensorboard"
 EVALUATIONS = {
     "python evaluate.py": "test",
     "python evaluate.py --datasets coco clotho --split val": "val",
@@ -46,12 +44,13 @@ EMBEDDINGS = (
 )
 WHOLE = ("./run_all.sh", "./run_all.sh --model-size base --batch-size 8 --epochs 50")
 HERE = (
-    *("chmod +x run_all.sh", TRAINED, RESUMED, TORCHRUN, BOARD),
+    *("chmod +x run_all.sh", TRAINED, RESUMED, TORCHRUN),
     *(*EVALUATIONS, *EMBEDDINGS, *WHOLE),
 )
 DOWNLOAD = "python download_datasets.py --datasets"
 SERVED = "a local server: tests/recipes/test_multimodal_download.py"
 ELSEWHERE = {
+    "tensorboard --logdir=./outputs/logs/tensorboard": "tests/full/test_documented_commands.py",
     "./real_weights.sh --dry-run": "tests/shell/test_real_weights_sh.py",
     "./run_all.sh --demo": "tests/recipes/test_multimodal_run_all.py",
     "bash setup_environment.sh": "tests/shell/test_multimodal_setup.py",
@@ -145,21 +144,6 @@ def test_training_leaves_what_the_page_lists(trained):
     assert {path.suffix for path in (outputs / "reports").glob("report_*")} >= {".json", ".md"}
 
 
-def test_the_charts_are_where_tensorboard_is_told_to_look(trained):
-    port = free_port()
-    words = [*BOARD.split()[1:], "--port", str(port)]
-    board = subprocess.Popen(
-        [Path(sys.executable).with_name("tensorboard"), *words],
-        cwd=trained, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    address = f"http://127.0.0.1:{port}/data/plugin/scalars/tags"
-    try:
-        wait_until(lambda: b"loss" in _answer(address), "TensorBoard's curves", 120)
-    finally:
-        board.terminate()
-        board.wait(30)
-
-
 def test_it_goes_on_at_a_checkpoint(trained):
     steps = status_of(trained / "outputs")["step"]
     finished(typed(RESUMED, trained))
@@ -205,11 +189,3 @@ def test_four_processes_and_the_whole_way_as_documented(trained):
     assert {"preflight", "environment", "training", "evaluation", "report"} <= stages
     log = max((trained / "logs").glob("run_all*.log"), key=lambda path: path.stat().st_mtime)
     assert "exit 0" in log.read_text(encoding="utf-8")
-
-
-def _answer(address: str) -> bytes:
-    try:
-        with urllib.request.urlopen(address, timeout=5) as reply:
-            return reply.read()
-    except OSError:
-        return b""

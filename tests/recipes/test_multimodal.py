@@ -54,7 +54,8 @@ with torch.no_grad():
     logits = outputs['logits']  # [B, num_classes]
 """  # noqa: W293, as it stands there
 INPUTS = """\
-import torch
+import sys, torch
+OTHERS = {{"shared", "multimodal", "datasets", "open_clip", "transformers", "torchvision"}}
 image_tensor = torch.zeros(2, 3, {side}, {side})
 text_ids = torch.tensor([[49406, 320, 2368, 49407]] * 2)
 text_mask = torch.ones(2, 4)
@@ -215,11 +216,14 @@ def test_the_report_tells_of_data_stages_and_files(whole):
 
 
 def snippet_in(directory: Path, outputs: Path, size: str, side: int) -> str:
-    """Run the document's code beside model.py, with `outputs` there; what it found."""
+    """Run the document's code beside model.py alone, with `outputs` there; what it found.
+
+    And what it imported beside torch: model.py stands alone.
+    """
     directory.mkdir()
     (directory / "model.py").symlink_to(ROOT / "multimodal" / "model.py")
     (directory / "outputs").symlink_to(outputs)
-    shown = "print(tuple(features.shape), tuple(logits.shape))"
+    shown = "print(tuple(features.shape), tuple(logits.shape), OTHERS & set(sys.modules))"
     code = INPUTS.format(side=side) + SNIPPET.replace("'base'", f"'{size}'") + shown
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=directory, capture_output=True, text=True, check=False
@@ -228,7 +232,7 @@ def snippet_in(directory: Path, outputs: Path, size: str, side: int) -> str:
 
 
 def test_the_documents_code_loads_and_asks_what_training_wrote(whole, tmp_path):
-    assert snippet_in(tmp_path / "here", whole, "nano", 64) == "(2, 512) (2, 80)"
+    assert snippet_in(tmp_path / "here", whole, "nano", 64) == "(2, 512) (2, 80) set()"
 
 
 @pytest.mark.full
@@ -239,7 +243,7 @@ def test_the_documents_code_word_for_word_on_a_base_model(data, tmp_path):
         data, output, "--model-size", "base", "--batch-size", 2, "--max-steps", 1,
         "--gradient-accumulation-steps", 1, "--datasets", "coco", "--epochs", 1,
     )  # fmt: skip
-    assert snippet_in(tmp_path / "here", output, "base", 224) == "(2, 512) (2, 80)"
+    assert snippet_in(tmp_path / "here", output, "base", 224) == "(2, 512) (2, 80) set()"
     shutil.rmtree(output)
 
 
@@ -251,6 +255,8 @@ def test_an_epochs_checkpoint_alone_continues_the_run_exactly(whole, tmp_path):
     assert outcome.code == 0, outcome.text
     assert f"continuing from {place} at step 33 of 45" in outcome.text
     assert losses(output) == losses(whole)
+    relative = [[row["val/relative"] for row in rows_of(run, "epoch")] for run in (output, whole)]
+    assert relative[0] == relative[1]
     ours, theirs = (load(d / "checkpoints" / "final_model.pt") for d in (output, whole))
     for name, tensor in theirs["model_state_dict"].items():
         assert torch.equal(ours["model_state_dict"][name], tensor), name

@@ -206,14 +206,3 @@ def test_labels_are_told_with_shares_that_add_up(asked):
         assert set(shares) == {"circle", "star"}
         assert math.isclose(sum(shares.values()), 1, abs_tol=1e-5)
         assert list(shares.values()) == sorted(shares.values(), reverse=True)
-
-
-def test_what_is_left_out_is_logged_by_its_name(made, run_dir, tmp_path, caplog):
-    for name in ("broken.jpg", "speech.m4a"):
-        (tmp_path / name).write_bytes(b"")
-    shutil.copy(next((made.coco / "val2017").iterdir()), tmp_path)
-    shutil.copy(next((made.coco / "train2017").iterdir()), tmp_path)
-    flags = ["--checkpoint", run_dir, "--out", tmp_path / "out", "--workers", 0]
-    assert embed.main([*map(str, flags), "--images", str(tmp_path)]) == 0
-    for name in ("broken.jpg (the file is empty)", "speech.m4a (no picture and no sound"):
-        assert f"left out: {tmp_path}/{name}" in caplog.text
