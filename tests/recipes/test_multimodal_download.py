@@ -288,16 +288,6 @@ def test_word_embeddings_of_a_mirror_are_put_where_training_looks(server, tmp_pa
     assert sources.start_of_words("auto", tmp_path) == place
 
 
-def test_without_a_network_the_words_address_and_place_are_named(tmp_path, monkeypatch, capsys):
-    words_only(monkeypatch, tmp_path / "hub")
-    monkeypatch.setattr("shared.web.PATIENCE", QUICK)
-    hub_server.move_hub(monkeypatch, "http://127.0.0.1:9")
-    assert download_datasets.main(["--datasets", "coco", "--data-root", str(tmp_path)]) == 2
-    (line,) = [row for row in capsys.readouterr().out.splitlines() if "failed" in row]
-    for part in (f"http://127.0.0.1:9/{REPO_ID}", str(tmp_path / "hub"), "--init random"):
-        assert part in line
-
-
 def test_voxceleb_without_a_key_prints_the_layout_and_is_a_missing_step(tmp_path, capsys, table):
     flags = ["--datasets", "voxceleb", "--data-root", str(tmp_path)]
     assert download_datasets.main(flags) == 3
@@ -463,12 +453,3 @@ def test_fault_48_without_a_network_it_ends_soon(tmp_path, table, capsys):
     assert time.monotonic() - began < 15
     out = capsys.readouterr().out
     assert "127.0.0.1 cannot be reached" in out and "or leave --mirror out" in out
-
-
-def test_fault_48_offline_is_honoured_and_said(tmp_path, table, monkeypatch, capsys):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    hub_server.close_session()
-    flags = ["--datasets", "coco", "--data-root", str(tmp_path), "--mirror", "http://127.0.0.1:9"]
-    assert download_datasets.main(flags) == 2
-    assert "while HF_HUB_OFFLINE" in capsys.readouterr().out
-    hub_server.close_session()

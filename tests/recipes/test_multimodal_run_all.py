@@ -30,9 +30,13 @@ def markers(output):
 
 
 def chain(output):
-    """run_all.sh on small data, a few steps of training; its exit code and all it said."""
+    """run_all.sh on a few pictures, few steps of training; its exit code and all it said."""
+    data = output.with_name("data")
+    data.mkdir(exist_ok=True)
+    if not (data / "coco").exists():
+        (data / "coco").symlink_to(multimodal_data.made().coco)
     command = [
-        SCRIPT, "--skip-download", "--data-root", multimodal_data.made().data_root,
+        SCRIPT, "--skip-download", "--data-root", data,
         "--output-dir", output, "--model-size", "nano", "--init", "random", "--batch-size", 4,
         "--max-steps", 3, "--epochs", 3, "--workers", 0, "--clip-seconds", 1,
     ]  # fmt: skip
@@ -55,7 +59,9 @@ def test_the_whole_way_once_and_then_what_was_lost(tmp_path):
         assert f"stage {name}: starts" in text
     assert "coco       Karpathy test  image to text" in text
     (report,) = (output / "reports").glob("report_*.json")
-    assert json.loads(report.read_text())["retrieval"]
+    told = json.loads(report.read_text())
+    assert told["retrieval"]
+    assert {row["data set"] for row in told["left_out"]} == {"coco", "clotho", "audiocaps"}
     # what was evaluated is gone, and the report was never made: these two alone run again
     (output / "evaluation/evaluation.json").unlink()
     output.with_name("outputs_stages").joinpath("report.json").unlink()
@@ -125,6 +131,16 @@ def test_named_data_sets_that_are_not_whole_are_left_to_the_report(tmp_path, mon
     assert run_all.main([*flags, "--dry-run"]) == 0
     (line,) = [row for row in capsys.readouterr().out.splitlines() if row.startswith("training: ")]
     assert "--datasets coco --lr 1e-3" in line and "voxceleb" not in line
+
+
+def test_a_demo_is_made_continued_and_evaluated(capsys):
+    """As commands; what they do: the full tier."""
+    assert run_all.main(["--demo", "--dry-run"]) == 0
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["download"].endswith("download_datasets.py --demo")
+    assert "--demo --resume auto" in lines["training"]
+    assert f"--data-root {run_all.HERE / 'demo' / 'data'}" in lines["training"]
+    assert lines["evaluation"].endswith("--demo")
 
 
 @pytest.mark.full

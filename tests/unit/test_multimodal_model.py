@@ -78,10 +78,6 @@ IDS = torch.tensor([[49406, 320, 49407]])
             {"input_ids": IDS, "attention_mask": torch.ones(1, 4)},
             r"attention_mask is \(1, 4\), expected \(1, 3\)",
         ),
-        (
-            {"input_ids": IDS, "modality_mask": torch.ones(1, 2)},
-            r"modality_mask is \(1, 2\), expected \(1, 3\)",
-        ),
     ],
 )
 def test_inputs_that_do_not_fit_are_named(inputs, message):

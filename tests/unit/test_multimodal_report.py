@@ -78,12 +78,6 @@ def test_two_starts_in_one_second_have_two_reports(tmp_path, monkeypatch):
     assert newest(tmp_path).name == names[1]
 
 
-def test_other_ranks_write_nothing(tmp_path):
-    with Report(tmp_path, FACTS, enabled=False) as one:
-        one.update(stages=[])
-    assert not (tmp_path / "reports").exists()
-
-
 def test_text_from_outside_cannot_break_the_table():
     text = report.render(
         {"name": "r", "status": "done", "data": [{"data_set": "a|b", "left_out": "two\nlines"}]}
