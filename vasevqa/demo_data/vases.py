@@ -23,7 +23,6 @@ import numpy as np
 from shared.build_once import build_once
 from shared.files import write_atomic, write_json
 from vasevqa.demo_data.vase_pictures import CLAY, FLAWS, PROFILES, VERSION, VIEWS, render, to_jpeg
-from vasevqa.demo_data.vase_pictures import SIZE as SIZE  # for those who look at the pictures
 
 SUFFIX = "ac001001.jpg"  # the end of every export of the archive that the names follow
 
