@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
+import torchvision
 from PIL import Image
 
 from vasevqa.demo_data import clip as demo_clip
+from vasevqa.filter.quality import ImageQualityNet
 
 CLIP_CFG: dict[str, Any] = {
     "embed_dim": 32,
@@ -68,3 +70,33 @@ def write_quality_set(root: Path, each: int = 12, side: int = 40) -> Path:
             shown = (pixels(100 * label + number, side) * light).astype(np.uint8)
             Image.fromarray(shown).save(root / str(label) / f"{number:02d}.png")
     return root
+
+
+def write_net(path: Path) -> Path:
+    """A quality classifier with random weights, as model.py saves one."""
+    torch.manual_seed(0)
+    state = ImageQualityNet(arch="resnet10").state_dict()
+    content = {"model_state_dict": state, "arch": "resnet10", "image_size": 32}
+    torch.save(content | {"epoch": 1, "val_acc": 1.0}, path)
+    return path
+
+
+def furnish(place: Path) -> None:
+    """vasevqa/filter with pictures, weights and one epoch; its verdict lets every picture pass."""
+    edit(place / "model.py", {"NUM_EPOCHS = 200": "NUM_EPOCHS = 1", "E = 256": "E = 4"})
+    threshold = "CONFIDENCE_THRESHOLD = 0."
+    edit(place / "classifier.py", {f"{threshold}5": f"{threshold}0"})
+    write_quality_set(place / "images2", each=5)
+    write_views(place / "images", 6, 3)
+    write_clip(place / "model")
+    random = torchvision.models.resnet50(weights=None)  # in place of ImageNet's: nothing is fetched
+    torch.save(random.state_dict(), place / "resnet50-random.pth")
+
+
+def edit(script: Path, changes: dict[str, str]) -> None:
+    """Replace constants, each of which stands there once."""
+    text = script.read_text(encoding="utf-8")
+    for old, new in changes.items():
+        assert text.count(old) == 1, f"{script.name}: {old}"
+        text = text.replace(old, new)
+    script.write_text(text, encoding="utf-8")

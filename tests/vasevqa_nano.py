@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,31 +25,15 @@ SMALL = {
 }
 
 
-@dataclass(frozen=True)
 class Nano:
-    """Where model, rows and runs lie."""
+    """Where model, rows and runs are."""
 
-    root: Path
-
-    @property
-    def model(self) -> Path:
-        """The tiny Qwen2.5-VL."""
-        return self.root / "tiny-qwen2.5-vl"
-
-    @property
-    def train(self) -> Path:
-        """24 rows for SFT, whose pictures lie beside the file."""
-        return self.root / "train.json"
-
-    @property
-    def grpo(self) -> Path:
-        """Four rows for GRPO."""
-        return self.root / "grpo.json"
-
-    @property
-    def plugin(self) -> Path:
-        """A user's plugin of one bare function."""
-        return self.root / "mine.py"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.model = root / "tiny-qwen2.5-vl"
+        self.train = root / "train.json"  # 24 rows, their pictures beside the file
+        self.grpo = root / "grpo.json"  # four rows
+        self.plugin = root / "mine.py"  # a user's, of one bare function
 
     def flags(self, script: str, run_dir: str = "", **changes: Any) -> list[object]:
         """Flags of ./sft.sh and ./grpo.sh for this model and these rows."""

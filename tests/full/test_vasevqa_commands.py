@@ -1,7 +1,8 @@
 """vasevqa's README commands, typed as they stand, on small data at the documented places.
 
-Every command of the page is in one of the tables here; a new one fails until it is. The models are
-a tiny Qwen2.5-VL under the documented names, and the scripts' settings are edited as the page says.
+Every command of the page is in one of the tables here (tests/unit/test_readme_commands.py). The
+models are a tiny Qwen2.5-VL under the documented names, and the scripts' settings are edited as the
+page says.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ import pytest
 
 from shared.files import read_json, read_json_lines
 from tests import vase_filter_nano, vasevqa_nano
-from tests.full.test_vasevqa_filter_commands import COMMANDS as OF_THE_FILTER
 from tests.harness import ROOT, environment, finished, processes_of, status_of, wait_until
 
 pytestmark = [pytest.mark.full, pytest.mark.serial, pytest.mark.limit(1800)]
@@ -44,17 +44,14 @@ EVALUATIONS = (
     "python evaluate.py --checkpoint ./output/checkpoint-merged "
     "--before ./models/Qwen2.5-VL-7B-Instruct --limit 200",
 )
-MEGATRON = "./hf2megatron.sh"
-HERE = (
-    *(*WHOLE, *TUNING, BACKGROUND, RESUMED, MERGE, ADAPTERS, GRPO, REWARDS),
-    *(*EVALUATIONS, MEGATRON),
-)
+HERE = (*WHOLE, *TUNING, BACKGROUND, RESUMED, MERGE, ADAPTERS, GRPO, REWARDS, *EVALUATIONS)
 ELSEWHERE = {
     "./real_weights.sh --dry-run": "tests/shell/test_real_weights_sh.py",
     "./run_all.sh --demo": "tests/full/test_vasevqa_demo.py",
     "python model.py --demo": "a stage of ./run_all.sh --demo: tests/full/test_vasevqa_demo.py",
     "swift infer --model ./output/checkpoint-merged --model_type qwen2_5_vl --template qwen2_5_vl "
     "--val_dataset data/questions.json": "tests/recipes/test_vasevqa_model.py",
+    "./hf2megatron.sh": "a GPU and Megatron; without: tests/shell/test_vasevqa_model_sh.py",
     "./clipfilter1.sh": "a terminal: tests/shell/test_clipfilter1_sh.py",
 }
 NEEDS = {
@@ -80,48 +77,21 @@ def page() -> str:
     return (ROOT / "vasevqa" / "README.md").read_text(encoding="utf-8")
 
 
-def test_every_command_of_the_page_is_run_or_says_what_it_needs():
-    blocks = re.findall(r"^```bash\n(.*?)^```", page(), re.M | re.S)
-    lines = (re.sub(r"\s+# .*", "", line).strip() for b in blocks for line in b.splitlines())
-    documented = {line for line in lines if line}
-    assert documented - set(OF_THE_FILTER) == {*HERE, *ELSEWHERE, *NEEDS}
-
-
 @pytest.fixture(scope="module")
 def house(tmp_path_factory) -> Path:
     """The recipe in a directory of its own, with small data and models, its settings edited."""
     root = tmp_path_factory.mktemp("a house")
     ours = shutil.ignore_patterns(
-        *(
-            "demo",
-            "logs",
-            "__pycache__",
-            "images",
-            "images[0-9]",
-            "filtered*",
-            "output",
-            "models",
-            "data",
-            ".*",
-        )
+        *("demo", "logs", "__pycache__", "images", "images[0-9]", "filtered*", "output"),
+        *("models", "data", ".*"),
     )
     for name in ("vasevqa", "shared"):  # copies: launch puts the directory above, links followed
         shutil.copytree(ROOT / name, root / name, ignore=ours)
     (root / ".venv").symlink_to(Path(sys.prefix))
     recipe = root / "vasevqa"
-    furnish_filter(recipe / "filter")
+    vase_filter_nano.furnish(recipe / "filter")
     furnish_model(recipe / "model", tmp_path_factory.mktemp("nano"))
     return recipe
-
-
-def furnish_filter(place: Path) -> None:
-    """Pictures and a CLIP; one epoch of the classifier, whose verdict lets every picture pass."""
-    edit(place / "model.py", {"NUM_EPOCHS = 200": "NUM_EPOCHS = 1", "E = 256": "E = 4"})
-    threshold = "CONFIDENCE_THRESHOLD = 0."
-    edit(place / "classifier.py", {f"{threshold}5": f"{threshold}0"})
-    vase_filter_nano.write_quality_set(place / "images2", each=5)
-    vase_filter_nano.write_views(place / "images", 6, 3)
-    vase_filter_nano.write_clip(place / "model")
 
 
 def furnish_model(place: Path, scratch: Path) -> None:
@@ -136,15 +106,6 @@ def furnish_model(place: Path, scratch: Path) -> None:
     (place / "data" / "questions.json").write_text(json.dumps(rows[:6]), encoding="utf-8")
     set_flags(place / "sft.sh", SMALL | {"save_steps": 2})
     set_flags(place / "grpo.sh", SMALL | {"save_steps": 1, "max_completion_length": 12})
-
-
-def edit(script: Path, changes: dict[str, str]) -> None:
-    """Replace constants, each of which stands there once."""
-    text = script.read_text(encoding="utf-8")
-    for old, new in changes.items():
-        assert text.count(old) == 1, f"{script.name}: {old}"
-        text = text.replace(old, new)
-    script.write_text(text, encoding="utf-8")
 
 
 def set_flags(script: Path, settings: Mapping[str, object]) -> None:
@@ -175,10 +136,6 @@ def smaller(command: str) -> str:
     for documented, here in SMALLER.items():
         command = command.replace(documented, here)
     return command
-
-
-def steps_of(run_dir: Path) -> list[int]:
-    return sorted(vasevqa_nano.logged(run_dir, "loss"))
 
 
 def test_the_whole_flow_and_again_from_a_stage(house):
@@ -212,6 +169,9 @@ def test_fine_tuning_as_documented(house):
         adapter = read_json(run_dir / f"checkpoint-{steps}" / "adapter_config.json")
         assert f"Qwen2.5-VL-{base}-Instruct" in adapter["base_model_name_or_path"]
         assert (adapter["r"], adapter["lora_alpha"]) == (8, 32)
+    said = finished(typed(smaller(RESUMED), house))
+    assert status_of(run_dir)["state"] == "done", said[-3000:]
+    assert max(vasevqa_nano.logged(run_dir, "loss")) == 4
     assert "exit 0" in (house / "model" / "logs" / "latest.log").read_text()
 
 
@@ -227,16 +187,6 @@ def test_in_the_background_and_with_the_terminal_closed(house):
     assert status_of(run_dir)["state"] == "done"
     shown = typed("timeout 1 tail -F logs/latest.log", house).stdout
     assert "exit 0" in shown
-
-
-def test_it_goes_on_at_a_certain_checkpoint(house):
-    run_dir = house / "model" / "output" / "7B"
-    if not (run_dir / "checkpoint-4").is_dir():
-        finished(typed("./sft.sh", house))
-    said = finished(typed(smaller(RESUMED), house))
-    status = status_of(run_dir)
-    assert (status["state"], status["step"]) == ("done", 4), said[-3000:]
-    assert steps_of(run_dir)[-1] == 4
 
 
 def test_merging_and_rewards_as_documented(house):
@@ -257,17 +207,9 @@ def test_merging_and_rewards_as_documented(house):
 
 
 def test_evaluation_as_documented(house):
-    if not (house / "model" / "output" / "checkpoint-merged").is_dir():
-        pytest.fail("nothing was merged by the tests before")
+    """Of what the tests before have merged."""
     for command in EVALUATIONS:
         said = finished(typed(command, house))
         assert "exact" in said and "vqa.json" in said
         (found,) = {Path(path) for path in re.findall(r"(/\S.*vqa\.json)", said)}
         assert read_json(found)["counts"]["questions"] == 6
-
-
-def test_the_conversion_says_what_is_missing(house):
-    outcome = typed(MEGATRON, house)
-    said = outcome.stdout + outcome.stderr
-    assert outcome.returncode == 3, said
-    assert "requirements-megatron.txt" in said or "GPU" in said

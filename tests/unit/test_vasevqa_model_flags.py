@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -22,42 +21,24 @@ def test_flags_are_read_in_every_spelling():
     assert swift_flags.read(words) == {
         "a": ["1"], "b_c": ["2"], "d": ["x", "y"], "e": [], "f": ["-1"],
     }  # fmt: skip
-
-
-def test_the_last_of_a_flag_typed_twice_counts():
-    assert swift_flags.read(["--lr=1", "--lr", "2"]) == {"lr": ["2"]}
+    assert swift_flags.read(["--lr=1", "--lr", "2"]) == {"lr": ["2"]}  # of two the last
 
 
 def test_flags_of_older_releases_are_translated_and_named():
     flags, notes = swift_flags.translate({"train_type": ["full"], "custom_register_path": ["p.py"]})
     assert flags == {"tuner_type": ["full"], "external_plugins": ["p.py"]}
     assert notes[0] == "--train_type of older ms-swift is --tuner_type now"
-
-
-def test_a_setting_under_both_its_names_is_refused():
     with pytest.raises(UserError, match="same setting, given twice"):
         swift_flags.translate({"tuner_type": ["lora"], "train_type": ["full"]})
 
 
-@pytest.mark.parametrize("typed", [["--tuner_type", "full"], ["--train-type=full"]])
-def test_typed_flags_win_under_either_name(typed):
-    assert make(*typed).flags["tuner_type"] == ["full"]
-
-
-def test_documented_paths_begin_in_model_and_typed_ones_where_they_are_typed():
-    found = make("--dataset", "data/a.json", "b.jsonl#50", "--output_dir", "../out").flags
-    assert found["model"] == ["/house/model/models/Q"]
-    assert found["dataset"] == ["/here/data/a.json", "/here/b.jsonl#50"]
-    assert found["output_dir"] == ["/here/../out"]
-
-
 def test_a_hub_id_stays_one_unless_a_directory_of_that_name_is_there(tmp_path):
-    assert make("--model", "Qwen/Qwen2.5-VL-3B", here=tmp_path).flags["model"] == [
-        "Qwen/Qwen2.5-VL-3B"
-    ]
-    (tmp_path / "Qwen" / "Qwen2.5-VL-3B").mkdir(parents=True)
-    found = make("--model", "Qwen/Qwen2.5-VL-3B", here=tmp_path).flags["model"]
-    assert found == [str(tmp_path / "Qwen" / "Qwen2.5-VL-3B")]
+    words = ["--model", "Qwen/Q", "--dataset", "data/a.json", "b.jsonl#50"]
+    found = make(*words, here=tmp_path).flags
+    assert found["model"] == ["Qwen/Q"]
+    assert found["dataset"] == [f"{tmp_path}/data/a.json", f"{tmp_path}/b.jsonl#50"]
+    (tmp_path / "Qwen" / "Q").mkdir(parents=True)
+    assert make(*words, here=tmp_path).flags["model"] == [f"{tmp_path}/Qwen/Q"]
 
 
 def test_a_system_prompt_is_a_path_only_when_it_ends_so():
@@ -89,30 +70,11 @@ def test_the_hub_is_not_asked_and_sigterm_saves():
     flags = machine(make("--callbacks", "early_stop"), 1).flags
     assert flags["check_model"] == ["false"]
     assert flags["callbacks"] == ["early_stop", "graceful_exit"]
-
-
-def test_the_user_may_ask_the_hub():
-    assert machine(make("--check_model", "true"), 1).flags["check_model"] == ["true"]
-
-
-def test_a_row_that_cannot_be_read_ends_the_run_and_is_not_replaced():
-    assert machine(make(), 1).flags["strict"] == ["true"]
-    assert machine(make("--strict", "false"), 1).flags["strict"] == ["false"]
-    assert make("--no-image-check").identity == make().identity
-
-
-def test_qwen_directories_are_told_by_their_config(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_5_vl"}))
-    flags = machine(make("--model", str(tmp_path)), 1).flags
-    assert flags["model_type"] == flags["template"] == ["qwen2_5_vl"]
-    assert "template" not in machine(make(), 1).flags
-
-
-def test_grpo_gets_the_adapter_of_plain_reward_functions():
-    found = machine(make("--external_plugins", "p.py", script="grpo"), 1)
-    assert found.command[0] == "rlhf"
-    names = [Path(name).name for name in found.flags["external_plugins"]]
-    assert names == ["p.py", "receipt.py", "adapt.py"]
+    assert flags["strict"] == ["true"]  # a row that cannot be read ends the run
+    names = ("check_model", "strict", "add_version")
+    typed = [word for name in names for word in (f"--{name}", "maybe")]
+    flags = machine(make(*typed), 1).flags
+    assert [flags[name] for name in names] == [["maybe"]] * 3
 
 
 def test_more_processes_than_gpus_are_refused():
@@ -122,23 +84,19 @@ def test_more_processes_than_gpus_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("typed", "script", "rows", "steps"),
+    ("script", "batch", "accumulated", "more", "rows", "steps"),
     [
         # 100 rows in batches of 4 are 25, of which 3 are accumulated: 9 steps, twice
-        (
-            "--per_device_train_batch_size 4 --gradient_accumulation_steps 3 --num_train_epochs 2",
-            "sft", 100, 18,
-        ),
-        ("--max_steps 7", "sft", 100, 7),
+        ("sft", 4, 3, "--num_train_epochs 2", 100, 18),
+        ("sft", 4, 3, "--max_steps 7", 100, 7),
         # 8 rows × 4 answers = 32 answers, 4 a step
-        (
-            "--num_generations 4 --gradient_accumulation_steps 4 --num_train_epochs 1",
-            "grpo", 8, 8,
-        ),
+        ("grpo", 1, 4, "--num_generations 4 --num_train_epochs 1", 8, 8),
     ],
-)  # fmt: skip
-def test_steps_are_reckoned_as_swift_counts_them(typed, script, rows, steps):
-    assert plan.num_steps(make(*typed.split(), script=script), rows) == steps
+)
+def test_steps_are_reckoned_as_swift_counts_them(script, batch, accumulated, more, rows, steps):
+    words = [f"--per_device_train_batch_size={batch}", "--gradient_accumulation_steps"]
+    made = make(*words, str(accumulated), *more.split(), script=script)
+    assert plan.num_steps(made, rows) == steps
 
 
 def test_what_changes_no_number_does_not_make_another_run():

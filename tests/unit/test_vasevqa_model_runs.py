@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from shared.errors import UserError
-from shared.files import write_json
+from shared.files import read_json, read_json_lines, write_json
 from vasevqa.model import merge as merge_script
-from vasevqa.model import merging, plan, runs
+from vasevqa.model import merging, plan, receipt, runs, training_files
 
 LAYER = "model.layers.0.self_attn.q_proj.weight"
 
@@ -48,11 +47,12 @@ def test_an_interrupted_run_is_continued_from_its_newest_checkpoint(state, tmp_p
     assert begun(tmp_path) == "checkpoint-10"
 
 
-def test_a_finished_run_moves_aside(tmp_path):
+@pytest.mark.parametrize(("state", "resume"), [("done", "auto"), ("stopped", "never")])
+def test_a_finished_run_moves_aside(state, resume, tmp_path):
     run_dir = tmp_path / "7B"
     checkpoint(run_dir / "checkpoint-2", 2)
-    status(run_dir, "done")
-    assert begun(run_dir) is None
+    status(run_dir, state)
+    assert begun(run_dir, resume=resume) is None
     assert (tmp_path / "7B.1" / "checkpoint-2").is_dir() and not list(run_dir.iterdir())
 
 
@@ -66,27 +66,16 @@ def test_other_settings_move_the_run_aside_and_are_named(tmp_path, caplog):
     assert (tmp_path / "7B.1").is_dir()
 
 
-def test_never_starts_anew(tmp_path):
-    run_dir = tmp_path / "7B"
-    checkpoint(run_dir / "checkpoint-2", 2)
-    status(run_dir, "stopped")
-    assert begun(run_dir, resume="never") is None and (tmp_path / "7B.1").is_dir()
-
-
 def test_a_checkpoint_that_was_half_written_is_passed_over(tmp_path, caplog):
     checkpoint(tmp_path / "checkpoint-2", 2, when=2)
     torn = checkpoint(tmp_path / "checkpoint-4", 4, when=4)
     content = (torn / "adapter_model.safetensors").read_bytes()
     (torn / "adapter_model.safetensors").write_bytes(content[:-3])
     checkpoint(tmp_path / "checkpoint-6", 5, when=6)  # another step than its name says
+    (checkpoint(tmp_path / "checkpoint-8", 8, when=8) / "trainer_state.json").unlink()
     status(tmp_path, "failed")
     assert begun(tmp_path) == "checkpoint-2"
     assert "checkpoint-4 is not whole" in caplog.text
-
-
-def test_a_checkpoint_without_its_last_file_is_none(tmp_path):
-    (checkpoint(tmp_path / "checkpoint-2", 2) / "trainer_state.json").unlink()
-    assert runs.newest(tmp_path) is None
 
 
 def test_a_named_checkpoint_has_to_be_whole(tmp_path):
@@ -95,19 +84,21 @@ def test_a_named_checkpoint_has_to_be_whole(tmp_path):
     (tmp_path / "checkpoint-8").mkdir()
     with pytest.raises(UserError, match="is no whole checkpoint"):
         runs.named(tmp_path / "checkpoint-8")
+    own = checkpoint(tmp_path / "swift" / "checkpoint-2", 2)
+    with pytest.raises(UserError, match="a run that this toolkit did not start"):
+        begun(own.parent)
 
 
 def test_resume_from_checkpoint_keeps_the_run_it_belongs_to(tmp_path):
-    checkpoint(tmp_path / "7B" / "checkpoint-2", 2, when=1)
-    checkpoint(tmp_path / "7B" / "checkpoint-4", 4, when=2)
+    for step in (2, 4):
+        checkpoint(tmp_path / "7B" / f"checkpoint-{step}", step, when=step)
     status(tmp_path / "7B", "done")
     named = tmp_path / "7B" / "checkpoint-2"
-    flags = {"output_dir": [str(tmp_path / "7B")], "resume_from_checkpoint": [str(named)]}
-    begun_plan = runs.begin(plan.Plan("sft", flags))
-    assert begun_plan.flags["resume_from_checkpoint"] == [str(named)] and named.is_dir()
-    other = {"output_dir": [str(tmp_path / "new")]} | {"resume_from_checkpoint": [str(named)]}
-    runs.begin(plan.Plan("sft", other))
-    assert named.is_dir()
+    for output_dir in ("7B", "new"):
+        flags = {"output_dir": [str(tmp_path / output_dir)]}
+        flags["resume_from_checkpoint"] = [str(named)]
+        begun_plan = runs.begin(plan.Plan("sft", flags))
+        assert begun_plan.flags["resume_from_checkpoint"] == [str(named)] and named.is_dir()
 
 
 # --- merging --------------------------------------------------------------------------------------
@@ -130,15 +121,12 @@ def lora(seed=0):
 
 
 def test_the_newest_adapter_is_chosen_whichever_run_it_is_of(tmp_path):
+    with pytest.raises(UserError, match=r"run ./sft.sh first, or type --adapters"):
+        merging.choose(None, tmp_path)
     checkpoint(tmp_path / "7B" / "checkpoint-600", 600, when=10)
     checkpoint(tmp_path / "GRPO" / "v0-x" / "checkpoint-30", 30, when=20)
     assert merging.choose(None, tmp_path).path.name == "checkpoint-30"
     assert merging.choose(str(tmp_path / "7B"), tmp_path).path.name == "checkpoint-600"
-
-
-def test_without_a_checkpoint_the_way_is_shown(tmp_path):
-    with pytest.raises(UserError, match=r"run ./sft.sh first, or type --adapters"):
-        merging.choose(None, tmp_path)
 
 
 def test_a_base_that_was_replaced_is_found_under_its_new_name(tmp_path):
@@ -185,14 +173,15 @@ def test_after_a_full_training_there_is_nothing_to_merge(tmp_path, caplog):
     whole = checkpoint(tmp_path / "GRPO" / "checkpoint-4", 4, adapter=False, when=9)
     (whole / "optimizer.pt").write_bytes(b"x")
     model(tmp_path / "checkpoint-merged")
+    model(tmp_path / "checkpoint-merged.1")
     assert run_merge(tmp_path) == 0
     assert "nothing to merge" in caplog.text
     target = tmp_path / "checkpoint-merged"
     assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert not (target / "optimizer.pt").exists() and whole.is_dir()
-    assert (tmp_path / "checkpoint-merged.1" / "model.safetensors").is_file()
+    assert (tmp_path / "checkpoint-merged.2" / "model.safetensors").is_file()
     assert run_merge(tmp_path) == 0  # once more: nothing is done
-    assert not (tmp_path / "checkpoint-merged.2").exists()
+    assert not (tmp_path / "checkpoint-merged.3").exists()
 
 
 def test_the_same_adapter_is_merged_once(tmp_path, caplog):
@@ -214,4 +203,30 @@ def test_a_dry_run_merges_nothing(tmp_path, capsys):
     line = capsys.readouterr().out
     assert line.startswith("swift export") and f"--model {base}" in line and "exist_ok" not in line
     assert not (tmp_path / "checkpoint-merged").exists()
-    assert json.loads((Path(base) / "config.json").read_text())
+
+
+# --- what became of each row ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_whole", [True, False])
+def test_a_row_that_swift_lost_on_its_way_is_named_where_it_was_to_see_all(
+    is_whole, tmp_path, caplog
+):
+    """Rows 1 to 5: trained on twice, trained on, for validation, left out, lost."""
+    data = tmp_path / "train.json"
+    turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "krater"}]
+    data.write_text(json.dumps([{"conversations": turns}] * 3 + [{}, {"conversations": turns}]))
+    file = training_files.open_file(data, [tmp_path], is_grpo=False)
+    file.leave_out()
+    places = [f"{at} {data}" for at in range(4)]
+    batches = [{"places": places[:2]}, {"places": places[:1]}]
+    (tmp_path / receipt.SEEN).write_text("".join(f"{json.dumps(batch)}\n" for batch in batches))
+    held = json.dumps({"receipt_place": places[2]})
+    (tmp_path / "val_dataset.jsonl").write_text(f"{held}\n")
+    status(tmp_path, "done")
+    receipt.close(tmp_path, {str(data): file}, is_whole=is_whole)
+    counts = {"rows": 5, "rows left out": 1, "rows for validation": 1, "rows trained on": 2}
+    assert read_json(tmp_path / "status.json")["data"] == counts
+    rows = list(read_json_lines(tmp_path / receipt.NAME))
+    assert [(row["row"], row["seen"]) for row in rows] == [(1, 2), (2, 1), (3, 0), (5, 0)]
+    assert (f"swift did not train on {data}, row 5" in caplog.text) is is_whole

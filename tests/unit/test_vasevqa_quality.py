@@ -27,20 +27,11 @@ def test_the_splits_have_eighty_ten_ten_of_each_label_and_nothing_in_common():
     assert sorted(parts.train + parts.val + parts.test) == sorted(FOUND)
     assert quality.split(list(reversed(FOUND)), 42) == parts
     assert quality.split(FOUND, 43) != parts
-
-
-def test_every_split_has_both_labels_even_of_three_pictures_each():
-    few = [(f"{label}/{n}", label) for label in (0, 1) for n in range(3)]
-    parts = quality.split(few, 0)
-    for part in (parts.train, parts.val, parts.test):
-        assert sorted(label for _, label in part) == [0, 1]
-
-
-def test_the_class_weights_make_both_labels_count_the_same():
-    parts = quality.split(FOUND, 42)
-    weights = parts.class_weights.tolist()
+    weights = parts.class_weights.tolist()  # both labels count the same
     assert weights == pytest.approx([96 / (2 * 80), 96 / (2 * 16)])
-    assert weights[0] * 80 == pytest.approx(weights[1] * 16)
+    few = quality.split([(f"{label}/{n}", label) for label in (0, 1) for n in range(3)], 0)
+    for part in (few.train, few.val, few.test):
+        assert sorted(label for _, label in part) == [0, 1]
 
 
 def test_only_the_training_split_is_varied(tmp_path):
@@ -54,25 +45,10 @@ def test_only_the_training_split_is_varied(tmp_path):
 
 
 def test_the_fixed_preparation_is_resizing_and_imagenets_normalisation():
-    image = torch.full((3, 60, 40), 128, dtype=torch.uint8)
-    found = quality.for_evaluation(32)(image)
+    found = quality.for_evaluation(32)(torch.full((3, 60, 40), 128, dtype=torch.uint8))
     assert found.shape == (3, 32, 32)
-    expected = [
-        (128 / 255 - m) / s
-        for m, s in zip((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), strict=True)
-    ]
-    assert found.mean((1, 2)).tolist() == pytest.approx(expected, abs=1e-5)
-
-
-def test_unreadable_pictures_are_left_out_before_the_split(tmp_path, caplog):
-    root = write_quality_set(tmp_path, each=5)
-    (root / "1" / "03.png").write_bytes(b"<html>")
-    found = quality.find_labelled(root)
-    good, skipped = quality.leave_out_unreadable(root, found, World(), workers=0, allowed=0.5)
-    assert len(good) == 9 and set(skipped.names) == {"1/03.png"}
-    assert "left out: 1/03.png" in caplog.text
-    with pytest.raises(UserError, match="at most 5% may be left out"):
-        quality.leave_out_unreadable(root, found, World(), workers=0, allowed=0.05)
+    mean, std = torch.tensor([(0.485, 0.456, 0.406), (0.229, 0.224, 0.225)])
+    assert torch.allclose(found.mean((1, 2)), (128 / 255 - mean) / std, atol=1e-5)
 
 
 # --- the net --------------------------------------------------------------------------------------
@@ -181,15 +157,6 @@ def test_measuring_counts_every_picture_of_uneven_batches():
     assert found.loss == pytest.approx(expected / (0.5 + 0.5 + 2 + 2))
 
 
-def test_the_course_is_drawn_without_a_window(tmp_path, monkeypatch):
-    monkeypatch.setenv("MPLBACKEND", "TkAgg")
-    history = quality.History()
-    for loss in (0.7, float("nan")):
-        history.add(loss, Measured.of([(0, 0), (1, 1)], loss), 1e-3)
-    quality.draw(tmp_path / "a.png", history, Measured.of([(0, 0), (1, 0)]))
-    assert Image.open(tmp_path / "a.png").size[0] > 600
-
-
 @pytest.mark.parametrize(
     ("gpu", "typed", "visible", "processes", "expected"),
     [
@@ -204,23 +171,5 @@ def test_the_course_is_drawn_without_a_window(tmp_path, monkeypatch):
 def test_the_default_gpu_is_a_wish(monkeypatch, gpu, typed, visible, processes, expected):
     monkeypatch.setattr(quality, "present_gpus", lambda: visible)
     assert quality.device_for(gpu, "auto", typed, processes, {}) == expected
-
-
-@pytest.mark.parametrize("visible", [0, 2])
-def test_a_typed_gpu_that_is_not_there_is_an_error(monkeypatch, visible):
-    monkeypatch.setattr(quality, "present_gpus", lambda: visible)
-    with pytest.raises(
-        UserError, match="--gpu 5 is not there; allowed: " + ("0 to 1" if visible else "none")
-    ):
+    with pytest.raises(UserError, match="--gpu 5 is not there; allowed: "):
         quality.device_for(5, "auto", ("gpu",), 1, {})
-
-
-def test_the_estimate_counts_the_net_and_grows_with_the_batch():
-    def rows(batch):
-        return {n: size for n, size, _ in quality.memory_plan("resnet18", 64, batch, 1).rows}
-
-    net = ImageQualityNet(arch="resnet18")
-    trained = sum(p.numel() for p in net.parameters())
-    few, many = rows(64), rows(128)
-    assert few["optimizer"] == 8 * trained  # Adam's two moments
-    assert 1.8 < many["activations"] / few["activations"] < 2.2

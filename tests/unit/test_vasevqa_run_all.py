@@ -46,36 +46,36 @@ def script(path: Path, output: Path | None = None, text: str = "{}", code: int =
         path.chmod(0o755)
 
 
+def furnish(root: Path, filtered: Path, output: Path) -> None:
+    """Scripts that do nothing but leave what the flow expects."""
+    script(root / "filter" / "model.py")
+    script(root / "filter" / "classifier.py")
+    script(root / "filter" / "clipfilter1.sh", filtered / "filtering_report.json")
+    script(root / "filter" / "clipfilter2.py", filtered / "best_views_report.json")
+    script(root / "model" / "sft.sh", output / "7B" / "report.html", "of the training")
+    script(root / "model" / "merge.sh", output / "checkpoint-merged" / "config.json")
+    script(root / "model" / "grpo.sh", output / "GRPO" / "args.json")
+    scores = output / "evaluation" / "vqa.json"
+    script(root / "model" / "evaluate.py", scores, json.dumps(SCORES))
+
+
 @pytest.fixture
 def recipe(tmp_path, monkeypatch) -> Path:
-    """A recipe whose scripts do nothing but leave what the flow expects of a demo."""
-    model, runs = tmp_path / "model", tmp_path / "demo" / "runs"
-    for name, path in (("RECIPE", tmp_path), ("MODEL", model), ("FILTER", tmp_path / "filter")):
+    """A recipe with such scripts, for its demo."""
+    places = {"RECIPE": tmp_path, "MODEL": tmp_path / "model", "FILTER": tmp_path / "filter"}
+    for name, path in places.items():
         monkeypatch.setattr(run_all, name, path)
-    filtered = runs / "filter" / "filtered_vases"
-    script(tmp_path / "filter" / "model.py")
-    script(tmp_path / "filter" / "classifier.py")
-    script(tmp_path / "filter" / "clipfilter1.sh", filtered / "filtering_report.json")
-    script(tmp_path / "filter" / "clipfilter2.py", filtered / "best_views_report.json")
-    script(model / "sft.sh", runs / "7B" / "report.html", "of the training")
-    script(model / "merge.sh", runs / "checkpoint-merged" / "config.json")
-    script(model / "grpo.sh", runs / "GRPO" / "args.json")
-    script(model / "evaluate.py", runs / "evaluation" / "vqa.json", json.dumps(SCORES))
+    runs = tmp_path / "demo" / "runs"
+    furnish(tmp_path, runs / "filter" / "filtered_vases", runs)
     return tmp_path
 
 
-def test_the_stages_are_those_of_the_documents_in_their_order():
+def test_the_stages_are_the_documents_commands_in_their_order():
     assert list(commands())[:7] == DOCUMENTED
     assert list(commands("--demo")) == ["quality", *DOCUMENTED, "evaluate"]
-
-
-def test_every_stage_runs_a_script_that_is_there():
     for name, words in commands("--demo").items():
         named = words[1] if words[0] == run_all.sys.executable else words[0]
         assert Path(named).is_file() and "--demo" in words, name
-
-
-def test_the_filter_is_told_how_much_to_keep_and_asks_nothing():
     assert commands("--keep", "0.5")["clipfilter1"][1:] == ["2", "--yes", "--keep", "0.5"]
 
 
@@ -124,17 +124,12 @@ def test_a_stage_that_is_none_and_a_running_chain_leave_what_is_there(tmp_path):
 
 
 def test_a_changed_data_file_runs_its_stage_and_all_after_it(recipe):
-    model, filtered = recipe / "model", recipe / "filter" / "filtered_vases"
-    script(recipe / "filter" / "clipfilter1.sh", filtered / "filtering_report.json")
-    script(recipe / "filter" / "clipfilter2.py", filtered / "best_views_report.json")
-    script(model / "sft.sh", model / "output" / "7B" / "args.json")
-    script(model / "merge.sh", model / "output" / "checkpoint-merged" / "config.json")
-    script(model / "grpo.sh", model / "output" / "GRPO" / "args.json")
+    model = recipe / "model"
+    furnish(recipe, recipe / "filter" / "filtered_vases", model / "output")
     data = model / "data" / "grpo_video_dataset.json"
     data.parent.mkdir()
     data.write_text("[]")
     assert flow().code == 0
-    assert "stage grpo: already done" in flow().text
     data.write_text("[1]")
     text = flow().text
     assert "stage merge: already done" in text

@@ -1,14 +1,16 @@
-"""Starting swift: in this process, or as torchrun's processes."""
+"""Starting swift, as torchrun's processes too; the memory that it will take."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 import pytest
+import torch
 
 from shared.errors import MissingToolError
-from vasevqa.model import memory, plan, swift_command
+from vasevqa.model import memory, out_of_memory, plan, swift_command
 
 
 class Replaced(Exception):  # noqa: N818
@@ -45,30 +47,56 @@ def test_an_unknown_command_names_the_package(monkeypatch):
         swift_command.main(["nothing"])
 
 
-SEVEN = {"model": ["/nowhere"], "torch_dtype": ["bfloat16"], "output_dir": ["/o"]}
+@pytest.fixture
+def _sigterm():
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.slow
-def test_the_memory_plan_of_7b_stands_beside_the_documents_figure():
-    sft = plan.Plan("sft", {**SEVEN, "lora_rank": ["8"], "max_length": ["4096"]})
-    text = memory.text(sft, 1003520)
-    # 8,292,166,656 parameters: the figure of the model's card (8.29 B) in bfloat16
-    assert "8,292,166,656" in text and "16.58 GB" in text
-    assert "at least 24 GB" in text
-    total = float(text.split("in all")[1].split("GB")[0])
-    assert 17 < total < 24
+@pytest.mark.usefixtures("_sigterm")
+def test_one_of_several_processes_explains_a_lack_of_memory_in_a_plan_or_a_line(tmp_path, capsys):
+    words = ["sft", "--model", "/nowhere", "--tuner_type", "full", "--output_dir", str(tmp_path)]
+    environ = {"WORLD_SIZE": "4"}
+    with out_of_memory._first(tmp_path) as is_first:  # another rank is at it
+        assert is_first
+        out_of_memory.explain(words, environ)
+        assert capsys.readouterr().err == ""
+    out_of_memory.explain(words, environ)
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("what helps most: --deepspeed zero3 (saves ") and last.count(";") == 2
+    out_of_memory.explain(["sft", "--output_dir", str(tmp_path / "nowhere")], environ)
+    assert capsys.readouterr().err.splitlines()[-1].startswith("no memory plan: ")
+
+
+def rows_of(**changes):
+    """Bytes of each row of the plan of four processes; the model is that of 7B."""
+    flags = {"model": ["/nowhere"]} | {name: [value] for name, value in changes.items()}
+    found = memory.plan(plan.Plan("sft", flags, world_size=4), 1003520)
+    return {what: size for what, size, _ in found.rows}
 
 
 @pytest.mark.slow
-def test_lora_of_rank_8_counts_what_peft_counts(tmp_path):
-    import torch
+def test_lora_of_rank_8_counts_what_peft_counts():
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig
 
-    run = plan.Plan("sft", SEVEN | {"model": [str(tmp_path)]})
-    rows = {what: size for what, size, _ in memory.plan(run, 1003520).rows}
     targets = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(Qwen2_5_VLConfig(**memory.SEVEN_BILLION))
         tuned = get_peft_model(model, LoraConfig(r=8, target_modules=targets))
-    assert rows["LoRA"] == 4 * sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+    assert rows_of()["LoRA"] == 4 * sum(p.numel() for p in tuned.parameters() if p.requires_grad)
+
+
+@pytest.mark.slow
+def test_zero3_divides_weights_gradients_and_moments_by_the_processes():
+    full = {"tuner_type": "full", "freeze_vit": "false"}
+    one = rows_of(**full)
+    two, three = (rows_of(**full, deepspeed=stage) for stage in ("zero2", "zero3"))
+    count = 8_292_166_656  # of the model's card, all of them trained
+    assert one["weights"] == two["weights"] == pytest.approx(2 * count, abs=1000)
+    assert three["weights"] == one["weights"] // 4
+    assert three["optimizer"] == two["optimizer"] == 2 * 2 * count // 4
+    assert two["gradients"] == one["gradients"] // 4
+    assert three["activations"] == one["activations"]
