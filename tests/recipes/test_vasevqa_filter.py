@@ -341,17 +341,7 @@ def test_a_cache_directory_serves_several_outputs(flags, place):
     assert not list((place / "second").glob("embeddings-*"))
 
 
-def test_what_the_first_edition_kept_is_named_and_stays(flags, place):
-    (place / "out" / ".clipfilter1" / "scores.jsonl").unlink()
-    old = place / "out" / ".clipfilter1" / "scores-abc" / "part-0000.jsonl"
-    old.parent.mkdir()
-    old.write_text('{"filename": "a.jpg"}\n')
-    outcome = filtered(flags)
-    assert f"{old} is of the first edition: it stays as it is, is not read" in outcome.text
-    assert old.read_text() == '{"filename": "a.jpg"}\n'
-
-
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.limit(240)
 def test_two_processes_decide_as_one_and_one_goes_on_where_two_stopped(first, flags, place):
     shutil.rmtree(place / "out")

@@ -44,7 +44,6 @@ log = logging.getLogger(__name__)
 
 RECIPE = "vasevqa/filter"
 SUFFIXES = images.SUFFIXES | {".tif", ".tiff"}
-_FIRST_EDITION = ("scores-*/part-*.jsonl", "results-*/part-*.jsonl", "decision.db")
 _EVERY = 10.0  # seconds between lines
 
 
@@ -163,12 +162,8 @@ class Pass:
     def open_scores(self, made_by: str) -> None:
         """Continue scores.jsonl where its first line names `made_by`; else begin it anew."""
         if self._world.is_main:
-            old = next((p for kind in _FIRST_EDITION for p in self.directory.glob(kind)), None)
             head = json.dumps({"made_by": made_by}) + "\n"
             if not _begins_with(self.path, head):
-                if old:
-                    log.info("%s is of the first edition: it stays as it is, is not read, and "
-                             "the pass begins anew", old)  # fmt: skip
                 for part in self._parts():
                     part.unlink()
                 write_text(self.path, head)
