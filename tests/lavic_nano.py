@@ -1,5 +1,8 @@
 """The lavic demo at nano size: its formats and checkpoint, of a model that has learnt nothing."""
 
+import shutil
+import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +15,22 @@ NUM_VALID = 6
 
 
 def build_nano(root: Path) -> demo.DemoPaths:
-    """A demo in two seconds: the language model is random."""
+    """A copy of the one that a process makes: the language model is random."""
+    shutil.copytree(_made().name, root, dirs_exist_ok=True)
+    return demo.DemoPaths(root)
+
+
+@cache
+def _made() -> tempfile.TemporaryDirectory[str]:
+    made = tempfile.TemporaryDirectory(prefix="lavic-nano-")
     with pytest.MonkeyPatch.context() as patch:
         for module, sizes in UNTAUGHT.items():
             for name, value in sizes.items():
                 patch.setattr(module, name, value)
-        paths = demo.build(root)
+        paths = demo.build(Path(made.name))
     lines = paths.val_data.read_text(encoding="utf-8").splitlines(keepends=True)
     paths.val_data.write_text("".join(lines[:NUM_VALID]), encoding="utf-8")
-    return paths
+    return made
 
 
 def _draw(model: Any, _make: object) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import random
 import tempfile
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,28 +23,14 @@ from lavic.src.vision.model import VISION_TARGETS, add_item_tokens, load_base
 MISSING, DAMAGED = 0, 1  # the items without a usable picture
 
 
-@dataclass(frozen=True)
 class Nano:
-    """Where everything lies, and the products."""
+    """Where everything is, and the products."""
 
-    root: Path
-    items: list[Item]
-
-    @property
-    def model(self) -> Path:
-        return self.root / "model"
-
-    @property
-    def adapter(self) -> Path:
-        return self.root / "vision_lora_adapter_best"
-
-    @property
-    def images(self) -> Path:
-        return self.root / "data" / "train_images"
-
-    @property
-    def meta(self) -> Path:
-        return self.root / "data" / "item2meta_train.json"
+    def __init__(self, root: Path, items: list[Item]) -> None:
+        self.root, self.items = root, items
+        self.model, self.adapter = root / "model", root / "vision_lora_adapter_best"
+        self.images = root / "data" / "train_images"
+        self.meta = root / "data" / "item2meta_train.json"
 
     def talks(self, split: str) -> Path:
         return self.root / "data" / "all_beauty" / f"{split}.jsonl"
@@ -61,29 +46,23 @@ class Nano:
         ]
 
 
+_kept: list[tempfile.TemporaryDirectory[str]] = []
+
+
 @cache
 def nano() -> Nano:
     """One for all tests of a process, which leave it as it is."""
     _kept.append(tempfile.TemporaryDirectory(prefix="lavic-"))
-    return build_nano(Path(_kept[-1].name))
-
-
-_kept: list[tempfile.TemporaryDirectory[str]] = []
-
-
-def build_nano(root: Path, seed: int = 0) -> Nano:
-    """Write all of it below `root`."""
-    rng = np.random.default_rng(seed)
-    nano = Nano(root, make_items(all_looks()[:24], rng))
-    _write_model(nano, seed)
-    _write_products(nano, rng)
-    counts = {"train": 12, "valid": 4, "test": 7}
-    for split, count in counts.items():
-        path = nano.talks(split)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [_talk(nano.items, random.Random(f"{seed}{split}{n}")) for n in range(count)]
-        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    return nano
+    rng = np.random.default_rng(0)
+    made = Nano(Path(_kept[-1].name), make_items(all_looks()[:24], rng))
+    _write_model(made)
+    _write_products(made, rng)
+    _write_validation(made, rng)
+    for split, count in {"train": 12, "valid": 4, "test": 7}.items():
+        made.talks(split).parent.mkdir(exist_ok=True)
+        talks = [_talk(made.items, random.Random(f"0{split}{n}")) for n in range(count)]
+        _write_lines(made.talks(split), talks)
+    return made
 
 
 def load(nano: Nano) -> tuple[Any, Any, list[int]]:
@@ -99,8 +78,8 @@ def shake(model: Any, seed: int, size: float = 0.05) -> None:
         parameter.data.normal_(0, size, generator=generator)
 
 
-def _write_model(nano: Nano, seed: int) -> None:
-    torch.manual_seed(seed)
+def _write_model(nano: Nano) -> None:
+    torch.manual_seed(0)
     processor = demo_model.make_processor(demo_model.make_tokenizer(nano.items))
     model = demo_model.make_model(processor.tokenizer)
     with torch.no_grad():
@@ -111,37 +90,33 @@ def _write_model(nano: Nano, seed: int) -> None:
     processor.save_pretrained(nano.model)
     base, processor, _ = load(nano)
     wrapped = add_adapter(base, VISION_TARGETS)
-    shake(wrapped, seed)
+    shake(wrapped, 0)
     save_adapter(wrapped, processor, nano.adapter)
 
 
 def _write_products(nano: Nano, rng: np.random.Generator) -> None:
     nano.images.mkdir(parents=True)
-    meta = {}
     for number, item in enumerate(nano.items):
-        meta[item.id] = {"title": item.title, "images": []}
         path = nano.images / f"{item.id}_0.jpg"
         if number != MISSING:
             draw(item.look, SIZES[number % len(SIZES)], rng).save(path)
         if number == DAMAGED:
             path.write_bytes(path.read_bytes()[:300])
+    meta = {item.id: {"title": item.title, "images": []} for item in nano.items}
     nano.meta.write_text(json.dumps(meta, ensure_ascii=False), encoding="utf-8")
-    _write_validation(nano, rng)
 
 
 def _write_validation(nano: Nano, rng: np.random.Generator) -> None:
     """Stage 1's validation: five pictures of other items, the last of them damaged."""
-    lines = []
+    lines, folder = [], nano.root / "data" / "valid_images"
+    folder.mkdir()
     for number, look in enumerate(all_looks()[-5:]):
         name = f"B1DEMO{number:04d}_0.jpg"
-        path = nano.root / "data" / "valid_images" / name
-        path.parent.mkdir(exist_ok=True)
-        draw(look, SIZES[number % len(SIZES)], rng).save(path)
+        draw(look, SIZES[number % len(SIZES)], rng).save(folder / name)
         row = {"title": f"Sign {number}", "image_name": name, "image": "http://127.0.0.1/x"}
         lines.append(row | {"image_description_llava_cleaned": look.description})
-    path.write_bytes(b"no picture")
-    text = "".join(json.dumps(line) + "\n" for line in lines)
-    (nano.root / "data" / "item2meta_valid.jsonl").write_text(text)
+    (folder / name).write_bytes(b"no picture")
+    _write_lines(nano.root / "data" / "item2meta_valid.jsonl", lines)
 
 
 def _talk(items: list[Item], rng: random.Random) -> dict[str, Any]:
@@ -154,3 +129,7 @@ def _talk(items: list[Item], rng: random.Random) -> dict[str, Any]:
         "candidates_st": rng.sample(chosen, 4),
         "candidates_gpt_large": rng.sample(chosen, 5),
     }
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -1,6 +1,6 @@
 """lavic's README commands, typed as they stand, on the demo's data at the documented places.
 
-Every command of the page is in one of the two tables here; a new one fails until it is.
+Every command of the page is in one of the tables here (tests/unit/test_readme_commands.py).
 """
 
 from __future__ import annotations
@@ -18,10 +18,18 @@ from pathlib import Path
 import pytest
 
 from lavic.demo_data import demo
+from lavic.src import knowledge_distillation, prompt_tuning
 from shared.files import read_json, read_json_lines
-from tests.harness import ROOT, environment, processes_of, status_of, wait_until
-from tests.hub_server import forget_the_users_settings
-from tests.picture_server import PictureServer
+from tests.harness import (
+    ROOT,
+    environment,
+    finished,
+    processes_of,
+    run_here,
+    status_of,
+    wait_until,
+)
+from tests.lavic_nano import flags_of
 
 pytestmark = [pytest.mark.full, pytest.mark.serial, pytest.mark.limit(900)]
 
@@ -44,37 +52,28 @@ IN_RECIPE = (
     "tail -F logs/latest.log",
 )
 IN_SRC = (
-    "python crawl_images.py",
-    "python crawl_images.py --workers 64",
-    "python crawl_images.py --train-only",
-    "python crawl_images.py --valid-only",
-    "python crawl_images.py --dry-run",
-    "python knowledge_distillation.py --estimate",
     f"python prompt_tuning.py {ADAPTER}",
     f"python prompt_tuning.py {ADAPTER} --category amazon_fashion "
     "--candidate_type candidates_gpt_large",
-    "python prompt_tuning.py --estimate",
     "python evaluate.py",
     "python evaluate.py --checkpoint out_finetuned",
     "python evaluate.py --checkpoint out_finetuned --category amazon_home",
     "python evaluate.py --checkpoint out_finetuned --limit 100",
     "python evaluate.py --demo",
-    'python describe.py picture.jpg --title "Desk Tag"',
 )
 NEEDS = {
     "./real_weights.sh --dry-run": "tests/shell/test_real_weights_sh.py",
     "./real_weights.sh": "a GPU and a download; on stubs: tests/shell/test_real_weights_sh.py",
     "cd lavic": "typed by every test",
     "pip install -r requirements.txt": "the network",
+    'python describe.py picture.jpg --title "Desk Tag"': "tests/recipes/test_lavic_evaluate.py",
+    **{
+        f"python crawl_images.py{flag}": "tests/unit/test_lavic_crawl.py"
+        for flag in ("", " --workers 64", " --train-only", " --valid-only", " --dry-run")
+    },
+    "python knowledge_distillation.py --estimate": "tests/unit/test_readme_memory.py",
+    "python prompt_tuning.py --estimate": "tests/unit/test_readme_memory.py",
 }
-
-
-def test_every_command_of_the_page_is_run_or_says_what_it_needs():
-    blocks = re.findall(
-        r"^```bash\n(.*?)^```", (ROOT / "lavic" / "README.md").read_text(), re.M | re.S
-    )
-    lines = (re.sub(r"\s+# .*", "", line).strip() for b in blocks for line in b.splitlines())
-    assert {line for line in lines if line} == {*IN_RECIPE, *IN_SRC, *NEEDS}
 
 
 @pytest.fixture(scope="module")
@@ -118,11 +117,6 @@ def typed(command: str, cwd: Path, timeout: float = 600, **env: str):
     )  # fmt: skip
 
 
-def finished(outcome: subprocess.CompletedProcess[str]) -> str:
-    assert outcome.returncode == 0, outcome.stdout[-3000:] + outcome.stderr[-3000:]
-    return outcome.stdout
-
-
 def background(command: str, cwd: Path) -> str:
     """Start the command; what marks its processes."""
     env = environment(HF_HUB_OFFLINE="1")
@@ -130,10 +124,9 @@ def background(command: str, cwd: Path) -> str:
     return env["TOOLKIT_TEST_TOKEN"]
 
 
-def monitor(house: Path, *flags: str) -> tuple[int, dict[str, object]]:
-    """Exit code and content of `./monitor_training.sh --json`."""
-    outcome = typed(" ".join(["./monitor_training.sh", "--json", *flags]), house)
-    return outcome.returncode, json.loads(outcome.stdout)
+def state(house: Path) -> str:
+    """What `./monitor_training.sh --json` says of the newest run."""
+    return json.loads(typed("./monitor_training.sh --json", house).stdout)["state"]
 
 
 def test_stage_1_as_documented(house):
@@ -179,8 +172,8 @@ def test_stage_2_as_documented(trained):
     src, out = trained / "src", trained / "src" / "out_finetuned"
     for command, cwd, category, kind in (
         (IN_RECIPE[7], trained, "amazon_home", "candidates_st"),
-        (IN_SRC[6], src, "all_beauty", "candidates_st"),
-        (IN_SRC[7], src, "amazon_fashion", "candidates_gpt_large"),
+        (IN_SRC[0], src, "all_beauty", "candidates_st"),
+        (IN_SRC[1], src, "amazon_fashion", "candidates_gpt_large"),
     ):
         finished(typed(command, cwd))
         assert len(list(read_json_lines(out / f"test_results_{kind}.jsonl"))) == 60
@@ -191,7 +184,7 @@ def test_stage_2_as_documented(trained):
 
 def test_evaluation_as_documented(trained):
     src = trained / "src"
-    for command in IN_SRC[9:13]:
+    for command in IN_SRC[2:6]:
         assert "evaluation.json" in finished(typed(command, src))
     found = read_json(src / "out_finetuned" / "evaluation" / "evaluation.json")
     assert found["counts"]["conversations"] == 60
@@ -199,64 +192,22 @@ def test_evaluation_as_documented(trained):
     assert found["metrics"]["val_loss"] < 3
 
 
-def test_estimates_need_no_weights_and_no_gpu(house):
-    for command in (IN_SRC[5], IN_SRC[8]):
-        assert "in all" in finished(typed(command, house / "src"))
-
-
-def test_the_crawler_as_documented(house, tmp_path, monkeypatch):
-    """On a shop of the demo's pictures: from src/, into data/ beside it."""
-    forget_the_users_settings(monkeypatch)
-    recipe = tmp_path / "lavic"
-    shutil.copytree(house, recipe, symlinks=True, ignore=shutil.ignore_patterns("out_*"))
-    (tmp_path / "shared").symlink_to(ROOT / "shared")
-    data = recipe / "data"
-    pictures = {p.name: p.read_bytes() for p in data.glob("*_images/*.jpg")}
-    with PictureServer(pictures) as shop:
-        for name in ("item2meta_train.json", "item2meta_valid.jsonl"):
-            text = (data / name).read_text().replace("https://images.example", f"{shop.url}/i")
-            (data / name).write_text(text)
-        for command in IN_SRC[:5]:
-            for folder in ("train_images", "valid_images"):
-                shutil.rmtree(data / folder, ignore_errors=True)
-            finished(typed(command, recipe / "src", NO_PROXY="127.0.0.1"))
-            have = {p.name: p.read_bytes() for p in data.glob("*_images/[!.]*")}
-            counts = {"--train-only": 324, "--valid-only": 54, "--dry-run": 0}
-            assert len(have) == counts.get(command.split()[-1], 378)
-            assert all(pictures[name] == content for name, content in have.items())
-
-
-def test_a_picture_is_described(trained):
-    picture = next((trained / "data" / "valid_images").iterdir())
-    shutil.copy(picture, trained / "src" / "picture.jpg")
-    said = finished(typed(IN_SRC[-1], trained / "src"))
-    assert "picture.jpg\n  before  " in said and "\n  after   " in said
-
-
-def test_the_monitor_on_every_kind_of_end(trained):
-    code, seen = monitor(trained)
-    assert (code, seen["state"]) == (0, "done")
-    assert "DONE" in finished(typed("./monitor_training.sh", trained))
-    assert "DONE" in finished(typed("./monitor_training.sh --once", trained))
-
+def test_the_monitor_sees_a_finished_run_and_stops_a_running_one(trained):
+    """Its other answers: tests/faults/test_faults_monitor.py."""
+    assert state(trained) == "done"
+    for command in ("./monitor_training.sh", "./monitor_training.sh --once"):
+        assert "DONE" in finished(typed(command, trained))
     token = background("nohup ./run_training.sh --num_epochs 50 > /dev/null 2>&1 &", trained)
-    wait_until(lambda: monitor(trained)[1]["state"] == "running", "the run", 120)
+    wait_until(lambda: state(trained) == "running", "the run", 120)
     finished(typed("./monitor_training.sh --stop", trained))
     assert not processes_of(token)
-    code, seen = monitor(trained)
-    assert (code, seen["state"]) == (0, "stopped")
+    assert state(trained) == "stopped"
 
-    token = background("nohup ./run_training.sh --num_epochs 50 > /dev/null 2>&1 &", trained)
-    wait_until(lambda: monitor(trained)[1]["state"] == "running", "the run", 120)
-    for pid in processes_of(token):
-        os.kill(pid, signal.SIGKILL)
-    wait_until(lambda: monitor(trained)[1]["state"] == "stale", "the staleness", 60)
-    assert monitor(trained)[0] == 1
 
-    broken = "./run_training.sh --num_epochs 1 --lr 1e9 --max-bad-steps 2 --resume never"
-    assert typed(broken, trained).returncode == 1
-    code, seen = monitor(trained)
-    assert (code, seen["state"]) == (1, "failed")
+def has_learnt(first, second) -> bool:
+    """Whether the results of both stages are far better than before them, and than chance."""
+    gain, chance = second["after"] - second["before"], second["chance"]
+    return first["after"] < 0.8 * first["before"] and gain > 0.2 and second["after"] > 3 * chance
 
 
 def test_both_stages_of_the_demo_learn():
@@ -264,11 +215,28 @@ def test_both_stages_of_the_demo_learn():
     for command in IN_RECIPE[:2]:
         finished(typed(command, ROOT / "lavic"))
     runs = ROOT / "lavic" / "demo" / "runs"
-    first, second = (
-        status_of(runs / name)["result"] for name in ("out_distilled", "out_finetuned")
-    )
-    print(f"demo: {first} | {second}, {time.monotonic() - began:.0f} s")
-    assert first["after"] < 0.8 * first["before"]
-    assert second["after"] > second["before"] + 0.2
-    assert second["after"] > 3 * second["chance"]
+    results = [status_of(runs / name)["result"] for name in ("out_distilled", "out_finetuned")]
+    print(f"demo: {results[0]} | {results[1]}, {time.monotonic() - began:.0f} s")
+    assert has_learnt(*results), results
     assert "recall@1" in finished(typed("python evaluate.py --demo", ROOT / "lavic" / "src"))
+
+
+@pytest.mark.limit(1800)
+def test_the_demo_of_another_seed_is_learnt_as_well(tmp_path):
+    """0.63 to 0.38, and 0.18 to 0.68, on one machine."""
+    paths, results = demo.build(tmp_path, seed=1), []
+    first = [*flags_of(paths, paths.distilled), "--max_samples", "all"]
+    second = [
+        *("--model_dir", paths.distilled / "vision_lora_adapter_best", "--data_root", paths.data),
+        *("--item_meta_path", paths.train_data, "--image_dir", paths.train_images),
+        *("--finetune_output_dir", paths.finetuned, "--cache", tmp_path / "vectors"),
+    ]
+    for stage, run_dir, given in (
+        (knowledge_distillation, paths.distilled, first),
+        (prompt_tuning, paths.finetuned, second),
+    ):
+        words = [f"--{n}" if v is True else f"--{n}={v}" for n, v in stage.DEMO.items()]
+        outcome = run_here(stage.main, [*given, *words, "--device", "cpu"])
+        assert outcome.code == 0, outcome.text
+        results.append(status_of(run_dir)["result"])
+    assert has_learnt(*results), results

@@ -1,29 +1,34 @@
-"""evaluate.py on adapters of both stages."""
+"""evaluate.py on adapters of both stages, describe.py; and --load_in_4bit and --device_map.
+
+The language model in NF4 is that of bitsandbytes' CPU back end, where it is installed.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import pytest
 import torch
 
-from lavic.src import describe, evaluate, prompt_tuning
+import shared.memory
+from lavic.src import describe, evaluate, knowledge_distillation, prompt_tuning
+from lavic.src.recommend import memory as of_tuning
+from lavic.src.vision import memory as of_distillation
 from lavic.src.vision.adapters import load_adapter
 from lavic.src.vision.captions import prompt
-from lavic.src.vision.model import ITEM_TOKENS, cls_vectors, picture_views
+from lavic.src.vision.model import ITEM_TOKENS, cls_vectors, load_base, picture_views
 from shared.files import read_json, read_json_lines
 from shared.images import read_rgb
-from tests.harness import run_here, status_of
+from tests.harness import losses, run_here, status_of
+from tests.lavic_nano import build_nano, flags_of
 from tests.lavic_talks import load, nano
 
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """The run directory of a short stage 2."""
-    run_dir = tmp_path_factory.mktemp("run") / "out"
-    flags = [*nano().flags(run_dir), "--num_epochs", 1, "--no-evaluate-before"]
-    assert run_here(prompt_tuning.main, flags).code == 0
-    return run_dir
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_gpu])]
 
 
 @pytest.fixture
@@ -34,26 +39,32 @@ def flags(tmp_path):
     ]
 
 
+def seen(base, model, processor, picture, title):
+    """(embeddings of the question about a picture, of five slots; the place behind it)."""
+    views = cls_vectors(model, picture_views(processor, read_rgb(picture)))
+    asked = processor.tokenizer(prompt(title, len(ITEM_TOKENS)))["input_ids"]
+    embeds = base.model.language_model.embed_tokens(torch.tensor(asked))
+    first = asked.index(processor.tokenizer.convert_tokens_to_ids(ITEM_TOKENS[0]))
+    embeds[first : first + len(views)] = views
+    return embeds, len(asked)
+
+
 def by_hand():
     """Summed loss and tokens of the good validation pictures, one at a time, all logits formed."""
-    base, processor, item_ids = load(nano())
+    base, processor, _ = load(nano())
     model = load_adapter(base, nano().adapter)
-    core, tokenizer = model.get_base_model().model, processor.tokenizer
     total, count = 0.0, 0
     for row in list(read_json_lines(nano().root / "data" / "item2meta_valid.jsonl"))[:4]:
-        picture = read_rgb(nano().root / "data" / "valid_images" / row["image_name"])
-        views = cls_vectors(model, picture_views(processor, picture))
-        asked = tokenizer(prompt(row["title"], len(ITEM_TOKENS)))["input_ids"]
-        said = tokenizer(row["image_description_llava_cleaned"], add_special_tokens=False)
-        ids = torch.tensor(asked + said["input_ids"])
-        embeds = core.language_model.embed_tokens(ids)
-        first = asked.index(item_ids[0])
-        embeds[first : first + len(views)] = views
-        hidden = core.language_model(inputs_embeds=embeds[None]).last_hidden_state[0]
-        logs = model.get_base_model().lm_head(hidden).log_softmax(-1)
-        for place in range(len(asked), len(ids)):
-            total -= float(logs[place - 1, ids[place]])
-            count += 1
+        picture = nano().root / "data" / "valid_images" / row["image_name"]
+        embeds, start = seen(base, model, processor, picture, row["title"])
+        text = row["image_description_llava_cleaned"]
+        said = torch.tensor(processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+        core = base.model.language_model
+        whole = torch.cat([embeds, core.embed_tokens(said)])
+        hidden = core(inputs_embeds=whole[None]).last_hidden_state[0]
+        logs = base.lm_head(hidden).log_softmax(-1)[start - 1 : -1]
+        total -= float(logs.gather(1, said[:, None]).sum())
+        count += len(said)
     return total, count
 
 
@@ -61,54 +72,63 @@ def by_hand():
 def test_a_vision_adapter_gets_its_validation_loss(flags, tmp_path):
     outcome = run_here(evaluate.main, [*flags, "--checkpoint", nano().adapter])
     assert outcome.code == 0, outcome.text
-    found = read_json(tmp_path / "results" / "evaluation.json")
     total, count = by_hand()
-    assert found["metrics"]["val_loss"] == pytest.approx(total / count, rel=1e-5)
-    assert found["metrics"]["val_perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    found = read_json(tmp_path / "results" / "evaluation.json")
+    assert found["metrics"] == {
+        "val_loss": pytest.approx(total / count, rel=1e-5),
+        "val_perplexity": pytest.approx(math.exp(total / count), rel=1e-4),
+    }
     assert found["counts"] == {"samples": 4, "tokens": count, "left_out": 1}
-    assert found["schema"] == 1 and found["stage"] == 1
+    assert (found["schema"], found["stage"]) == (1, 1)
     assert found["checkpoint"] == str(nano().adapter)
     assert found["data"] == str(nano().root / "data")
     assert "val_loss" in outcome.text
 
 
-def test_a_recommender_gets_the_figures_of_its_training(flags, trained, tmp_path):
-    outcome = run_here(evaluate.main, [*flags, "--checkpoint", trained])
+@pytest.mark.parametrize(
+    ("device", "packed"),
+    [
+        ("cpu", []),
+        pytest.param("cpu", ["--load_in_4bit"], marks=needs_bitsandbytes),
+        pytest.param("cuda", ["--load_in_4bit"], marks=[pytest.mark.gpu, needs_gpu]),
+    ],
+)
+def test_a_recommender_gets_the_figures_of_its_training(flags, tmp_path, device, packed):
+    trained, results = tmp_path / "out", tmp_path / "results"
+    flags += [*packed, "--device", device]
+    words = [*nano().flags(trained, tmp_path / "vectors"), *packed, "--device", device]
+    outcome = run_here(prompt_tuning.main, [*words, "--no-evaluate-before"])
     assert outcome.code == 0, outcome.text
-    found = read_json(tmp_path / "results" / "evaluation.json")
+    found = losses(trained, "train_loss")
+    assert found[max(found)] < found[1]
+    outcome = run_here(evaluate.main, [*flags, "--checkpoint", trained, "--batch-size", 3])
+    assert outcome.code == 0, outcome.text
+    found = read_json(results / "evaluation.json")
     assert found["metrics"]["recall@1"] == status_of(trained)["result"]["after"]
     assert found["counts"]["conversations"] == 7 and found["stage"] == 2
     assert found["category"] == "all_beauty" and found["candidate_type"] == "candidates_st"
     name = "test_results_candidates_st.jsonl"
-    ours, theirs = (list(read_json_lines(d / name)) for d in (tmp_path / "results", trained))
+    ours, theirs = (list(read_json_lines(place / name)) for place in (results, trained))
     assert ours == theirs
 
-
-def test_a_recommender_on_other_candidates_and_fewer_conversations(flags, trained, tmp_path):
     extra = ["--checkpoint", trained / "trained_lora_adapter", "--limit", 3]
     outcome = run_here(evaluate.main, [*flags, *extra, "--candidate-type", "candidates_gpt_large"])
     assert outcome.code == 0, outcome.text
-    found = read_json(tmp_path / "results" / "evaluation.json")
-    assert found["counts"]["conversations"] == 3
-    rows = list(read_json_lines(tmp_path / "results" / "test_results_candidates_gpt_large.jsonl"))
+    assert read_json(results / "evaluation.json")["counts"]["conversations"] == 3
+    rows = list(read_json_lines(results / "test_results_candidates_gpt_large.jsonl"))
     assert len(rows) == 3 and "recommended_gpt_large" in rows[0]
 
 
-def words_of(model, picture, title, count):
-    """What transformers' own generate says of a picture, five slots."""
-    base, processor, item_ids = load(nano())
-    tokenizer, llava = processor.tokenizer, model(base)
-    views = cls_vectors(llava, picture_views(processor, read_rgb(picture)))
-    ids = torch.tensor(tokenizer(prompt(title, len(ITEM_TOKENS)))["input_ids"])
-    plain = llava.get_base_model() if hasattr(llava, "get_base_model") else llava
-    embeds = plain.model.language_model.embed_tokens(ids)
-    first = ids.tolist().index(item_ids[0])
-    embeds[first : first + len(views)] = views
-    said = plain.generate(
-        inputs_embeds=embeds[None], attention_mask=torch.ones_like(ids)[None],
+def words_of(picture, title, count, *, adapted):
+    """What transformers' own generate says of a picture."""
+    base, processor, _ = load(nano())
+    model = load_adapter(base, nano().adapter) if adapted else base
+    embeds, start = seen(base, model, processor, picture, title)
+    said = base.generate(
+        inputs_embeds=embeds[None], attention_mask=torch.ones(1, start, dtype=torch.long),
         max_new_tokens=count, do_sample=False, eos_token_id=2, pad_token_id=2,
     )  # fmt: skip
-    return " ".join(tokenizer.decode(said[0], skip_special_tokens=True).split())
+    return " ".join(processor.tokenizer.decode(said[0], skip_special_tokens=True).split())
 
 
 @torch.no_grad()
@@ -119,8 +139,88 @@ def test_a_picture_is_described_before_and_after(tmp_path):
     flags = ["--checkpoint", nano().adapter, "--title", "Desk Tag", "--max-tokens", 6]
     outcome = run_here(describe.main, [picture, bad, *flags, "--device", "cpu"])
     assert outcome.code == 0, outcome.text
-    before = words_of(lambda base: base, picture, "Desk Tag", 6)
-    after = words_of(lambda base: load_adapter(base, nano().adapter), picture, "Desk Tag", 6)
+    before, after = (words_of(picture, "Desk Tag", 6, adapted=adapted) for adapted in (False, True))
     assert f"{picture}\n  before  {before}\n  after   {after}\n" in outcome.text
     assert f"{bad} is passed over" in outcome.text
     assert run_here(describe.main, [bad, *flags, "--device", "cpu"]).code == 1
+
+
+# --- a smaller language model, and one on several GPUs --------------------------------------------
+
+
+def test_without_the_package_every_script_says_how_to_have_it(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == "bitsandbytes" else found(name, *rest),
+    )
+    picture = next(path for path in nano().images.iterdir() if path.stat().st_size > 300)
+    for main, flags in (
+        (knowledge_distillation.main, flags_of(build_nano(tmp_path / "nano"), tmp_path / "one")),
+        (prompt_tuning.main, nano().flags(tmp_path / "two")),
+        (evaluate.main, ["--checkpoint", nano().adapter, "--data-root", nano().root / "data"]),
+        (describe.main, [picture, "--checkpoint", nano().adapter]),
+    ):
+        outcome = run_here(main, [*flags, "--load_in_4bit"])
+        assert outcome.code == 3, outcome.text
+        assert outcome.last_line.endswith("-m pip install bitsandbytes")
+    assert not (tmp_path / "one").exists() and not (tmp_path / "two").exists()
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("device", DEVICES)
+def test_stage_1_trains_beside_a_packed_language_model(tmp_path, device):
+    base, _ = load_base(nano().model, torch.device(device), torch.float32, four_bit=True)
+    packed = {n: part for n, part in base.named_modules() if type(part).__name__ == "Linear4bit"}
+    assert len(packed) == 2 * 7 and all("language_model.layers" in name for name in packed)
+    assert {part.weight.quant_state.quant_type for part in packed.values()} == {"nf4"}
+    flags = flags_of(build_nano(tmp_path / "nano"), tmp_path / "whole")
+    flags += ["--lora_dropout", 0, "--lr", 5e-3, "--device", device]
+    assert run_here(knowledge_distillation.main, [*flags, "--num_epochs", 1]).code == 0
+    words = [*flags, "--num_epochs", 4, "--load_in_4bit", "--output_dir", tmp_path / "packed"]
+    outcome = run_here(knowledge_distillation.main, words)
+    assert outcome.code == 0, outcome.text
+    whole, found = (losses(tmp_path / name, "train_loss") for name in ("whole", "packed"))
+    assert found[1] != whole[1] and found[1] == pytest.approx(whole[1], rel=0.1)
+    assert found[20] < found[1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_model_spread_over_what_there_is_gives_the_same_figures(tmp_path, device):
+    flags = ["--checkpoint", nano().adapter, "--data-root", nano().root / "data", "--workers", 0]
+    found = []
+    for name, extra in (("plain", []), ("spread", ["--device_map", "auto"])):
+        words = [*flags, "--out", tmp_path / name, "--device", device, *extra]
+        outcome = run_here(evaluate.main, words)
+        assert outcome.code == 0, outcome.text
+        found.append(read_json(tmp_path / name / "evaluation.json")["metrics"]["val_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_the_estimates_say_what_it_saves():
+    for module, script in ((of_distillation, knowledge_distillation), (of_tuning, prompt_tuning)):
+        values = script.memory_values(script.Config(gradient_checkpointing="on"))
+        whole, packed = (module.plan(**(values | {"load_in_4bit": on})) for on in (False, True))
+        saved = whole.rows[0][1] - packed.rows[0][1]
+        # 6.98 G weights of the layers: from 2 bytes to half a byte and a scale a 64
+        assert saved == pytest.approx(6.98e9 * (2 - 0.5156), rel=0.01)
+        assert packed.total < 8e9 < whole.total
+        assert "7,5" in whole.rows[0][2] or "7,2" in whole.rows[0][2]
+        assert whole.rows[0][2] == packed.rows[0][2]
+
+
+def test_the_estimate_of_an_evaluation_spreads_the_weights(monkeypatch):
+    def weights(*extra):
+        flags = ["--checkpoint", nano().adapter, "--estimate", "--batch-size", 1]
+        outcome = run_here(evaluate.main, [*flags, *extra])
+        assert outcome.code == 0, outcome.text
+        (line,) = (line for line in outcome.text.splitlines() if line.startswith("  weights"))
+        return float(line.split()[1])
+
+    whole = weights()
+    monkeypatch.setattr(shared.memory, "devices", lambda: [("card", 8 * 10**9)] * 2)
+    assert weights("--device_map", "auto") == pytest.approx(whole / 2, abs=0.11)
+    assert weights() == whole
+    assert weights("--load_in_4bit") < whole

@@ -1,4 +1,7 @@
-"""lavic's scripts: the settings one a line, each of which can go; where logs and words end up."""
+"""lavic's scripts: the settings one a line, each of which can go; where logs and words end up.
+
+What all logged runs share, as nohup and --help: tests/shell/test_common_sh.py.
+"""
 
 import re
 from pathlib import Path
@@ -32,7 +35,7 @@ def words_of(house, *command, **options):
     return (house.bin / "words").read_text(encoding="utf-8").splitlines()
 
 
-def test_the_documented_settings_are_passed_with_paths_seen_from_src(recorder):
+def test_the_documented_settings_are_passed_and_the_log_has_the_documented_name(recorder):
     recipe = recorder.root / "lavic"
     assert words_of(recorder, recorder.root / SCRIPT) == [
         str(recipe / "src" / "knowledge_distillation.py"),
@@ -41,54 +44,7 @@ def test_the_documented_settings_are_passed_with_paths_seen_from_src(recorder):
         *("--val_data", str(recipe / "data" / "item2meta_valid.jsonl")),
         *("--output_dir", str(recipe / "src" / "out_distilled")),
     ]
-
-
-def test_settings_stand_one_a_line():
-    assert [line.split()[0] for line in LINES] == [
-        *("--batch_size", "--num_epochs", "--lr", "--max_samples"),
-        *("--train_data", "--val_data", "--output_dir"),
-    ]
-
-
-@pytest.mark.parametrize("line", LINES, ids=[line.split()[0] for line in LINES])
-@pytest.mark.parametrize(
-    "change", [lambda _: "", lambda line: f"# {line}"], ids=["gone", "comment"]
-)
-def test_each_line_can_be_deleted_or_commented(recorder, line, change):
-    path = recorder.root / SCRIPT
-    whole = words_of(recorder, path)
-    text = path.read_text(encoding="utf-8")
-    assert text.count(line) == 1
-    path.write_text(text.replace(line, change(line)), encoding="utf-8")
-    left = words_of(recorder, path)
-    at = whole.index(line.split()[0])
-    assert left == whole[:at] + whole[at + 2 :]
-    parse(Config, left[1:])
-
-
-def test_what_is_typed_comes_last_and_wins(recorder):
-    typed = ["--max_samples", "all", "--lr", "1e-4", "--train_data", "own data.json"]
-    given = words_of(recorder, recorder.root / SCRIPT, *typed, cwd=recorder.bin)
-    assert given[-6:] == typed
-    found = parse(Config, given[1:])
-    assert (found.max_samples, found.lr, found.batch_size) == ("all", 1e-4, 1)
-    without = parse(
-        Config, [word for word in given[1:] if word not in ("--max_samples", "5000", "all")]
-    )
-    assert without.max_samples == "all"  # as if the line were deleted
-
-
-def test_the_demo_has_settings_of_its_own_and_logs_beside_its_run(recorder):
-    given = words_of(recorder, recorder.root / SCRIPT, "--demo")
-    assert given[1:] == ["--demo"]
-    assert list((recorder.root / "lavic" / "demo" / "runs" / "logs").glob("training_*.log"))
-    assert not (recorder.root / "lavic" / "logs").exists()
-
-
-def test_the_log_has_the_documented_name_and_latest_leads_to_it(recorder):
-    done = recorder.run("bash", recorder.root / SCRIPT)
-    assert "trained" in done.stdout
-    logs = recorder.root / "lavic" / "logs"
+    logs = recipe / "logs"
     (log,) = logs.glob("training_*.log")
     assert re.fullmatch(r"training_\d{8}_\d{6}\.log", log.name)
     assert (logs / "latest.log").resolve() == log.resolve()
@@ -96,17 +52,27 @@ def test_the_log_has_the_documented_name_and_latest_leads_to_it(recorder):
     assert (logs / "run.pid").read_text().strip().isdigit()
 
 
-def test_under_nohup_with_its_output_thrown_away_the_log_has_everything(recorder):
-    null = Path("/dev/null").open("w")  # noqa: SIM115
-    with null:
-        recorder.start("bash", recorder.root / SCRIPT, stdout=null, stderr=null).wait(60)
-    log = recorder.root / "lavic" / "logs" / "latest.log"
-    assert "trained" in log.read_text(encoding="utf-8")
+@pytest.mark.parametrize("line", LINES, ids=[line.split()[0] for line in LINES])
+def test_each_line_can_be_deleted_or_commented(recorder, line):
+    assert len(LINES) == 7
+    path = recorder.root / SCRIPT
+    whole = words_of(recorder, path)
+    at, text = whole.index(line.split()[0]), path.read_text(encoding="utf-8")
+    assert text.count(line) == 1
+    for changed in ("", f"# {line}"):
+        path.write_text(text.replace(line, changed), encoding="utf-8")
+        left = words_of(recorder, path)
+        assert left == whole[:at] + whole[at + 2 :]
+        parse(Config, left[1:])
 
 
-def test_help_leaves_no_log(recorder):
-    words_of(recorder, recorder.root / SCRIPT, "--help")
-    assert not (recorder.root / "lavic" / "logs").exists()
+def test_what_is_typed_comes_last_and_wins_and_the_demo_has_settings_of_its_own(recorder):
+    typed = ["--max_samples", "all", "--lr", "1e-4", "--train_data", "own data.json"]
+    given = words_of(recorder, recorder.root / SCRIPT, *typed, cwd=recorder.bin)
+    assert given[-6:] == typed
+    found = parse(Config, given[1:])
+    assert (found.max_samples, found.lr, found.batch_size) == ("all", 1e-4, 1)
+    assert words_of(recorder, recorder.root / SCRIPT, "--demo")[1:] == ["--demo"]
 
 
 def test_the_monitor_is_the_houses_for_this_recipe(recorder):

@@ -1,64 +1,140 @@
-"""The recommender against plain transformers, and against itself in other batches."""
+"""Stage 2: its prompts; its model against plain transformers and against itself in batches."""
 
 from __future__ import annotations
 
 import copy
-import math
+import pickle
 
 import pytest
 import torch
-from transformers import AutoConfig, LlavaNextConfig, LlavaNextForConditionalGeneration
 
-from lavic.src.recommend import item_vectors
-from lavic.src.recommend.data import Request, as_asked, read_conversations, with_answers
-from lavic.src.recommend.evaluation import answer, validation_loss
-from lavic.src.recommend.item_vectors import Tower
-from lavic.src.recommend.model import (
-    LANGUAGE_TARGETS,
-    Recommender,
-    drop_tower,
-)
+from lavic.src.recommend import model
+from lavic.src.recommend.data import Request, read_talks
+from lavic.src.recommend.evaluation import validation_loss
 from lavic.src.recommend.prompts import (
+    ANSWER_ROOM,
     IGNORED,
+    RECOMMEND_CANDIDATES,
+    RECOMMEND_HEAD,
+    RECOMMEND_MARK,
     PromptEncoder,
     collate_generation,
     collate_training,
     label_tokens,
 )
-from lavic.src.vision.adapters import adapter_parameters, add_adapter, load_adapter
-from lavic.src.vision.model import checkpoint_activations
+from lavic.src.vision.adapters import adapter_parameters, add_adapter
+from lavic.src.vision.model import ITEM_TOKENS, checkpoint_activations
 from shared.distributed import World
+from shared.errors import UserError
 from tests.lavic_talks import load, nano, shake
 
 PAD = 4
+TITLES = {"B000000001": "Round lamp", "0312345678": "灯的书 📖"}
+VIEWS = {"B000000001": 3, "B000000003": 5}
+CANDIDATES = ("B000000001", "0312345678", "B000000003")
 
 
 @pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    """A recommender with random adapter weights, and its encoder and processor."""
-    model, processor, item_ids = load(nano())
-    tower = Tower(load_adapter(model, nano().adapter), processor)
-    items = [item.id for item in nano().items]
-    cache = tmp_path_factory.mktemp("cache")
-    vectors = item_vectors.prepare(items, nano().images, tower, cache, World(), workers=0)
-    plain = tower.model.unload()
-    drop_tower(plain)
-    recommender = Recommender(add_adapter(plain, LANGUAGE_TARGETS), item_ids, vectors)
-    shake(recommender.model, 3)
-    titles = {item.id: item.title for item in nano().items}
-    encoder = PromptEncoder(processor.tokenizer, titles, vectors.views, max_length=900)
-    return recommender.eval(), encoder, processor
+def tokenizer():
+    return load(nano())[1].tokenizer
+
+
+def encoder_of(tokenizer, **settings):
+    return PromptEncoder(tokenizer, TITLES, VIEWS, **({"max_length": 1000} | settings))
+
+
+@pytest.mark.parametrize(("slots", "first"), [("fixed5", 5), ("views", 3)])
+def test_the_prompt_says_what_the_document_does(tokenizer, slots, first):
+    request = Request("<submission>A lamp 灯</submission>\n", CANDIDATES, "0312345678")
+    encoder = encoder_of(tokenizer, slots=slots)
+    prompt = encoder.encode(request)
+    assert tokenizer.decode(prompt.ids) == (
+        "<s>" + RECOMMEND_HEAD + request.context + RECOMMEND_CANDIDATES
+        + f"B000000001: Round lamp\n{''.join(ITEM_TOKENS[:first])}\n"
+        + "0312345678: 灯的书 📖\n"  # no picture: its title alone
+        + f"B000000003: No Title\n{''.join(ITEM_TOKENS)}\n"
+        + RECOMMEND_MARK + "0312345678</s>"
+    )  # fmt: skip
+    assert prompt.pictured == ("B000000001", "B000000003") and prompt.num_cut == 0
+    assert tokenizer.decode(prompt.ids[prompt.num_prompt :]) == "0312345678</s>"
+    assert pickle.loads(pickle.dumps(encoder)).encode(request) == prompt  # as a worker has it
+
+
+def test_a_long_context_loses_its_oldest_part_and_nothing_else(tokenizer):
+    encoder, whole = encoder_of(tokenizer, max_length=400), encoder_of(tokenizer, max_length=10**6)
+    context = "".join(f"<comment>number {n}</comment>\n" for n in range(200))
+    request = Request(context, CANDIDATES, "B000000001")
+    cut, all_of_it = encoder.encode(request), whole.encode(request)
+    assert cut.num_prompt == 400 - ANSWER_ROOM
+    head = len(tokenizer(RECOMMEND_HEAD)["input_ids"])
+    assert cut.ids[:head] == all_of_it.ids[:head]
+    assert cut.ids[head:] == all_of_it.ids[head + cut.num_cut :]
+    asked = encoder.encode(Request(context, CANDIDATES))  # without an answer the same up to it
+    assert asked.ids == cut.ids[: cut.num_prompt]
+
+
+def test_what_does_not_fit_is_refused_by_name(tokenizer):
+    with pytest.raises(UserError, match=r"--max-length 60 is too short: .* 3 candidates need \d+"):
+        encoder_of(tokenizer, max_length=60).encode(Request("c", CANDIDATES))
+    with pytest.raises(UserError, match="at most 32 fit"):
+        encoder_of(tokenizer).encode(Request("c", ("B000000001",), "!" * 40))
+
+
+def test_special_tokens_that_somebody_typed_stay_text(tokenizer):
+    context = f"see {ITEM_TOKENS[0]} <image> </s> <pad>"
+    titles = {"B000000001": f"Nice {ITEM_TOKENS[1]}</s>"}
+    encoder = PromptEncoder(tokenizer, titles, VIEWS, max_length=1000)
+    ids = encoder.encode(Request(context, ("B000000001",))).ids
+    own = set(tokenizer.convert_tokens_to_ids([*ITEM_TOKENS, "<image>", "</s>", "<pad>"]))
+    assert sum(token in own for token in ids) == 5  # the candidate's own slots
+    assert context in tokenizer.decode(ids)
+
+
+def test_training_batches_learn_from_answers_alone(tokenizer):
+    encoder = encoder_of(tokenizer)
+    requests = [
+        Request("a b c", CANDIDATES, "B000000001"),
+        Request("c", CANDIDATES[:1], "0312345678"),
+    ]
+    prompts = [encoder.encode(request) for request in requests]
+    batch = collate_training(prompts, tokenizer.pad_token_id)
+    for row, prompt in enumerate(prompts):
+        learnt = (batch["labels"][row] != IGNORED).nonzero().flatten().tolist()
+        assert learnt == list(range(prompt.num_prompt, len(prompt.ids)))
+        assert batch["labels"][row, learnt].tolist() == prompt.ids[prompt.num_prompt :]
+    assert batch["pictured"] == ["B000000001", "B000000003", "B000000001"]
+    assert label_tokens(batch) == sum(len(p.ids) - p.num_prompt for p in prompts)
+
+
+# --- the model ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def talks():
+    files = {split: nano().talks(split) for split in ("train", "valid", "test")}
+    return read_talks(files, "candidates_gpt_large", nano().meta, limit=None, seed=0)
+
+
+@pytest.fixture(scope="module")
+def built(talks, tmp_path_factory):
+    """What stage 2 trains, its adapter random."""
+    built = model.build(
+        str(nano().model), nano().adapter, nano().images, tmp_path_factory.mktemp("cache"), talks,
+        World(), workers=0, dtype=torch.float32, max_length=900, slots="fixed5",
+    )  # fmt: skip
+    built.recommender.model = add_adapter(built.recommender.model, model.LANGUAGE_TARGETS)
+    shake(built.recommender.model, 3)
+    return built
 
 
 @pytest.fixture
-def recommender(parts):
-    return parts[0].eval()
+def recommender(built):
+    return built.recommender.eval()
 
 
 @pytest.fixture
-def prompts(parts):
-    talks = read_conversations(nano().talks("train"), "candidates_st")
-    return [parts[1].encode(request) for request in with_answers(talks, 0)[:5]]
+def prompts(built, talks):
+    return [built.encoder.encode(request) for request in talks.train[:5]]
 
 
 def gradients(recommender):
@@ -76,26 +152,23 @@ def assert_equal_gradients(one, other, relative=1e-4):
 def test_the_loss_is_that_of_transformers_on_the_same_embeddings(recommender, prompts):
     """The reference: the whole model with labels, whose loss is a mean over the label tokens."""
     batch = collate_training(prompts[:1], PAD)
-    reference = recommender.model.get_base_model()
     with torch.no_grad():
-        expected = reference.model.language_model(
-            inputs_embeds=recommender.embed(batch), attention_mask=batch["mask"]
-        ).last_hidden_state
-        logits = reference.lm_head(expected).float()
-        loss = reference.loss_function(
-            logits, batch["labels"], vocab_size=logits.shape[-1], ignore_index=IGNORED
-        )
+        loss = recommender.model.get_base_model()(
+            inputs_embeds=recommender.embed(batch),
+            attention_mask=batch["mask"],
+            labels=batch["labels"],
+        ).loss
         ours = recommender(batch)
     assert float(ours) == pytest.approx(float(loss) * label_tokens(batch), rel=1e-5)
 
 
-def test_pictures_stand_where_their_tokens_are(parts, recommender):
+def test_pictures_stand_where_their_tokens_are(built, recommender):
     pictured = nano().items[4].id
-    prompt = parts[1].encode(Request("c", (pictured,), pictured))
+    prompt = built.encoder.encode(Request("c", (pictured,), pictured))
     batch = collate_training([prompt], PAD)
-    vectors, (count,) = recommender._vectors.of([pictured])
+    vectors, (count,) = built.vectors.of([pictured])
     embeds = recommender.embed(batch)[0]
-    first = prompt.ids.index(recommender._item_ids[0])
+    first = prompt.ids.index(built.processor.tokenizer.convert_tokens_to_ids(ITEM_TOKENS[0]))
     assert torch.equal(embeds[first : first + count], vectors)
     table = recommender.model.get_input_embeddings().weight
     others = [n for n in range(len(prompt.ids)) if not first <= n < first + count]
@@ -108,14 +181,18 @@ def test_a_batch_is_the_sum_of_its_members(recommender, prompts):
     whole = exact(collate_training(prompts, PAD))
     whole.backward()
     together = gradients(exact)
-    singles = [exact(collate_training([prompt], PAD)) for prompt in prompts]
+    alone = [collate_training([prompt], PAD) for prompt in prompts]
+    singles = [exact(batch) for batch in alone]
     sum(singles).backward()  # type: ignore[union-attr]
-    assert float(whole) == pytest.approx(sum(map(float, singles)), rel=1e-6)  # summed in float32
+    total = sum(map(float, singles))
+    assert float(whole) == pytest.approx(total, rel=1e-6)  # summed in float32
     assert_equal_gradients(together, gradients(exact), 1e-10)
+    batches = [collate_training(some, PAD) for some in (prompts[:2], prompts[2:])]
+    mean = total / sum(map(label_tokens, alone))  # every token counts once
+    assert validation_loss(recommender, batches, World()) == pytest.approx(mean, rel=1e-5)
 
 
-def test_activations_computed_again_give_the_same_gradients(parts, prompts):
-    recommender = parts[0]
+def test_activations_computed_again_give_the_same_gradients(recommender, prompts):
     batch = collate_training(prompts[:2], PAD)
     recommender.train()
     torch.manual_seed(0)
@@ -129,37 +206,10 @@ def test_activations_computed_again_give_the_same_gradients(parts, prompts):
     assert_equal_gradients(plain, gradients(recommender), 1e-6)
 
 
-def test_only_the_language_model_learns(recommender, prompts):
-    recommender(collate_training(prompts[:1], PAD)).backward()
-    trained = {n for n, p in recommender.named_parameters() if p.grad is not None}
-    assert trained and all(
-        ".language_model.layers." in name and "lora_" in name for name in trained
-    )
-    assert len(trained) == 2 * 7 * 2  # A and B on seven Linears of two layers
-    recommender.zero_grad()
-
-
-def test_the_real_models_adapter_is_that_of_the_published_recipe():
-    """7 Linears of 32 layers at rank 8, counted on a model without weights."""
-    config = LlavaNextConfig(
-        text_config=AutoConfig.for_model(
-            "mistral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=8, vocab_size=32064, head_dim=128,
-        )
-    )  # fmt: skip
-    with torch.device("meta"):
-        model = LlavaNextForConditionalGeneration(config)
-        wrapped = add_adapter(model, LANGUAGE_TARGETS)
-    parameters = adapter_parameters(wrapped)
-    assert len(parameters) == 2 * 7 * 32
-    assert sum(p.numel() for p in parameters.values()) == 20_971_520
-
-
 def greedy_by_transformers(recommender, prompt, steps):
     """The reference: transformers' own generate on one prompt's embeddings."""
-    base = recommender.model.get_base_model()
     batch = collate_generation([prompt], PAD)
-    made = base.generate(
+    made = recommender.model.get_base_model().generate(
         inputs_embeds=recommender.embed(batch),
         attention_mask=batch["mask"],
         max_new_tokens=steps,
@@ -170,13 +220,12 @@ def greedy_by_transformers(recommender, prompt, steps):
     return [token for token in made[0].tolist() if token not in (2, PAD)]
 
 
-def test_answers_of_a_batch_are_those_of_transformers_one_by_one(parts, recommender):
-    talks = read_conversations(nano().talks("test"), "candidates_gpt_large")
+def test_answers_of_a_batch_are_those_of_transformers_one_by_one(built, talks, recommender):
     requests = [
         Request("<comment>x</comment>\n" * (3 * number), request.candidates[: number + 1])
-        for number, request in enumerate(as_asked(talks)[:4])
+        for number, request in enumerate(talks.asked[:4])
     ]
-    prompts = [parts[1].encode(request) for request in requests]
+    prompts = [built.encoder.encode(request) for request in requests]
     assert len({len(prompt.ids) for prompt in prompts}) == 4
     together = recommender.answers(collate_generation(prompts, PAD), 8, 2)
     expected = [greedy_by_transformers(recommender, prompt, 8) for prompt in prompts]
@@ -184,39 +233,9 @@ def test_answers_of_a_batch_are_those_of_transformers_one_by_one(parts, recommen
     assert len({tuple(said) for said in together}) > 1  # or the test would show little
 
 
-def test_an_answer_ends_where_the_model_ends_it(parts, recommender, prompts):
+def test_an_answer_ends_where_the_model_ends_it(recommender, prompts):
     """With the end of the text made the likeliest second token, one token is the answer."""
-    prompt = prompts[0]
-    first = recommender.answers(collate_generation([prompt], PAD), 1, 2)[0]
-    batch = collate_generation([prompt], PAD)
-    assert recommender.answers(batch, 5, first[0]) == [[]]
+    batch = collate_generation(prompts[:1], PAD)
     three = recommender.answers(batch, 3, 2)[0]
-    cut = recommender.answers(batch, 3, three[2])[0]
-    assert cut == three[: three.index(three[2])]
-
-
-def test_the_validation_loss_counts_every_token_once(parts, recommender, prompts):
-    batches = [collate_training(prompts[:2], PAD), collate_training(prompts[2:], PAD)]
-    loss = validation_loss(recommender, batches, World())
-    with torch.no_grad():
-        singles = [(recommender(b), label_tokens(b)) for b in
-                   (collate_training([prompt], PAD) for prompt in prompts)]  # fmt: skip
-    expected = float(sum(s for s, _ in singles)) / sum(n for _, n in singles)
-    assert loss == pytest.approx(expected, rel=1e-5)
-    assert math.isfinite(loss) and loss > 0
-
-
-def test_every_conversation_gets_its_own_answer_in_order(parts, recommender):
-    _, encoder, processor = parts
-    talks = read_conversations(nano().talks("test"), "candidates_gpt_large")
-    prompts = [encoder.encode(request) for request in as_asked(talks)]
-
-    def in_batches(size):
-        starts = range(0, len(prompts), size)
-        return iter([collate_generation(prompts[s : s + size], PAD) for s in starts])
-
-    outcomes = [
-        answer(recommender, talks, in_batches(size), processor.tokenizer, World())
-        for size in (1, 3)
-    ]
-    assert outcomes[0].responses == outcomes[1].responses and len(talks) == 7
+    assert recommender.answers(batch, 5, three[0]) == [[]]
+    assert recommender.answers(batch, 3, three[2])[0] == three[: three.index(three[2])]
