@@ -79,11 +79,6 @@ def with_answers(conversations: Iterable[Conversation], seed: int) -> list[Reque
     ]
 
 
-def as_asked(conversations: Iterable[Conversation]) -> list[Request]:
-    """The request of each conversation as a user would make it: its own candidates, no answer."""
-    return [Request(c.context, c.candidates) for c in conversations]
-
-
 @dataclass(frozen=True)
 class Talks:
     """The requests of training and validation, one for each true id; the test's conversations."""
@@ -101,8 +96,8 @@ class Talks:
 
     @property
     def asked(self) -> list[Request]:
-        """The test's requests."""
-        return as_asked(self.test)
+        """The test's requests as users make them: each with its own candidates, no answer."""
+        return [Request(talk.context, talk.candidates) for talk in self.test]
 
     def items(self) -> set[str]:
         """Every candidate of every request."""

@@ -158,14 +158,13 @@ def read_summary(directory: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path} is damaged ({error}): mend it or move it away") from None
 
 
-def write_summary(directory: Path, rows: Sequence[dict[str, Any]]) -> Path:
+def write_summary(directory: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Write the rows as results_summary.csv: a line a run, the documented columns first."""
     text = io.StringIO()
     writer = csv.DictWriter(text, _COLUMNS, restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(directory / SUMMARY, text.getvalue())
-    return directory / SUMMARY
 
 
 def keep_summary(directory: Path, earlier: Sequence[dict[str, Any]]) -> None:
