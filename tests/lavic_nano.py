@@ -1,6 +1,9 @@
 """The lavic demo at nano size: its formats and checkpoint, of a model that has learnt nothing."""
 
+import multiprocessing
+import os
 import shutil
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -10,6 +13,8 @@ import pytest
 import torch
 
 from lavic.demo_data import demo, lessons, sight
+from shared.launch import launch
+from tests.harness import PROBE, free_port
 
 NUM_VALID = 6
 
@@ -52,3 +57,23 @@ def flags_of(paths: demo.DemoPaths, run_dir: Path) -> list[object]:
         "--max_samples", 20, "--batch_size", 4, "--num_epochs", 2, "--lr", 1e-3,
         "--num_workers", 0, "--log_every", 1, "--output_dir", run_dir,
     ]  # fmt: skip
+
+
+def in_two_processes(main: Any, words: list[object]) -> list[int | None]:
+    """The exit codes of the two ranks of a run: forks of this process, as torchrun starts them."""
+    fork, port = multiprocessing.get_context("fork"), free_port()
+    ranks = [fork.Process(target=_be_rank, args=(rank, port, main, words)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(100)
+        rank.kill()
+    return [rank.exitcode for rank in ranks]
+
+
+def _be_rank(rank: int, port: int, main: Any, words: list[object]) -> None:
+    for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)):
+        os.environ[name] = str(value)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    sys.argv = [str(PROBE), *map(str, words)]
+    launch(main)

@@ -15,10 +15,8 @@ from lavic.src import knowledge_distillation
 from lavic.src.vision import model, training
 from shared import checkpoint
 from shared.files import read_json_lines
-from tests.harness import ROOT, losses, run_here, start, status_of
-from tests.lavic_nano import NUM_VALID, build_nano, flags_of
-
-SCRIPT = ROOT / "lavic" / "src" / "knowledge_distillation.py"
+from tests.harness import losses, run_here, status_of
+from tests.lavic_nano import NUM_VALID, build_nano, flags_of, in_two_processes
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +118,8 @@ def test_accumulated_batches_and_two_processes_are_one_large_batch(flags, tmp_pa
     for name, extra in sides.items():
         outcome = train([*shared, *extra, "--output_dir", tmp_path / name])
         assert outcome.code == 0, outcome.text
-    with start([SCRIPT, *shared, "--batch_size", 2, "--nproc", 2,
-                "--output_dir", tmp_path / "two"]) as running:  # fmt: skip
-        assert running.finish().code == 0, running.text
+    two = [*shared, "--batch_size", 2, "--output_dir", tmp_path / "two"]
+    assert in_two_processes(knowledge_distillation.main, two) == [0, 0]
     expected = train_losses(tmp_path / "at once")
     validated = rows(tmp_path / "at once", "val")[0]["val_loss"]
     assert len(expected) == 6

@@ -14,10 +14,9 @@ from safetensors.torch import load_file
 from lavic.src import prompt_tuning
 from lavic.src.recommend import evaluation
 from shared.files import read_json_lines
-from tests.harness import ROOT, losses, run_here, start, status_of
+from tests.harness import losses, run_here, status_of
+from tests.lavic_nano import in_two_processes
 from tests.lavic_talks import nano
-
-SCRIPT = ROOT / "lavic" / "src" / "prompt_tuning.py"
 
 
 @pytest.fixture(scope="module")
@@ -97,17 +96,14 @@ def test_the_adapter_kept_and_tested_is_that_of_the_lowest_validation_loss(
     assert answers == answers_of_two
 
 
-@pytest.mark.slow
-@pytest.mark.serial
 def test_accumulated_batches_and_two_processes_are_one_large_batch(flags, tmp_path):
     """The adapter still is without effect: so dropout is too, and the losses are exact."""
     shared = [*flags, "--num_epochs", 1, "--lr", 1e-12, "--no-evaluate-before"]
     for name, extra in (("whole", [4]), ("parts", [2, "--grad-accum", 2])):
         words = ["--finetune_output_dir", tmp_path / name, "--batch_size", *extra]
         assert run_here(prompt_tuning.main, [*shared, *words]).code == 0
-    words = ["--finetune_output_dir", tmp_path / "two", "--batch_size", 2, "--nproc", 2]
-    with start([SCRIPT, *shared, *words]) as running:
-        assert running.finish().code == 0, running.text
+    words = ["--finetune_output_dir", tmp_path / "two", "--batch_size", 2]
+    assert in_two_processes(prompt_tuning.main, [*shared, *words]) == [0, 0]
     whole = train_losses(tmp_path / "whole")
     assert len(whole) > 2 and len(answers_of(tmp_path / "whole")) == 7
     for name in ("parts", "two"):

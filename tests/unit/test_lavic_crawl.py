@@ -243,6 +243,7 @@ def test_a_host_that_nobody_answers_for_is_given_up_at_once(shop, tmp_path):
 
 def test_a_picture_that_drips_does_not_hold_the_crawl_up(shop, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.hub_server._CHUNK", 16)
+    monkeypatch.setattr(fetch, "_PATIENCE", 2)
     root = write_items(tmp_path / "data", shop)
     shop.misbehave(name(1), slow(60), times=99)
     outcome = crawl(root, "--timeout", 0.5, "--retries", 0)
@@ -287,13 +288,15 @@ def test_the_default_folders_are_the_recipes_whatever_the_cwd():
 @pytest.mark.slow
 @pytest.mark.serial
 @pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)]
+    ("number", "code", "held"),
+    [(signal.SIGTERM, 143, 30), (signal.SIGINT, 130, 0), (signal.SIGKILL, -9, 0)],
 )
-def test_a_crawl_that_was_ended_leaves_whole_files_and_goes_on(shop, tmp_path, number, code):
+def test_a_crawl_that_was_ended_leaves_whole_files_and_goes_on(shop, tmp_path, number, code, held):
+    """held: seconds for which the shop does not finish a picture that is on its way."""
     shop.files |= {name(n): picture(n, size=(400, 300)) for n in range(6, 60)}
     shop.delay = 0.1
     root = write_items(tmp_path / "data", shop)
-    shop.misbehave(name(1), stall(100, 30))
+    shop.misbehave(name(1), stall(100, held))
     with start([SCRIPT, "--data-root", root, "--workers", 4], NO_PROXY="127.0.0.1") as running:
         wait_until(lambda: len(there(root)) >= 5, "pictures", 60, running)
         running.signal(number)

@@ -71,12 +71,10 @@ def test_what_is_in_the_cache_is_loaded_while_nobody_answers(caplog, tmp_path):
 def test_fault_48_without_a_network_a_model_is_refused_in_one_line_with_its_host(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(web, "PATIENCE", Patience())
+    """That the patience which is not patched here fits into 15 s: tests/unit/test_download.py."""
     move_hub(monkeypatch, "http://nobody.invalid")
     words = flags_of(build_nano(tmp_path / "nano"), tmp_path / "out")
-    began = time.monotonic()
     outcome = run_here(knowledge_distillation.main, [*words, "--model_name", "nobody/none"])
-    assert time.monotonic() - began < 30  # on a machine that is at work; 15 at most on a quiet one
     assert outcome.code == 2 and "Traceback" not in outcome.text
     last = outcome.last_line
     assert last.startswith("error: nobody/none is no directory here and not in the cache ")
