@@ -85,15 +85,19 @@ def test_a_vision_adapter_gets_its_validation_loss(flags, tmp_path):
     assert "val_loss" in outcome.text
 
 
+FOUR_BIT, SPREAD = ["--load_in_4bit"], ["--device_map", "auto"]
+
+
 @pytest.mark.parametrize(
-    ("device", "packed"),
+    ("device", "packed", "more"),
     [
-        ("cpu", []),
-        pytest.param("cpu", ["--load_in_4bit"], marks=needs_bitsandbytes),
-        pytest.param("cuda", ["--load_in_4bit"], marks=[pytest.mark.gpu, needs_gpu]),
+        ("cpu", [], SPREAD),
+        pytest.param("cpu", FOUR_BIT, [], marks=needs_bitsandbytes),
+        pytest.param("cuda", [], SPREAD, marks=[pytest.mark.gpu, needs_gpu]),
+        pytest.param("cuda", FOUR_BIT, [], marks=[pytest.mark.gpu, needs_gpu, needs_bitsandbytes]),
     ],
 )
-def test_a_recommender_gets_the_figures_of_its_training(flags, tmp_path, device, packed):
+def test_a_recommender_gets_the_figures_of_its_training(flags, tmp_path, device, packed, more):
     trained, results = tmp_path / "out", tmp_path / "results"
     flags += [*packed, "--device", device]
     words = [*nano().flags(trained, tmp_path / "vectors"), *packed, "--device", device]
@@ -101,7 +105,8 @@ def test_a_recommender_gets_the_figures_of_its_training(flags, tmp_path, device,
     assert outcome.code == 0, outcome.text
     found = losses(trained, "train_loss")
     assert found[max(found)] < found[1]
-    outcome = run_here(evaluate.main, [*flags, "--checkpoint", trained, "--batch-size", 3])
+    words = [*flags, "--checkpoint", trained, "--batch-size", 3, *more]
+    outcome = run_here(evaluate.main, words)
     assert outcome.code == 0, outcome.text
     found = read_json(results / "evaluation.json")
     assert found["metrics"]["recall@1"] == status_of(trained)["result"]["after"]
@@ -184,18 +189,6 @@ def test_stage_1_trains_beside_a_packed_language_model(tmp_path, device):
     whole, found = (losses(tmp_path / name, "train_loss") for name in ("whole", "packed"))
     assert found[1] != whole[1] and found[1] == pytest.approx(whole[1], rel=0.1)
     assert found[20] < found[1]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_a_model_spread_over_what_there_is_gives_the_same_figures(tmp_path, device):
-    flags = ["--checkpoint", nano().adapter, "--data-root", nano().root / "data", "--workers", 0]
-    found = []
-    for name, extra in (("plain", []), ("spread", ["--device_map", "auto"])):
-        words = [*flags, "--out", tmp_path / name, "--device", device, *extra]
-        outcome = run_here(evaluate.main, words)
-        assert outcome.code == 0, outcome.text
-        found.append(read_json(tmp_path / name / "evaluation.json")["metrics"]["val_loss"])
-    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 STAGES = {of_distillation: knowledge_distillation, of_tuning: prompt_tuning}

@@ -1,6 +1,5 @@
 """Stage 1's samples and loss: labels by hand, the value against transformers' own, equalities."""
 
-import copy
 import io
 
 import pytest
@@ -66,9 +65,9 @@ def with_gradients(model, total):
     return total.detach(), torch.cat([gradient.flatten() for gradient in gradients])
 
 
-def assert_equal(one, other, rel=1e-5):
-    assert one[0].item() == pytest.approx(other[0].item(), rel=max(rel, 1e-6))  # summed in float32
-    assert (one[1] - other[1]).norm() <= rel * other[1].norm()
+def assert_equal(one, other):
+    assert one[0].item() == pytest.approx(other[0].item(), rel=1e-5)
+    assert (one[1] - other[1]).norm() <= 1e-5 * other[1].norm()
     assert other[1].norm() > 0
 
 
@@ -170,14 +169,6 @@ def test_loss_and_gradients_are_transformers_own_whoever_shares_the_batch(loaded
         with torch.no_grad():
             beside = caption_nll(model, batch._replace(labels=labels), ids, None)
             assert beside.item() == pytest.approx(by_transformers(loaded, alone).item(), rel=1e-5)
-
-
-def test_four_samples_together_are_the_sum_of_the_four(loaded, samples):
-    rows = [row._replace(views=row.views.double()) for row in exercises(loaded, samples)]
-    exact = (copy.deepcopy(loaded[0]).double(), *loaded[1:])
-    together, *parts = (loss_and_gradients(exact, batches(exact, rows, n)) for n in (4, 3, 2, 1))
-    for part in parts:
-        assert_equal(part, together, rel=1e-10)
 
 
 @pytest.mark.parametrize("size", [1, 4])

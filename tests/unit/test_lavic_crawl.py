@@ -114,6 +114,7 @@ def test_files_that_are_there_are_kept_when_they_are_whole(shop, tmp_path):
     assert crawl(root).code == 0 and everything(root) == shop.files
 
 
+@pytest.mark.slow
 def test_what_goes_away_is_tried_again(shop, tmp_path):
     shop.files |= {name(n): picture(n) for n in range(6, 10)} | {name(8): picture(8, "PNG")}
     root = write_items(tmp_path / "data", shop)
@@ -175,6 +176,7 @@ def test_one_split_alone_leaves_the_others_failures_in_the_list(shop, tmp_path):
     assert "fetched 0, there before 5, failed 1 of 6" in outcome.text
 
 
+@pytest.mark.slow
 def test_retry_after_is_honoured_for_the_whole_host(shop, tmp_path):
     root = write_items(tmp_path / "data", shop)
     shop.misbehave(name(0), status(429, retry_after="1"))
@@ -192,6 +194,7 @@ def test_a_host_that_asks_for_an_hour_is_left_alone(shop, tmp_path):
     assert "answered 503, and asks to wait 1:00:00" in failures(root)[name(3)]["reason"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pictures", "delay", "flags", "most"),
     [
@@ -241,6 +244,7 @@ def test_a_host_that_nobody_answers_for_is_given_up_at_once(shop, tmp_path):
     assert len(there(root, "valid")) == 1
 
 
+@pytest.mark.slow
 def test_a_picture_that_drips_does_not_hold_the_crawl_up(shop, tmp_path, monkeypatch):
     monkeypatch.setattr("tests.hub_server._CHUNK", 16)
     monkeypatch.setattr(fetch, "_PATIENCE", 2)

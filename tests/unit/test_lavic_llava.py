@@ -68,27 +68,22 @@ def vectors(model):
 # --- the model ------------------------------------------------------------------------------------
 
 
-def test_item_tokens_are_added_and_the_table_keeps_its_rows(processor):
+@pytest.mark.parametrize("lacks", [False, True])
+def test_item_tokens_are_added_and_the_table_grows_where_it_lacks_rows_alone(lacks):
     model, processor = load_base(nano().model, CPU, torch.float32)
-    assert not model.training and not any(p.requires_grad for p in model.parameters())
-    tokenizer, rows = processor.tokenizer, model.get_input_embeddings().weight.shape[0]
+    tokenizer = processor.tokenizer
     before, image = len(tokenizer), tokenizer.convert_tokens_to_ids("<image>")
+    if lacks:
+        model.resize_token_embeddings(before + 2)
+    old = model.get_input_embeddings().weight.detach().clone()
     ids = add_item_tokens(model, tokenizer)
     assert ids == list(range(before, before + 5)) == add_item_tokens(model, tokenizer)
-    assert model.get_input_embeddings().weight.shape[0] == rows > len(tokenizer)
+    table = model.get_input_embeddings().weight
+    assert len(table) == (before + 5 if lacks else len(old)) and torch.equal(table[: len(old)], old)
+    assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert tokenizer.convert_tokens_to_ids("<image>") == image
     assert "<image>" in tokenizer.all_special_tokens
     assert tokenizer("".join(ITEM_TOKENS), add_special_tokens=False)["input_ids"] == ids
-
-
-def test_the_table_grows_when_it_lacks_rows_and_stays_frozen():
-    model, processor = load_base(nano().model, CPU, torch.float32)
-    model.resize_token_embeddings(len(processor.tokenizer) + 2)
-    old = model.get_input_embeddings().weight.detach().clone()
-    ids = add_item_tokens(model, processor.tokenizer)
-    table = model.get_input_embeddings().weight
-    assert table.shape[0] == len(processor.tokenizer) == ids[-1] + 1
-    assert torch.equal(table[: len(old)], old) and not table.requires_grad
 
 
 @pytest.mark.parametrize(("size", "count"), [((96, 96), 5), ((48, 80), 3), ((60, 180), 4)])
