@@ -97,18 +97,24 @@ def test_the_adapter_kept_and_tested_is_that_of_the_lowest_validation_loss(
 
 
 def test_accumulated_batches_and_two_processes_are_one_large_batch(flags, tmp_path):
-    """The adapter still is without effect: so dropout is too, and the losses are exact."""
-    shared = [*flags, "--num_epochs", 1, "--lr", 1e-12, "--no-evaluate-before"]
-    for name, extra in (("whole", [4]), ("parts", [2, "--grad-accum", 2])):
-        words = ["--finetune_output_dir", tmp_path / name, "--batch_size", *extra]
-        assert run_here(prompt_tuning.main, [*shared, *words]).code == 0
-    words = ["--finetune_output_dir", tmp_path / "two", "--batch_size", 2]
-    assert in_two_processes(prompt_tuning.main, [*shared, *words]) == [0, 0]
+    """4 requests a step: at once, in parts without activations kept, on two processes."""
+    shared = [*flags, "--num_epochs", 1, "--lora_dropout", 0, "--lr", 1e-3, "--no-evaluate-before"]
+    sides = {
+        "whole": ["--batch_size", 4],
+        "parts": ["--batch_size", 2, "--grad-accum", 2, "--gradient_checkpointing", "on"],
+        "two": ["--batch_size", 2],
+    }
+    for name, extra in sides.items():
+        words = [*shared, *extra, "--finetune_output_dir", tmp_path / name]
+        if name == "two":
+            assert in_two_processes(prompt_tuning.main, words) == [0, 0]
+        else:
+            assert run_here(prompt_tuning.main, words).code == 0
     whole = train_losses(tmp_path / "whole")
     assert len(whole) > 2 and len(answers_of(tmp_path / "whole")) == 7
     for name in ("parts", "two"):
-        assert train_losses(tmp_path / name) == pytest.approx(whole, rel=1e-5)
-        assert validated(tmp_path / name) == pytest.approx(validated(tmp_path / "whole"), rel=1e-6)
+        assert train_losses(tmp_path / name) == pytest.approx(whole, rel=2e-5)
+        assert validated(tmp_path / name) == pytest.approx(validated(tmp_path / "whole"), rel=2e-5)
         assert answers_of(tmp_path / name) == answers_of(tmp_path / "whole")
 
 

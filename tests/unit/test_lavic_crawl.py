@@ -293,7 +293,11 @@ def test_the_default_folders_are_the_recipes_whatever_the_cwd():
 @pytest.mark.serial
 @pytest.mark.parametrize(
     ("number", "code", "held"),
-    [(signal.SIGTERM, 143, 30), (signal.SIGINT, 130, 0), (signal.SIGKILL, -9, 0)],
+    [
+        (signal.SIGTERM, 143, 30),
+        (signal.SIGKILL, -9, 0),
+        pytest.param(signal.SIGINT, 130, 0, marks=pytest.mark.full),
+    ],
 )
 def test_a_crawl_that_was_ended_leaves_whole_files_and_goes_on(shop, tmp_path, number, code, held):
     """held: seconds for which the shop does not finish a picture that is on its way."""
