@@ -63,11 +63,14 @@ def in_two_processes(main: Any, words: list[object]) -> list[int | None]:
     """The exit codes of the two ranks of a run: forks of this process, as torchrun starts them."""
     fork, port = multiprocessing.get_context("fork"), free_port()
     ranks = [fork.Process(target=_be_rank, args=(rank, port, main, words)) for rank in range(2)]
-    for rank in ranks:
-        rank.start()
-    for rank in ranks:
-        rank.join(100)
-        rank.kill()
+    try:
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join(100)
+    finally:
+        for rank in ranks:
+            rank.kill()
     return [rank.exitcode for rank in ranks]
 
 
@@ -76,4 +79,5 @@ def _be_rank(rank: int, port: int, main: Any, words: list[object]) -> None:
         os.environ[name] = str(value)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     sys.argv = [str(PROBE), *map(str, words)]
+    torch.set_num_threads(1)  # the threads of the process that was forked are not here
     launch(main)
