@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-import json
+import os
 import signal
 import warnings
 from pathlib import Path
@@ -21,7 +21,7 @@ from face_distill.distill.teacher import TeacherFeatures, UnfinishedFeatures
 from face_distill.FaceDataset import FaceDataset
 from shared import lock
 from shared.files import read_json, read_object
-from tests.harness import ROOT, run_here, start, status_of, wait_until
+from tests.harness import ROOT, Outcome, run_here, start, status_of, wait_until
 from tests.trainings import small_faces
 
 SCRIPT = ROOT / "face_distill" / "extract_teacher.py"
@@ -122,102 +122,73 @@ def test_embeddings_and_maps_are_those_of_a_direct_computation(faces, networks, 
 def test_the_manifest_says_what_was_done(faces, networks, tmp_path):
     more = ["--selection", "per_id", "--per-id", 2, "--limit", 6, "--temperature", 2]
     extracted(flags_for(faces, networks["quick"], tmp_path / "out", *more))
-    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    manifest = read_json(tmp_path / "out" / "manifest.json")
     dataset = FaceDataset(faces.data_root, "per_id", 6, 2, cache=False)
     assert manifest == {
-        "schema": 1,
-        "teacher": "torchscript",
-        "weights": "quick.pt",
+        "schema": 1, "teacher": "torchscript", "weights": "quick.pt",
         "weights_sha256": hashlib.sha256(networks["quick"].read_bytes()).hexdigest(),
-        "selection": "per_id",
-        "selection_sha256": dataset.selection_sha256(),
-        "limit": 6,
-        "per_id": 2,
-        "num_images": 6,
-        "image_size": 112,
-        "resize": "bicubic, antialias",
-        "colours": "RGB",
-        "mean": [0.5] * 3,
-        "std": [0.5] * 3,
-        "embedding_shape": [6],
-        "map": "probability",
-        "map_shape": [49],
-        "temperature": 2.0,
-        "amp": "off",
-        "batch_size": 3,
-        "device": "cpu",
-    }
+        "selection": "per_id", "selection_sha256": dataset.selection_sha256(),
+        "limit": 6, "per_id": 2, "num_images": 6,
+        "image_size": 112, "resize": "bicubic, antialias", "colours": "RGB",
+        "mean": [0.5] * 3, "std": [0.5] * 3,
+        "embedding_shape": [6], "map": "probability", "map_shape": [49], "temperature": 2.0,
+        "amp": "off", "batch_size": 3, "device": "cpu",
+    }  # fmt: skip
     TeacherFeatures(tmp_path / "out").check_alignment(dataset)
 
 
-@pytest.mark.parametrize(
-    ("kind", "mode"), [("probability", "kl_energy"), ("features", "zagoruyko")]
-)
-def test_training_takes_the_directory_as_it_is(faces, networks, tmp_path, kind, mode):
-    extracted(flags_for(faces, networks["quick"], tmp_path / "out", "--map", kind))
-    outcome = run_here(
-        train_distill.main,
-        [
-            "--blip-path", faces.weights, "--data-root", faces.data_root, "--batch-size", 4,
-            "--teacher-feat-dir", tmp_path / "out", "--epochs", 1, "--adapter-layers", "spread:2",
-            "--workers", 0, "--run-dir", tmp_path / "checkpoints",
-        ],
-    )  # fmt: skip
-    assert outcome.code == 0, outcome.text
-    assert f"attention transfer {mode} on {kind} maps" in outcome.text
-
-
-def test_training_refuses_features_of_another_selection(faces, networks, tmp_path):
-    more = ["--selection", "per_id", "--per-id", 2, "--limit", 10]
-    outcome = extracted(flags_for(faces, networks["quick"], tmp_path / "out", *more))
-    assert "--selection per_id --per-id 2" in outcome.text  # what to type for the training
-    wrong = [
-        "--blip-path", faces.weights, "--data-root", faces.data_root, "--batch-size", 4,
-        "--teacher-feat-dir", tmp_path / "out", "--run-dir", tmp_path / "checkpoints",
-    ]  # fmt: skip
-    outcome = run_here(train_distill.main, wrong)
-    assert outcome.code == 2
-    assert str(tmp_path / "out") in outcome.last_line and str(faces.data_root) in outcome.last_line
-
-
-def test_a_folder_of_folders_is_read_too(networks, tmp_path):
-    for number in range(4):
-        path = tmp_path / "faces" / f"person{number // 2}" / f"{number}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (150, 130), (40 * number, 90, 20)).save(path)
+def train(faces, features: Path, run_dir: Path, *more: object) -> Outcome:
     flags = [
-        "--weights", networks["quick"], "--arch", "torchscript", "--data-root", tmp_path / "faces",
-        "--limit", 0, "--out", tmp_path / "out", "--workers", 0,
+        "--blip-path", faces.weights, "--data-root", faces.data_root, "--batch-size", 4,
+        "--teacher-feat-dir", features, "--epochs", 1, "--adapter-layers", "spread:2",
+        "--workers", 0, "--run-dir", run_dir,
     ]  # fmt: skip
-    extracted(flags)
-    assert np.load(tmp_path / "out" / "teacher_labels.npy").tolist() == [0, 0, 1, 1]
+    return run_here(train_distill.main, [*flags, *more])
 
 
-def test_the_batch_size_and_the_workers_change_no_more_than_the_last_digits(
+def test_training_takes_the_directory_as_it_is_and_refuses_another_selection(
     faces, networks, tmp_path
 ):
-    one = tmp_path / "one"
-    extracted(flags_for(faces, networks["quick"], one))
-    extracted(flags_for(faces, networks["quick"], tmp_path / "two", "--workers", 2))
-    extracted(flags_for(faces, networks["quick"], tmp_path / "three", "--batch-size", 20))
-    assert contents(one) == contents(tmp_path / "two")
-    for name in FILES[:2]:
-        np.testing.assert_allclose(
-            np.load(one / name), np.load(tmp_path / "three" / name), rtol=1e-4, atol=1e-6
-        )
+    more = ["--selection", "per_id", "--per-id", 2, "--limit", 10, "--map", "features"]
+    outcome = extracted(flags_for(faces, networks["quick"], tmp_path / "out", *more))
+    wanted = "--selection per_id --per-id 2"
+    assert wanted in outcome.text  # what to type for the training
+    outcome = train(faces, tmp_path / "out", tmp_path / "run")
+    assert outcome.code == 2
+    assert str(tmp_path / "out") in outcome.last_line and str(faces.data_root) in outcome.last_line
+    outcome = train(faces, tmp_path / "out", tmp_path / "again", *wanted.split())
+    assert outcome.code == 0, outcome.text
+    assert "attention transfer zagoruyko on features maps" in outcome.text
 
 
-def test_bf16_stays_near_and_is_written_down(faces, networks, tmp_path):
-    extracted(flags_for(faces, networks["quick"], tmp_path / "exact"))
-    extracted(flags_for(faces, networks["quick"], tmp_path / "bf16", "--amp", "bf16"))
-    exact, rounded = (np.load(tmp_path / n / FILES[0]) for n in ("exact", "bf16"))
+def test_a_folder_of_folders_is_read_too(faces, networks, tmp_path):
+    root = tmp_path / "faces"
+    for number in range(4):
+        path = root / f"person{number // 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (150, 130), (40 * number, 90, 20)).save(path)
+    extracted([*flags_for(faces, networks["quick"], tmp_path / "out"), "--data-root", root,
+               "--limit", 0])  # fmt: skip
+    assert np.load(tmp_path / "out" / "teacher_labels.npy").tolist() == [0, 0, 1, 1]
+    outcome = train(faces, tmp_path / "out", tmp_path / "run", "--data-root", root)
+    assert outcome.code == 0, outcome.text
+
+
+def test_batches_workers_and_bfloat16_change_no_more_than_their_digits(faces, networks, tmp_path):
+    out = {name: tmp_path / name for name in ("one", "workers", "whole", "bf16")}
+    more = {"workers": ["--workers", 2], "whole": ["--batch-size", 20], "bf16": ["--amp", "bf16"]}
+    for name, directory in out.items():
+        extracted(flags_for(faces, networks["quick"], directory, *more.get(name, [])))
+    assert contents(out["one"]) == contents(out["workers"])
+    arrays = {
+        name: [np.load(directory / file) for file in FILES[:2]] for name, directory in out.items()
+    }
+    for ours, theirs in zip(arrays["one"], arrays["whole"], strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+    exact, rounded = arrays["one"][0], arrays["bf16"][0]
     assert 0 < np.abs(exact - rounded).max() < 0.02
     assert rounded.dtype == np.float32
-    assert read_json(tmp_path / "bf16" / "manifest.json")["amp"] == "bf16"
-
-
-class CrashError(Exception):
-    pass
+    assert read_json(out["bf16"] / "manifest.json")["amp"] == "bf16"
 
 
 def crash_after(monkeypatch, batches: int) -> None:
@@ -226,7 +197,7 @@ def crash_after(monkeypatch, batches: int) -> None:
 
     def counted(self, first, *arrays):
         if len(written) == batches:
-            raise CrashError("the machine is gone")
+            raise RuntimeError("the machine is gone")
         written.append(first)
         write(self, first, *arrays)
 
@@ -301,13 +272,19 @@ def test_nan_from_the_teacher_names_the_row(faces, tmp_path):
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+@pytest.fixture(scope="module")
+def undisturbed(faces, networks, tmp_path_factory) -> dict[str, bytes]:
+    """The files of an extraction by the slow module in batches of one."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    extracted(flags_for(faces, networks["slow"], out, "--batch-size", 1))
+    return contents(out)
+
+
 @pytest.mark.serial
 def test_kill_9_half_way_then_the_same_command_gives_the_undisturbed_bytes(
-    faces, networks, tmp_path
+    faces, networks, undisturbed, tmp_path
 ):
-    one_each = ["--batch-size", 1]
-    extracted(flags_for(faces, networks["slow"], tmp_path / "whole", *one_each))
-    flags = flags_for(faces, networks["slow"], tmp_path / "out", *one_each)
+    flags = flags_for(faces, networks["slow"], tmp_path / "out", "--batch-size", 1)
     with start([SCRIPT, *flags]) as running:
         wait_until(lambda: rows_in(tmp_path / "out") >= 4, "row 4", running=running)
         running.signal(signal.SIGKILL)
@@ -316,23 +293,23 @@ def test_kill_9_half_way_then_the_same_command_gives_the_undisturbed_bytes(
     kept = rows_in(tmp_path / "out")
     assert 4 <= kept < 20
     assert f"continuing: {kept} of 20 rows are there" in extracted(flags).text
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert contents(tmp_path / "out") == undisturbed
 
 
 @pytest.mark.serial
 @pytest.mark.parametrize(
     ("number", "code", "more"),
     [
-        (signal.SIGTERM, 143, ["--workers", 1]),
+        (signal.SIGTERM, 143, ["--nproc", 2]),
         pytest.param(signal.SIGINT, 130, [], marks=pytest.mark.full),
-        pytest.param(signal.SIGTERM, 143, ["--nproc", 2], marks=pytest.mark.full),
+        pytest.param(signal.SIGTERM, 143, ["--workers", 1], marks=pytest.mark.full),
     ],
 )
 def test_a_stop_signal_keeps_the_rows_and_says_how_to_go_on(
-    faces, networks, tmp_path, number, code, more
+    faces, networks, undisturbed, tmp_path, number, code, more
 ):
-    flags = flags_for(faces, networks["slow"], tmp_path / "out", "--batch-size", 1, *more)
-    with start([SCRIPT, *flags]) as running:
+    flags = flags_for(faces, networks["slow"], tmp_path / "out", "--batch-size", 1)
+    with start([SCRIPT, *flags, *more]) as running:
         wait_until(lambda: rows_in(tmp_path / "out") >= 3, "row 3", running=running)
         running.signal(number)
         outcome = running.finish()
@@ -343,20 +320,20 @@ def test_a_stop_signal_keeps_the_rows_and_says_how_to_go_on(
     line = f"{number.name}: {kept} of 20 rows are kept; the same command continues"
     assert line in outcome.last_line
     assert status_of(tmp_path / "out")["state"] == "stopped"
-    assert f"continuing: {kept} of 20" in extracted(flags[: len(flags) - len(more)]).text
+    assert f"continuing: {kept} of 20" in extracted(flags).text
+    assert contents(tmp_path / "out") == undisturbed  # whoever computed the rows
 
 
 def test_two_extractions_into_one_directory_do_not_meet(faces, networks, tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_DYING", 0.1)
-    flags = flags_for(faces, networks["slow"], tmp_path / "out", "--batch-size", 1)
-    with start([SCRIPT, *flags]) as running:
-        wait_until(lambda: rows_in(tmp_path / "out") >= 1, "row 1", running=running)
-        outcome = run_here(extract_teacher.main, flags)
-        assert outcome.code == 2 and "in use by a live run" in outcome.last_line
-        assert "another --out" in outcome.last_line
+    held = lock.take(tmp_path, "--out")
+    outcome = run_here(extract_teacher.main, flags_for(faces, networks["quick"], tmp_path))
+    os.close(held)
+    assert outcome.code == 2 and "in use by a live run" in outcome.last_line
+    assert "another --out" in outcome.last_line
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.serial
 def test_two_processes_write_the_bytes_of_one(faces, networks, tmp_path):
     extracted(flags_for(faces, networks["quick"], tmp_path / "one"))
@@ -366,11 +343,6 @@ def test_two_processes_write_the_bytes_of_one(faces, networks, tmp_path):
     assert outcome.code == 0, outcome.text
     assert "20 embeddings of 6 numbers and maps of 49" in outcome.last_line
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
-
-
-def test_weights_have_to_be_typed(faces, tmp_path):
-    outcome = run_here(extract_teacher.main, ["--data-root", faces.data_root])
-    assert outcome.code == 2 and "--weights is missing" in outcome.last_line
 
 
 def test_the_demo_lends_its_faces_and_asks_for_a_teacher(faces, networks, tmp_path, monkeypatch):

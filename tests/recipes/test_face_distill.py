@@ -1,15 +1,15 @@
 """face_distill through its documented scripts, on a few faces in the real formats."""
 
+import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from face_distill import train_distill
 from face_distill.demo_data import demo
@@ -28,73 +28,95 @@ def faces(tmp_path_factory) -> demo.DemoPaths:
     return small_faces(tmp_path_factory.mktemp("faces"))
 
 
-@pytest.fixture
-def flags(faces, tmp_path):
-    """The flags of a run on those faces, into an empty directory."""
+def flags_for(faces, run_dir: Path) -> list[object]:
     return [
         "--blip-path", faces.weights, "--data-root", faces.data_root,
         "--teacher-feat-dir", faces.teacher, "--batch-size", 4, "--epochs", 6,
-        "--adapter-layers", "spread:2", "--workers", 0, "--log-every", 1,
-        "--run-dir", tmp_path / "checkpoints",
+        "--adapter-layers", "spread:2", "--workers", 0, "--log-every", 1, "--run-dir", run_dir,
     ]  # fmt: skip
 
 
-def totals(run_dir: Path) -> dict[int, float]:
-    return losses(run_dir, "Loss/Total")
+@pytest.fixture
+def flags(faces, tmp_path):
+    """The flags of a run on those faces, into an empty directory."""
+    return flags_for(faces, tmp_path / "checkpoints")
 
 
-def test_a_run_leaves_the_documented_files_and_says_what_it_reached(flags, faces, tmp_path):
-    outcome = run_here(train_distill.main, [*flags, "--verify", faces.pairs])
-    run_dir = tmp_path / "checkpoints"
+def trained(flags: list[object], *more: object) -> str:
+    """The text of a training that ends well."""
+    outcome = run_here(train_distill.main, [*flags, *more])
     assert outcome.code == 0, outcome.text
+    return outcome.text
+
+
+def rows_of(run_dir: Path, split: str) -> list[dict[str, Any]]:
+    return [row for row in read_json_lines(run_dir / "metrics.jsonl") if row["split"] == split]
+
+
+@pytest.fixture(scope="module")
+def whole(faces, tmp_path_factory) -> tuple[Path, str]:
+    """The run directory of all six epochs, and its text."""
+    run_dir = tmp_path_factory.mktemp("whole") / "checkpoints"
+    return run_dir, trained(flags_for(faces, run_dir), "--verify", faces.pairs)
+
+
+@pytest.fixture(scope="module")
+def short(faces, tmp_path_factory) -> Path:
+    """The run directory of two epochs."""
+    run_dir = tmp_path_factory.mktemp("short") / "checkpoints"
+    trained(flags_for(faces, run_dir), "--epochs", 2)
+    return run_dir
+
+
+def test_a_run_leaves_the_documented_files_and_says_what_it_reached(whole):
+    run_dir, _ = whole
     names = {path.name for path in run_dir.glob("*.pth")}
     assert {
         "best_student_adapter_face.pth", "student_adapter_face_epoch_5.pth", "last.pth",
     } <= names  # fmt: skip
     assert "student_adapter_face_epoch_6.pth" not in names
-    assert list((tmp_path / "logs" / "adapter_face_distill").glob("events.out.tfevents*"))
+    assert list((run_dir.parent / "logs" / "adapter_face_distill").glob("events.out.tfevents*"))
     status = status_of(run_dir)
     assert (status["state"], status["exit_code"], status["step"]) == ("done", 0, 30)
     assert set(status["result"]) == {
         *("name", "before", "after", "higher_is_better", "chance", "n")
     }
-    assert "attention transfer kl_energy on probability maps" in outcome.text
-    assert "training loss" in outcome.text
-    first = next(read_json_lines(run_dir / "metrics.jsonl"))
+    first = rows_of(run_dir, "train")[0]
     assert {"Loss/Total", "Loss/ArcFace", "Loss/AT", "Loss/RKD", "LR", "samples_per_s"} <= set(
         first
     )
+    config = read_json(run_dir / "config.json")
+    assert config["settings"]["batch_size"] == 4 and config["identity"]["world_size"] == 1
 
 
-def test_the_first_epoch_trains_arcface_alone_and_later_ones_the_weighted_sum(flags, tmp_path):
-    assert run_here(train_distill.main, [*flags, "--epochs", 2]).code == 0
-    rows = list(read_json_lines(tmp_path / "checkpoints" / "metrics.jsonl"))
-    train = [row for row in rows if row["split"] == "train"]
-    for row in train:
-        whole = row["Loss/ArcFace"] + 1000 * row["Loss/AT"] + row["Loss/RKD"]
-        expected = row["Loss/ArcFace"] if row["epoch"] == 0 else whole
+def test_the_first_epoch_trains_arcface_alone_and_later_ones_the_weighted_sum(whole):
+    run_dir, text = whole
+    for row in rows_of(run_dir, "train"):
+        everything = row["Loss/ArcFace"] + 1000 * row["Loss/AT"] + row["Loss/RKD"]
+        expected = row["Loss/ArcFace"] if row["epoch"] == 0 else everything
         assert row["Loss/Total"] == pytest.approx(expected, rel=1e-5)
+    assert "attention transfer kl_energy on probability maps" in text
+    assert "epoch 1/6: ArcFace alone (warm-up) | training loss" in text
+    assert "epoch 2/6 with all terms from here on | training loss" in text
+    assert "epoch 3/6 | training loss" in text
 
 
-def test_a_step_in_pieces_is_the_step_of_the_whole_batch(flags, tmp_path):
-    run_dir = tmp_path / "checkpoints"
-    assert run_here(train_distill.main, [*flags, "--epochs", 2]).code == 0
-    whole = list(read_json_lines(run_dir / "metrics.jsonl"))
-    pieces = [*flags, "--epochs", 2, "--run-dir", tmp_path / "pieces", "--micro-batch", 1]
-    assert run_here(train_distill.main, pieces).code == 0
-    found = list(read_json_lines(tmp_path / "pieces" / "metrics.jsonl"))
-    assert len(found) == len(whole)
-    for ours, theirs in zip(found, whole, strict=True):
+def test_a_step_in_pieces_is_the_step_of_the_whole_batch(flags, short, tmp_path):
+    trained(flags, "--epochs", 2, "--micro-batch", 1)
+    found, expected = (
+        list(read_json_lines(run_dir / "metrics.jsonl"))
+        for run_dir in (tmp_path / "checkpoints", short)
+    )
+    assert len(found) == len(expected)
+    for ours, theirs in zip(found, expected, strict=True):
         for tag in ("Loss/Total", "Loss/RKD", "epoch/loss"):
             assert ours.get(tag, 0) == pytest.approx(theirs.get(tag, 0), rel=1e-4)
 
 
 def test_early_stopping_counts_from_the_loss_with_all_its_terms(flags, tmp_path):
     """With a learning rate that moves nothing, only the fixed order of sums could improve."""
-    still = [*flags, "--lr", 1e-30, "--patience", 2, "--warmup-epochs", 3, "--epochs", 50]
-    outcome = run_here(train_distill.main, still)
+    trained(flags, "--lr", 1e-30, "--patience", 2, "--warmup-epochs", 3, "--epochs", 50)
     run_dir = tmp_path / "checkpoints"
-    assert outcome.code == 0
     rows = [row for row in read_json_lines(run_dir / "metrics.jsonl") if "epoch/loss" in row]
     full = [row["epoch/loss"] for row in rows][3:]  # the warm-up's are smaller: never the best
     best, bad, stopped_after = np.inf, 0, 0
@@ -107,86 +129,44 @@ def test_early_stopping_counts_from_the_loss_with_all_its_terms(flags, tmp_path)
     assert status_of(run_dir)["reason"] == "the loss did not fall for 2 epochs"
 
 
-def test_trainable_and_full_checkpoints_load_alike_and_the_small_one_is_small(
-    flags, faces, tmp_path
+def test_a_held_out_share_gives_the_validation_loss_and_a_damaged_picture_is_in_neither(
+    flags, faces, short, tmp_path
 ):
-    run_dir = tmp_path / "checkpoints"
-    one_epoch = [*flags, "--epochs", 2]
-    assert run_here(train_distill.main, one_epoch).code == 0
-    small = run_dir / "best_student_adapter_face.pth"
-    assert (
-        run_here(train_distill.main, [*one_epoch, "--full-checkpoint", "--resume", "never"]).code
-        == 0
-    )
-    aside = tmp_path / "checkpoints.1" / small.name
-    students = []
-    for path in (aside, small):
-        student = model.FaceStudent(model.load_tower(faces.weights), [0, 3])
-        model.load_student(student, path)
-        students.append(student.eval())
-    images = torch.randn(2, 3, students[0].image_size, students[0].image_size)
-    assert torch.equal(students[0](images)[0], students[1](images)[0])
-    assert aside.stat().st_size < small.stat().st_size / 4
+    """And --full-checkpoint writes the whole student."""
+    data = Path(shutil.copytree(faces.data_root, tmp_path / "faces_emore"))
+    offset = RecordReader(data / "train.rec", data / "train.idx").offset_of(3)
+    content = bytearray((data / "train.rec").read_bytes())
+    content[offset + 32 : offset + 1032] = bytes(1000)  # of the picture, not of its label
+    (data / "train.rec").write_bytes(content)
+    # 5 held-out images in batches of 4: pairs need two, so the last joins those before
+    more = ["--val-fraction", 0.25, "--epochs", 2, "--lambda-at", 0.001, "--full-checkpoint"]
+    text = trained(flags, "--data-root", data, *more)
+    assert "14 images of 5 identities, 5 held out, 1 damaged left out" in text
+    assert f"left out: {data / 'train.rec'} key 3 at byte" in text
+    assert status_of(tmp_path / "checkpoints")["data"]["damaged"] == 1
+    assert "validation loss" in text
+    assert max(losses(tmp_path / "checkpoints", "Loss/Total")) == 2 * (14 // 4)
+    assert "% of the gradients on the adapters" in text and "lower --lambda-at" not in text
+    name = "best_student_adapter_face.pth"
+    full = tmp_path / "checkpoints" / name
+    student = model.FaceStudent(model.load_tower(faces.weights), [0, 3])
+    model.load_student(student, full)
+    assert 4 * (short / name).stat().st_size < full.stat().st_size
 
 
-def test_a_held_out_share_gives_the_validation_loss(flags, tmp_path):
-    outcome = run_here(train_distill.main, [*flags, "--val-fraction", 0.2, "--epochs", 2])
-    assert outcome.code == 0
-    assert "validation loss" in outcome.text
-    assert max(totals(tmp_path / "checkpoints")) == 2 * (16 // 4)
-
-
-def test_a_last_held_out_batch_of_one_image_joins_the_one_before(flags, tmp_path):
-    outcome = run_here(train_distill.main, [*flags, "--val-fraction", 0.25, "--epochs", 2])
-    assert outcome.code == 0, outcome.text  # 5 of 20 images in batches of 4: pairs need two
-    assert "15 images of 5 identities, 5 held out" in outcome.text
-
-
-def test_a_held_out_share_too_small_for_pairs_on_each_process_is_refused(flags, tmp_path):
-    with start([SCRIPT, *flags, "--val-fraction", 0.1, "--nproc", 2]) as running:
-        outcome = running.finish()
-    assert outcome.code == 2
-    assert "holds out 2 of 20 images, 4 are needed" in outcome.last_line
-    assert "use 0.2 or more, or 0" in outcome.last_line
-    assert outcome.text.count("are needed") == 1
-
-
-@pytest.mark.parametrize(("weight", "is_warned"), [(1000, True), (0.001, False)])
-def test_a_term_that_drowns_arcface_is_named_with_the_flag_to_lower(
-    flags, tmp_path, weight, is_warned
-):
-    outcome = run_here(train_distill.main, [*flags, "--lambda-at", weight, "--epochs", 3])
-    assert outcome.code == 0
-    assert outcome.text.count("lower --lambda-at") == is_warned
-    assert "% of the gradients on the adapters" in outcome.text
-    pulls = [row for row in read_json_lines(tmp_path / "checkpoints" / "metrics.jsonl")
-             if row["split"] == "terms"]  # fmt: skip
-    assert [row["step"] for row in pulls] == [1, 10]
-    assert (pulls[1]["Pull/AT"] > 20 * pulls[1]["Pull/ArcFace"]) == is_warned
-
-
-def test_watching_the_gradients_changes_no_number(flags, tmp_path, monkeypatch):
-    watched = ["--run-dir", tmp_path / "watched", "--epochs", 3]
-    assert run_here(train_distill.main, [*flags, *watched]).code == 0
-    monkeypatch.setattr("face_distill.distill.losses.Balance.measure", lambda *_: {})
-    assert run_here(train_distill.main, [*flags, "--epochs", 3]).code == 0
-    assert totals(tmp_path / "watched") == totals(tmp_path / "checkpoints")
-
-
-def test_the_log_says_which_terms_an_epoch_had(flags):
-    outcome = run_here(train_distill.main, [*flags, "--epochs", 3])
-    assert "epoch 1/3: ArcFace alone (warm-up) | training loss" in outcome.text
-    assert "epoch 2/3 with all terms from here on | training loss" in outcome.text
-    assert "epoch 3/3 | training loss" in outcome.text
+def test_a_term_that_drowns_arcface_is_named_with_the_flag_to_lower(whole):
+    run_dir, text = whole
+    assert text.count("lower --lambda-at") == 1
+    pulls = rows_of(run_dir, "terms")
+    assert [row["step"] for row in pulls] == [1, 10, 20, 30]
+    assert all(row["Pull/AT"] > 20 * row["Pull/ArcFace"] for row in pulls)
 
 
 @pytest.mark.serial
-def test_two_processes_train_as_one_does_on_the_same_batches(flags, tmp_path):
-    shared = [*flags, "--epochs", 2, "--run-dir"]
-    assert run_here(train_distill.main, [*shared, tmp_path / "1"]).code == 0
-    with start([SCRIPT, *shared, tmp_path / "2", "--nproc", 2]) as running:
+def test_two_processes_train_as_one_does_on_the_same_batches(flags, short, tmp_path):
+    with start([SCRIPT, *flags, "--epochs", 2, "--nproc", 2]) as running:
         assert running.finish().code == 0, running.text
-    one, two = totals(tmp_path / "1"), totals(tmp_path / "2")
+    one, two = (losses(r, "Loss/Total") for r in (short, tmp_path / "checkpoints"))
     assert one.keys() == two.keys() and len(one) == 10
     for step, loss in one.items():
         assert two[step] == pytest.approx(loss, rel=2e-5), step
@@ -222,45 +202,27 @@ def test_editing_a_constant_is_the_documented_way_and_changes_the_default(tmp_pa
     script = house / "face_distill" / "train_distill.py"
     script.write_text(script.read_text().replace("BATCH_SIZE = 128", "BATCH_SIZE = 64"))
     shown = subprocess.run(
-        [sys.executable, script, "--print-config"], capture_output=True, text=True, check=True
-    )
+        [sys.executable, script.name, "--print-config"], cwd=script.parent, capture_output=True,
+        text=True, check=True,
+    )  # fmt: skip
     assert json.loads(shown.stdout)["batch_size"] == 64
 
 
-@pytest.mark.parametrize("place", ["root", "directory", "elsewhere", "link"])
-def test_the_script_starts_from_anywhere(flags, tmp_path, place):
+def test_the_script_starts_through_a_link_from_elsewhere(flags, tmp_path):
     link = tmp_path / "a link.py"
     link.symlink_to(SCRIPT)
-    script, cwd = {
-        "root": ("face_distill/train_distill.py", ROOT),
-        "directory": ("train_distill.py", ROOT / "face_distill"),
-        "elsewhere": (str(SCRIPT), tmp_path),
-        "link": (str(link), tmp_path),
-    }[place]
-    command = [sys.executable, script, *map(str, flags), "--dry-run"]
-    shown = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
+    command = [sys.executable, link, *map(str, flags), "--dry-run"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "1 process(es) x 4" in shown.stdout
     assert not (tmp_path / "checkpoints").exists()
 
 
-def test_the_documents_bare_import_works_beside_the_script(faces):
-    code = (
-        "from FaceDataset import FaceDataset; import sys; from pathlib import Path;"
-        "print(len(FaceDataset(Path(sys.argv[1]), 'first_n', limit=8)))"
-    )
-    shown = subprocess.run(
-        [sys.executable, "-c", code, str(faces.data_root)],
-        cwd=ROOT / "face_distill", capture_output=True, text=True, check=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert shown.stdout.split() == ["8"]
-
-
-def test_config_json_holds_what_a_resume_needs(flags, tmp_path):
-    assert run_here(train_distill.main, [*flags, "--epochs", 1]).code == 0
-    written = read_json(tmp_path / "checkpoints" / "config.json")
-    assert written["settings"]["batch_size"] == 4
-    assert written["identity"]["world_size"] == 1
+def test_the_documents_bare_import_works_beside_the_script(faces, monkeypatch):
+    elsewhere = [path for path in sys.path if path and Path(path).resolve() != ROOT]
+    monkeypatch.setattr(sys, "path", [str(ROOT / "face_distill"), *elsewhere])
+    bare = importlib.import_module("FaceDataset")
+    assert str(ROOT) in sys.path
+    assert len(bare.FaceDataset(faces.data_root, "first_n", limit=8)) == 8
 
 
 def _not_code(_directory: str, names: list[str]) -> set[str]:
@@ -276,16 +238,3 @@ def test_a_copy_of_the_directory_alone_says_once_what_is_missing(tmp_path, words
     )
     expected = "error: shared/ is missing beside face_distill/: copy the whole repository\n"
     assert (ended.returncode, ended.stdout, ended.stderr) == (3, "", expected)
-
-
-def test_a_damaged_picture_is_left_out_of_the_training(flags, faces, tmp_path):
-    data = Path(shutil.copytree(faces.data_root, tmp_path / "faces_emore"))
-    offset = RecordReader(data / "train.rec", data / "train.idx").offset_of(3)
-    content = bytearray((data / "train.rec").read_bytes())
-    content[offset + 32 : offset + 1032] = bytes(1000)  # of the picture, not of its label
-    (data / "train.rec").write_bytes(content)
-    outcome = run_here(train_distill.main, [*flags, "--data-root", data, "--epochs", 1])
-    assert outcome.code == 0, outcome.text
-    assert "19 images of 5 identities, 0 held out, 1 damaged left out" in outcome.text
-    assert f"left out: {data / 'train.rec'} key 3 at byte" in outcome.text
-    assert status_of(tmp_path / "checkpoints")["data"]["damaged"] == 1

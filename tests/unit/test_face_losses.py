@@ -28,8 +28,8 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 # ---------------------------------------------------------------- ArcFace
 
 
-@pytest.mark.parametrize("margin", [0.0, 0.3, 0.5, 1.0])
-def test_arcface_agrees_with_pytorch_metric_learning(margin: float) -> None:
+@pytest.mark.parametrize("margin", [0.0, 0.5])
+def test_arcface_agrees_with_pytorch_metric_learning(margin):
     from pytorch_metric_learning.losses import ArcFaceLoss
 
     head = ArcFaceHead(24, 9, m=margin).double()
@@ -45,7 +45,7 @@ def test_arcface_agrees_with_pytorch_metric_learning(margin: float) -> None:
     torch.testing.assert_close(to_weight, expected_weight.T, rtol=1e-10, atol=1e-12)
 
 
-def test_arcface_moves_the_target_alone_by_the_margin() -> None:
+def test_arcface_moves_the_target_alone_by_the_margin():
     # Centres along the axes; embedding at 60 degrees from class 0, 30 degrees from class 1.
     head = ArcFaceHead(2, 2, s=10.0, m=0.5).double()
     head.weight.data = torch.eye(2, dtype=torch.float64) * 7
@@ -57,9 +57,7 @@ def test_arcface_moves_the_target_alone_by_the_margin() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_arcface_is_finite_where_an_embedding_meets_its_centre_or_its_opposite(
-    sign: float, dtype: torch.dtype
-) -> None:
+def test_arcface_is_finite_where_an_embedding_meets_its_centre_or_its_opposite(sign, dtype):
     head = ArcFaceHead(4, 4).to(dtype)
     head.weight.data = torch.eye(4, dtype=dtype)  # along the axes the cosines are exactly 1 and -1
     embeddings = (sign * torch.eye(4, dtype=dtype) * 3).requires_grad_()
@@ -69,7 +67,7 @@ def test_arcface_is_finite_where_an_embedding_meets_its_centre_or_its_opposite(
         assert gradient.isfinite().all()
 
 
-def test_the_margined_cosine_falls_over_the_whole_half_circle() -> None:
+def test_the_margined_cosine_falls_over_the_whole_half_circle():
     angles = torch.linspace(0, math.pi, 1001, dtype=torch.float64)
     moved = add_margin(angles.cos(), 0.5)
     assert (moved.diff() < 0).all()
@@ -77,7 +75,7 @@ def test_the_margined_cosine_falls_over_the_whole_half_circle() -> None:
     torch.testing.assert_close(moved[before], (angles[before] + 0.5).cos(), rtol=0, atol=2e-8)
 
 
-def test_arcface_computes_in_float32_under_autocast() -> None:
+def test_arcface_computes_in_float32_under_autocast():
     head = ArcFaceHead(64, 8)
     embeddings, labels = normal(8, 64, dtype=torch.float32), torch.arange(8)
     expected = head(embeddings.double(), labels).item()
@@ -86,11 +84,6 @@ def test_arcface_computes_in_float32_under_autocast() -> None:
         half = head(embeddings.bfloat16(), labels)
     assert loss.item() == pytest.approx(expected, rel=1e-5)
     assert loss.dtype == half.dtype == torch.float32
-
-
-def test_arcface_refuses_a_margin_without_meaning() -> None:
-    with pytest.raises(ValueError, match="m=2"):
-        ArcFaceHead(4, 4, m=2.0)
 
 
 # ---------------------------------------------------------------- attention transfer
@@ -108,18 +101,7 @@ def pooled_by_hand(maps: Tensor, side: int) -> Tensor:
     return torch.stack([torch.stack(row, -1) for row in rows], -2)
 
 
-def test_kl_energy_of_two_positions_by_hand() -> None:
-    # Energies 1, 4, 9, 0 (tokens of width 1), teacher 0.1, 0.2, 0.3, 0.4.
-    tokens = torch.tensor([1.0, 2.0, 3.0, 0.0], dtype=torch.float64).view(1, 4, 1)
-    teacher = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
-    log_sum = math.log(math.exp(1) + math.exp(4) + math.exp(9) + 1)
-    pairs = zip([0.1, 0.2, 0.3, 0.4], [1, 4, 9, 0], strict=True)
-    expected = sum(p * (math.log(p) - (energy - log_sum)) for p, energy in pairs)
-    loss = attention_transfer(tokens, teacher, "kl_energy", "probability")
-    assert loss.item() == pytest.approx(expected, rel=1e-12)
-
-
-def test_kl_energy_averages_the_students_16_by_16_to_the_teachers_7_by_7() -> None:
+def test_kl_energy_averages_the_students_16_by_16_to_the_teachers_7_by_7():
     tokens, teacher = normal(3, 256, 5) / 3, probabilities(3, 7)
     energy = pooled_by_hand(tokens.square().sum(-1).view(3, 16, 16), 7).flatten(1)
     log_student = energy - energy.exp().sum(1, keepdim=True).log()
@@ -129,7 +111,7 @@ def test_kl_energy_averages_the_students_16_by_16_to_the_teachers_7_by_7() -> No
         torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
 
 
-def test_kl_energy_is_zero_for_equal_maps_and_takes_zero_probabilities() -> None:
+def test_kl_energy_is_zero_for_equal_maps_and_takes_zero_probabilities():
     tokens = normal(2, 16, 6)
     own = tokens.square().sum(-1).softmax(1)
     assert attention_transfer(tokens, own).item() == pytest.approx(0, abs=1e-12)
@@ -138,7 +120,7 @@ def test_kl_energy_is_zero_for_equal_maps_and_takes_zero_probabilities() -> None
     torch.testing.assert_close(attention_transfer(tokens, certain), expected)
 
 
-def test_a_students_coarser_grid_gets_the_teachers_map_averaged() -> None:
+def test_a_students_coarser_grid_gets_the_teachers_map_averaged():
     tokens, teacher = normal(2, 16, 6) / 3, probabilities(2, 7)
     pooled = pooled_by_hand(teacher.view(2, 7, 7), 4).flatten(1)
     pooled = pooled / pooled.sum(1, keepdim=True)
@@ -147,30 +129,20 @@ def test_a_students_coarser_grid_gets_the_teachers_map_averaged() -> None:
     torch.testing.assert_close(attention_transfer(tokens, teacher), expected, rtol=1e-12, atol=0)
 
 
-def test_zagoruyko_by_hand() -> None:
-    # Student energies (9, 0, 16, 0) -> length sqrt(337); teacher (0, 0, 0, 4) -> (0, 0, 0, 1).
-    tokens = torch.tensor([3.0, 0.0, 4.0, 0.0], dtype=torch.float64).view(1, 4, 1)
-    features = torch.tensor([0.0, 0.0, 0.0, 2.0], dtype=torch.float64).view(1, 1, 2, 2)
-    loss = attention_transfer(tokens, features, "zagoruyko", "features")
-    assert loss.item() == pytest.approx((337 / 337 + 1) / 4, rel=1e-12)
-
-
-def test_zagoruyko_agrees_with_loops_and_ignores_the_size_of_either_map() -> None:
+def test_zagoruyko_agrees_with_loops_and_ignores_the_size_of_either_map():
     tokens, features = normal(2, 16, 5), normal(2, 3, 4, 4, seed=1)
     total = 0.0
     for student, teacher in zip(tokens, features, strict=True):
         q = torch.stack([(token * token).sum() for token in student])
         t = torch.stack([(teacher[:, i // 4, i % 4] ** 2).sum() for i in range(16)])
         total += ((q / (q * q).sum().sqrt() - t / (t * t).sum().sqrt()) ** 2).sum().item() / 16
-    for factor in (1, 50):
-        loss = attention_transfer(tokens * factor, features * factor, "zagoruyko", "features")
-        assert loss.item() == pytest.approx(total / 2, rel=1e-12)
     as_tokens = features.flatten(2).transpose(1, 2)
-    again = attention_transfer(tokens, as_tokens, "zagoruyko", "features")
-    assert again.item() == pytest.approx(total / 2, rel=1e-12)
+    for ours, theirs in ((tokens, features), (50 * tokens, 50 * features), (tokens, as_tokens)):
+        loss = attention_transfer(ours, theirs, "zagoruyko", "features")
+        assert loss.item() == pytest.approx(total / 2, rel=1e-12)
 
 
-def test_kl_minmax_agrees_with_its_formula() -> None:
+def test_kl_minmax_agrees_with_its_formula():
     tokens, teacher = normal(2, 16, 5), probabilities(2, 4)
     energy = tokens.square().sum(-1)
     rows = []
@@ -183,7 +155,7 @@ def test_kl_minmax_agrees_with_its_formula() -> None:
 
 
 @pytest.mark.parametrize("mode", ["kl_energy", "kl_minmax"])
-def test_attention_transfer_is_float32_under_autocast_and_differentiable(mode: str) -> None:
+def test_attention_transfer_is_float32_under_autocast_and_differentiable(mode):
     tokens = normal(2, 16, 5).float().requires_grad_()
     teacher = probabilities(2, 4).float().requires_grad_()
     expected = attention_transfer(tokens.double(), teacher.double(), mode).item()
@@ -198,18 +170,9 @@ def test_attention_transfer_is_float32_under_autocast_and_differentiable(mode: s
     assert to_teacher is None
 
 
-def test_attention_transfer_refuses_what_has_no_meaning() -> None:
-    tokens, teacher = normal(2, 16, 5), probabilities(2, 7)
-    with pytest.raises(UserError, match="did you mean zagoruyko"):
-        attention_transfer(tokens, teacher, "zagoruiko")
+def test_zagoruyko_refuses_probabilities():
     with pytest.raises(UserError, match="needs the teacher's feature maps"):
-        attention_transfer(tokens, teacher, "zagoruyko", "probability")
-    with pytest.raises(UserError, match="15 positions form no square"):
-        attention_transfer(normal(2, 15, 5), teacher)
-    with pytest.raises(UserError, match=r"cannot have shape \(2, 3, 4, 4\)"):
-        attention_transfer(tokens, normal(2, 3, 4, 4))
-    with pytest.raises(UserError, match="kind 'energy'"):
-        attention_transfer(tokens, teacher, kind="energy")
+        attention_transfer(normal(2, 16, 5), probabilities(2, 7), "zagoruyko", "probability")
 
 
 # ---------------------------------------------------------------- relations
@@ -219,31 +182,7 @@ def smooth_l1(difference: float) -> float:
     return 0.5 * difference**2 if abs(difference) < 1 else abs(difference) - 0.5
 
 
-def distance_by_loops(student: Tensor, teacher: Tensor, norm: str) -> float:
-    relative = []
-    for rows in (student.tolist(), teacher.tolist()):
-        d = [[math.dist(a, b) for b in rows] for a in rows]
-        pairs = len(rows) ** 2 if norm == "all" else len(rows) * (len(rows) - 1)
-        mean = sum(map(sum, d)) / pairs
-        relative.append([value / mean for row in d for value in row])
-    return sum(smooth_l1(s - t) for s, t in zip(*relative, strict=True)) / len(student) ** 2
-
-
-def angle_by_loops(student: Tensor, teacher: Tensor) -> float:
-    def cosine(rows: list[list[float]], i: int, j: int, k: int) -> float:
-        e = [a - b for a, b in zip(rows[j], rows[i], strict=True)]
-        f = [a - b for a, b in zip(rows[k], rows[i], strict=True)]
-        lengths = math.hypot(*e) * math.hypot(*f)
-        return sum(a * b for a, b in zip(e, f, strict=True)) / lengths if lengths else 0.0
-
-    s, t, size = student.tolist(), teacher.tolist(), range(len(student))
-    terms = [
-        smooth_l1(cosine(s, i, j, k) - cosine(t, i, j, k)) for i in size for j in size for k in size
-    ]
-    return sum(terms) / len(student) ** 3
-
-
-def test_rkd_distance_of_three_points_by_hand() -> None:
+def test_rkd_distance_of_three_points_by_hand():
     # Student distances 3, 4, 5 (mean 4); teacher 1, 1, 2 on a line (mean 4/3).
     student = torch.tensor([[0.0, 0.0], [3.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
     teacher = torch.tensor([[1.0], [0.0], [2.0]], dtype=torch.float64)
@@ -254,7 +193,7 @@ def test_rkd_distance_of_three_points_by_hand() -> None:
     assert with_zeros == pytest.approx(expected * (3 / 2) ** 2, rel=1e-12)
 
 
-def test_rkd_angle_of_three_points_by_hand() -> None:
+def test_rkd_angle_of_three_points_by_hand():
     # Student: right angle at the origin, 45 degrees at the others. Teacher: all on a line.
     student = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
     teacher = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
@@ -263,58 +202,40 @@ def test_rkd_angle_of_three_points_by_hand() -> None:
     assert rkd_angle(student, teacher).item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("norm", ["offdiag", "all"])
-def test_relations_agree_with_loops(norm: str) -> None:
-    student, teacher = normal(7, 5), normal(7, 9, seed=1) ** 3
-    expected = distance_by_loops(student, teacher, norm)
-    assert rkd_distance(student, teacher, norm).item() == pytest.approx(expected, rel=1e-12)
-    expected = angle_by_loops(student, teacher)
-    assert rkd_angle(student, teacher).item() == pytest.approx(expected, rel=1e-12)
-
-
-class LargestTensor(TorchDispatchMode):
+class Tensors(TorchDispatchMode):
     """Records the most elements that any result of an operation has."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
+    largest = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, (list, tuple)) else (result,):
             if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
+                self.largest = max(self.largest, tensor.numel())
         return result
 
 
-def test_rkd_angle_is_the_same_in_chunks_and_makes_nothing_larger_than_a_chunk() -> None:
+def test_rkd_angle_in_chunks_is_the_same_and_keeps_nothing_larger_than_its_inputs():
     teacher = normal(12, 7, seed=1)
     whole, parts = (normal(12, 5).requires_grad_() for _ in range(2))
-    with LargestTensor() as at_once:
-        loss = rkd_angle(whole, teacher)
-        loss.backward()
-    with LargestTensor() as in_chunks:
+    loss = rkd_angle(whole, teacher)
+    kept: set[int] = set()
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.add(t.numel()) or t, lambda t: t
+    )
+    with hooks:
         chunked = rkd_angle(parts, teacher, max_elements=300)
-        chunked.backward()
+    assert max(kept) <= 12 * 7
+    loss.backward()
+    with Tensors() as tensors:
+        rkd_angle(normal(12, 5).requires_grad_(), teacher, max_elements=300).backward()
+    assert tensors.largest <= 300 < 12**3
+    chunked.backward()
     torch.testing.assert_close(chunked, loss, rtol=1e-13, atol=0)
     torch.testing.assert_close(parts.grad, whole.grad, rtol=1e-12, atol=1e-16)
-    assert at_once.elements == 12**3
-    assert in_chunks.elements <= 300
 
 
-def test_rkd_angle_keeps_only_its_inputs_for_the_backward_pass() -> None:
-    student, teacher = normal(12, 5).requires_grad_(), normal(12, 7, seed=1)
-    kept: set[int] = set()
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda t: kept.add(t.data_ptr()) or t, lambda t: t
-    ):
-        rkd_angle(student, teacher, max_elements=300)
-    assert kept <= {student.data_ptr(), teacher.data_ptr()}
-
-
-def test_relations_do_not_change_with_the_size_of_either_space() -> None:
+def test_relations_do_not_change_with_the_size_of_either_space():
     student, teacher = normal(6, 4), normal(6, 8, seed=1)
     for loss in (rkd_distance, rkd_angle):
         torch.testing.assert_close(loss(student * 9, teacher / 7), loss(student, teacher))
@@ -322,36 +243,25 @@ def test_relations_do_not_change_with_the_size_of_either_space() -> None:
 
 
 @pytest.mark.parametrize("loss", [rkd_distance, rkd_angle])
-def test_relations_are_finite_with_duplicates_and_with_a_collapsed_student(loss: Loss) -> None:
-    duplicated = normal(6, 4)
-    duplicated[3] = duplicated[0]
-    for rows in (duplicated, torch.ones(6, 4)):
+def test_relations_are_finite_with_duplicates_and_exact_for_close_ones(loss):
+    teacher = normal(8, 16, seed=1)
+    for rows in (normal(4, 4).repeat(2, 1), torch.ones(8, 4)):  # some the same; a collapsed student
         student = rows.clone().requires_grad_()
-        value = loss(student, normal(6, 4, seed=1))
+        value = loss(student, teacher)
         (gradient,) = torch.autograd.grad(value, student)
         assert value.isfinite()
         assert gradient.isfinite().all()
-
-
-@pytest.mark.parametrize("loss", [rkd_distance, rkd_angle])
-def test_relations_of_close_embeddings_keep_their_distances_under_autocast(loss: Loss) -> None:
     # 30 apart from the origin, 0.05 from each other: bfloat16 sees one point.
-    student = 30 / math.sqrt(512) + 0.05 * functional.normalize(normal(8, 512))
-    teacher = normal(8, 16, seed=1)
-    exact = loss(student, teacher).item()
+    close = 30 / math.sqrt(512) + 0.05 * functional.normalize(normal(8, 512))
     with torch.autocast("cpu", torch.bfloat16):
-        value = loss(student.float(), teacher.float())
+        value = loss(close.float(), teacher.float())
     assert value.dtype == torch.float32
-    assert value.item() == pytest.approx(exact, rel=1e-4)
+    assert value.item() == pytest.approx(loss(close, teacher).item(), rel=1e-4)
 
 
-def test_relations_refuse_what_has_no_meaning() -> None:
+def test_relations_of_one_image_are_refused():
     with pytest.raises(UserError, match="at least 2 images"):
         rkd_distance(normal(1, 4), normal(1, 4))
-    with pytest.raises(ValueError, match=r"\(3, 4\) for the student, \(4, 4\) for the teacher"):
-        rkd_angle(normal(3, 4), normal(4, 4))
-    with pytest.raises(UserError, match="expected one of offdiag, all"):
-        rkd_distance(normal(3, 4), normal(3, 4), norm="mean")
 
 
 def test_a_pull_is_the_norm_of_the_weighted_terms_gradient():

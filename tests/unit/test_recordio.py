@@ -1,7 +1,6 @@
 """The record format against bytes written out by hand, and damage of every kind."""
 
 import multiprocessing
-import pickle
 import struct
 
 import numpy as np
@@ -28,41 +27,37 @@ def written(tmp_path, payloads, keys=None):
     return rec, idx
 
 
-def test_a_whole_record_is_magic_length_payload_and_padding():
-    assert encode(b"hello") == MAGIC + b"\x05\x00\x00\x00" + b"hello" + b"\x00\x00\x00"
-    assert encode(b"") == MAGIC + b"\x00\x00\x00\x00"
+LONG = b"abcd" + MAGIC + b"efgh" + MAGIC + b"ij"
 
 
-def test_a_payload_with_the_magic_number_is_split_there():
-    payload = b"abcd" + MAGIC + b"efgh" + MAGIC + b"ij"
-    assert encode(payload) == (
-        MAGIC + b"\x04\x00\x00\x20abcd"  # kind 1, the first part
-        + MAGIC + b"\x04\x00\x00\x40efgh"  # kind 2, a middle part
-        + MAGIC + b"\x02\x00\x00\x60ij\x00\x00"  # kind 3, the last part
-    )  # fmt: skip
+@pytest.mark.parametrize(
+    ("payload", "written"),
+    [
+        (b"hello", MAGIC + b"\x05\x00\x00\x00hello\x00\x00\x00"),
+        (b"", MAGIC + b"\x00\x00\x00\x00"),
+        # kinds 1, 2 and 3: the first, a middle and the last part
+        (LONG, MAGIC + b"\x04\x00\x00\x20abcd" + MAGIC + b"\x04\x00\x00\x40efgh"
+         + MAGIC + b"\x02\x00\x00\x60ij\x00\x00"),
+        (MAGIC, MAGIC + b"\x00\x00\x00\x20" + MAGIC + b"\x00\x00\x00\x60"),
+        (b"a" + MAGIC + b"bcd", MAGIC + b"\x08\x00\x00\x00a" + MAGIC + b"bcd"),  # not aligned
+    ],
+)  # fmt: skip
+def test_a_record_has_the_documented_bytes(payload, written):
+    assert encode(payload) == written
 
 
-def test_magic_at_both_ends_gives_empty_parts_and_an_unaligned_one_stays():
-    assert encode(MAGIC) == MAGIC + b"\x00\x00\x00\x20" + MAGIC + b"\x00\x00\x00\x60"
-    unaligned = b"a" + MAGIC + b"bcd"
-    assert encode(unaligned) == MAGIC + b"\x08\x00\x00\x00" + unaligned
-
-
-def test_both_label_forms_have_the_documented_bytes():
+def test_both_label_forms_have_the_documented_bytes_and_come_back():
     scalar = bytes.fromhex("000000000000e04009000000000000000000000000000000")
     assert pack(7.0, b"jpeg", 9) == scalar + b"jpeg"
+    assert unpack(scalar + b"jpeg") == (0, 7.0, 9, b"jpeg")
     several = bytes.fromhex("020000000000000000000000000000000000000000000000")
-    assert pack(np.array([1, 3], np.float32), b"") == several + struct.pack("<2f", 1, 3)
-
-
-def test_unpack_gives_back_what_was_packed():
-    record = unpack(pack(7.0, b"jpeg", 9))
-    assert (record.flag, record.labels, record.record_id, record.content) == (0, 7.0, 9, b"jpeg")
-    record = unpack(pack(np.array([1, 3], np.float32), b"x"))
+    several += struct.pack("<2f", 1, 3) + b"x"
+    assert pack(np.array([1, 3], np.float32), b"x") == several
+    record = unpack(several)
     assert record.flag == 2 and record.labels.tolist() == [1, 3] and record.content == b"x"
 
 
-@pytest.mark.parametrize("payload", [b"", b"short", struct.pack("<IfQQ", 5, 0, 0, 0) + b"\0" * 8])
+@pytest.mark.parametrize("payload", [b"short", struct.pack("<IfQQ", 5, 0, 0, 0) + b"\0" * 8])
 def test_unpack_refuses_payloads_that_are_too_short(payload):
     with pytest.raises(RecordError, match="here"):
         unpack(payload, "here")
@@ -72,7 +67,8 @@ def test_ten_thousand_random_records_come_back(tmp_path):
     rng = np.random.default_rng(0)
     payloads = []
     for number in range(10_000):
-        payload = bytearray(rng.bytes(int(rng.integers(0, 200))))
+        size = 40_001 if number == 7 else int(rng.integers(0, 200))  # one is longer than a read
+        payload = bytearray(rng.bytes(size))
         for _ in range(number % 4):  # a magic number at any place, aligned or not
             place = int(rng.integers(0, len(payload) + 1))
             payload[place:place] = MAGIC
@@ -84,12 +80,6 @@ def test_ten_thousand_random_records_come_back(tmp_path):
     order = rng.permutation(10_000)
     assert all(reader.read(int(key)) == payloads[key] for key in order)
     assert [payload for _, payload in scan(rec)] == payloads
-
-
-def test_a_record_longer_than_the_first_read_comes_back(tmp_path):
-    payloads = [bytes(50_000), b"x" * 40_001]
-    reader = RecordReader(*written(tmp_path, payloads))
-    assert [reader.read(key) for key in (0, 1)] == payloads
 
 
 def test_every_cut_of_a_file_is_an_error_that_names_file_and_offset(tmp_path):
@@ -130,22 +120,21 @@ def test_parts_out_of_order_are_refused(tmp_path, kinds, message):
         RecordFile(rec).read(0)
 
 
-def test_an_index_of_another_file_is_refused(tmp_path):
-    rec, idx = written(tmp_path, [b"one!", b"two!", b"three"])
-    for text, message in [
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
         ("0\t0\n1\t12\n", "goes on behind its last indexed record, from byte 24 to 40"),
         ("0\t0\n1\t4000\n", "has a record at byte 4000"),
         ("0\t0\n0\t12\n2\t24\n", "key 0 twice"),
         ("0\t0\n1\t13\n2\t24\n", "key 1 at byte 13"),
-        ("0\t0\n1\t16\n2\t24\n", None),
-    ]:
-        idx.write_text(text)
-        if message is None:
-            with pytest.raises(RecordError, match=r"train\.rec at byte 16"):
-                RecordReader(rec, idx).read(1)
-        else:
-            with pytest.raises(RecordError, match=message):
-                RecordReader(rec, idx)
+        ("0\t0\n1\t16\n2\t24\n", r"train\.rec at byte 16"),  # found when it is read
+    ],
+)
+def test_an_index_of_another_file_is_refused(tmp_path, text, message):
+    rec, idx = written(tmp_path, [b"one!", b"two!", b"three"])
+    idx.write_text(text)
+    with pytest.raises(RecordError, match=message):
+        RecordReader(rec, idx).read(1)
 
 
 def test_a_missing_key_is_named(tmp_path):
@@ -172,40 +161,27 @@ def test_the_index_may_be_unsorted_and_end_its_lines_with_cr_lf(tmp_path):
     assert reader.keys.tolist() == [0, 1, 2] and reader.read(0) == b"zero"
 
 
-@pytest.mark.parametrize(
-    "line", ["x\t3", "1 3", "1\t2\t3", "", "1\t", "-1\t4", "1\t2.5", "1", "1\t\t2", "a\r"]
-)
+@pytest.mark.parametrize("line", ["x\t3", "1 3", "1\t2\t3", "", "1\t", "-1\t4", "1\t2.5"])
 def test_a_bad_index_line_is_named_by_number(tmp_path, line):
     idx = tmp_path / "train.idx"
     idx.write_text(f"0\t0\n1\t8\n{line}\n2\t16\n")
     with pytest.raises(RecordError, match=r"train\.idx line 3:"):
         read_index(idx)
-
-
-def test_two_bad_lines_whose_numbers_add_up_are_still_found(tmp_path):
-    idx = tmp_path / "train.idx"
-    idx.write_text("0\t0\n1\n8\t2\t16\n")
+    idx.write_text("0\t0\n1\n8\t2\t16\n")  # two bad lines whose numbers add up
     with pytest.raises(RecordError, match="line 2"):
+        read_index(idx)
+    idx.write_text("\n\n")
+    with pytest.raises(RecordError, match=r"train\.idx is empty"):
         read_index(idx)
 
 
-@pytest.mark.parametrize("text", ["", "\n\n"])
-def test_an_empty_index_is_refused(tmp_path, text):
-    (tmp_path / "train.idx").write_text(text)
-    with pytest.raises(RecordError, match=r"train\.idx is empty"):
-        read_index(tmp_path / "train.idx")
-
-
 def test_a_label_is_read_without_its_image(tmp_path):
-    payloads = [pack(np.arange(30, dtype=np.float32), b"i"), pack(5.0, bytes(9000)), pack(2.0, b"")]
+    many = pack(np.arange(30, dtype=np.float32), b"i")
+    payloads = [many, pack(5.0, bytes(9000)), pack(2.0, b""), pack(6.0, MAGIC + b"image")]
     reader = RecordReader(*written(tmp_path, payloads))
     assert np.asarray(reader.label_of(0)).tolist() == list(range(30))
-    assert (reader.label_of(1), reader.label_of(2)) == (5.0, 2.0)
-
-
-def test_a_label_before_an_embedded_magic_number_is_read(tmp_path):
-    reader = RecordReader(*written(tmp_path, [pack(5.0, MAGIC + b"image")]))
-    assert reader.label_of(0) == 5.0 and reader.labelled(0).content == MAGIC + b"image"
+    assert [reader.label_of(key) for key in (1, 2, 3)] == [5.0, 2.0, 6.0]
+    assert reader.labelled(3).content == MAGIC + b"image"
 
 
 def test_a_selection_reads_the_same_records(tmp_path):
@@ -217,38 +193,17 @@ def test_a_selection_reads_the_same_records(tmp_path):
 
 
 def _read_in_child(reader, answers):
-    answers.put((reader.read(1), reader.file._opened_by))
+    answers.put(reader.read(1))
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_child_process_opens_the_file_for_itself(tmp_path, method):
+def test_a_child_process_reads_after_its_parent(tmp_path, method):
     reader = RecordReader(*written(tmp_path, [b"a", b"in the child"]))
     reader.read(0)
     context = multiprocessing.get_context(method)
     answers = context.SimpleQueue()
     child = context.Process(target=_read_in_child, args=(reader, answers))
     child.start()
-    assert answers.get() == (b"in the child", child.pid)
+    assert answers.get() == b"in the child"
     child.join()
     assert reader.read(0) == b"a"
-
-
-def test_an_open_descriptor_is_not_pickled(tmp_path):
-    reader = RecordReader(*written(tmp_path, [b"a"]))
-    assert reader.read(0) == b"a" and reader.file._descriptor is not None
-    copy = pickle.loads(pickle.dumps(reader))
-    assert copy.file._descriptor is None and copy.read(0) == b"a"
-
-
-def test_a_failed_write_leaves_the_old_files(tmp_path):
-    rec, idx = written(tmp_path, [b"old"])
-    before = rec.read_bytes(), idx.read_bytes()
-
-    def items():
-        yield 0, b"new"
-        raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        write_records(rec, idx, items())
-    assert (rec.read_bytes(), idx.read_bytes()) == before
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["train.idx", "train.rec"]
