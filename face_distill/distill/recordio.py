@@ -18,7 +18,7 @@ import copy
 import os
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 
@@ -79,14 +79,14 @@ def unpack(payload: bytes, where: str = "payload") -> LabelledRecord:
 class RecordFile:
     """Records of one file by byte offset, from any number of forked or spawned processes.
 
-    Each process opens the file when it first reads; reads use `os.pread` and share no position.
+    Reads use `os.pread`, which shares no position with another process; a copy that was sent to
+    one opens the file again.
     Every RecordError names the file and the byte offset.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self._descriptor: int | None = None
-        self._opened_by = 0
         try:
             check_regular(self.path)
             self.size = self.path.stat().st_size
@@ -126,18 +126,12 @@ class RecordFile:
             return chunk[HEAD.size : end]
         return self.read(offset)[0][:size]
 
-    def close(self) -> None:
-        """Close this process's descriptor; the next read opens it again."""
-        if self._descriptor is not None and self._opened_by == os.getpid():
-            os.close(self._descriptor)
-        self._descriptor = None
-
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptor": None, "_opened_by": 0}
+        return {**self.__dict__, "_descriptor": None}
 
     def __del__(self) -> None:
         if getattr(self, "_descriptor", None) is not None and os is not None:  # None at exit
-            self.close()
+            os.close(cast(int, self._descriptor))
 
     def _read_part(self, offset: int, record: int) -> tuple[bytes, int, int]:
         """One part's payload, its kind, and the byte behind its padding."""
@@ -176,9 +170,8 @@ class RecordFile:
         )
 
     def _pread(self, count: int, offset: int) -> bytes:
-        if self._descriptor is None or self._opened_by != os.getpid():
+        if self._descriptor is None:
             self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            self._opened_by = os.getpid()
         data = os.pread(self._descriptor, count, offset)
         # A network file system may hand over less than was asked for; only b"" is the end.
         while 0 < len(data) < count and offset + len(data) < self.size:
