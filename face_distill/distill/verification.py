@@ -82,28 +82,16 @@ def verify(embed: Callable[[Tensor], Tensor], pairs: Pairs, batch_size: int = 12
     return accuracy_of(pair_distances(embeddings), pairs.same)
 
 
-def ten_fold_accuracy(
-    embeddings_a: NDArray[Any], embeddings_b: NDArray[Any], same: NDArray[Any], folds: int = FOLDS
-) -> Accuracy:
+def accuracy_of(distances: NDArray[Any], same: NDArray[Any], folds: int = FOLDS) -> Accuracy:
     """Accuracy of "one person if the squared distance is below a threshold", over `folds` folds.
 
-    embeddings_a, embeddings_b: (N, D), brought to unit length here. same: (N,) bool.
-    Raises UserError for fewer pairs than folds and for embeddings that are not finite.
-    """
-    return accuracy_of(squared_distances(embeddings_a, embeddings_b), same, folds)
-
-
-def accuracy_of(distances: NDArray[Any], same: NDArray[Any], folds: int = FOLDS) -> Accuracy:
-    """`ten_fold_accuracy` of pairs whose squared distances (N,), 0 … 4, are known.
-
+    distances: squared, of unit embeddings, (N,), 0 … 4. same: (N,) bool.
     Folds are contiguous; a fold is judged at the lowest of the thresholds 0, 0.01 … 3.99 that are
     best on the other folds. One histogram of the distances a fold answers all thresholds at once.
     Raises UserError for fewer pairs than folds.
     Source: the protocol of Huang et al. 2007 (LFW, view 2), in the form of insightface.
     """
     same = np.asarray(same, dtype=bool)
-    if len(same) != len(distances):
-        raise ValueError(f"{len(distances)} pairs of embeddings, but {len(same)} flags")
     fold_of = fold_numbers(len(same), folds)
     correct = _correct_at_thresholds(distances, same, fold_of, folds)
     best = (correct.sum(0) - correct).argmax(1)  # argmax gives the first, the lowest threshold
@@ -120,11 +108,9 @@ def accuracy_of(distances: NDArray[Any], same: NDArray[Any], folds: int = FOLDS)
 def squared_distances(embeddings_a: NDArray[Any], embeddings_b: NDArray[Any]) -> NDArray[Any]:
     """Squared distances (N,) between the rows of two (N, D) arrays, each brought to unit length.
 
-    Raises UserError when an embedding is not finite, ValueError when the shapes differ.
+    Raises UserError when an embedding is not finite.
     """
     a, b = (np.asarray(rows, dtype=np.float64) for rows in (embeddings_a, embeddings_b))
-    if a.shape != b.shape or a.ndim != 2:
-        raise ValueError(f"embeddings must be two (N, D) arrays, got {a.shape} and {b.shape}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise UserError("the model gives embeddings that are not finite: it has diverged")
     return np.square(_unit(a) - _unit(b)).sum(1)
@@ -281,7 +267,7 @@ def ten_fold_tar_at_far(
 ) -> list[FoldedTarAtFar]:
     """TAR of each fold at the threshold of `tar_at_far` on the other folds: mean and deviation.
 
-    distances: (N,). same: (N,) bool. Folds are those of `verification.ten_fold_accuracy`; one
+    distances: (N,). same: (N,) bool. Folds are those of `accuracy_of`; one
     without pairs of a kind is left out of the mean of that kind.
     Raises UserError for fewer pairs than folds and unless there are pairs of both kinds.
     Source: the protocol of insightface's validate, with exact thresholds in place of interpolated.
@@ -298,11 +284,9 @@ def split_kinds(
     """The sorted distances of the pairs of one person, and of those of two.
 
     distances, same: (P,), numbers and whether a pair is of one person.
-    Raises UserError unless there are pairs of both kinds, ValueError for lengths that differ.
+    Raises UserError unless there are pairs of both kinds.
     """
     distances, same = np.asarray(distances, np.float64), np.asarray(same, dtype=bool)
-    if distances.shape != same.shape:
-        raise ValueError(f"{distances.shape} distances, but {same.shape} flags")
     check_kinds(same)
     return np.sort(distances[same]), np.sort(distances[~same])
 
