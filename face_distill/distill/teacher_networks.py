@@ -81,7 +81,6 @@ class Teacher(nn.Module):
 
     Both float32, without gradients; embeddings not unit length. `arch` names the network,
     `weights_file` is where it came from, `preprocessing` what it wants.
-    Raises UserError when the network gives something else.
     """
 
     def __init__(
@@ -93,20 +92,11 @@ class Teacher(nn.Module):
         wanted = preprocessing
         self._preprocess = Preprocess(wanted.image_size, wanted.mean, wanted.std)
 
-    def embed_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, D) and maps (B, C, H', W') of preprocessed images (B, 3, H, W)."""
-        embeddings, maps = cast(Network, self.network).embed_and_map(images)
-        if embeddings.dim() != 2 or maps.dim() != 4 or len(embeddings) != len(maps):
-            raise UserError(
-                f"{self.weights_file} gives {tuple(embeddings.shape)} and {tuple(maps.shape)}: "
-                "expected embeddings (B, D) and a feature map (B, C, H, W)"
-            )
-        return embeddings.float(), maps.float()
-
     @torch.inference_mode()
     def forward(self, faces: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""
-        return self.embed_and_map(self._preprocess(faces))
+        embeddings, maps = cast(Network, self.network).embed_and_map(self._preprocess(faces))
+        return embeddings.float(), maps.float()
 
 
 class TorchvisionBackbone(nn.Module):
@@ -166,7 +156,7 @@ class ScriptedTeacher(nn.Module):
                 "--image-size sets their side"
             ) from error
         found = {t.dim(): t for t in _tensors(output)}
-        if not {2, 4} <= found.keys():
+        if not {2, 4} <= found.keys() or len(found[2]) != len(found[4]):
             shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(output)) or type(output)
             raise UserError(
                 f"{self._source} returns {shapes}: distillation needs an embedding (B, D) and a "
@@ -375,31 +365,17 @@ class IResNet(nn.Module):
         self.layer3 = _stage(_WIDTHS[1], _WIDTHS[2], blocks[2])
         self.layer4 = _stage(_WIDTHS[2], _WIDTHS[3], blocks[3])
         self.bn2 = nn.BatchNorm2d(_WIDTHS[3])
-        self.dropout = nn.Dropout(0.0)  # InsightFace's value for every published model
         self.fc = nn.Linear(_WIDTHS[3] * _LAST_SIDE**2, EMBEDDING_DIM)
         self.features = nn.BatchNorm1d(EMBEDDING_DIM)
-        self.features.weight.requires_grad_(False)  # stays 1: lengths of embeddings mean nothing
 
     def embed_and_map(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, 512), float32, and the last stage's output (B, 512, 7, 7).
-
-        Raises UserError for images of another size.
-        """
-        if images.shape[1:] != (3, IRESNET_SIZE, IRESNET_SIZE):
-            raise UserError(
-                f"an IResNet takes images (B, 3, {IRESNET_SIZE}, {IRESNET_SIZE}), got "
-                f"{tuple(images.shape)}"
-            )
+        """Embeddings (B, 512), float32, and the last stage's output (B, 512, 7, 7)."""
         stem = self.prelu(self.bn1(self.conv1(images)))
         feature_map = self.layer4(self.layer3(self.layer2(self.layer1(stem))))
-        flat = self.dropout(self.bn2(feature_map)).flatten(1)
+        flat = self.bn2(feature_map).flatten(1)
         # Sums of 25,088 products: in half precision they would lose the embedding's last digits.
         with torch.autocast(flat.device.type, enabled=False):
             return self.features(self.fc(flat.float())), feature_map
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The embeddings (B, 512) alone."""
-        return self.embed_and_map(images)[0]
 
 
 def build_iresnet(variant: str) -> IResNet:

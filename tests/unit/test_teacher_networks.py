@@ -97,6 +97,12 @@ class NoMap(Both):
         return self.conv(images).mean((2, 3))
 
 
+class OneRow(Both):
+    def forward(self, images):
+        maps = self.conv(images)
+        return maps[:1].mean((2, 3)), maps
+
+
 def scripted(module, path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -120,9 +126,10 @@ def test_a_torchscript_module_that_does_not_fit_is_refused_with_the_way_out(tmp_
     teacher = open_teacher(path, "torchscript", image_size=8)
     with pytest.raises(UserError, match=r"t\.pt cannot embed images \(2, 3, 8, 8\).*--image-size"):
         teacher(FACES)
-    teacher = open_teacher(scripted(NoMap(), tmp_path / "n.pt"), "torchscript")
-    with pytest.raises(UserError, match=r"returns \(2, 5\): .* the tuple of both"):
-        teacher(FACES)
+    for module, shapes in ((NoMap(), r"\(2, 5\)"), (OneRow(), r"\(1, 5\), \(2, 5, 7, 7\)")):
+        teacher = open_teacher(scripted(module, tmp_path / "n.pt"), "torchscript")
+        with pytest.raises(UserError, match=rf"returns {shapes}: .* the tuple of both"):
+            teacher(FACES)
 
 
 def test_torchscript_runs_only_when_it_is_asked_for_by_name(tmp_path, monkeypatch):
