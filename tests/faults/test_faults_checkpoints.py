@@ -95,7 +95,7 @@ def test_fault_12_damaged_checkpoint_is_passed_over_with_a_warning(
         last.write_bytes(DAMAGES[damage](last.read_bytes()))
     outcome = probe(interrupted)
     assert outcome.code == 0
-    assert (f"WARNING: checkpoint passed over: {last}" in outcome.text) == (damage != "gone")
+    assert f"WARNING: checkpoint passed over: {last}" in outcome.text
     assert "last.1.pt at step 10 of 48" in outcome.text
     assert losses(interrupted) == undisturbed(1)
 
