@@ -177,6 +177,7 @@ def test_a_long_line_is_thinned_without_losing_extremes_ends_and_gaps():
     (line,) = paths(root)
     found = places(line)
     assert len(found) <= 2000
+    assert texts(root) == texts(before)  # the axes reach as far
     (left, top), (right, bottom) = places(paths(before)[0])
     heights = [y for _, y in found]
     assert (min(heights), max(heights)) == pytest.approx((top, bottom), abs=1e-3)
