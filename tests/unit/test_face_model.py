@@ -192,7 +192,7 @@ def test_the_trained_state_has_the_documented_names_and_loads_without_its_head(
     assert torch.equal(fresh(make_images())[0], saved(make_images())[0])
 
 
-def test_load_student_refuses_other_layers_other_heads_and_missing_names(checkpoint, tmp_path):
+def test_load_student_refuses_other_layers_and_other_heads(checkpoint, tmp_path):
     path = tmp_path / "s.pth"
     torch.save(trainable_state(student_of(checkpoint)), path)
     other_layers = FaceStudent(load_tower(checkpoint), [1, 2], ArcFaceHead(WIDTH, 5), bottleneck=8)
@@ -201,8 +201,3 @@ def test_load_student_refuses_other_layers_other_heads_and_missing_names(checkpo
     other_head = FaceStudent(load_tower(checkpoint), [0, 2], ArcFaceHead(WIDTH, 7), bottleneck=8)
     with pytest.raises(UserError, match=r"head\.weight is \(5, 64\) in the file, \(7, 64\)"):
         load_student(other_head, path)
-    full = student_of(checkpoint).state_dict()
-    del full["vit.post_layernorm.bias"]
-    torch.save(full, path)
-    with pytest.raises(UserError, match=r"1 missing \(vit\.post_layernorm\.bias\)"):
-        load_student(student_of(checkpoint), path)

@@ -1,6 +1,7 @@
 import io
 import pickle
 import resource
+from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
 
@@ -145,23 +146,28 @@ def test_verify_pairs_neighbouring_images():
 # ---------------------------------------------------------------- accuracy
 
 
+def folds_by_hand(count: int, folds: int) -> Iterator[np.ndarray]:
+    """Which of so many pairs each fold tries."""
+    size, extra = divmod(count, folds)
+    start = 0
+    for fold in range(folds):
+        stop = start + size + (fold < extra)
+        yield (np.arange(count) >= start) & (np.arange(count) < stop)
+        start = stop
+
+
 def brute_force(a: np.ndarray, b: np.ndarray, same: np.ndarray, folds: int) -> list[float]:
     """The protocol word by word: every threshold on every fold, no histogram."""
     a, b = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (a, b))
     distances = ((a - b) ** 2).sum(1)
-    size, extra = divmod(len(same), folds)
-    start, accuracies = 0, []
-    for fold in range(folds):
-        stop = start + size + (fold < extra)
-        test = np.zeros(len(same), bool)
-        test[start:stop] = True
+    accuracies = []
+    for test in folds_by_hand(len(same), folds):
         best, best_accuracy = 0.0, -1.0
         for threshold in np.arange(0, 4, 0.01):
             accuracy = ((distances < threshold) == same)[~test].mean()
             if accuracy > best_accuracy:
                 best, best_accuracy = threshold, accuracy
         accuracies.append(((distances < best) == same)[test].mean())
-        start = stop
     return accuracies
 
 
@@ -276,16 +282,11 @@ def test_ties_at_the_threshold_are_rejected_together():
 
 
 def folded_brute_force(distances, same, target, folds):
-    size, extra = divmod(len(same), folds)
-    start, tars, fars = 0, [], []
-    for fold in range(folds):
-        stop = start + size + (fold < extra)
-        test = np.zeros(len(same), bool)
-        test[start:stop] = True
+    tars, fars = [], []
+    for test in folds_by_hand(len(same), folds):
         threshold = far_brute_force(distances[~test], same[~test], target)[2]
         tars.append((distances[test & same] < threshold).mean())
         fars.append((distances[test & ~same] < threshold).mean())
-        start = stop
     return np.mean(tars), np.std(tars), np.mean(fars)
 
 
