@@ -8,9 +8,8 @@ import pickle
 import pytest
 import torch
 
-from lavic.src.recommend import model
+from lavic.src.recommend import evaluation, model
 from lavic.src.recommend.data import Request, read_talks
-from lavic.src.recommend.evaluation import validation_loss
 from lavic.src.recommend.prompts import (
     ANSWER_ROOM,
     IGNORED,
@@ -176,7 +175,8 @@ def test_a_batch_is_the_sum_of_its_members(recommender, prompts):
         assert (one - other).norm() <= 1e-10 * other.norm()
     batches = [collate_training(some, PAD) for some in (prompts[:2], prompts[2:])]
     mean = parts.item() / sum(map(label_tokens, alone))  # every token counts once
-    assert validation_loss(recommender, batches, World()) == pytest.approx(mean, rel=1e-5)
+    found = evaluation.validation_loss(recommender, batches, World())
+    assert found == pytest.approx(mean, rel=1e-5)
 
 
 def greedy_by_transformers(recommender, prompt, steps):
@@ -212,3 +212,11 @@ def test_an_answer_ends_where_the_model_ends_it(recommender, prompts):
     three = recommender.answers(batch, 3, 2)[0]
     assert recommender.answers(batch, 5, three[0]) == [[]]
     assert recommender.answers(batch, 3, three[2])[0] == three[: three.index(three[2])]
+
+
+def test_the_ranks_answers_come_in_the_conversations_order(built, talks, monkeypatch):
+    """Rank r of two has every second conversation, from its own number on."""
+    monkeypatch.setattr(evaluation.distributed, "gather_objects", lambda *_: [["a", "c"], ["b"]])
+    tokenizer = built.processor.tokenizer
+    found = evaluation.answer(built.recommender, talks.test[:3], [], tokenizer, World())
+    assert found.responses == ["a", "b", "c"]
