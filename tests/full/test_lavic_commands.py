@@ -192,13 +192,19 @@ def test_evaluation_as_documented(trained):
     assert found["metrics"]["val_loss"] < 3
 
 
+def is_at_work(status) -> bool:
+    return status.get("state") == "running" and status.get("step", 0) > 0
+
+
 def test_the_monitor_sees_a_finished_run_and_stops_a_running_one(trained):
     """Its other answers: tests/faults/test_faults_monitor.py."""
     assert state(trained) == "done"
     for command in ("./monitor_training.sh", "./monitor_training.sh --once"):
         assert "DONE" in finished(typed(command, trained))
     token = background("nohup ./run_training.sh --num_epochs 50 > /dev/null 2>&1 &", trained)
-    wait_until(lambda: state(trained) == "running", "the run", 120)
+    run_dir = trained / "src" / "out_distilled"
+    wait_until(lambda: is_at_work(status_of(run_dir)), "a step", 300)
+    assert state(trained) == "running"
     finished(typed("./monitor_training.sh --stop", trained))
     assert not processes_of(token)
     assert state(trained) == "stopped"

@@ -182,6 +182,8 @@ def test_retry_after_is_honoured_for_the_whole_host(shop, tmp_path):
     shop.files |= {name(n): picture(n) for n in range(6, 12)}
     shop.delay = 0.2
     root = write_items(tmp_path / "data", shop)
+    crawl(root, "--valid-only")  # what decodes pictures is loaded once
+    shop.arrivals.clear()
     shop.misbehave(name(0), status(503, retry_after="1"))
     assert crawl(root, "--train-only", "--workers", 2).code == 0
     asked = [when for when, _ in shop.arrivals]
