@@ -80,7 +80,7 @@ def test_faces_find_every_voice_of_their_person():
 
 def test_voices_find_others_of_their_speaker_and_not_themselves():
     near, far = [1.0, 0.1], [0.1, 1.0]
-    rows = normalize(torch.tensor([near, near, far, far, near]), dim=1)
+    rows = normalize(torch.tensor([near, near, far, far, [1.0, 0.2]]), dim=1)
     way = evaluation.same_voice(rows, ["a", "a", "b", "b", "b"])
     assert (way.name, way.queries, way.gallery) == ("voice to voice", 5, 4)
     assert way.metrics["R@1"] == 4 / 5  # the last one finds "a"
