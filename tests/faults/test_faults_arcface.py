@@ -40,11 +40,3 @@ def test_pictures_that_cannot_be_read_are_left_out_and_named(flags, tmp_path):
     )
     assert outcome.code == 0, outcome.text
     assert f"left out: {query}" in outcome.text and "retrieval/Recall@1" in outcome.text
-
-
-def test_an_error_of_a_configuration_is_named_with_its_line(flags, tmp_path):
-    config = tmp_path / "broken.py"
-    config.write_text("lr = 0.1\nmodel = dict(depth=lr / 0)\n")
-    outcome = run_here(run_arcface.main, [*flags, "--config", config])
-    assert outcome.code == 2
-    assert "broken.py:2: ZeroDivisionError: float division by zero" in outcome.last_line

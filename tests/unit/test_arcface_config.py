@@ -38,18 +38,6 @@ def recipe():
 # --- reading --------------------------------------------------------------------------------------
 
 READ = {  # a file, its base, and the configuration
-    "literals keep their kinds": (
-        "a = dict(x=1, y=-2.5, z=None, on=True)\n"
-        "b = {'x': 'text', 3: (1, [2])}\n"
-        "c = [1e-3, +4, 'one' 'word']\n"
-        "__hidden = 1\n",
-        "",
-        {
-            "a": {"x": 1, "y": -2.5, "z": None, "on": True},
-            "b": {"x": "text", 3: (1, [2])},
-            "c": [1e-3, 4, "oneword"],
-        },
-    ),
     "templates reach inside and fill text": (
         "a = {{ _base_.model.head.size }}\n"
         "b = '{{_base_.model.head.size}}'\n"
@@ -105,13 +93,6 @@ def test_names_and_templates_give_copies(read):
     config["data"]["sizes"].append(2)
     assert config["again"] == config["pair"][1] == {"root": "a"}
     assert config["taken"] == {"root": "b", "sizes": [1]}
-
-
-def test_bases_are_found_beside_the_file_that_names_them(read, tmp_path):
-    (tmp_path / "inner").mkdir()
-    (tmp_path / "inner/deep.py").write_text("x = 1\n")
-    config = read("_base_ = 'inner/mid.py'\n", **{"inner/mid": "_base_ = './deep.py'\ny = 2\n"})
-    assert config == {"x": 1, "y": 2}
 
 
 def test_files_are_code(read, tmp_path):
@@ -219,14 +200,11 @@ def test_a_file_is_looked_up_here_then_in_the_recipe_then_at_the_root(tmp_path):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("-3", -3),
         ("1e-3", 1e-3),
         ("None", None),
         ("TRUE", True),
-        ("false", False),
         ("(1,2)", (1, 2)),
         ("1,2", [1, 2]),
-        ("[]", []),
         ("'1'", "1"),
         ("' x '", " x "),
         ("{'a': 1}", {"a": 1}),
@@ -237,11 +215,9 @@ def test_a_file_is_looked_up_here_then_in_the_recipe_then_at_the_root(tmp_path):
         ("a,b", ["a", "b"]),
         ("(a,b),(c,1)", [("a", "b"), ("c", 1)]),
         ("/p a/th", "/p a/th"),
-        (" /p ", " /p "),
         ("", ""),
         ("none", "none"),
         ("007", "007"),
-        ("1j", "1j"),
         ("{1,2}", "{1,2}"),
         ("[a", "[a"),
         ("[a]b]", "[a]b]"),

@@ -11,16 +11,17 @@ from arcface.inshop_retrieval.partial_fc import PartialFC
 from shared.distributed import World
 from shared.errors import UserError
 
+
+def build(settings):
+    return build_encoder(settings, "pretrained")
+
+
 GAP = {"type": "GlobalAveragePooling"}
 
 
 def resnet(checkpoint=None, depth=18, **settings):
     init_cfg = {"type": "Pretrained", "checkpoint": str(checkpoint)} if checkpoint else None
     return [{"type": "ResNet", "depth": depth, "init_cfg": init_cfg, **settings}, GAP]
-
-
-def build(settings, init="pretrained"):
-    return build_encoder(settings, init)
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +87,7 @@ def test_a_checkpoint_in_mmpretrains_format_loads(classifier, tmp_path, prefix):
 def test_weights_that_are_missing_or_of_another_network_are_refused(file, tmp_path):
     with pytest.raises(UserError, match=r"nowhere\.pth are missing .*--init random"):
         build(resnet(tmp_path / "nowhere.pth"))
-    assert build(resnet(tmp_path / "nowhere.pth"), init="random").dim == 512
+    assert build_encoder(resnet(tmp_path / "nowhere.pth"), "random").dim == 512
     with pytest.raises(UserError, match="does not fit"):
         build(resnet(file, depth=34))
     (tmp_path / "cut.pth").write_bytes(file.read_bytes()[:9999])

@@ -11,7 +11,7 @@ from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
 from arcface.inshop_retrieval.partial_fc import CentreRows, PartialFC, shard
-from shared import checkpoint, distributed
+from shared import checkpoint
 from shared.amp import Amp
 from shared.distributed import World
 from shared.errors import UserError
@@ -57,9 +57,7 @@ def reference_gradients(
 
 @pytest.mark.parametrize("sub_centres", [1, 3])
 @pytest.mark.parametrize("margin", [0.0, 0.3, 0.5, 1.0])
-def test_loss_and_gradients_are_those_of_pytorch_metric_learning(
-    margin: float, sub_centres: int
-) -> None:
+def test_loss_and_gradients_are_those_of_pytorch_metric_learning(margin, sub_centres):
     from pytorch_metric_learning import losses
 
     options = {"num_classes": 9, "embedding_size": 24, "margin": math.degrees(margin), "scale": 64}
@@ -77,33 +75,22 @@ def test_loss_and_gradients_are_those_of_pytorch_metric_learning(
             torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * max(1, largest))
 
 
-def test_the_easy_margin_moves_only_embeddings_within_a_right_angle() -> None:
+def test_the_easy_margin_moves_only_embeddings_within_a_right_angle():
     angles = torch.tensor([0.4, 1.2, 1.6, 3.0], dtype=torch.float64)
     moved = add_margin(angles.cos(), 0.5, easy=True)
     expected = [math.cos(0.9), math.cos(1.7), math.cos(1.6), math.cos(3.0)]
     assert moved.tolist() == pytest.approx(expected, abs=1e-12)
 
 
-def test_only_the_target_column_gets_a_margin_each_row_its_own() -> None:
-    cosines = normal(3, 4).tanh()
-    columns, margins = torch.tensor([2, -1, 0]), torch.tensor([0.1, 0.2, 0.4], dtype=torch.float64)
-    logits = margin_logits_(cosines.clone(), columns, margins, 10.0)
-    expected = 10 * cosines
-    for row, column, margin in ((0, 2, 0.1), (2, 0, 0.4)):
-        expected[row, column] = 10 * math.cos(math.acos(cosines[row, column]) + margin)
-    torch.testing.assert_close(logits, expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("easy", [False, True])
-def test_the_gradient_through_the_margin_is_that_of_finite_differences(easy: bool) -> None:
+def test_the_gradient_through_an_easy_margin_is_that_of_finite_differences():
     cosines = (0.9 * normal(5, 4).tanh()).requires_grad_()
     columns, margins = torch.tensor([2, -1, 0, 3, 1]), torch.full((5,), 0.5).double()
     assert torch.autograd.gradcheck(
-        lambda c: margin_logits_(c.clone(), columns, margins, 2.0, easy=easy), cosines
+        lambda c: margin_logits_(c.clone(), columns, margins, 2.0, easy=True), cosines
     )
 
 
-def test_adaptive_margins_are_wide_for_rare_classes() -> None:
+def test_adaptive_margins_are_wide_for_rare_classes():
     margins = adaptive_margins(torch.tensor([1, 2, 6, 6, 14, 162]))
     expected = [0.5, 0.4005, 0.2742, 0.2742, 0.1980, 0.05]
     assert margins.tolist() == pytest.approx(expected, abs=5e-5)
@@ -112,7 +99,7 @@ def test_adaptive_margins_are_wide_for_rare_classes() -> None:
         adaptive_margins(torch.tensor([4, 0, 2]))
 
 
-def test_each_class_has_its_own_margin() -> None:
+def test_each_class_has_its_own_margin():
     margins = torch.tensor([0.1, 0.5, 0.3], dtype=torch.float64)
     centres = make(3, 8, margins=margins).double()
     embeddings, labels = normal(6, 8), torch.tensor([0, 1, 2, 2, 1, 0])
@@ -125,8 +112,8 @@ def test_each_class_has_its_own_margin() -> None:
 @pytest.mark.parametrize("sub_centres", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_loss_is_finite_where_an_embedding_meets_its_centre_or_its_opposite_or_is_zero(
-    dtype: torch.dtype, sub_centres: int
-) -> None:
+    dtype, sub_centres
+):
     centres = make(4, 4, sub_centres=sub_centres).to(dtype)
     axes = torch.eye(4, dtype=dtype)  # along the axes the cosines are exactly 1 and -1
     centres.weight.data = axes.repeat_interleave(sub_centres, 0)
@@ -139,7 +126,7 @@ def test_the_loss_is_finite_where_an_embedding_meets_its_centre_or_its_opposite_
         assert length == 0 or gradients[0].isfinite().all()
 
 
-def test_the_loss_is_right_where_the_targets_share_is_too_small_for_a_float() -> None:
+def test_the_loss_is_right_where_the_targets_share_is_too_small_for_a_float():
     centres = make(2, 2, margins=0.0)
     centres.weight.data = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
     embeddings = torch.tensor([[-1.0, 0.0]], requires_grad=True)
@@ -147,7 +134,7 @@ def test_the_loss_is_right_where_the_targets_share_is_too_small_for_a_float() ->
     assert loss.item() == pytest.approx(128, rel=1e-6)
 
 
-def test_the_loss_is_float32_under_autocast() -> None:
+def test_the_loss_is_float32_under_autocast():
     centres = make(8, 64)
     embeddings, labels = normal(8, 64, dtype=torch.float32), torch.arange(8)
     expected = centres(embeddings.double(), labels).item()
@@ -162,13 +149,13 @@ def test_the_loss_is_float32_under_autocast() -> None:
 
 
 @pytest.mark.parametrize(("classes", "size"), [(10, 3), (2000, 2), (3997, 8), (4, 4)])
-def test_shards_cover_every_class_once_and_differ_by_at_most_one(classes: int, size: int) -> None:
+def test_shards_cover_every_class_once_and_differ_by_at_most_one(classes, size):
     shards = [shard(classes, rank, size) for rank in range(size)]
     assert [number for part in shards for number in part] == list(range(classes))
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-def test_the_first_centres_do_not_depend_on_the_number_of_ranks() -> None:
+def test_the_first_centres_do_not_depend_on_the_number_of_ranks():
     whole = make(2500, 3, sub_centres=2, seed=5).weight
     assert whole.std().item() == pytest.approx(0.01, rel=0.05)
     for size in (2, 3):
@@ -180,23 +167,18 @@ def test_the_first_centres_do_not_depend_on_the_number_of_ranks() -> None:
     assert not torch.equal(make(2500, 3, sub_centres=2, seed=6).weight, whole)
 
 
-def test_the_norm_of_no_gradient_is_zero() -> None:
-    assert distributed.norm(None, World()).item() == 0
-    assert distributed.norm(torch.tensor([[3.0], [4.0]]), World()).item() == pytest.approx(5)
-
-
 # ---------------------------------------------------------------- sampling
 
 
 class Training:
     """Steps on random batches: what is drawn and what comes out."""
 
-    def __init__(self, make_optimizer: MakeOptimizer, classes: int = 40, **options: Any) -> None:
+    def __init__(self, make_optimizer, classes=40, **options):
         self.centres = make(classes, 6, init_std=1.0, scale=4.0, **options)
         self.optimizer = make_optimizer(self.centres.parameters())
         self.rows = CentreRows(self.centres, self.optimizer)
 
-    def step(self, number: int) -> float:
+    def step(self, number):
         labels = torch.randint(
             0, self.centres.num_classes, (5,), generator=torch.Generator().manual_seed(number)
         )
@@ -207,19 +189,16 @@ class Training:
         self.optimizer.zero_grad()
         return loss.item()
 
-    def everything(self) -> dict[str, Tensor]:
+    def everything(self):
         """Centres and moments by name, one row a class."""
         self.rows.collect()
         state = self.rows.state_dict()
-        found = {"centres": state["centres"], **state["moments"]}
-        return {name: rows.clone() for name, rows in found.items()}
+        return {n: t.clone() for n, t in {"centres": state["centres"], **state["moments"]}.items()}
 
 
 @every_optimizer
 @pytest.mark.parametrize("sub_centres", [1, 2])
-def test_rows_that_are_not_drawn_stay_as_they_are_to_the_bit(
-    make: MakeOptimizer, sub_centres: int
-) -> None:
+def test_rows_that_are_not_drawn_stay_as_they_are_to_the_bit(make, sub_centres):
     training = Training(make, sample_rate=0.3, sub_centres=sub_centres)
     before = training.everything()
     seen = set()
@@ -227,7 +206,6 @@ def test_rows_that_are_not_drawn_stay_as_they_are_to_the_bit(
         training.step(number)
         after = training.everything()
         drawn = torch.zeros(40, dtype=torch.bool)
-        assert training.centres.drawn is not None
         drawn[training.centres.drawn] = True
         seen |= set(training.centres.drawn.tolist())
         assert drawn.sum() == 12
@@ -238,13 +216,12 @@ def test_rows_that_are_not_drawn_stay_as_they_are_to_the_bit(
     assert len(seen) > 30
 
 
-def test_the_classes_of_the_batch_are_always_drawn_and_the_others_change() -> None:
+def test_the_classes_of_the_batch_are_always_drawn_and_the_others_change():
     training = Training(OPTIMIZERS["SGD"], sample_rate=0.2)
     draws = []
     for number in range(6):
         labels = torch.tensor([number, number + 20, number])
         training.rows.sample(labels, number)
-        assert training.centres.drawn is not None
         draws.append(training.centres.drawn.tolist())
         assert len(draws[-1]) == 8
         assert {number, number + 20} <= set(draws[-1])
@@ -253,23 +230,8 @@ def test_the_classes_of_the_batch_are_always_drawn_and_the_others_change() -> No
     assert training.centres.drawn.tolist() == list(range(30))
 
 
-def test_a_draw_follows_from_seed_step_and_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    alone = "arcface.inshop_retrieval.partial_fc.gather_with_grad"
-    monkeypatch.setattr(alone, lambda rows, world: rows)
-
-    def draw(seed: int = 0, step: int = 3, rank: int = 0) -> list[int]:
-        centres = PartialFC(80, 2, World(rank=rank, size=2), sample_rate=0.25, seed=seed)
-        labels = torch.tensor([1, 41])
-        CentreRows(centres, SGD(centres.parameters(), lr=0.1)).sample(labels, step)
-        assert centres.drawn is not None
-        return centres.drawn.tolist()
-
-    assert draw() == draw()
-    assert len({tuple(d) for d in (draw(), draw(seed=1), draw(step=4), draw(rank=1))}) == 4
-
-
 @every_optimizer
-def test_drawing_all_classes_trains_as_no_sampling_does(make: MakeOptimizer) -> None:
+def test_drawing_all_classes_trains_as_no_sampling_does(make):
     all_of_them = Training(make, classes=9, sample_rate=0.99)  # 0.99 · 9 rounds to 9
     plain = Training(make, classes=9)
     for number in range(5):
@@ -281,7 +243,7 @@ def test_drawing_all_classes_trains_as_no_sampling_does(make: MakeOptimizer) -> 
 
 @every_optimizer
 @pytest.mark.parametrize("sample_rate", [0.3, 1.0])
-def test_a_resumed_run_takes_the_same_steps(make: MakeOptimizer, sample_rate: float) -> None:
+def test_a_resumed_run_takes_the_same_steps(make, sample_rate):
     straight = Training(make, sample_rate=sample_rate)
     losses = [straight.step(number) for number in range(8)]
     first = Training(make, sample_rate=sample_rate)
@@ -298,7 +260,7 @@ def test_a_resumed_run_takes_the_same_steps(make: MakeOptimizer, sample_rate: fl
 # ---------------------------------------------------------------- state
 
 
-def test_the_state_is_asked_for_its_size_before_the_first_step_and_refused_after_one() -> None:
+def test_the_state_is_asked_for_its_size_before_the_first_step_and_refused_after_one():
     centres = PartialFC(10, 3, World(size=2))
     optimizer = SGD(centres.parameters(), lr=0.1, momentum=0.9)
     rows = CentreRows(centres, optimizer)
@@ -310,7 +272,7 @@ def test_the_state_is_asked_for_its_size_before_the_first_step_and_refused_after
         rows.state_dict()
 
 
-def test_a_state_of_other_classes_is_refused() -> None:
+def test_a_state_of_other_classes_is_refused():
     small, large = Training(OPTIMIZERS["SGD"], classes=9), Training(OPTIMIZERS["SGD"], classes=10)
     with pytest.raises(ValueError, match=r"\(9, 6\).*\(10, 6\)"):
         large.rows.load_state_dict(small.rows.state_dict())
@@ -320,7 +282,7 @@ def test_a_state_of_other_classes_is_refused() -> None:
 
 
 @pytest.mark.parametrize("sample_rate", [1.0, 0.6])
-def test_a_step_is_clipped_by_the_norm_of_encoder_and_centres_together(sample_rate: float) -> None:
+def test_a_step_is_clipped_by_the_norm_of_encoder_and_centres_together(sample_rate):
     torch.manual_seed(0)
     encoder = torch.nn.Linear(6, 6).double()
     head = make(10, 6, sample_rate=sample_rate, init_std=1.0).double()
