@@ -245,19 +245,6 @@ def test_a_pipeline_that_cannot_be_is_refused_by_name(steps, message):
 # --- the data set ---------------------------------------------------------------------------------
 
 
-def test_items_are_what_the_files_hold(root):
-    data = open_split(root, "gallery")
-    image, label, index, flipped = data[1]
-    name = data.names[1]
-    assert (label, index, flipped) == (0, 1, False) and data.items[1] == "id_3"
-    expected = Image.open(root / "Img" / name).resize((24, 24), Image.Resampling.BILINEAR)
-    expected = torch.from_numpy(np.array(expected)[2:22, 2:22]).permute(2, 0, 1)
-    assert (image.int() - expected.int()).abs().max() <= 1
-    assert len(data) == 4 and data[-1].position == 3
-    with pytest.raises(IndexError):
-        data[4]
-
-
 @pytest.mark.parametrize("place", ["Img_highres/img", "Img_highres", "Img/img_highres"])
 def test_large_pictures_are_found_where_their_archive_unpacks(root, place):
     (root / place).parent.mkdir(exist_ok=True)

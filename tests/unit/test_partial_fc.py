@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
-from arcface.inshop_retrieval.partial_fc import CentreRows, PartialFC, shard
+from arcface.inshop_retrieval.partial_fc import CentreRows, PartialFC
 from shared import checkpoint
 from shared.amp import Amp
 from shared.distributed import World
@@ -146,13 +146,6 @@ def test_the_loss_is_float32_under_autocast():
 
 
 # ---------------------------------------------------------------- shards
-
-
-@pytest.mark.parametrize(("classes", "size"), [(10, 3), (2000, 2), (3997, 8), (4, 4)])
-def test_shards_cover_every_class_once_and_differ_by_at_most_one(classes, size):
-    shards = [shard(classes, rank, size) for rank in range(size)]
-    assert [number for part in shards for number in part] == list(range(classes))
-    assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
 def test_the_first_centres_do_not_depend_on_the_number_of_ranks():
