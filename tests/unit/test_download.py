@@ -11,6 +11,8 @@ import random
 import resource
 import shutil
 import socket
+import subprocess
+import sys
 import time
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +25,7 @@ from shared.errors import UserError
 from shared.hub import Repository, open_hub
 from shared.web import DownloadError, Patience
 from tests import hub_server
-from tests.harness import free_port, wait_until
+from tests.harness import ROOT, free_port, wait_until
 from tests.hub_server import COMMIT, REPO_ID, HubServer
 
 QUICK = Patience(contact=2.0, connect=1.0, silence=0.5, tries=3, pause=0.01, longest_wait=1.5)
@@ -212,6 +214,32 @@ def test_a_part_file_of_something_else_is_not_continued(hub, tmp_path, whose):
     fetch(hub, tmp_path, SHARD)
     assert hub.asked(SHARD) == [None]
     assert (tmp_path / SHARD).read_bytes() == hub.files[SHARD]
+
+
+KILLED = f"""
+import sys
+from pathlib import Path
+from shared.hub import open_hub
+url, directory, name = sys.argv[1:]
+repository = open_hub({REPO_ID!r}, {COMMIT!r}, endpoint=url)
+repository.fetch(repository.plan([name], Path(directory)))
+"""
+
+
+def test_fault_33_a_killed_download_is_continued(hub, tmp_path):
+    hub.misbehave(SHARDS[0], hub_server.stall(200_000, 60))
+    command = [sys.executable, "-c", KILLED, hub.url, str(tmp_path), SHARDS[0]]
+    part = tmp_path / (SHARDS[0] + download.PART)
+    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}) as process:
+        wait_until(lambda: part.exists() and part.stat().st_size > 100_000, "half of the file")
+        process.kill()
+    size = part.stat().st_size
+    assert not (tmp_path / SHARDS[0]).exists()
+    hub.requests.clear()
+    fetch(hub, tmp_path, SHARDS[0])
+    assert hub.asked(SHARDS[0]) == [f"bytes={size}-"]
+    assert hub.sent(SHARDS[0]) == len(WEIGHTS) - size
+    assert (tmp_path / SHARDS[0]).read_bytes() == WEIGHTS
 
 
 # --- busy and silent servers ----------------------------------------------------------------------
