@@ -12,11 +12,11 @@ from tests.harness import start, wait_until
 pytestmark = pytest.mark.serial
 
 HEARS = """
-import signal, sys, time
+import os, signal, sys, time
 heard = []
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, lambda number, _: heard.append(int(number)))
-print("at work", flush=True)
+print("at work, in a group of its own:", os.getpgrp() == os.getpid(), flush=True)
 while not heard:
     time.sleep(0.01)
 time.sleep(0.3)
@@ -58,6 +58,7 @@ def test_a_signal_reaches_the_child_once(way, number, group):
         running.wait_for_text("at work")
         running.signal(number, group=group)
         outcome = running.finish()
+    assert "at work, in a group of its own: True" in outcome.text  # so a terminal's comes once
     assert f"heard [{int(number)}]\ncode 7 stopped by {int(number)}" in outcome.text
 
 
