@@ -87,9 +87,9 @@ ELSEWHERE = {
     "torchrun --nproc_per_node=4 run_training.py": "tests/full/test_multimodal_commands.py",
     "torchrun --nproc_per_node 4 model.py": "tests/full/test_vasevqa_filter_commands.py",
     "torchrun --nproc_per_node 4 clipfilter1.py": "the same",
-    "python model.py --estimate": "the same",
-    "./sft.sh --estimate": "tests/full/test_vasevqa_commands.py",
-    "python knowledge_distillation.py --estimate": "tests/full/test_lavic_commands.py",
+    "python model.py --estimate": "tests/unit/test_readme_memory.py",
+    "./sft.sh --estimate": "the same",
+    "python knowledge_distillation.py --estimate": "the same",
     "python prompt_tuning.py --estimate": "the same",
 }
 _ARCFACE = "python run_scripts/run_arcface.py --data-root /data/inshop"
