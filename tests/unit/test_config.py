@@ -108,6 +108,7 @@ def test_a_typed_path_is_relative_to_where_it_was_typed(tmp_path: Path, monkeypa
 
 
 def test_the_flags_of_others_are_passed_over_or_given_back_in_their_order():
+    @dataclass(frozen=True)
     class Own:
         names: tuple[str, ...] = option((), "names")
         force: bool = option(False, "force")

@@ -203,7 +203,7 @@ def test_a_host_that_asks_for_an_hour_is_left_alone(shop, tmp_path):
     ("pictures", "delay", "flags", "most"),
     [
         (30, 0.05, ["--workers", 12, "--per-host", 3], 3),
-        (9, 1.0, ["--workers", 8], 8),  # long beside what a busy machine needs to send eight
+        (9, 2.0, ["--workers", 8], 8),  # long beside what a busy machine needs to send eight
     ],
 )
 def test_workers_fetch_at_the_same_time_within_their_limits(
