@@ -168,7 +168,10 @@ def last_batch(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, number: 
     [
         ["--gradient_checkpointing", "off"],
         ["--gradient_checkpointing", "on", "--dtype", "bfloat16"],
-        pytest.param(["--no-reuse-prompt", "--amp", "bf16"], marks=pytest.mark.full),
+        pytest.param(
+            ["--gradient_checkpointing", "off", "--no-reuse-prompt", "--amp", "bf16"],
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_lavics_first_stage_is_estimated_within_15_percent(products, tmp_path, more, monkeypatch):
@@ -184,7 +187,10 @@ def test_lavics_first_stage_is_estimated_within_15_percent(products, tmp_path, m
     "more",
     [
         ["--gradient_checkpointing", "on"],
-        pytest.param(["--dtype", "bfloat16", "--batch_size", 2], marks=pytest.mark.full),
+        pytest.param(
+            ["--gradient_checkpointing", "off", "--dtype", "bfloat16", "--batch_size", 2],
+            marks=pytest.mark.full,
+        ),
     ],
 )
 def test_lavics_second_stage_is_estimated_within_15_percent(tmp_path, more, monkeypatch):
