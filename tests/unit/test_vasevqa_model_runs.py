@@ -208,11 +208,12 @@ def test_a_dry_run_merges_nothing(tmp_path, capsys):
 # --- what became of each row ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("is_whole", [True, False])
+@pytest.mark.parametrize(("is_done", "is_whole"), [(True, True), (True, False), (False, True)])
 def test_a_row_that_swift_lost_on_its_way_is_named_where_it_was_to_see_all(
-    is_whole, tmp_path, caplog
+    is_done, is_whole, tmp_path, caplog
 ):
     """Rows 1 to 5: trained on twice, trained on, for validation, left out, lost."""
+    caplog.set_level("INFO")
     data = tmp_path / "train.json"
     turns = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "krater"}]
     data.write_text(json.dumps([{"conversations": turns}] * 3 + [{}, {"conversations": turns}]))
@@ -224,9 +225,10 @@ def test_a_row_that_swift_lost_on_its_way_is_named_where_it_was_to_see_all(
     held = json.dumps({"receipt_place": places[2]})
     (tmp_path / "val_dataset.jsonl").write_text(f"{held}\n")
     status(tmp_path, "done")
-    receipt.close(tmp_path, {str(data): file}, is_whole=is_whole)
+    receipt.close(tmp_path, {str(data): file}, is_done=is_done, is_whole=is_whole)
     counts = {"rows": 5, "rows left out": 1, "rows for validation": 1, "rows trained on": 2}
     assert read_json(tmp_path / "status.json")["data"] == counts
     rows = list(read_json_lines(tmp_path / receipt.NAME))
     assert [(row["row"], row["seen"]) for row in rows] == [(1, 2), (2, 1), (3, 0), (5, 0)]
-    assert (f"swift did not train on {data}, row 5" in caplog.text) is is_whole
+    assert (f"swift did not train on {data}, row 5" in caplog.text) is (is_done and is_whole)
+    assert ("rows trained on: 2" in caplog.text) is is_done  # else the reason is the last line

@@ -23,11 +23,13 @@ _PLACE = "receipt_place"
 _NAMED = 5  # rows that the warning names
 
 
-def close(run_dir: Path, files: Mapping[str, TrainingFile], *, is_whole: bool) -> None:
+def close(
+    run_dir: Path, files: Mapping[str, TrainingFile], *, is_done: bool, is_whole: bool
+) -> None:
     """Write receipt.jsonl, and the counts into the run's status; a row that is missing is named.
 
-    files: each training file by the path that swift read. is_whole: whether the run was to see all
-    rows, and did not end before.
+    files: each training file by the path that swift read. is_done: whether the run ended well; of
+    another the reason stays the last line. is_whole: whether it was to see all rows.
     """
     if not (run_dir / SEEN).is_file():
         return
@@ -51,6 +53,8 @@ def close(run_dir: Path, files: Mapping[str, TrainingFile], *, is_whole: bool) -
     fields = read_object(run_dir / "status.json")
     write_json(run_dir / "status.json", fields | {"data": counts})
     outcome.leave_page(run_dir)
+    if not is_done:
+        return
     log.info("%s (%s)", "; ".join(f"{name}: {n}" for name, n in counts.items()), run_dir / NAME)
     if missing and is_whole:
         more = f" and {len(missing) - _NAMED} more" if len(missing) > _NAMED else ""

@@ -131,7 +131,8 @@ def _run(plan: "Plan", found: "Findings", steps: int) -> int:
     receipt.close(
         plan.output_dir,
         dict(zip(map(str, ready.train_files), found.files, strict=False)),
-        is_whole=code == DONE and plan.wants_every_row,
+        is_done=code == DONE,
+        is_whole=plan.wants_every_row,
     )
     return code
 
