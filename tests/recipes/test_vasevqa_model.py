@@ -232,7 +232,7 @@ def test_the_merged_model_answers_by_the_pages_lines_of_transformers(chain, caps
 @pytest.mark.full
 def test_the_merged_model_answers_by_the_pages_line_of_swift(chain, tmp_path):
     nano = chain.nano
-    line = use_it("bash", nano).replace("data/questions.json", str(nano.train))
+    line = use_it("bash", nano).replace("data/questions.json", f"'{nano.train}'")
     line += f" --max_new_tokens 4 --result_path '{tmp_path}/answers.jsonl'"
     line = line.replace(str(nano.root / "checkpoint-merged"), f"'{nano.root}/checkpoint-merged'")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
