@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from shared import checkpoint, seed
 from shared.amp import Amp
-from tests.benchmarks.measure import ROOT, compare, conclude, in_turn
+from tests.benchmarks.measure import compare, conclude, in_turn
 
 BYTES, MEGABYTE = 4, 1_000_000  # of a float32; not 2**20
 CLASSES = 600  # identities: the documented 12 000 images at 20 each
@@ -147,8 +147,7 @@ def main() -> int:
         directory = Path(name)
         probe = bytes_on_disk(probe_state(), directory)
         print(f"the probe recipe's checkpoint: {probe} bytes")
-        is_there = (ROOT / "face_distill" / "model.py").exists()
-        students = compare_students(directory) if is_there else {}
+        students = compare_students(directory)
         state = {"weights": torch.randn(args.megabytes * MEGABYTE // BYTES)}
         saves = compare_saves(state, directory, args.repeats)
     conclude("checkpoint_bytes", "bytes, ms", probe_bytes=probe, students=students, saves=saves)
