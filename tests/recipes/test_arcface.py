@@ -284,10 +284,11 @@ def test_the_documented_command_pasted_trains(inshop, tmp_path):
 
 
 def test_the_documents_two_lines_pasted_one_after_the_other_find_the_program(inshop, tmp_path):
-    """`cd …/run_scripts`, then `python run_scripts/run_arcface.py`."""
+    """`cd …/run_scripts`, then `python run_scripts/run_arcface.py`; --dry-run loads no torch."""
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
     there = f"cd {shlex.quote(f'{ROOT}/arcface/run_scripts')}\n"
     planned = there + DOCUMENTED + f"--dry-run 2>&1 | tee {tmp_path}/cuda.log"
-    outcome = paste(planned, tmp_path, data_path=str(inshop))
+    outcome = paste(planned, tmp_path, data_path=str(inshop), PYTHONPATH=str(tmp_path))
     assert f"50 epochs of {inshop}, 32 pictures a step = 1 process(es) x 32" in outcome.stdout
     assert "learning rate 0.0025" in outcome.stdout
 
