@@ -110,13 +110,14 @@ def draw_shot(view: str, rng: np.random.Generator) -> Shot:
     )
 
 
-def draw_garment(style: Style, shot: Shot) -> np.ndarray:
-    """The picture, uint8 (112, 112, 3) RGB."""
+def draw_garment(style: Style, shot: Shot) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+    """The picture, uint8 (112, 112, 3) RGB, and the garment's box in it (x1, y1, x2, y2)."""
     canvas = _Canvas(shot)
     _draw_background(canvas, shot)
     _draw_person(canvas, shot)
-    canvas.paint(canvas.polygons(_outline(style, shot)), _cloth(canvas, style, shot))
-    return canvas.develop(shot)
+    cover = canvas.polygons(_outline(style, shot))
+    canvas.paint(cover, _cloth(canvas, style, shot))
+    return canvas.develop(shot), _box(cover)
 
 
 class _Canvas:
@@ -262,6 +263,14 @@ def _emblem(kind: int, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if kind == 2:
         return _soft(0.05 - np.abs(radius - 0.11))
     return _soft(np.minimum(0.11 - v, 0.09 - np.abs(u) + v / 2))
+
+
+def _box(cover: np.ndarray) -> tuple[int, int, int, int]:
+    """The smallest box around what is more than half covered; the whole picture if nothing is."""
+    rows, columns = (np.flatnonzero((cover > 0.5).any(axis)) for axis in (1, 0))
+    if not len(rows):
+        return 0, 0, SIZE - 1, SIZE - 1
+    return int(columns[0]), int(rows[0]), int(columns[-1]), int(rows[-1])
 
 
 def _paint(hue: float, saturation: float, value: float) -> Colour:

@@ -2,8 +2,9 @@
 
     <root>/data/inshop/Eval/list_eval_partition.txt
     <root>/data/inshop/Img/img/WOMEN/Dresses/id_00000001/01_1_front.jpg …
+    <root>/data/inshop/Anno/list_item_inshop.txt, list_bbox_inshop.txt
 
-Garments are procedural (garments.py). No item of the queries and the gallery is trained on,
+Garments are procedural (demo_garments.py). No item of the queries and the gallery is trained on,
 and no two items agree in cut, pattern and colour. Generator and seed stay as they are: training is
 tuned to the data, never the data to the training.
 """
@@ -51,6 +52,11 @@ class DemoPaths:
         """The directory that the list's paths are relative to."""
         return self.data_root / "Img"
 
+    @property
+    def annotations(self) -> Path:
+        """The directory of the lists that retrieval does not need."""
+        return self.data_root / "Anno"
+
 
 @dataclass(frozen=True)
 class _Entry:
@@ -59,6 +65,8 @@ class _Entry:
     name: str
     item: str
     status: str
+    box: tuple[int, int, int, int]
+    view: str
 
 
 def build(root: Path, seed: int = 0) -> DemoPaths:
@@ -70,10 +78,11 @@ def build(root: Path, seed: int = 0) -> DemoPaths:
 
 
 def _build(paths: DemoPaths, seed: int) -> None:
-    for directory in (paths.partition.parent, paths.images):
+    for directory in (paths.partition.parent, paths.images, paths.annotations):
         directory.mkdir(parents=True, exist_ok=True)
     entries = [entry for item in _items(seed) for entry in _write_item(paths.images, *item)]
     _write_partition(paths.partition, entries)
+    _write_annotations(paths.annotations, entries)
 
 
 def _items(seed: int) -> Iterator[tuple[int, Style, np.random.Generator]]:
@@ -94,11 +103,12 @@ def _write_item(
     (images / folder).mkdir(parents=True, exist_ok=True)
     for session, views in enumerate(SESSIONS, 1):
         for place, view in enumerate(views):
+            pixels, box = draw_garment(style, draw_shot(view, rng))
             name = f"{folder}/{session:02d}_{VIEWS[view]}_{view}.jpg"
-            _write_jpeg(images / name, draw_garment(style, draw_shot(view, rng)))
+            _write_jpeg(images / name, pixels)
             # So that each session lends pictures to both: 1 and 3 of one, 2 of the other.
             test = "query" if (place + session) % 2 else "gallery"
-            yield _Entry(name, item, "train" if number <= NUM_TRAIN_ITEMS else test)
+            yield _Entry(name, item, "train" if number <= NUM_TRAIN_ITEMS else test, box, view)
 
 
 def _department(style: Style) -> str:
@@ -123,3 +133,19 @@ def _write_partition(path: Path, entries: list[_Entry]) -> None:
     lines = [_LINE.format(entry.name, entry.item, entry.status) for entry in entries]
     header = _LINE.format("image_name", "item_id", "evaluation_status")
     write_text(path, f"{len(entries)}\n{header}{''.join(lines)}")
+
+
+def _write_annotations(directory: Path, entries: list[_Entry]) -> None:
+    """Write the lists of items and of boxes in In-shop's format."""
+    items = list(dict.fromkeys(entry.item for entry in entries))
+    write_text(directory / "list_item_inshop.txt", "\n".join([str(len(items)), *items]) + "\n")
+    poses = {"front": 1, "side": 2, "back": 3, "full": 4, "additional": 4}
+    rows = [
+        f"{entry.name} {3 if 'Dresses' in entry.name else 1} {poses[entry.view]} "
+        + " ".join(map(str, entry.box))
+        for entry in entries
+    ]
+    header = "image_name clothes_type pose_type x_1 y_1 x_2 y_2"
+    write_text(
+        directory / "list_bbox_inshop.txt", "\n".join([str(len(rows)), header, *rows]) + "\n"
+    )

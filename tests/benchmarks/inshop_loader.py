@@ -74,7 +74,7 @@ def write_pictures(root: Path, count: int) -> None:
     (root / "Eval").mkdir()
     lines = [str(count), "image_name item_id evaluation_status"]
     for number in range(count):
-        pixels = draw_garment(style_of(17 * number, rng), draw_shot("front", rng))
+        pixels, _ = draw_garment(style_of(17 * number, rng), draw_shot("front", rng))
         image = Image.fromarray(pixels).resize((256, 256), Image.Resampling.BICUBIC)
         grain = rng.normal(0, 5, (256, 256, 3))
         image = Image.fromarray((np.asarray(image) + grain).clip(0, 255).astype(np.uint8))
