@@ -23,6 +23,18 @@ def config():
     return read_config(RECIPE / "config/arcface/resnet18-arcface_demo.py")
 
 
+def test_the_tree_is_in_shops(paths):
+    lines = paths.partition.read_text().splitlines()
+    assert lines[0] == str(len(lines) - 2) == "960"
+    name = lines[2].split()[0]
+    assert (paths.images / name).is_file()
+    boxes = (paths.annotations / "list_bbox_inshop.txt").read_text().splitlines()
+    assert boxes[2].split()[0] == name and len(boxes) == len(lines)
+    left, top, right, bottom = map(int, boxes[2].split()[3:])
+    assert 0 <= left < right < 112 and 0 <= top < bottom < 112
+    assert (paths.annotations / "list_item_inshop.txt").read_text().splitlines()[0] == "160"
+
+
 def test_no_test_item_is_trained_on_and_each_has_queries_and_gallery(paths):
     partition = read_list(paths.partition)
     assert partition.remarks() == []
